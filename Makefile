@@ -1,0 +1,45 @@
+# make serve   set up, then serve the demo model with KVCrush on 127.0.0.1:8000
+#              (make serve PORT=8001 ARGS="--kv-budget 0.5")
+# make test    set up, then run the tests (make test ARGS="-m 'not engine and not server'")
+# make lint    set up, then check style and types
+# make clean   remove what the others made, except .venv and the model
+
+PORT ?= 8000
+ARGS ?=
+BIN := .venv/bin
+
+export VLLM_KVCRUSH_CACHE ?= $(CURDIR)/.cache
+
+.PHONY: help setup model serve test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^# make/,/^$$/s/^# \{0,1\}//p' Makefile
+
+setup:
+	@scripts/setup.sh
+
+model: setup
+	@$(BIN)/python -m vllm_kvcrush.demo_model >/dev/null
+
+serve: model
+	@MODEL="$$($(BIN)/python -m vllm_kvcrush.demo_model)" PORT=$(PORT) scripts/serve.sh $(ARGS)
+
+test: model
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@files="$$(find csrc vllm_kvcrush -type f \( -name '*.c' -o -name '*.h' -o -name '*.cc' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)"; \
+	if [ -n "$$files" ]; then \
+		echo "$(BIN)/clang-format --dry-run -Werror (over C++ and CUDA)"; \
+		$(BIN)/clang-format --dry-run -Werror $$files; \
+	else \
+		echo "clang-format: no C++ or CUDA files, nothing to check."; \
+	fi
+
+clean:
+	rm -rf build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache benchmarks/results/tmp
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Serves the model directory $MODEL with KVCrush on a small CPU machine.
+# PORT chooses the port; further arguments go to `vllm serve`, after the ones below, and win.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+: "${MODEL:?set MODEL to a model directory, or use \"make serve\"}"
+port=${PORT:-8000}
+venv=$PWD/.venv
+
+# No usage statistics and no model hub: all that is needed is on disk.
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
+# vLLM sets one core aside by default, which on two cores would halve the speed.
+export VLLM_CPU_NUM_OF_RESERVED_CPU=${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}
+# Intel's OpenMP, which vLLM asks for on x86; the lock has it.
+preload=${LD_PRELOAD:-}
+if [[ -e $venv/lib/libiomp5.so ]]; then
+    preload=$venv/lib/libiomp5.so${preload:+:$preload}
+fi
+
+printf 'serve: Starting vLLM with %s on port %s; this takes about a minute.\n' "${MODEL##*/}" "$port"
+
+# The exec below puts vLLM in this shell's place, so that signals reach it and its exit status is
+# this script's. The watcher therefore watches this process id, and ends when it does.
+"$venv/bin/python" - "$$" "$port" <<'EOF' &
+import os, sys, time, urllib.request
+
+server, port = int(sys.argv[1]), sys.argv[2]
+base = f"http://127.0.0.1:{port}"
+open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+while True:
+    time.sleep(0.5)
+    try:
+        os.kill(server, 0)
+    except OSError:
+        sys.exit()
+    try:
+        open_url(f"{base}/health", timeout=5).close()
+        break
+    except OSError:
+        continue
+print(f"""
+serve: Ready at {base}/v1 (stop with Ctrl-C). Ask it something:
+
+curl -s {base}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "smollm2", "messages": [{{"role": "user", "content": "Name three rivers in France."}}], "max_tokens": 64, "kv_budget": 0.25}}'
+""", flush=True)
+EOF
+
+# Preloaded only now, so that the helpers above run without it.
+[[ -z $preload ]] || export LD_PRELOAD=$preload
+exec "$venv/bin/vllm" serve "$MODEL" \
+    --served-model-name smollm2 \
+    --kv-policy kvcrush --kv-budget 0.25 \
+    --host 127.0.0.1 --port "$port" \
+    --dtype float32 --enforce-eager --block-size 32 \
+    --max-model-len 4096 --kv-cache-memory-bytes 536870912 \
+    --max-num-seqs 64 --max-num-batched-tokens 2048 \
+    "$@"

@@ -1,0 +1,284 @@
+"""What an operator and a client may ask for: policy, budget and their limits.
+
+Pure: no vLLM, no torch at import. The same `Settings` is built in the API server (to validate),
+in the scheduler and in the workers (to act), from the dict that travels in
+`VllmConfig.additional_config["kvcrush"]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from vllm_kvcrush.plan import Plan, min_blocks
+
+NONE = "none"
+DEFAULT_BUDGET = 0.25
+
+# Request parameters; every other kv_* key in a request is refused (typos must not pass).
+BUDGET_KEY = "kv_budget"
+POLICY_KEY = "kv_policy"
+# kv_* keys that belong to vLLM itself.
+FOREIGN_KEYS = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
+
+
+class ConfigError(ValueError):
+    """A bad flag or request parameter; `key` names it, the message is one sentence for a user."""
+
+    def __init__(self, message: str, key: str):
+        super().__init__(message)
+        self.key = key
+
+
+def parse_budget(value: Any, key: str) -> float | int:
+    """A budget: a fraction `0 < x <= 1` (float, or a string with a point or percent sign) or a
+    whole number of tokens (int > 1, or its string). `1` and `1.0` are the fraction 1.0."""
+    allowed = "a fraction in (0, 1] such as 0.25, or a whole number of tokens such as 4096"
+    bad = ConfigError(f"{key}={value!r} is not a KV budget: give {allowed}.", key)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise bad
+    if isinstance(value, str):
+        try:
+            value = int(value) if value.strip().isdigit() else float(value)
+        except ValueError:
+            raise bad from None
+    if isinstance(value, float) and 0 < value <= 1:
+        return value
+    if isinstance(value, float) and value > 1 and value.is_integer() and value < 2**31:
+        value = int(value)  # JSON clients often write every number as a float
+    if isinstance(value, int) and 1 <= value < 2**31:
+        return 1.0 if value == 1 else value
+    raise bad
+
+
+def _whole(options: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
+    value = options.get(name, default)
+    key = f"--kv-policy-config.{name}"
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(
+            f"{key}={value!r} is not allowed: give a whole number from {low} to {high}.", key
+        )
+    return value
+
+
+@dataclass(frozen=True)
+class RequestParams:
+    """What one request runs with. `budget` 1.0 or policy "none" means plain vLLM."""
+
+    policy: str
+    budget: float | int
+
+    @property
+    def active(self) -> bool:
+        return self.policy != NONE and self.budget != 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Server-wide settings.
+
+    Args:
+        policy: default policy of requests that name none.
+        budget: their default budget.
+        budget_max: largest budget that a client may ask for, None for no cap.
+        allow: policies that clients may ask for; the default policy is always allowed.
+        options: per-policy hyperparameters, `{"kvcrush": {"anchor": "mean"}, ...}`.
+        sinks, window, prefill_interval, decode_interval: see `plan.Plan`.
+    """
+
+    policy: str
+    budget: float | int = DEFAULT_BUDGET
+    budget_max: float | int | None = None
+    allow: tuple[str, ...] = ()
+    sinks: int = 4
+    window: int = 16
+    prefill_interval: int = 2048
+    decode_interval: int = 128
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Settings:
+        """Builds and validates settings from `additional_config["kvcrush"]`: keys `policy`,
+        `budget`, `budget_max`, `allow`, `config`. Raises ConfigError."""
+        from vllm_kvcrush import policies
+
+        known = {"policy", "budget", "budget_max", "allow", "config"}
+        for key in raw:
+            if key not in known:
+                raise ConfigError(
+                    f"additional_config['kvcrush'] has no key {key!r}: "
+                    f"it takes {', '.join(sorted(known))}.",
+                    key,
+                )
+        names = (*policies.names(), NONE)
+        policy = _policy_name(raw.get("policy", NONE), "--kv-policy", names)
+        budget = parse_budget(raw.get("budget", DEFAULT_BUDGET), "--kv-budget")
+        cap = raw.get("budget_max")
+        if cap is not None:
+            cap = parse_budget(cap, "--kv-budget-max")
+        allow = raw.get("allow")
+        if isinstance(allow, str):
+            allow = [part.strip() for part in allow.split(",") if part.strip()]
+        allow = tuple(_policy_name(a, "--kv-policy-allow", names) for a in allow or names)
+        if policy not in allow:
+            allow = (policy, *allow)
+
+        config = raw.get("config") or {}
+        if not isinstance(config, Mapping):
+            raise ConfigError(
+                f"--kv-policy-config={config!r} is not a JSON object: give for example "
+                '{"window": 16, "kvcrush": {"anchor": "mean"}}.',
+                "--kv-policy-config",
+            )
+        common = ("sinks", "window", "prefill_interval", "decode_interval")
+        options: dict[str, Mapping[str, Any]] = {}
+        for key, value in config.items():
+            if key in common:
+                continue
+            if key not in names or key == NONE:
+                raise ConfigError(
+                    f"--kv-policy-config has no key {key!r}: it takes "
+                    f"{', '.join((*common, *policies.names()))}.",
+                    "--kv-policy-config",
+                )
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"--kv-policy-config.{key}={value!r} is not a JSON object of {key}'s options.",
+                    f"--kv-policy-config.{key}",
+                )
+            options[key] = dict(value)
+        for name in policies.names():
+            if name in options or name == policy:
+                try:
+                    policies.get(name, options.get(name))
+                except ValueError as error:
+                    raise ConfigError(str(error), f"--kv-policy-config.{name}") from error
+        settings = cls(
+            policy=policy,
+            budget=budget,
+            budget_max=cap,
+            allow=allow,
+            sinks=_whole(config, "sinks", 4, 0, 4096),
+            window=_whole(config, "window", 16, 1, 1024),
+            prefill_interval=_whole(config, "prefill_interval", 2048, 16, 2**24),
+            decode_interval=_whole(config, "decode_interval", 128, 1, 2**24),
+            options=options,
+        )
+        return settings
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`; JSON-serialisable."""
+        config: dict[str, Any] = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name in ("sinks", "window", "prefill_interval", "decode_interval")
+        }
+        config.update({name: dict(value) for name, value in self.options.items()})
+        return {
+            "policy": self.policy,
+            "budget": self.budget,
+            "budget_max": self.budget_max,
+            "allow": list(self.allow),
+            "config": config,
+        }
+
+    def smallest_budget(self, block_size: int) -> int:
+        """Smallest absolute budget, in tokens."""
+        return min_blocks(block_size, self.window, self.sinks) * block_size
+
+    def check(self, block_size: int, max_model_len: int) -> None:
+        """Start-up checks that need the engine's sizes. Raises ConfigError."""
+        smallest = self.smallest_budget(block_size)
+        for key, budget in (("--kv-budget", self.budget), ("--kv-budget-max", self.budget_max)):
+            if isinstance(budget, int) and budget < smallest:
+                raise ConfigError(self._too_small(key, budget, block_size), key)
+        own = RequestParams(self.policy, self.budget)
+        if not self._within_cap(own, max_model_len):
+            raise ConfigError(
+                f"--kv-budget={self.budget} with --kv-policy={self.policy} is above "
+                f"--kv-budget-max={self.budget_max}: lower the one or raise the other.",
+                "--kv-budget",
+            )
+
+    def request(self, extra_args: Mapping[str, Any] | None) -> RequestParams:
+        """Parameters of a request that was validated before."""
+        args = extra_args or {}
+        policy = args.get(POLICY_KEY, self.policy)
+        budget = args.get(BUDGET_KEY)
+        return RequestParams(
+            policy, self.budget if budget is None else parse_budget(budget, BUDGET_KEY)
+        )
+
+    def validate_request(
+        self,
+        extra_args: Mapping[str, Any] | None,
+        block_size: int,
+        max_model_len: int,
+    ) -> RequestParams:
+        """Validates a client's `extra_args`. Raises ConfigError with `key` the offending
+        parameter; used before the engine sees the request."""
+        args = extra_args or {}
+        for key in args:
+            if key.startswith("kv_") and key not in FOREIGN_KEYS | {BUDGET_KEY, POLICY_KEY}:
+                raise ConfigError(
+                    f"{key} is not a parameter: kv_policy and kv_budget are.",
+                    key,
+                )
+        policy = args.get(POLICY_KEY, self.policy)
+        if not isinstance(policy, str) or policy not in self.allow:
+            raise ConfigError(
+                f"kv_policy={policy!r} is not served here: choose one of {', '.join(self.allow)}.",
+                POLICY_KEY,
+            )
+        params = self.request(args)
+        if isinstance(params.budget, int) and params.budget < self.smallest_budget(block_size):
+            raise ConfigError(self._too_small(BUDGET_KEY, params.budget, block_size), BUDGET_KEY)
+        if not self._within_cap(params, max_model_len):
+            what = f"kv_budget={params.budget}" if params.policy != NONE else "kv_policy='none'"
+            raise ConfigError(
+                f"{what} is above this server's limit of {self.budget_max}: "
+                "ask for a smaller kv_budget.",
+                BUDGET_KEY if params.policy != NONE else POLICY_KEY,
+            )
+        return params
+
+    def plan(self, params: RequestParams, num_prompt_tokens: int, block_size: int) -> Plan:
+        """The plan of a request with these parameters."""
+        return Plan(
+            budget=params.budget if params.active else 1.0,
+            num_prompt_tokens=num_prompt_tokens,
+            block_size=block_size,
+            window=self.window,
+            sinks=self.sinks,
+            prefill_interval=self.prefill_interval,
+            decode_interval=self.decode_interval,
+        )
+
+    def _too_small(self, key: str, budget: int, block_size: int) -> str:
+        return (
+            f"{key}={budget} tokens is too small: with blocks of {block_size} tokens, "
+            f"{self.sinks} sinks and a window of {self.window} the smallest budget is "
+            f"{self.smallest_budget(block_size)}."
+        )
+
+    def _within_cap(self, params: RequestParams, max_model_len: int) -> bool:
+        # Fractions and token counts are compared at the longest request that the server takes.
+        if self.budget_max is None:
+            return True
+
+        def in_tokens(budget: float | int) -> float:
+            return budget * max_model_len if isinstance(budget, float) else budget
+
+        asked = params.budget if params.policy != NONE else 1.0
+        if type(asked) is type(self.budget_max):
+            return asked <= self.budget_max
+        return in_tokens(asked) <= in_tokens(self.budget_max)
+
+
+def _policy_name(value: Any, key: str, names: tuple[str, ...]) -> str:
+    if value not in names:
+        raise ConfigError(f"{key}={value!r} is not a policy: choose one of {', '.join(names)}.", key)
+    return value

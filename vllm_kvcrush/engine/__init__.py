@@ -1,0 +1,1 @@
+"""The only package that imports vLLM internals (apart from `plugin` and `server`)."""

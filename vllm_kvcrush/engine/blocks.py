@@ -1,0 +1,170 @@
+"""Block accounting of compacted requests, on top of vLLM's full-attention manager.
+
+Only this file takes blocks from the pool or gives them back because of a compaction.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_kvcrush.config import RequestParams, Settings
+from vllm_kvcrush.engine.commands import Compaction
+from vllm_kvcrush.plan import Plan, Shape, cdiv
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVCrushSpec(FullAttentionSpec):
+    """Full attention whose requests are bounded by the default budget."""
+
+    @classmethod
+    def convert(cls, spec: FullAttentionSpec) -> KVCrushSpec:
+        """The same layer under this plugin."""
+        return cls(**{f.name: getattr(spec, f.name) for f in fields(spec)})
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Bytes of the longest request under the default budget: vLLM's start-up check and its
+        concurrency figure use it, so a pool smaller than one raw `max_model_len` is accepted."""
+        settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
+        params = RequestParams(settings.policy, settings.budget)
+        longest = vllm_config.model_config.max_model_len
+        # Longest when it is all prompt, or when it is nearly all output.
+        bound = max(
+            settings.plan(params, prompt, self.block_size).bound(longest)
+            for prompt in (longest, 1)
+        )
+        return bound * self.page_size_bytes
+
+
+class Job(NamedTuple):
+    """A compaction that is due: request, tokens computed, slots held, and the wanted shape."""
+
+    request_id: str
+    computed: int
+    held: int
+    shape: Shape
+
+
+class Deferred(NamedTuple):
+    """Why a due compaction did not happen: it is tried again in the next step."""
+
+    reason: str  # "shared": it would cost more blocks than come free; "no_room": none to write to
+
+
+class KVCrushManager(FullAttentionManager):
+    """vLLM's manager, with the evicted tokens subtracted wherever blocks follow from tokens."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Tokens evicted per compacted request: slot of token p is p - evicted.
+        self.evicted: dict[str, int] = {}
+        # Plans of requests with an active policy; owned by the scheduler.
+        self.plans: Mapping[str, Plan] = {}
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> int:
+        if kwargs.get("apply_admission_cap") and (plan := self.plans.get(request_id)):
+            # Admission counts on the bound: the whole prompt never is in the pool at once.
+            num_tokens = min(num_tokens, plan.bound(num_tokens) * self.block_size)
+        else:
+            num_tokens -= self.evicted.get(request_id, 0)
+        return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        evicted = self.evicted.get(request_id, 0)
+        return super().allocate_new_blocks(
+            request_id, num_tokens - evicted, num_tokens_main_model - evicted
+        )
+
+    def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        # After a compaction later tokens attended to a lossy cache, so their blocks are not exact.
+        if request.request_id not in self.evicted:
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        # The single funnel for finish, abort and preemption.
+        self.evicted.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def compact(self, jobs: Sequence[Job]) -> list[Compaction] | Deferred:
+        """Compacts the jobs' requests together, or none of them.
+
+        Together they must give back more physical blocks than they take: a block that another
+        request still holds does not come free. New contents go into blocks that nobody else can
+        see: first the request's own unhashed ones, then free ones; only when the pool is empty
+        into own hashed ones, which leave the prefix cache first.
+        """
+        regions = {job.request_id: self._region(job) for job in jobs}
+        released = Counter(block.block_id for r in regions.values() for block in r)
+        by_id = {block.block_id: block for r in regions.values() for block in r}
+        freed = {i for i, count in released.items() if by_id[i].ref_cnt == count}
+        if len(freed) <= sum(job.shape.compressed for job in jobs):
+            return Deferred("shared")
+        if not self._has_room(jobs, regions):
+            return Deferred("no_room")
+        return [self._compact_one(job, regions[job.request_id]) for job in jobs]
+
+    def _region(self, job: Job) -> list[KVCacheBlock]:
+        blocks = self.req_to_blocks[job.request_id]
+        assert len(blocks) >= cdiv(job.held, self.block_size), (job, len(blocks))
+        assert (job.held - job.shape.tail_tokens) % self.block_size == 0
+        return blocks[: (job.held - job.shape.tail_tokens) // self.block_size]
+
+    def _has_room(self, jobs: Sequence[Job], regions: Mapping[str, list[KVCacheBlock]]) -> bool:
+        """Whether each job, in turn, finds enough free or own blocks to write to."""
+        free = self.block_pool.get_num_free_blocks()
+        references = {b.block_id: b.ref_cnt for r in regions.values() for b in r}
+        for job in jobs:
+            own = 0
+            for block in regions[job.request_id]:
+                own += references[block.block_id] == 1
+                references[block.block_id] -= 1
+            free += own - job.shape.compressed
+            if free < 0:
+                return False
+        return True
+
+    def _compact_one(self, job: Job, region: list[KVCacheBlock]) -> Compaction:
+        pool, need = self.block_pool, job.shape.compressed
+        own = [b for b in region if b.ref_cnt == 1]
+        target = [b for b in own if b.block_hash is None][:need]
+        fresh = min(need - len(target), pool.get_num_free_blocks())
+        target += pool.get_new_blocks(fresh)
+        if missing := need - len(target):
+            dropped = [b for b in own if b.block_hash is not None][-missing:]
+            pool.evict_blocks({b.block_id for b in dropped})
+            target += dropped
+        kept = {b.block_id for b in target}
+        tail = self.req_to_blocks[job.request_id][len(region) :]
+        self.req_to_blocks[job.request_id] = target + tail
+        pool.free_blocks(reversed([b for b in region if b.block_id not in kept]))
+        assert len(kept) == need and all(b.ref_cnt == 1 for b in target)
+        assert all(b.block_hash is None for b in target)
+        evicted = job.computed - need * self.block_size - job.shape.tail_tokens
+        self.evicted[job.request_id] = evicted
+        return Compaction(
+            request_id=job.request_id,
+            computed=job.computed,
+            source=tuple(b.block_id for b in region),
+            target=tuple(b.block_id for b in target),
+            tail=tuple(b.block_id for b in tail),
+            tail_tokens=job.shape.tail_tokens,
+            evicted=evicted,
+        )
+
+
+# The built-in specs are registered only while the list is empty: let them go first.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(
+    KVCrushSpec, KVCrushManager, uniform_type_base_spec=FullAttentionSpec
+)

@@ -1,0 +1,40 @@
+"""What the scheduler tells the worker. Plain data: it travels pickled between processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """One compaction of one request, to be run before the forward pass of this step.
+
+    Args:
+        request_id: vLLM's id of the request.
+        computed: tokens whose KV is written when the compaction runs (true count, `n`).
+        source: ids of the blocks before the tail, in slot order; all full.
+        target: ids of the blocks that the survivors fill completely, in slot order. May contain
+            ids of `source` (compaction in place).
+        tail: ids of the blocks after them, which stay as they are.
+        tail_tokens: tokens in `tail`.
+        evicted: tokens evicted from this request in all its compactions, this one included.
+    """
+
+    request_id: str
+    computed: int
+    source: tuple[int, ...]
+    target: tuple[int, ...]
+    tail: tuple[int, ...]
+    tail_tokens: int
+    evicted: int
+
+
+@dataclass(frozen=True)
+class StepCommands:
+    """Everything a worker needs to know in one step, attached to `SchedulerOutput.kvcrush`.
+
+    `deferred`: requests whose compaction is overdue (see `blocks.KVCrushManager.compact`), so
+    that their newest queries must be remembered until it happens."""
+
+    compactions: list[Compaction] = field(default_factory=list)
+    deferred: frozenset[str] = frozenset()

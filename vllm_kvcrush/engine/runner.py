@@ -1,0 +1,263 @@
+"""What a worker does in a step: run compactions, then attend with shifted slots."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+from vllm_kvcrush import policies
+from vllm_kvcrush.config import RequestParams, Settings
+from vllm_kvcrush.engine.backend import CacheLayer, QueryTap, gather
+from vllm_kvcrush.engine.blocks import KVCrushSpec
+from vllm_kvcrush.engine.commands import Compaction, StepCommands
+from vllm_kvcrush.plan import Plan
+from vllm_kvcrush.policies.base import Policy, View
+
+logger = init_logger(__name__)
+
+
+@dataclass
+class _Request:
+    """Worker-side state of a request with an active policy."""
+
+    params: RequestParams
+    policy: Policy
+    plan: Plan
+    evicted: int = 0
+    # The last `window` queries, `[layers, window, query_heads, head_size]`; the one of token p is
+    # at p % window. None until a compaction is near.
+    queries: Tensor | None = None
+    queries_end: int = 0
+    # Per layer [kv_heads, slots of the compressed region], for policies with running scores.
+    running: list[Tensor] | None = None
+
+
+def _gather_heads(x: Tensor) -> Tensor:
+    return get_tp_group().all_gather(x.contiguous().to(torch.uint8), dim=0).to(x.dtype)
+
+
+class KVCrushCPUModelRunner(CPUModelRunner):
+    """vLLM's V1 CPU runner with compaction."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self._settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
+        self._policies = {
+            name: policies.get(name, self._settings.options.get(name))
+            for name in policies.names()
+            if name in self._settings.allow
+        }
+        self._crushed: dict[str, _Request] = {}
+        self._deferred: frozenset[str] = frozenset()
+        self._layers: list[CacheLayer] = []
+        self._tap: QueryTap | None = None
+        # Rows of the batch whose queries are wanted: (request, first row, first position, count).
+        self._wanted: list[tuple[_Request, int, int, int]] = []
+        self._seconds: list[tuple[str, float]] = []
+        # Called with (request_id, computed, layer, slots [kv_heads, keep]); for tests and tools.
+        self.on_select: Callable[[str, int, int, Tensor], None] | None = None
+
+    # -- start-up -------------------------------------------------------------------------------
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        odd = sorted({type(s).__name__ for s in specs.values() if type(s) is not FullAttentionSpec})
+        windowed = [n for n, s in specs.items() if getattr(s, "sliding_window", None)]
+        if odd or windowed or self.shared_kv_cache_layers:
+            what = odd or windowed[:1] or ["cross-layer KV sharing"]
+            raise ValueError(
+                f"vllm-kvcrush needs layers with full attention and their own KV cache: this model "
+                f"has {', '.join(what)}. Start the server without --kv-policy."
+            )
+        return {name: KVCrushSpec.convert(spec) for name, spec in specs.items()}
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        context = self.compilation_config.static_forward_context
+        (group,) = kv_cache_config.kv_cache_groups
+        attention = [context[name] for name in group.layer_names]
+        self._layers = [CacheLayer(layer, layer.kv_cache) for layer in attention]
+        if self._tap is None:
+            self._tap = QueryTap(attention)
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        commands: StepCommands = getattr(scheduler_output, "kvcrush", None) or StepCommands()
+        for request_id in scheduler_output.finished_req_ids:
+            self._crushed.pop(request_id, None)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            self._crushed.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            self._track(new.req_id, new.sampling_params, len(new.prompt_token_ids or ()))
+        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
+            state = self.requests[request_id]
+            self._track(request_id, state.sampling_params, state.num_prompt_tokens)
+        self._deferred = commands.deferred
+        for command in commands.compactions:
+            self._compact(command)
+        return super().execute_model(scheduler_output, intermediate_tensors)
+
+    def _track(self, request_id: str, sampling_params: Any, num_prompt_tokens: int) -> None:
+        if sampling_params is None:
+            return
+        params = self._settings.request(sampling_params.extra_args)
+        if params.active:
+            self._crushed[request_id] = _Request(
+                params,
+                self._policies[params.policy],
+                self._settings.plan(params, num_prompt_tokens, self.cache_config.block_size),
+            )
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        ids = self.input_batch.req_ids
+        n = len(ids)
+        states = [self._crushed.get(request_id) for request_id in ids]
+        self._want_queries(ids, states, num_scheduled_tokens)
+        shift = np.array([s.evicted if s else 0 for s in states], dtype=np.int32)
+        if shift.any():
+            # Slots and lengths are ours, positions (RoPE) stay true.
+            by_row = torch.from_numpy(shift)
+            tokens = int(scheduler_output.total_num_scheduled_tokens)
+            by_token = torch.from_numpy(np.repeat(shift, num_scheduled_tokens).astype(np.int64))
+            self.seq_lens[:n] -= by_row
+            self.optimistic_seq_lens_cpu[:n] -= by_row
+            self.input_batch.block_table.compute_slot_mapping(
+                n,
+                self.query_start_loc.gpu[: n + 1],
+                self.positions[:tokens] - by_token,
+            )
+        return prepared
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        if self._seconds and output is not None:
+            # Under async scheduling the real output is wrapped.
+            getattr(output, "_model_runner_output", output).kvcrush_seconds = self._seconds
+            self._seconds = []
+        return output
+
+    # -- observation window ---------------------------------------------------------------------
+
+    def _want_queries(
+        self, ids: list[str], states: list[_Request | None], num_scheduled_tokens: np.ndarray
+    ) -> None:
+        """Marks the batch rows whose queries the next compaction may score with."""
+        self._wanted = []
+        first_row = 0
+        for row, (request_id, state) in enumerate(zip(ids, states, strict=True)):
+            count = int(num_scheduled_tokens[row])
+            if state is not None and "queries" in state.policy.needs:
+                start = int(self.input_batch.num_computed_tokens_cpu[row])
+                end, window = start + count, state.plan.window
+                if request_id in self._deferred:
+                    near: int | None = end
+                else:
+                    near = state.plan.next_compaction(start, start - state.evicted, end + window)
+                if near is not None and end > near - window:
+                    first = max(start, end - window, near - window)
+                    self._wanted.append((state, first_row + first - start, first, end - first))
+            first_row += count
+        if self._wanted:
+            assert self._tap is not None
+            self._tap.rows = torch.cat(
+                [torch.arange(row, row + count) for _, row, _, count in self._wanted]
+            )
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super()._model_forward(*args, **kwargs)
+        if self._wanted:
+            assert self._tap is not None
+            taken = self._tap.take()
+            used = 0
+            for state, _, first, count in self._wanted:
+                window = state.plan.window
+                if state.queries is None:
+                    layers, _, heads, size = taken.shape
+                    state.queries = taken.new_empty(layers, window, heads, size)
+                places = torch.arange(first, first + count) % window
+                state.queries[:, places] = taken[:, used : used + count]
+                state.queries_end = first + count
+                used += count
+            self._wanted = []
+        return output
+
+    def _window(self, state: _Request, computed: int) -> Tensor:
+        """Queries of the last `window` tokens, in order: `[layers, query_heads, window, size]`."""
+        window = state.plan.window
+        assert state.queries is not None and state.queries_end == computed, (
+            f"observation window ends at {state.queries_end}, compaction at {computed}"
+        )
+        order = torch.arange(computed - window, computed) % window
+        return state.queries[:, order].transpose(1, 2)
+
+    # -- compaction -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _compact(self, command: Compaction) -> None:
+        """Scores, selects and moves, layer by layer, then installs the new block table row."""
+        began = time.perf_counter()
+        state = self._crushed[command.request_id]
+        policy, needs = state.policy, state.policy.needs
+        size = self.cache_config.block_size
+        candidates, keep = len(command.source) * size, len(command.target) * size
+        held = candidates + command.tail_tokens
+        source = torch.tensor(command.source)
+        every = torch.tensor(command.source + command.tail)
+        target = torch.tensor(command.target)
+        slots = (target.unsqueeze(1) * size + torch.arange(size)).view(-1)
+        queries = self._window(state, command.computed) if "queries" in needs else None
+        gather_heads = _gather_heads if get_tensor_model_parallel_world_size() > 1 else _identity
+        survivors: list[Tensor] = []
+        for index, layer in enumerate(self._layers):
+            keys = layer.keys(every)[:, :held]
+            running = None
+            if "running" in needs:
+                running = keys.new_zeros(layer.heads, candidates, dtype=torch.float32)
+                if state.running is not None:
+                    known = state.running[index]
+                    running[:, : known.shape[1]] = known
+            view = View(
+                keys=keys,
+                values=layer.values(every)[:, :held] if "values" in needs else None,
+                queries=None if queries is None else queries[index],
+                scale=layer.layer.impl.scale,
+                candidates=candidates,
+                sinks=state.plan.sinks,
+                page_size=size,
+                running=running,
+                layer=index,
+                all_heads=gather_heads,
+            )
+            scores = policy.score(view)
+            kept = policy.select(view, scores, keep)
+            if self.on_select is not None:
+                self.on_select(command.request_id, command.computed, index, kept)
+            if (new_running := policy.running(view, scores)) is not None:
+                survivors.append(new_running.gather(1, kept))
+            # Both are copies, so writing into blocks of `source` is safe.
+            layer.write(gather(keys, kept), layer.values(source, kept), slots)
+        state.running = survivors or None
+        state.queries = None
+        state.evicted = command.evicted
+        blocks = [*command.target, *command.tail]
+        self.requests[command.request_id].block_ids = (blocks,)
+        row = self.input_batch.req_id_to_index.get(command.request_id)
+        if row is not None:
+            self.input_batch.block_table.add_row((blocks,), row)
+        self._seconds.append((state.params.policy, time.perf_counter() - began))
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,231 @@
+"""When requests are compacted: vLLM's scheduler with a plan for every request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request
+
+from vllm_kvcrush import policies
+from vllm_kvcrush.config import RequestParams, Settings
+from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushManager
+from vllm_kvcrush.engine.commands import Compaction, StepCommands
+from vllm_kvcrush.plan import cdiv
+from vllm_kvcrush.stats import Stats
+
+logger = init_logger(__name__)
+
+
+@dataclass
+class _Tracked:
+    params: RequestParams
+    # Whether scores come from the last queries, so that the prefix cache must leave them to us.
+    queries: bool
+    compactions: int = 0
+    deferred: str | None = None
+
+
+class KVCrushSchedulerMixin:
+    """Adds compaction to `Scheduler` and `AsyncScheduler`; everything else is theirs."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        if len(managers) != 1 or not isinstance(managers[0], KVCrushManager):
+            raise ValueError(
+                "vllm-kvcrush needs a model whose layers all use full attention: this one has "
+                f"{len(managers)} KV cache groups ({', '.join(type(m).__name__ for m in managers)})."
+            )
+        self._manager: KVCrushManager = managers[0]
+        self._settings = Settings.from_dict(self.vllm_config.additional_config["kvcrush"])
+        self._tracked: dict[str, _Tracked] = {}
+        self._plans: dict[str, Any] = {}
+        self._manager.plans = self._plans
+        self.kvcrush_stats = Stats()
+        # Every rank holds its share of the heads; bytes are counted over all of them.
+        ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        self._block_bytes = ranks * sum(
+            tensor.size for tensor in self.kv_cache_config.kv_cache_tensors
+        ) // max(1, self.kv_cache_config.num_blocks)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        if request.request_id not in self.requests and request.sampling_params is not None:
+            params = self._settings.request(request.sampling_params.extra_args)
+            queries = params.active and "queries" in policies.get(params.policy).needs
+            self._tracked[request.request_id] = _Tracked(params, queries)
+            if params.active:
+                self._plans[request.request_id] = self._settings.plan(
+                    params, request.num_prompt_tokens, self._manager.block_size
+                )
+        super().add_request(request)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        held = self._held_report(request)
+        kv_params, ec_params = super()._free_request(request, *args, **kwargs)
+        if held is not None:
+            # Rides to the API server, which moves it into `usage`.
+            kv_params = {**(kv_params or {}), "kvcrush": held}
+        self._tracked.pop(request.request_id, None)
+        self._plans.pop(request.request_id, None)
+        return kv_params, ec_params
+
+    def _held_report(self, request: Request) -> dict[str, Any] | None:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return None
+        # The last sampled token has no KV; under async scheduling the count may run ahead.
+        raw = min(request.num_computed_tokens, request.num_tokens - 1)
+        evicted = self._manager.evicted.get(request.request_id, 0)
+        return {
+            "kv_tokens_held": max(0, raw - evicted),
+            "kv_tokens_raw": max(0, raw),
+            "kv_blocks_held": len(self._manager.req_to_blocks.get(request.request_id, ())),
+            "compactions": tracked.compactions,
+            "policy": tracked.params.policy if tracked.params.active else "none",
+        }
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        commands = self._compact_due()
+        output = super().schedule(throttle_prefills)
+        # A request that was preempted a moment ago has nothing left to compact.
+        output.kvcrush = StepCommands(
+            [c for c in commands if c.request_id in self._manager.evicted],
+            frozenset(r for r, t in self._tracked.items() if t.deferred),
+        )
+        return output
+
+    def _compact_due(self) -> list[Compaction]:
+        """Compacts every running request that its plan says is due."""
+        done: list[Compaction] = []
+        waiting: list[Job] = []
+        for request in self.running:
+            plan = self._plans.get(request.request_id)
+            if plan is None:
+                continue
+            tracked = self._tracked[request.request_id]
+            n = request.num_computed_tokens
+            if not (tracked.deferred or plan.is_check(n)):
+                continue
+            held = n - self._manager.evicted.get(request.request_id, 0)
+            if not plan.due(n, held):
+                tracked.deferred = None
+                continue
+            job = Job(request.request_id, n, held, plan.shape(n, held))
+            result = self._try([job])
+            if isinstance(result, Deferred):
+                waiting.append(job)
+            else:
+                done += result
+        if len(waiting) > 1:
+            # Copies of one prompt share its blocks: only together do they free them.
+            result = self._try(waiting)
+            if not isinstance(result, Deferred):
+                done += result
+        return done
+
+    def _try(self, jobs: list[Job]) -> list[Compaction] | Deferred:
+        free_before = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        evicted_before = {j.request_id: self._manager.evicted.get(j.request_id, 0) for j in jobs}
+        result = self._manager.compact(jobs)
+        for job in jobs:
+            tracked = self._tracked[job.request_id]
+            if isinstance(result, Deferred):
+                if tracked.deferred is None:
+                    self.kvcrush_stats.record_deferral(result.reason)
+                tracked.deferred = result.reason
+            else:
+                tracked.deferred = None
+                tracked.compactions += 1
+        if not isinstance(result, Deferred):
+            freed = self.kv_cache_manager.block_pool.get_num_free_blocks() - free_before
+            for i, c in enumerate(result):
+                self.kvcrush_stats.record_compaction(
+                    self._tracked[c.request_id].params.policy,
+                    tokens=c.evicted - evicted_before[c.request_id],
+                    blocks=freed if i == 0 else 0,
+                )
+        return result
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """Ends a chunk where the next compaction is due. vLLM asks this of every chunk."""
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        plan = self._plans.get(request.request_id)
+        if plan is None or num_new_tokens <= 1:
+            return num_new_tokens
+        held = num_computed_tokens - self._manager.evicted.get(request.request_id, 0)
+        limit = num_computed_tokens + num_new_tokens
+        stop = plan.next_compaction(num_computed_tokens, held, limit)
+        return num_new_tokens if stop is None else stop - num_computed_tokens
+
+    def _get_local_prefix_cache_hit(
+        self, request: Request
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Leaves the tokens before the first compaction to be computed here, so that the
+        observation window never depends on what the cache held."""
+        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        plan = self._plans.get(request.request_id)
+        if plan is not None and hit:
+            first = plan.first_compaction(request.num_tokens + request.max_tokens)
+            if first is not None:
+                window = plan.window if self._tracked[request.request_id].queries else 1
+                size = self._manager.block_size
+                cap = max(0, first - window) // size * size
+                if hit > cap:
+                    blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, cap)
+                    hit = cap
+        return blocks, hit, boundary, diverged
+
+    # -- statistics -----------------------------------------------------------------------------
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+        for policy, seconds in getattr(model_runner_output, "kvcrush_seconds", ()):
+            self.kvcrush_stats.record_seconds(policy, seconds)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            held: dict[str, int] = {}
+            raw: dict[str, int] = {}
+            for request in self.running:
+                tracked = self._tracked.get(request.request_id)
+                if tracked is None:
+                    continue
+                name = tracked.params.policy if tracked.params.active else "none"
+                blocks = len(self._manager.req_to_blocks.get(request.request_id, ()))
+                saved = self._manager.evicted.get(request.request_id, 0)
+                held[name] = held.get(name, 0) + blocks
+                raw[name] = raw.get(name, 0) + blocks + cdiv(saved, self._manager.block_size)
+            size = self._block_bytes
+            stats.kv_connector_stats = {
+                **(stats.kv_connector_stats or {}),
+                "kvcrush": {
+                    **self.kvcrush_stats.to_dict(),
+                    "kv_bytes_held": {k: v * size for k, v in held.items()},
+                    "kv_bytes_raw_equivalent": {k: v * size for k, v in raw.items()},
+                },
+            }
+        return stats
+
+
+class KVCrushScheduler(KVCrushSchedulerMixin, Scheduler):
+    """Synchronous scheduling."""
+
+
+class KVCrushAsyncScheduler(KVCrushSchedulerMixin, AsyncScheduler):
+    """Asynchronous scheduling: needs nothing of its own, as block counts follow from the plan."""

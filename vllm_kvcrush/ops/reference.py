@@ -1,0 +1,211 @@
+"""Plain-torch operations of the eviction policies: the oracle of every faster implementation.
+
+Shapes use H KV heads, Hq = g·H query heads (query head q reads KV head q // g), n held slots, of
+which the first m are candidates, a window of w queries, and head size D. Inputs may have any
+float dtype; maths and results are float32, or float64 where an input is float64. Ties always go
+to the lower slot, and nothing here waits for the device, so that the layers of a compaction can
+be queued one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ANCHORS = ("random", "zeros", "ones", "mean", "alternate")
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Attention weights of the newest queries over every held slot (SnapKV, arXiv 2404.14469 §4).
+
+    Args:
+        queries: [Hq, w, D] with RoPE, unscaled; row i is the query of slot n - w + i.
+        keys: [H, n, D] with RoPE, w <= n.
+        scale: factor of q·k, usually D ** -0.5.
+
+    Returns:
+        [Hq, w, n]; every row sums to 1 and is 0 at the slots after its own.
+    """
+    num_heads, window, size = queries.shape
+    num_kv_heads, n, _ = keys.shape
+    if window > n:
+        raise ValueError(f"a window of {window} queries is longer than the {n} held slots")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads do not divide over {num_kv_heads} KV heads")
+    dtype = _wide(queries, keys)
+    # A group's queries become rows of one matrix product: the keys are not repeated.
+    rows = queries.to(dtype).reshape(num_kv_heads, -1, size) * scale
+    logits = (rows @ keys.to(dtype).mT).view(num_heads, window, n)
+    later = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
+    logits[..., n - window :].masked_fill_(later, -torch.inf)
+    return logits.softmax(-1)
+
+
+def reduce_groups(x: Tensor, num_kv_heads: int, how: str = "mean") -> Tensor:
+    """Merges the query heads that share a KV head (GQA).
+
+    Args:
+        x: [Hq, ...].
+        num_kv_heads: H; divides Hq.
+        how: "mean" or "max" over the group.
+
+    Returns:
+        [H, ...].
+    """
+    if x.shape[0] % num_kv_heads:
+        raise ValueError(f"{x.shape[0]} query heads do not divide over {num_kv_heads} KV heads")
+    groups = x.to(_wide(x)).reshape(num_kv_heads, -1, *x.shape[1:])
+    if how == "mean":
+        return groups.mean(1)
+    if how == "max":
+        return groups.amax(1)
+    raise ValueError(f"how={how!r} is not one of mean, max")
+
+
+def pool_scores(scores: Tensor, size: int, kind: str) -> Tensor:
+    """Smooths scores along the slots, so that neighbours of a strong slot stay with it
+    (SnapKV, arXiv 2404.14469 §4).
+
+    Args:
+        scores: [H, m].
+        size: width of the centred window, odd.
+        kind: "avg" or "max". At the edges the window is cut: no padding enters either.
+
+    Returns:
+        [H, m].
+    """
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"size={size!r} is not an odd whole number, 1 or more")
+    scores, pad = scores.to(_wide(scores)), size // 2
+    if kind == "max":
+        return F.max_pool1d(scores, size, stride=1, padding=pad)
+    if kind == "avg":
+        return F.avg_pool1d(scores, size, stride=1, padding=pad, count_include_pad=False)
+    raise ValueError(f"kind={kind!r} is not one of avg, max")
+
+
+def top_mask(scores: Tensor, keep: int) -> Tensor:
+    """Marks each head's `keep` best slots.
+
+    Args:
+        scores: [H, m]; NaN counts as the worst.
+        keep: 0 <= keep <= m.
+
+    Returns:
+        bool [H, m] with exactly `keep` ones in each row.
+    """
+    m = scores.shape[-1]
+    if not 0 <= keep <= m:
+        raise ValueError(f"cannot keep {keep} of {m} slots")
+    if keep in (0, m):
+        return torch.full_like(scores, keep == m, dtype=torch.bool)
+    # A NaN would compare false with everything and break the count, which frees wrong memory.
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    # topk finds the threshold quickly, but which of several equal slots it returns differs
+    # between devices; the first ones are counted off here instead.
+    least = scores.topk(keep, sorted=False).values.amin(-1, keepdim=True)
+    above, ties = scores > least, scores == least
+    room = keep - above.sum(-1, keepdim=True)
+    return above | (ties & (ties.cumsum(-1) <= room))
+
+
+def mask_slots(mask: Tensor, count: int) -> Tensor:
+    """Slots that a mask marks.
+
+    Args:
+        mask: bool [H, m] with exactly `count` ones in each row.
+
+    Returns:
+        int64 [H, count], ascending.
+    """
+    heads = mask.shape[0]
+    return torch.nonzero_static(mask, size=heads * count)[:, 1].view(heads, count)
+
+
+def top_slots(scores: Tensor, keep: int) -> Tensor:
+    """Each head's `keep` best slots.
+
+    Args:
+        scores: [H, m]; NaN counts as the worst.
+        keep: 0 <= keep <= m.
+
+    Returns:
+        int64 [H, keep], ascending.
+    """
+    return mask_slots(top_mask(scores, keep), keep)
+
+
+def keep_bits(scores: Tensor, share: float) -> Tensor:
+    """KVCrush's binary features: would this head keep this token (arXiv 2503.00022)?
+
+    Args:
+        scores: [H, m].
+        share: part of a head's tokens that get a one; round(share·m) of them.
+
+    Returns:
+        bool [H, m].
+    """
+    return top_mask(scores, round(share * scores.shape[-1]))
+
+
+def anchor_bits(kind: str, bits_matrix: Tensor, seed: int) -> Tensor:
+    """The vector that KVCrush measures distances from (arXiv 2503.00022; the kinds are those of
+    OpenVINO GenAI's `KVCrushAnchorPointMode`).
+
+    Args:
+        kind: "random" (fixed by `seed` and b alone), "zeros", "ones", "mean" (the majority of
+            each column, zero at a tie) or "alternate" (0, 1, 0, 1, ...).
+        bits_matrix: bool [..., m, b], the vectors; only "mean" reads their content.
+        seed: of "random".
+
+    Returns:
+        bool [..., b] for "mean", else [b].
+    """
+    count, width = bits_matrix.shape[-2:]
+    device = bits_matrix.device
+    if kind == "mean":
+        return 2 * bits_matrix.sum(-2, dtype=torch.int32) > count
+    if kind == "random":
+        # Drawn on the CPU, whose generator gives the same bits next to every kind of device.
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(0, 2, (width,), generator=generator).bool().to(device)
+    if kind == "alternate":
+        return (torch.arange(width, device=device) % 2).bool()
+    if kind in ("zeros", "ones"):
+        return torch.full((width,), kind == "ones", dtype=torch.bool, device=device)
+    raise ValueError(f"kind={kind!r} is not one of {', '.join(ANCHORS)}")
+
+
+def hamming(vectors: Tensor, anchor: Tensor) -> Tensor:
+    """Number of bits in which each vector differs from the anchor.
+
+    Args:
+        vectors: bool [..., m, b].
+        anchor: bool [..., b]; leading dimensions broadcast.
+
+    Returns:
+        int32 [..., m].
+    """
+    return (vectors ^ anchor.unsqueeze(-2)).sum(-1, dtype=torch.int32)
+
+
+def spread(order: Tensor, count: int) -> Tensor:
+    """Evenly spaced picks from an ordered list (KVCrush, arXiv 2503.00022).
+
+    Args:
+        order: [..., x], candidates in order.
+        count: 0 <= count <= x.
+
+    Returns:
+        [..., count], the elements at floor(i·x / count); the first one is always among them.
+    """
+    x = order.shape[-1]
+    if not 0 <= count <= x:
+        raise ValueError(f"cannot pick {count} of {x}")
+    steps = torch.arange(count, device=order.device) * x // max(count, 1)
+    return order[..., steps]

@@ -1,0 +1,136 @@
+"""The plan: how many blocks a request holds, and at which token counts it is compacted.
+
+A pure function of the request's parameters and its token counts. The scheduler calls it to
+allocate blocks, the worker to know which queries to remember; because both get the same answer,
+block counts need no message between them (design rule 2), and a request that is preempted and
+read again is compacted at the same positions with the same result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b for non-negative a, positive b."""
+    return -(-a // b)
+
+
+class Shape(NamedTuple):
+    """Result of one compaction: `compressed` blocks, then a raw tail of `tail_tokens`."""
+
+    compressed: int
+    tail_tokens: int
+
+
+def min_blocks(block_size: int, window: int, sinks: int) -> int:
+    """Fewest blocks a compacted request can hold: the sinks' blocks (at least one compressed
+    block) and the longest tail that keeps `window` tokens and starts on a block boundary."""
+    return max(1, cdiv(sinks, block_size)) + cdiv(window + block_size - 1, block_size)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Block counts and compaction positions of one request.
+
+    Args:
+        budget: `float` in (0, 1]: share of the raw tokens; `int`: tokens. Tokens here are
+            raw-token equivalents: bytes a raw token of this model takes.
+        num_prompt_tokens: length of the prompt, in tokens.
+        block_size: tokens in a block.
+        window: newest tokens that always stay raw (the observation window).
+        sinks: leading tokens that always stay.
+        prefill_interval: tokens by which a prompt may outgrow its budget while it is read.
+        decode_interval: decoded tokens between two compactions.
+
+    All positions are counts of computed tokens, `n`; "at n" means tokens [0, n) have KV.
+    """
+
+    budget: float | int
+    num_prompt_tokens: int
+    block_size: int
+    window: int = 16
+    sinks: int = 4
+    prefill_interval: int = 2048
+    decode_interval: int = 128
+
+    @property
+    def never(self) -> bool:
+        """A budget of 1.0 never compacts."""
+        return isinstance(self.budget, float) and self.budget >= 1.0
+
+    def tokens(self, n: int) -> int:
+        """Tokens' worth of KV that the budget allows at n. A fraction counts the whole prompt
+        from the start: its length is known, so early chunks need not be squeezed harder."""
+        if isinstance(self.budget, float):
+            return int(self.budget * max(n, self.num_prompt_tokens))
+        return self.budget
+
+    def blocks(self, n: int) -> int:
+        """Blocks a request holds right after a compaction at n (compressed region and tail)."""
+        floor = min_blocks(self.block_size, self.window, self.sinks)
+        return max(floor, self.tokens(n) // self.block_size)
+
+    def shape(self, n: int, held: int) -> Shape:
+        """Blocks and tail after a compaction at n of a request that holds `held` tokens' slots.
+
+        The tail starts on a block boundary, so its blocks stay where they are."""
+        tail = held - max(0, held - self.window) // self.block_size * self.block_size
+        return Shape(self.blocks(n) - cdiv(tail, self.block_size), tail)
+
+    def held_after(self, n: int, held: int) -> int:
+        """Slots held after a compaction at n."""
+        shape = self.shape(n, held)
+        return shape.compressed * self.block_size + shape.tail_tokens
+
+    def due(self, n: int, held: int) -> bool:
+        """Whether a compaction at n would lower the number of blocks."""
+        return not self.never and cdiv(held, self.block_size) > self.blocks(n)
+
+    def check_after(self, n: int) -> int:
+        """The first compaction position > n: while the prompt is read, whenever the tail has
+        grown by `prefill_interval`; at its end; then every `decode_interval` tokens."""
+        prompt = self.num_prompt_tokens
+        if n >= prompt:
+            return prompt + ((n - prompt) // self.decode_interval + 1) * self.decode_interval
+        grown = self.blocks(prompt) * self.block_size + self._prefill_step
+        if n >= grown:
+            grown += ((n - grown) // self._prefill_step + 1) * self._prefill_step
+        return min(grown, prompt)
+
+    @property
+    def _prefill_step(self) -> int:
+        return max(1, self.prefill_interval // self.block_size) * self.block_size
+
+    def is_check(self, n: int) -> bool:
+        """Whether n is a compaction position."""
+        return n > 0 and self.check_after(n - 1) == n
+
+    def next_compaction(self, n: int, held: int, limit: int) -> int | None:
+        """The first position in (n, limit] where a request that holds `held` slots at n will be
+        compacted, or None."""
+        if self.never:
+            return None
+        check = self.check_after(n)
+        while check <= limit:
+            if self.due(check, held + check - n):
+                return check
+            check = self.check_after(check)
+        return None
+
+    def first_compaction(self, limit: int) -> int | None:
+        """Where a request that reaches `limit` tokens is compacted first, or None. Tokens before
+        it have exact KV; blocks of later ones are never put into the prefix cache."""
+        return self.next_compaction(0, 0, limit)
+
+    def bound(self, n: int) -> int:
+        """Most blocks held at any time by a request that grows to n tokens (design rule 5)."""
+        raw = cdiv(n, self.block_size)
+        if self.never:
+            return raw
+        prefill = self.blocks(self.num_prompt_tokens) + self._prefill_step // self.block_size
+        if n <= self.num_prompt_tokens:
+            return min(raw, prefill)
+        decode = self.blocks(n) + cdiv(self.decode_interval, self.block_size)
+        return min(raw, max(min(prefill, cdiv(self.num_prompt_tokens, self.block_size)), decode))

@@ -1,0 +1,208 @@
+"""Entry point `vllm.general_plugins`: flags, checks, registration.
+
+The only file that touches vLLM's globals. `register()` runs in every vLLM process, so it only
+wraps a few methods; each wrapper passes through untouched unless a policy was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from typing import Any
+
+from vllm_kvcrush import __version__, gate
+from vllm_kvcrush.config import ConfigError, Settings
+
+_FLAGS = ("policy", "budget", "budget_max", "allow", "config")
+_SCHEDULERS = {
+    False: "vllm_kvcrush.engine.scheduler.KVCrushScheduler",
+    True: "vllm_kvcrush.engine.scheduler.KVCrushAsyncScheduler",
+}
+_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcrush.engine.worker.KVCrushCPUWorker",
+}
+_registered = False
+
+
+def register() -> None:
+    """Called by vLLM in every process; idempotent."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from vllm.engine.arg_utils import EngineArgs
+
+    _wrap_flags(EngineArgs)
+    _wrap_config(EngineArgs)
+    if gate.verdict()[0]:
+        from vllm_kvcrush.server import metrics, params, usage
+
+        params.install()
+        usage.install()
+        metrics.install()
+
+
+def _wrap_flags(engine_args: Any) -> None:
+    add_cli_args, from_cli_args = engine_args.add_cli_args, engine_args.from_cli_args
+
+    @functools.wraps(add_cli_args)
+    def with_group(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        group = parser.add_argument_group(
+            "KVPolicy", "KV-cache compression (vllm-kvcrush); inactive without --kv-policy."
+        )
+        # No defaults: a flag that was not given must not override --additional-config.
+        group.add_argument(
+            "--kv-policy",
+            dest="kv_policy",
+            help="Policy of requests that name none: streaming, snapkv, h2o, kvcrush, or none "
+            "(active only for requests that ask).",
+        )
+        group.add_argument(
+            "--kv-budget",
+            dest="kv_budget",
+            help="KV a request may hold: a fraction of its raw size (0.25) or a number of tokens "
+            "(4096). Default 0.25.",
+        )
+        group.add_argument(
+            "--kv-budget-max",
+            dest="kv_budget_max",
+            help="Largest kv_budget that a client may ask for; opting out counts as 1.0.",
+        )
+        group.add_argument(
+            "--kv-policy-allow",
+            dest="kv_policy_allow",
+            help="Comma-separated policies that clients may ask for. Default: all.",
+        )
+        group.add_argument(
+            "--kv-policy-config",
+            dest="kv_policy_config",
+            type=_json_object,
+            help="JSON, or dotted as --kv-policy-config.kvcrush.anchor=mean: sinks, window, "
+            "prefill_interval, decode_interval (tokens), and options by policy.",
+        )
+        return parser
+
+    @functools.wraps(from_cli_args.__func__)
+    def with_flags(cls: Any, args: argparse.Namespace) -> Any:
+        result = from_cli_args.__func__(cls, args)
+        names = ("kv_policy", "kv_budget", "kv_budget_max", "kv_policy_allow", "kv_policy_config")
+        given = {
+            short: getattr(args, name)
+            for short, name in zip(_FLAGS, names, strict=True)
+            if getattr(args, name, None) is not None
+        }
+        if given:
+            extra = dict(result.additional_config or {})
+            extra["kvcrush"] = {**extra.get("kvcrush", {}), **given}
+            result.additional_config = extra
+            result._kvcrush_from_cli = True
+            try:
+                _settings(extra)
+            except ConfigError as error:
+                _exit(error)
+        return result
+
+    engine_args.add_cli_args = staticmethod(with_group)
+    engine_args.from_cli_args = classmethod(with_flags)
+
+
+def _wrap_config(engine_args: Any) -> None:
+    create = engine_args.create_engine_config
+
+    @functools.wraps(create)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            settings = _settings(self.additional_config)
+            if settings is not None:
+                # In full, so that every process reads the same and bad input fails here.
+                self.additional_config = {
+                    **self.additional_config,
+                    "kvcrush": settings.to_dict(),
+                }
+            vllm_config = create(self, *args, **kwargs)
+            if settings is not None:
+                configure(vllm_config, settings)
+        except (ConfigError, Refused) as error:
+            if getattr(self, "_kvcrush_from_cli", False):
+                _exit(error)
+            raise
+        return vllm_config
+
+    engine_args.create_engine_config = create_engine_config
+
+
+class Refused(ValueError):
+    """The engine's configuration has something that was not verified with this plugin."""
+
+
+def _settings(additional_config: Any) -> Settings | None:
+    raw = additional_config.get("kvcrush") if isinstance(additional_config, dict) else None
+    if raw is None:
+        return None
+    if not isinstance(raw, dict) or raw.get("policy") is None:
+        raise ConfigError(
+            "KV compression was configured without a policy: add --kv-policy=kvcrush, or "
+            "--kv-policy=none to activate it only for requests that ask.",
+            "--kv-policy",
+        )
+    ok, sentence = gate.verdict()
+    if not ok:
+        raise ConfigError(sentence, "--kv-policy")
+    return Settings.from_dict(raw)
+
+
+def configure(vllm_config: Any, settings: Settings) -> None:
+    """Activates the plugin on a finished `VllmConfig`, or raises with everything against it."""
+    from vllm.logger import init_logger
+
+    offenders = gate.refusals(vllm_config)
+    worker = vllm_config.parallel_config.worker_cls
+    if worker not in _WORKERS and worker not in _WORKERS.values():
+        offenders.append(f"worker class {worker}: start without --worker-cls")
+    if vllm_config.scheduler_config.scheduler_cls not in (None, *_SCHEDULERS.values()):
+        offenders.append(
+            f"scheduler class {vllm_config.scheduler_config.scheduler_cls}: "
+            "start without --scheduler-cls"
+        )
+    if offenders:
+        raise Refused("--kv-policy cannot run with: " + "; ".join(offenders) + ".")
+    settings.check(
+        vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
+    )
+    asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
+    vllm_config.scheduler_config.scheduler_cls = _SCHEDULERS[asynchronous]
+    vllm_config.parallel_config.worker_cls = _WORKERS.get(worker, worker)
+    # Under vLLM's name, so that its logging configuration shows the line.
+    init_logger("vllm.kvcrush").info(
+        "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s clients may ask for %s; "
+        "sinks=%d window=%d prefill_interval=%d decode_interval=%d, blocks of %d tokens, "
+        "read by vLLM's CPU attention kernel.",
+        __version__,
+        settings.policy,
+        settings.budget,
+        settings.budget_max,
+        ",".join(settings.allow),
+        settings.sinks,
+        settings.window,
+        settings.prefill_interval,
+        settings.decode_interval,
+        vllm_config.cache_config.block_size,
+    )
+
+
+def _json_object(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _exit(error: Exception) -> None:
+    print(f"vllm: error: {error}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,130 @@
+"""What a policy sees, and what it answers.
+
+A policy ranks the tokens of one layer of one request; how many stay is the plan's business, and
+moving them is the engine's. Every head keeps the same number of tokens, not the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vllm_kvcrush import ops
+
+
+@dataclass
+class View:
+    """One layer of one request at a compaction. Slots are in position order.
+
+    H KV heads, Hq query heads, n held slots, m candidates, w window queries, head size D. Under
+    tensor parallelism H and Hq count this rank's heads.
+
+    Attributes:
+        keys: [H, n, D], keys of every held slot, with RoPE.
+        values: [H, n, D], or None unless the policy needs "values".
+        queries: [Hq, w, D], the last w queries, with RoPE, unscaled, or None unless the policy
+            needs "queries".
+        scale: factor of q·k.
+        candidates: m; slots [0, m) may be dropped, [m, n) is the raw tail and always stays.
+        sinks: leading slots that always stay.
+        page_size: tokens in a page (vLLM's block size); divides m and the number kept.
+        running: float32 [H, m], what `Policy.running` returned at the last compaction for the
+            tokens that survived it, 0 for newer ones; None unless the policy needs "running".
+        layer: index of the layer.
+        all_heads: [H, m] of this rank → [H over all ranks, m], in rank order; the identity
+            without tensor parallelism. A collective: every rank must make the same calls.
+    """
+
+    keys: Tensor
+    values: Tensor | None
+    queries: Tensor | None
+    scale: float
+    candidates: int
+    sinks: int
+    page_size: int
+    running: Tensor | None
+    layer: int
+    all_heads: Callable[[Tensor], Tensor]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H."""
+        return self.keys.shape[0]
+
+
+class OptionError(ValueError):
+    """A bad hyperparameter; the message is one sentence for the operator who set it."""
+
+    def __init__(self, path: str, problem: str):
+        super().__init__(f"kv-policy-config {path}{problem}")
+        self.path = path
+        self.problem = problem
+
+
+@dataclass
+class Policy(ABC):
+    """Base of all policies. A subclass is a dataclass whose fields are its hyperparameters, and
+    checks them in `__post_init__` with `require`."""
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()  # of "queries", "values", "running"
+
+    @abstractmethod
+    def score(self, view: View) -> Tensor:
+        """Importance of each candidate, [H, m]; higher stays."""
+
+    def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
+        """The slots that stay: int64 [H, keep], ascending, distinct, below m.
+
+        By default the sinks and then the best scores.
+        """
+        return ops.top_slots(protect(scores, view.sinks), keep)
+
+    def running(self, view: View, scores: Tensor) -> Tensor | None:
+        """What the engine keeps of the survivors for `View.running` at the next compaction:
+        float32 [H, m], or None."""
+        return None
+
+    def require(self, option: str, ok: bool, allowed: str) -> None:
+        """Raises OptionError unless `ok`. `allowed` completes "... is not"."""
+        if not ok:
+            problem = f"={getattr(self, option)!r} is not {allowed}"
+            raise OptionError(f"{self.name}.{option}", problem)
+
+    def require_one_of(self, option: str, allowed: tuple[str, ...]) -> None:
+        """Raises OptionError unless the option is one of these words."""
+        ok = getattr(self, option) in allowed
+        self.require(option, ok, f"one of {', '.join(allowed)}")
+
+
+def protect(scores: Tensor, first: int, last: int = 0) -> Tensor:
+    """Puts the first and the last few slots above every other.
+
+    Args:
+        scores: [H, m].
+        first, last: numbers of slots.
+
+    Returns:
+        [H, m], a copy in which these slots are +inf and all others finite.
+    """
+    top = torch.finfo(scores.dtype).max
+    scores = scores.nan_to_num(nan=-top, posinf=top, neginf=-top)
+    scores[:, :first] = torch.inf
+    scores[:, scores.shape[-1] - last :] = torch.inf
+    return scores
+
+
+def is_whole(value: Any) -> bool:
+    """Whether an option is an int; True and False, which JSON has too, are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether an option is a finite int or float."""
+    return is_whole(value) or (isinstance(value, float) and math.isfinite(value))

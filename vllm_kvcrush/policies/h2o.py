@@ -1,0 +1,47 @@
+"""H2O: heavy hitters and recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vllm_kvcrush import ops
+from vllm_kvcrush.policies.base import Policy, View, is_number, protect
+
+
+@dataclass
+class H2O(Policy):
+    """H2O (arXiv 2306.14048 §4), window form: accumulated attention, and a share of recent tokens.
+
+    The paper adds up the attention that a token receives from *every* query. Flash kernels return
+    no weights, so this form adds up what the last w queries give at each compaction, on top of
+    what the token had gathered at earlier ones. Queries between two windows are not counted.
+
+    Attributes:
+        recent: share of the kept candidates that are simply the newest; the sinks and the best
+            scores share the rest. If the sinks need more than that, fewer recent ones stay.
+    """
+
+    name: ClassVar[str] = "h2o"
+    needs: ClassVar[frozenset[str]] = frozenset({"queries", "running"})
+
+    recent: float = 0.5
+
+    def __post_init__(self) -> None:
+        share = is_number(self.recent) and 0 <= self.recent <= 1
+        self.require("recent", share, "a number from 0 to 1")
+
+    def score(self, view: View) -> Tensor:
+        assert view.queries is not None and view.running is not None
+        weights = ops.window_attention(view.queries, view.keys, view.scale)
+        received = weights.sum(1)[:, : view.candidates]
+        return ops.reduce_groups(received, view.num_kv_heads) + view.running
+
+    def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
+        recent = min(int(self.recent * keep), max(0, keep - view.sinks))
+        return ops.top_slots(protect(scores, view.sinks, recent), keep)
+
+    def running(self, view: View, scores: Tensor) -> Tensor:
+        return scores.float()

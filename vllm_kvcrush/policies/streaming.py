@@ -1,0 +1,34 @@
+"""StreamingLLM: attention sinks and the newest tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vllm_kvcrush.policies.base import Policy, View
+
+
+@dataclass
+class Streaming(Policy):
+    """StreamingLLM (arXiv 2309.17453 §3.2): a few initial tokens and the newest ones stay.
+
+    One difference: kept tokens hold their true positions, as every policy here does. The paper
+    numbers positions inside the cache, to run past the length that the model was trained for.
+    """
+
+    name: ClassVar[str] = "streaming"
+
+    def score(self, view: View) -> Tensor:
+        # Slots are in position order, so the index is the age; the sinks are protected by select.
+        slots = torch.arange(view.candidates, dtype=torch.float32, device=view.keys.device)
+        return slots.expand(view.num_kv_heads, -1)
+
+    def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
+        # What the base class would choose, without the search: sorted scores are its slow case.
+        sinks, device = min(view.sinks, keep), view.keys.device
+        first = torch.arange(sinks, device=device)
+        newest = torch.arange(view.candidates - keep + sinks, view.candidates, device=device)
+        return torch.cat((first, newest)).repeat(view.num_kv_heads, 1)
