@@ -11,12 +11,20 @@ venv=$PWD/.venv
 # No usage statistics and no model hub: all that is needed is on disk.
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
-# vLLM sets one core aside by default, which on two cores would halve the speed.
-export VLLM_CPU_NUM_OF_RESERVED_CPU=${VLLM_CPU_NUM_OF_RESERVED_CPU:-0}
+# vLLM warns about any variable of this prefix that it does not know, and has no use for this one.
+unset VLLM_KVCRUSH_CACHE
+# Not set here: VLLM_CPU_NUM_OF_RESERVED_CPU=0. Its threads then fight with the engine's own
+# process for the cores, and on two cores a token takes four times as long.
 # Intel's OpenMP, which vLLM asks for on x86; the lock has it.
 preload=${LD_PRELOAD:-}
 if [[ -e $venv/lib/libiomp5.so ]]; then
     preload=$venv/lib/libiomp5.so${preload:+:$preload}
+fi
+
+# Otherwise the watcher below would take the other server for this one.
+if (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then
+    printf 'serve: Port %s is in use; choose another with "make serve PORT=...".\n' "$port" >&2
+    exit 1
 fi
 
 printf 'serve: Starting vLLM with %s on port %s; this takes about a minute.\n' "${MODEL##*/}" "$port"

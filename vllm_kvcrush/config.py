@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_kvcrush.plan import Plan, min_blocks
+
+if TYPE_CHECKING:
+    from vllm_kvcrush.policies.base import Policy
 
 NONE = "none"
 DEFAULT_BUDGET = 0.25
@@ -32,8 +35,8 @@ class ConfigError(ValueError):
 
 
 def parse_budget(value: Any, key: str) -> float | int:
-    """A budget: a fraction `0 < x <= 1` (float, or a string with a point or percent sign) or a
-    whole number of tokens (int > 1, or its string). `1` and `1.0` are the fraction 1.0."""
+    """A budget: a fraction `0 < x <= 1` (float, or its string) or a whole number of tokens
+    (int > 1, or its string). `1` and `1.0` are the fraction 1.0."""
     allowed = "a fraction in (0, 1] such as 0.25, or a whole number of tokens such as 4096"
     bad = ConfigError(f"{key}={value!r} is not a KV budget: give {allowed}.", key)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -122,6 +125,12 @@ class Settings:
         allow = raw.get("allow")
         if isinstance(allow, str):
             allow = [part.strip() for part in allow.split(",") if part.strip()]
+        elif allow is not None and not isinstance(allow, list | tuple):
+            raise ConfigError(
+                f"--kv-policy-allow={allow!r} is not a list of policies: "
+                f"choose some of {', '.join(names)}.",
+                "--kv-policy-allow",
+            )
         allow = tuple(_policy_name(a, "--kv-policy-allow", names) for a in allow or names)
         if policy not in allow:
             allow = (policy, *allow)
@@ -244,6 +253,12 @@ class Settings:
                 BUDGET_KEY if params.policy != NONE else POLICY_KEY,
             )
         return params
+
+    def build(self, name: str) -> Policy:
+        """The policy `name` with this server's hyperparameters. Build it once: it is not cheap."""
+        from vllm_kvcrush import policies
+
+        return policies.get(name, self.options.get(name))
 
     def plan(self, params: RequestParams, num_prompt_tokens: int, block_size: int) -> Plan:
         """The plan of a request with these parameters."""

@@ -8,6 +8,7 @@ same bytes, and because transformers leaves out the tokenizer's splitting of dig
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -162,11 +163,9 @@ def _check(model: pathlib.Path, say: Callable[[str], object]) -> None:
             f"{weights} is not what it should be (its SHA-256 differs): "
             f"delete the directory {model} and run this again."
         )
-    try:
+    # A read-only cache is fine; it is only checked anew each time.
+    with contextlib.suppress(OSError):
         (model / _CHECKED).write_text(json.dumps(now))
-    except OSError:
-        # A read-only cache is fine; it is only checked anew each time.
-        pass
 
 
 def _convert(source: pathlib.Path, out: pathlib.Path) -> None:

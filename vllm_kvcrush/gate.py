@@ -111,10 +111,9 @@ def _chunked_local(config: Any) -> bool:
 
 
 def _hybrid(config: Any) -> bool:
-    return (
-        any(_get(config, f"model_config.{name}") for name in ("is_hybrid", "is_attention_free"))
-        or _layer_types(config, "linear", "mamba", "conv", "recurrent")
-    )
+    return any(
+        _get(config, f"model_config.{name}") for name in ("is_hybrid", "is_attention_free")
+    ) or _layer_types(config, "linear", "mamba", "conv", "recurrent")
 
 
 def _kv_dtype(config: Any) -> bool | str:

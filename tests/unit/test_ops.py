@@ -221,6 +221,7 @@ def test_mean_anchor_is_a_strict_majority() -> None:
     assert ops.anchor_bits("mean", matrix, 0).int().tolist() == [1, 0, 0]
     stacked = torch.stack((matrix, ~matrix))
     assert ops.anchor_bits("mean", stacked, 0).int().tolist() == [[1, 0, 0], [0, 0, 1]]
+    assert ops.anchor_bits("mean", torch.ones(200, 2).bool(), 0).tolist() == [True, True]
 
 
 def test_random_anchor_is_pinned() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -130,8 +130,8 @@ def test_same_view_same_choice_and_untouched(name: str, options: dict[str, Any])
 def test_takes_only_what_it_says_it_needs(name: str, options: dict[str, Any]) -> None:
     policy, view = policies.get(name, options), make_view()
     assert policy.needs <= {"queries", "values", "running"}
-    for field in {"queries", "values", "running"} - policy.needs:
-        view = replace(view, **{field: None})
+    unused: dict[str, Any] = dict.fromkeys({"queries", "values", "running"} - policy.needs)
+    view = replace(view, **unused)
     scores = policy.score(view)
     policy.select(view, scores, 16)
     running = policy.running(view, scores)
@@ -250,6 +250,12 @@ def test_h2o_splits_its_budget(recent: float, sinks: int, keep: int) -> None:
         rest = sorted(set(range(48)) - chosen, key=lambda i: (-row[i], i))
         chosen.update(rest[: keep - len(chosen)])
         assert got.tolist() == sorted(chosen)
+
+
+def test_infinite_scores_do_not_displace_protected_slots() -> None:
+    view = make_view(sinks=0)
+    scores = torch.full((3, 48), torch.inf)
+    assert H2O(0.5).select(view, scores, 8).tolist() == [[0, 1, 2, 3, 44, 45, 46, 47]] * 3
 
 
 # KVCrush
@@ -436,7 +442,8 @@ def test_kvcrush_passes_the_base_on() -> None:
     view = make_view()
     assert crush.needs == {"queries", "running"}
     assert torch.equal(crush.score(view), H2O().score(view))
-    assert torch.equal(crush.running(view, crush.score(view)), H2O().score(view))
+    running = crush.running(view, crush.score(view))
+    assert running is not None and torch.equal(running, H2O().score(view))
     assert KVCrush(base="streaming").needs == frozenset()
 
 
@@ -527,7 +534,7 @@ class Oldest(Policy):
 
 
 @pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Installs entry points of third parties, name → value."""
     module = ModuleType("third_party")
     module.Oldest = Oldest  # type: ignore[attr-defined]
@@ -537,8 +544,10 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def install(*entries: tuple[str, str]) -> None:
         found = [EntryPoint(name, value, policies.GROUP) for name, value in entries]
         monkeypatch.setattr(policies, "entry_points", lambda group: found)
+        policies._third_party.cache_clear()
 
-    return install
+    yield install
+    policies._third_party.cache_clear()
 
 
 def test_a_third_party_policy_is_one_of_the_policies(install: Callable[..., None]) -> None:

@@ -15,7 +15,6 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_kvcrush import policies
 from vllm_kvcrush.config import RequestParams, Settings
 from vllm_kvcrush.engine.backend import CacheLayer, QueryTap, gather
 from vllm_kvcrush.engine.blocks import KVCrushSpec
@@ -52,11 +51,7 @@ class KVCrushCPUModelRunner(CPUModelRunner):
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self._settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
-        self._policies = {
-            name: policies.get(name, self._settings.options.get(name))
-            for name in policies.names()
-            if name in self._settings.allow
-        }
+        self._policies: dict[str, Policy] = {}
         self._crushed: dict[str, _Request] = {}
         self._deferred: frozenset[str] = frozenset()
         self._layers: list[CacheLayer] = []
@@ -64,8 +59,8 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         # Rows of the batch whose queries are wanted: (request, first row, first position, count).
         self._wanted: list[tuple[_Request, int, int, int]] = []
         self._seconds: list[tuple[str, float]] = []
-        # Called with (request_id, computed, layer, slots [kv_heads, keep]); for tests and tools.
-        self.on_select: Callable[[str, int, int, Tensor], None] | None = None
+        # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
+        self.on_select: Callable[[Compaction, int, Tensor], None] | None = None
 
     # -- start-up -------------------------------------------------------------------------------
 
@@ -113,6 +108,8 @@ class KVCrushCPUModelRunner(CPUModelRunner):
             return
         params = self._settings.request(sampling_params.extra_args)
         if params.active:
+            if params.policy not in self._policies:
+                self._policies[params.policy] = self._settings.build(params.policy)
             self._crushed[request_id] = _Request(
                 params,
                 self._policies[params.policy],
@@ -243,7 +240,7 @@ class KVCrushCPUModelRunner(CPUModelRunner):
             scores = policy.score(view)
             kept = policy.select(view, scores, keep)
             if self.on_select is not None:
-                self.on_select(command.request_id, command.computed, index, kept)
+                self.on_select(command, index, kept)
             if (new_running := policy.running(view, scores)) is not None:
                 survivors.append(new_running.gather(1, kept))
             # Both are copies, so writing into blocks of `source` is safe.

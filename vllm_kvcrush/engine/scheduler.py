@@ -13,11 +13,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from vllm_kvcrush import policies
 from vllm_kvcrush.config import RequestParams, Settings
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushManager
 from vllm_kvcrush.engine.commands import Compaction, StepCommands
-from vllm_kvcrush.plan import cdiv
+from vllm_kvcrush.plan import Plan, cdiv
 from vllm_kvcrush.stats import Stats
 
 logger = init_logger(__name__)
@@ -46,7 +45,8 @@ class KVCrushSchedulerMixin:
         self._manager: KVCrushManager = managers[0]
         self._settings = Settings.from_dict(self.vllm_config.additional_config["kvcrush"])
         self._tracked: dict[str, _Tracked] = {}
-        self._plans: dict[str, Any] = {}
+        self._plans: dict[str, Plan] = {}
+        self._queries: dict[str, bool] = {}
         self._manager.plans = self._plans
         self.kvcrush_stats = Stats()
         # Every rank holds its share of the heads; bytes are counted over all of them.
@@ -60,13 +60,18 @@ class KVCrushSchedulerMixin:
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests and request.sampling_params is not None:
             params = self._settings.request(request.sampling_params.extra_args)
-            queries = params.active and "queries" in policies.get(params.policy).needs
+            queries = params.active and self._uses_queries(params.policy)
             self._tracked[request.request_id] = _Tracked(params, queries)
             if params.active:
                 self._plans[request.request_id] = self._settings.plan(
                     params, request.num_prompt_tokens, self._manager.block_size
                 )
         super().add_request(request)
+
+    def _uses_queries(self, policy: str) -> bool:
+        if policy not in self._queries:
+            self._queries[policy] = "queries" in self._settings.build(policy).needs
+        return self._queries[policy]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         held = self._held_report(request)
@@ -215,7 +220,7 @@ class KVCrushSchedulerMixin:
             stats.kv_connector_stats = {
                 **(stats.kv_connector_stats or {}),
                 "kvcrush": {
-                    **self.kvcrush_stats.to_dict(),
+                    **self.kvcrush_stats.take(),
                     "kv_bytes_held": {k: v * size for k, v in held.items()},
                     "kv_bytes_raw_equivalent": {k: v * size for k, v in raw.items()},
                 },

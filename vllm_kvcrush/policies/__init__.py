@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -50,6 +51,7 @@ def get(name: str, options: Mapping[str, Any] | None = None) -> Policy:
     return cls(**(options or {}))
 
 
+@cache  # reading every installed package's metadata takes 20 ms, and `get` runs per request
 def _third_party() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):

@@ -1,0 +1,230 @@
+"""A worker without a model: it runs scheduler outputs on slots that remember what they hold.
+
+A slot holds the number of an exact token prefix (the KV of that prefix's last token, computed
+while every earlier token was exact and in place), or `(request, admission, position)` for a token
+that attended to a compacted cache. So whoever reads a wrong, stale or overwritten slot sees it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_kvcrush import policies
+from vllm_kvcrush.config import Settings
+from vllm_kvcrush.engine.commands import Compaction, StepCommands
+from vllm_kvcrush.plan import Plan, cdiv
+
+STOP_TOKEN = 1
+Content = int | tuple[str, int, int] | None
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The token that the absent model samples."""
+    mixed = 7 * len(tokens) + 5 * tokens[-1] + 3 * tokens[len(tokens) // 2]
+    return STOP_TOKEN if mixed % 61 == 0 else 2 + mixed % 17
+
+
+class Prefixes:
+    """Numbers token prefixes, so that equal numbers mean equal prefixes."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, int], int] = {}
+
+    def chain(self, tokens: Iterable[int], after: int = 0) -> list[int]:
+        """The number of each prefix that ends in `tokens`, which follow prefix `after`."""
+        chain = []
+        for token in tokens:
+            after = self._numbers.setdefault((after, token), len(self._numbers) + 1)
+            chain.append(after)
+        return chain
+
+
+@dataclass
+class Row:
+    """A request as its worker sees it, since it was admitted or resumed."""
+
+    request_id: str
+    admission: int
+    plan: Plan
+    wants_queries: bool
+    tokens: list[int]
+    chain: list[int]
+    blocks: list[int] | None  # None while preempted
+    computed: int
+    hit: int
+    evicted: int = 0
+    compactions: int = 0
+    # What the request's slots must hold, in slot order, whatever others do.
+    held: list[Content] = field(default_factory=list)
+    # Positions whose queries were remembered for the next compaction.
+    queries: set[int] = field(default_factory=set)
+
+    def content(self, position: int) -> Content:
+        """What computing the token at this position writes."""
+        if self.compactions:
+            return (self.request_id, self.admission, position)
+        return self.chain[position]
+
+
+class PagedWorker:
+    """Does with a `SchedulerOutput` what `engine/runner.py` does, in its order, and asserts that
+    it may."""
+
+    def __init__(self, num_blocks: int, block_size: int, settings: Settings, seed: int) -> None:
+        self.block_size = block_size
+        self.settings = settings
+        self.random = random.Random(seed)
+        self.prefixes = Prefixes()
+        self.slots: list[list[Content]] = [[None] * block_size for _ in range(num_blocks)]
+        self.rows: dict[str, Row] = {}
+        # (block, slot) of this step's new tokens.
+        self.written: list[tuple[int, int]] = []
+        self._admissions = 0
+
+    def execute(self, output: Any, commands: StepCommands) -> dict[str, list[int]]:
+        """Runs one step; returns each scheduled request's sampled tokens."""
+        self.written = []
+        for request_id in output.finished_req_ids:
+            self.rows.pop(request_id, None)
+        for request_id in output.preempted_req_ids or ():
+            if request_id in self.rows:
+                self.rows[request_id].blocks = None
+        cached = output.scheduled_cached_reqs
+        for command in commands.compactions:
+            assert command.request_id not in cached.resumed_req_ids
+            self._compact(self.rows[command.request_id], command)
+        for new in output.scheduled_new_reqs:
+            assert new.req_id not in self.rows
+            self._admit(
+                new.req_id,
+                new.sampling_params,
+                len(new.prompt_token_ids),
+                new.prompt_token_ids,
+                new.block_ids[0],
+                new.num_computed_tokens,
+            )
+        for i, request_id in enumerate(cached.req_ids):
+            row, new_blocks = self.rows[request_id], cached.new_block_ids[i]
+            if request_id in cached.resumed_req_ids:
+                assert row.blocks is None
+                row.tokens = list(cached.all_token_ids[request_id])
+                self._readmit(row, new_blocks[0], cached.num_computed_tokens[i])
+            else:
+                assert row.blocks is not None, f"{request_id} runs, but was preempted"
+                assert row.computed == cached.num_computed_tokens[i]
+                row.blocks += new_blocks[0] if new_blocks else []
+        # In the order of scheduling: a request may hit blocks that an earlier one fills now.
+        return {
+            request_id: self._forward(self.rows[request_id], count, commands)
+            for request_id, count in output.num_scheduled_tokens.items()
+        }
+
+    def contents(self, blocks: Sequence[int], count: int) -> list[Content]:
+        """What the first `count` slots of these blocks hold."""
+        return [slot for block in blocks for slot in self.slots[block]][:count]
+
+    def check_row(self, row: Row) -> None:
+        """Every slot of a request holds what it put there, and blocks follow from tokens."""
+        assert row.blocks is not None
+        count = row.computed - row.evicted
+        assert len(row.held) == count
+        assert len(row.blocks) == cdiv(count, self.block_size), (row.request_id, row.blocks, count)
+        assert self.contents(row.blocks, count) == row.held, f"{row.request_id} lost its tokens"
+
+    def _admit(
+        self,
+        request_id: str,
+        sampling_params: Any,
+        num_prompt_tokens: int,
+        tokens: Sequence[int],
+        blocks: Sequence[int],
+        computed: int,
+    ) -> None:
+        params = self.settings.request(sampling_params.extra_args)
+        row = Row(
+            request_id,
+            admission=0,
+            plan=self.settings.plan(params, num_prompt_tokens, self.block_size),
+            wants_queries=params.active and "queries" in policies.get(params.policy).needs,
+            tokens=list(tokens),
+            chain=[],
+            blocks=None,
+            computed=0,
+            hit=0,
+        )
+        self.rows[request_id] = row
+        self._readmit(row, blocks, computed)
+
+    def _readmit(self, row: Row, blocks: Sequence[int], computed: int) -> None:
+        self._admissions += 1
+        row.admission = self._admissions
+        row.chain = self.prefixes.chain(row.tokens)
+        row.blocks = list(blocks)
+        row.computed = row.hit = computed
+        row.evicted = row.compactions = 0
+        row.held = list(row.chain[:computed])
+        row.queries = set()
+
+    def _compact(self, row: Row, command: Compaction) -> None:
+        n, size = row.computed, self.block_size
+        keep, candidates = len(command.target) * size, len(command.source) * size
+        assert row.blocks == [*command.source, *command.tail], "the rows differ"
+        assert command.computed == n
+        assert candidates + command.tail_tokens == n - row.evicted
+        assert cdiv(command.tail_tokens, size) == len(command.tail)
+        assert command.tail_tokens >= row.plan.window
+        assert command.evicted == n - keep - command.tail_tokens
+        assert len(command.target) < len(command.source)
+        assert len({*command.target, *command.tail}) == len(command.target) + len(command.tail)
+        assert self.contents(command.source, candidates) == row.held[:candidates]
+        if row.compactions == 0:
+            assert row.hit <= n - (row.plan.window if row.wants_queries else 1)
+        if row.wants_queries:
+            missing = set(range(n - row.plan.window, n)) - row.queries
+            assert not missing, f"{row.request_id} at {n}: no queries of {sorted(missing)}"
+
+        survivors = sorted(self.random.sample(range(candidates), keep))
+        kept = [row.held[i] for i in survivors]
+        for i, content in enumerate(kept):
+            self.slots[command.target[i // size]][i % size] = content
+        row.held[:candidates] = kept
+        row.blocks = [*command.target, *command.tail]
+        row.evicted = command.evicted
+        row.compactions += 1
+
+    def _forward(self, row: Row, count: int, commands: StepCommands) -> list[int]:
+        start, end, size = row.computed, row.computed + count, self.block_size
+        assert row.blocks is not None and end <= len(row.tokens)
+        assert len(row.blocks) * size >= end - row.evicted, f"{row.request_id} has no slot left"
+        # The prefix that attention reads, found in the cache or computed here.
+        assert self.contents(row.blocks, start - row.evicted) == row.held, row.request_id
+        for n in range(start + 1, end):
+            due = row.plan.is_check(n) and row.plan.due(n, n - row.evicted)
+            assert not due, f"{row.request_id}: chunk {start}-{end} runs over {n}, which is due"
+        self._remember_queries(row, start, end, commands)
+        for position in range(start, end):
+            block, slot = divmod(position - row.evicted, size)
+            assert block * size + slot == len(row.held)
+            row.held.append(row.content(position))
+            self.slots[row.blocks[block]][slot] = row.held[-1]
+            self.written.append((row.blocks[block], slot))
+        row.computed = end
+        if end < len(row.tokens):
+            return []
+        row.tokens.append(next_token(row.tokens))
+        row.chain += self.prefixes.chain(row.tokens[-1:], after=row.chain[-1])
+        return row.tokens[-1:]
+
+    def _remember_queries(self, row: Row, start: int, end: int, commands: StepCommands) -> None:
+        if not row.wants_queries:
+            return
+        window = row.plan.window
+        if row.request_id in commands.deferred:
+            near: int | None = end
+        else:
+            near = row.plan.next_compaction(start, start - row.evicted, end + window)
+        if near is not None:
+            row.queries.update(range(max(start, end - window, near - window), end))

@@ -1,0 +1,480 @@
+"""Random lives of requests, through the real schedulers and block manager.
+
+Hypothesis admits, steps, aborts and preempts; `paged_worker.PagedWorker` does with each
+`SchedulerOutput` what a worker does. After every step block counts, prefix cache and slots must
+agree, and the design's bound must hold.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pickle
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from paged_worker import STOP_TOKEN, PagedWorker
+from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import (
+    get_block_hash,
+    get_request_block_hasher,
+    init_none_hash,
+)
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_kvcrush.config import Settings
+from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushSpec
+from vllm_kvcrush.engine.commands import Compaction
+from vllm_kvcrush.engine.scheduler import KVCrushAsyncScheduler, KVCrushScheduler
+from vllm_kvcrush.plan import cdiv
+
+MAX_MODEL_LEN = 1024
+POLICIES = ("streaming", "snapkv", "h2o", "kvcrush")
+
+init_none_hash(sha256)
+
+
+@functools.cache
+def base_config(asynchronous: bool) -> tuple[VllmConfig, StructuredOutputManager]:
+    """The configuration of a model that nobody builds."""
+    model = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+        "vocab_size": 64,
+        "max_position_embeddings": MAX_MODEL_LEN,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(model))
+        model_config = ModelConfig(
+            model=folder,
+            skip_tokenizer_init=True,
+            dtype="float32",
+            max_model_len=MAX_MODEL_LEN,
+        )
+    config = VllmConfig(
+        model_config=model_config,
+        scheduler_config=SchedulerConfig(
+            max_model_len=MAX_MODEL_LEN,
+            is_encoder_decoder=False,
+            async_scheduling=asynchronous,
+        ),
+        cache_config=CacheConfig(block_size=16),
+    )
+    return config, StructuredOutputManager(config)
+
+
+def tree_prompt(path: Sequence[tuple[int, int]]) -> list[int]:
+    """A walk in a small tree of texts: (branch, tokens) by level."""
+    tokens = []
+    for level, (branch, length) in enumerate(path):
+        tokens += [2 + (i * (3 + branch) + 5 * branch + level) % 17 for i in range(length)]
+    return tokens
+
+
+prompts = st.lists(
+    st.tuples(st.integers(0, 1), st.sampled_from([1, 7, 16, 33, 64, 80, 150])),
+    min_size=1,
+    max_size=3,
+).map(tree_prompt)
+budgets = st.one_of(
+    st.none(),
+    st.sampled_from([0.1, 0.25, 0.5, 0.75, 1.0]),
+    st.integers(0, 10),  # blocks above the smallest absolute budget
+)
+asked_policies = st.sampled_from([None, "none", *POLICIES])
+
+
+from hypothesis import Phase
+EXTRA = {"phases": [Phase.generate]} if os.environ.get("NOSHRINK") else {}
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    scheduler_class: type = KVCrushScheduler
+    ahead = 0  # steps that may be in flight when the next one is scheduled
+
+    @initialize(
+        block_size=st.sampled_from([8, 16]),
+        num_blocks=st.integers(24, 40),
+        chunk=st.sampled_from([16, 40, 64, 256]),
+        seqs=st.integers(2, 6),
+        window=st.sampled_from([1, 4, 8, 16, 24]),
+        sinks=st.sampled_from([0, 4, 20]),
+        prefill_interval=st.sampled_from([16, 32, 64]),
+        decode_interval=st.sampled_from([1, 5, 8, 24]),
+        policy=st.sampled_from([*POLICIES, "none"]),
+        budget=st.sampled_from([0.1, 0.25, 0.5, 0.9, 1.0, 112]),
+        prefix_caching=st.sampled_from([True, True, True, False]),
+        seed=st.integers(0, 99),
+    )
+    def start(
+        self,
+        block_size: int,
+        num_blocks: int,
+        chunk: int,
+        seqs: int,
+        prefix_caching: bool,
+        seed: int,
+        policy: str,
+        budget: float | int,
+        **config: int,
+    ) -> None:
+        self.settings = Settings.from_dict({"policy": policy, "budget": budget, "config": config})
+        self.settings.check(block_size, MAX_MODEL_LEN)
+        vllm_config, structured = base_config(self.ahead > 0)
+        vllm_config.additional_config = {"kvcrush": self.settings.to_dict()}
+        vllm_config.scheduler_config.max_num_batched_tokens = chunk
+        vllm_config.scheduler_config.max_num_seqs = seqs
+        vllm_config.cache_config.block_size = block_size
+        vllm_config.cache_config.num_gpu_blocks = num_blocks
+        vllm_config.cache_config.enable_prefix_caching = prefix_caching
+        spec = KVCrushSpec(block_size=block_size, num_kv_heads=1, head_size=8, dtype="float32")
+        self.scheduler = self.scheduler_class(
+            vllm_config=vllm_config,
+            kv_cache_config=KVCacheConfig(
+                num_blocks=num_blocks,
+                kv_cache_tensors=[],
+                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            ),
+            structured_output_manager=structured,
+            block_size=block_size,
+        )
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self.hasher = get_request_block_hasher(block_size, sha256)
+        self.manager = self.scheduler._manager
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.worker = PagedWorker(num_blocks, block_size, self.settings, seed)
+        self.in_flight: list[tuple[Any, dict[str, list[int]]]] = []
+        self.texts: list[list[int]] = [[2] * 40]
+        self.added = 0
+        # Token prefixes by block hash: the numbers that a block with this hash must hold.
+        self.meaning: dict[bytes, list[int]] = {}
+        self.meanings_known: dict[str, int] = {}
+        # Requests that passed a compaction position uncompacted in this admission.
+        self.overdue: set[str] = set()
+        self.compact = self.manager.compact
+        self.manager.compact = self.watch_compact
+        self.since_drain = 0
+        self.failed = False
+
+    # -- what may happen --------------------------------------------------------------------------
+
+    @rule(
+        prompt=prompts,
+        max_tokens=st.sampled_from([1, 2, 9, 40, 90]),
+        policy=asked_policies,
+        budget=budgets,
+        copies=st.sampled_from([1, 1, 2, 4]),
+    )
+    def admit(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        policy: str | None,
+        budget: float | int | None,
+        copies: int,
+    ) -> None:
+        extra: dict[str, Any] = {}
+        if policy is not None:
+            extra["kv_policy"] = policy
+        if budget is not None:
+            if isinstance(budget, int):
+                budget = self.settings.smallest_budget(self.block_size) + budget * self.block_size
+            extra["kv_budget"] = budget
+        params = self.settings.validate_request(extra, self.block_size, MAX_MODEL_LEN)
+        max_tokens = min(max_tokens, (self.num_blocks - 1) * self.block_size - 1)
+
+        def fits(length: int) -> bool:
+            plan = self.settings.plan(params, length, self.block_size)
+            return plan.bound(length + max_tokens) < self.num_blocks
+
+        while not fits(len(prompt)):
+            prompt = prompt[:-1]
+        self.texts.append(prompt)
+        for _ in range(copies):
+            self.added += 1
+            request = Request(
+                request_id=f"r{self.added}",
+                prompt_token_ids=list(prompt),
+                sampling_params=SamplingParams(
+                    max_tokens=max_tokens, stop_token_ids=[STOP_TOKEN], extra_args=extra or None
+                ),
+                pooling_params=None,
+                block_hasher=self.hasher,
+            )
+            self.scheduler.add_request(request)
+
+    @rule(
+        which=st.integers(0, 9),
+        more=st.sampled_from([0, 1, 24]),
+        max_tokens=st.sampled_from([1, 9, 40]),
+        policy=asked_policies,
+        budget=budgets,
+    )
+    def admit_again(
+        self,
+        which: int,
+        more: int,
+        max_tokens: int,
+        policy: str | None,
+        budget: float | int | None,
+    ) -> None:
+        """The same prompt, or the next turn of a conversation."""
+        text = self.texts[-1 - which % len(self.texts)]
+        self.admit(text + [3] * more, max_tokens, policy, budget, copies=1)
+
+    @rule(count=st.integers(1, 12))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    @precondition(lambda self: self.in_flight)
+    @rule()
+    def deliver(self) -> None:
+        output, sampled = self.in_flight.pop(0)
+        ids = list(output.num_scheduled_tokens)
+        self.scheduler.update_from_output(
+            output,
+            ModelRunnerOutput(
+                req_ids=ids,
+                req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
+                sampled_token_ids=[list(sampled[request_id]) for request_id in ids],
+            ),
+        )
+        self.check_pool()
+
+    @precondition(lambda self: self.scheduler.requests)
+    @rule(which=st.integers(0, 9))
+    def abort(self, which: int) -> None:
+        requests = list(self.scheduler.requests.values())
+        request = requests[which % len(requests)]
+        self.texts.append(list(request.all_token_ids))
+        self.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        self.check_pool()
+
+    @rule(running=st.booleans())
+    def reset_prefix_cache(self, running: bool) -> None:
+        self.scheduler.reset_prefix_cache(reset_running_requests=running)
+        self.check_pool()
+
+    @precondition(lambda self: self.since_drain > 40)
+    @rule()
+    def drain(self) -> None:
+        """Liveness: what was admitted comes to its end."""
+        self.since_drain = 0
+        requests = self.scheduler.requests.values()
+        limit = 100 + sum(r.num_prompt_tokens + 4 * r.max_tokens for r in requests)
+        taken = idle = 0
+        while self.scheduler.has_requests():
+            idle = 0 if self.step() or self.in_flight else idle + 1
+            taken += 1
+            assert idle < 3, "requests wait, and nothing is scheduled"
+            if taken >= limit and os.environ.get("TOLERATE"):
+                print("LIVELOCK", flush=True)
+                self.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+                taken = 0
+            assert taken < limit, f"no end after {taken} steps"
+        while self.in_flight:
+            self.deliver()
+        self.check_idle()
+
+    def teardown(self) -> None:
+        if getattr(self, "failed", True):
+            return
+        if self.added % 2:
+            self.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+        self.drain()
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def step(self) -> int:
+        """Schedules and executes a step, and delivers those before it that must be."""
+        self.failed = True
+        self.since_drain += 1
+        while len(self.in_flight) > self.ahead:
+            self.deliver()
+        due = self.due_now()
+        running = {r.request_id for r in self.scheduler.running}
+        output = self.scheduler.schedule()
+        commands = pickle.loads(pickle.dumps(output.kvcrush))
+        compacted = {c.request_id for c in commands.compactions}
+        assert len(compacted) == len(commands.compactions)
+        for command in commands.compactions:
+            self.check_command(command, due)
+        self.learn_hashes()
+        sampled = self.worker.execute(output, commands)
+        preempted = set(output.preempted_req_ids or ())
+        self.overdue |= due
+        self.overdue &= running - compacted - preempted
+        self.overdue -= {r for r in self.overdue if not self.is_due(r)}
+        for request_id in self.overdue:
+            assert self.scheduler._tracked[request_id].deferred, f"{request_id} was forgotten"
+            assert request_id in commands.deferred
+        self.in_flight.append((output, sampled))
+        self.check_pool()
+        self.check_writes()
+        self.check_requests()
+        self.failed = False
+        return output.total_num_scheduled_tokens
+
+    def is_due(self, request_id: str) -> bool:
+        plan, request = self.scheduler._plans[request_id], self.scheduler.requests[request_id]
+        n = self.worker.rows[request_id].computed
+        assert n == request.num_computed_tokens
+        return plan.due(n, n - self.worker.rows[request_id].evicted)
+
+    def due_now(self) -> set[str]:
+        """Requests that stand at a compaction position with too many blocks."""
+        return {
+            r.request_id
+            for r in self.scheduler.running
+            if (plan := self.scheduler._plans.get(r.request_id))
+            and plan.is_check(r.num_computed_tokens)
+            and self.is_due(r.request_id)
+        }
+
+    def watch_compact(self, jobs: Sequence[Job]) -> list[Compaction] | Deferred:
+        """`KVCrushManager.compact`: gives back blocks, or changes nothing."""
+
+        def state() -> Any:
+            lists = {k: [b.block_id for b in v] for k, v in self.manager.req_to_blocks.items()}
+            hashes = [b.block_hash for b in self.pool.blocks]
+            return lists, hashes, dict(self.manager.evicted), self.pool.get_num_free_blocks()
+
+        before = state()
+        result = self.compact(jobs)
+        if isinstance(result, Deferred):
+            assert state() == before
+            owners = Counter(b for blocks in before[0].values() for b in blocks)
+            ends = {j.request_id: (j.held - j.shape.tail_tokens) // self.block_size for j in jobs}
+            shared = [r for r, end in ends.items() for b in before[0][r][:end] if owners[b] > 1]
+            assert shared, f"{list(ends)} share nothing, and were put off"
+        else:
+            assert self.pool.get_num_free_blocks() > before[3]
+        return result
+
+    def check_command(self, command: Compaction, due: set[str]) -> None:
+        request_id = command.request_id
+        assert request_id in due or request_id in self.overdue, (
+            f"{request_id} was compacted at {command.computed}, which is no compaction position"
+        )
+        for i in command.target:
+            block = self.pool.blocks[i]
+            assert block.ref_cnt == 1 and block.block_hash is None, block
+
+    # -- what must hold ---------------------------------------------------------------------------
+
+    def learn_hashes(self) -> None:
+        size = self.block_size
+        for request_id, request in self.scheduler.requests.items():
+            known = self.meanings_known.get(request_id, 0)
+            if known < len(request.block_hashes):
+                chain = self.worker.prefixes.chain(request.all_token_ids)
+                for i in range(known, len(request.block_hashes)):
+                    self.meaning[request.block_hashes[i]] = chain[i * size : (i + 1) * size]
+                self.meanings_known[request_id] = len(request.block_hashes)
+
+    def check_pool(self) -> None:
+        """Owners, free queue and prefix cache agree with each other and with the slots."""
+        owners = Counter(b.block_id for v in self.manager.req_to_blocks.values() for b in v)
+        free = [b.block_id for b in self.pool.free_block_queue.get_all_free_blocks()]
+        assert len(free) == len(set(free)) == self.pool.get_num_free_blocks()
+        assert set(free) == {b.block_id for b in self.pool.blocks[1:] if not owners[b.block_id]}
+        assert 0 not in owners
+        cached = self.pool.cached_block_hash_to_block
+        hashed = 0
+        self.learn_hashes()
+        for block in self.pool.blocks[1:]:
+            assert block.ref_cnt == owners[block.block_id], block
+            if block.block_hash is not None:
+                hashed += 1
+                assert cached.contain(block.block_hash, block.block_id)
+                expected = self.meaning[get_block_hash(block.block_hash)]
+                assert self.worker.slots[block.block_id] == expected, (
+                    f"block {block.block_id} is in the prefix cache with other contents"
+                )
+        entries = (v if isinstance(v, dict) else [v] for v in cached._cache.values())
+        assert sum(len(e) for e in entries) == hashed
+
+    def check_writes(self) -> None:
+        """A new token goes to a block of its own, or is what all who see the block expect."""
+        for i, slot in self.worker.written:
+            block = self.pool.blocks[i]
+            if block.block_hash is None:
+                assert block.ref_cnt <= 1, f"block {i} is shared, and was written"
+            else:
+                expected = self.meaning[get_block_hash(block.block_hash)][slot]
+                assert self.worker.slots[i][slot] == expected
+
+    def check_requests(self) -> None:
+        running = {r.request_id for r in self.scheduler.running}
+        lists = {k for k, v in self.manager.req_to_blocks.items() if v}
+        assert lists == running
+        assert set(self.manager.evicted) == {
+            r for r in running if self.worker.rows[r].compactions
+        }
+        assert set(self.scheduler._tracked) == set(self.scheduler.requests)
+        assert set(self.scheduler._plans) <= set(self.scheduler.requests)
+        for request_id in running:
+            row = self.worker.rows[request_id]
+            assert row.blocks == [b.block_id for b in self.manager.req_to_blocks[request_id]]
+            assert row.evicted == self.manager.evicted.get(request_id, 0)
+            self.worker.check_row(row)
+            request = self.scheduler.requests[request_id]
+            assert row.tokens[: request.num_tokens] == list(request.all_token_ids)
+            bound = row.plan.bound(row.computed)
+            if row.plan.never:
+                assert len(row.blocks) == cdiv(row.computed, self.block_size)
+            elif request_id not in self.overdue:
+                assert len(row.blocks) <= bound, f"{request_id}: {len(row.blocks)} > {bound}"
+
+    def check_idle(self) -> None:
+        self.check_pool()
+        assert self.pool.get_num_free_blocks() == self.num_blocks - 1
+        assert not self.scheduler.requests
+        assert not self.scheduler._tracked and not self.scheduler._plans
+        assert not self.manager.evicted and not self.manager.num_cached_block
+        assert not any(self.manager.req_to_blocks.values())
+
+
+class AsyncSchedulerMachine(SchedulerMachine):
+    scheduler_class = KVCrushAsyncScheduler
+    ahead = 1
+
+
+@pytest.mark.parametrize("machine", [SchedulerMachine, AsyncSchedulerMachine])
+def test_scheduler_state(machine: type[SchedulerMachine]) -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    # KVCRUSH_EXAMPLES=5000 searches at random instead, for as long as you like.
+    examples = os.environ.get("KVCRUSH_EXAMPLES")
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=int(examples or 60),
+            stateful_step_count=40,
+            derandomize=not examples,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+            **EXTRA,
+        ),
+    )

@@ -1,0 +1,287 @@
+"""Compaction on the real engine and the real model: what a user would notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL_INTERVAL, Engine
+
+pytestmark = pytest.mark.engine
+
+
+def add(engine: Engine, name: str, prompt: list[int], params: Any) -> None:
+    engine.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+
+
+def step_until(engine: Engine, condition: Any, limit: int = 400) -> None:
+    for _ in range(limit):
+        if condition():
+            return
+        engine.llm.llm_engine.step()
+    raise AssertionError("the condition never came true")
+
+
+def internal(engine: Engine, name: str) -> str:
+    """vLLM's id in the scheduler of the request that was added as `name`."""
+    (found,) = [r for r in engine.scheduler.requests if r.startswith(name)]
+    return found
+
+
+# -- blocks really freed ------------------------------------------------------------------------
+
+
+def test_blocks_come_free_when_the_prompt_ends(engine: Engine, ids: list[int]) -> None:
+    prompt = ids[:320]  # 10 blocks; a quarter is 80 tokens: the floor of 3 blocks holds
+    with engine.watch() as steps:
+        (result,) = engine.generate([prompt], engine.params(4))
+    total = engine.pool.num_gpu_blocks - 1
+    assert steps[0]["free"] == total - 10
+    assert steps[1]["compactions"][0].computed == 320
+    assert steps[1]["free"] == total - 4  # 3 kept, and one more for the next token
+    assert len(result.outputs[0].token_ids) == 4
+
+
+def test_compaction_repeats_while_decoding(engine: Engine, ids: list[int]) -> None:
+    with engine.watch() as steps:
+        engine.tokens(ids[:320], 3 * DECODE_INTERVAL)
+    at = [c.computed for s in steps for c in s["compactions"]]
+    assert at == [320, 320 + DECODE_INTERVAL, 320 + 2 * DECODE_INTERVAL]
+    bound = 3 + DECODE_INTERVAL // BLOCK
+    assert all(max(s["held"].values()) <= bound for s in steps[1:] if s["held"])
+
+
+def test_a_prompt_larger_than_the_whole_pool_is_served(engine: Engine, ids: list[int]) -> None:
+    usable = engine.pool.num_gpu_blocks - 1
+    prompt = ids[:1952]
+    assert len(prompt) > usable * BLOCK and MAX_MODEL_LEN > usable * BLOCK
+    with engine.watch() as steps:
+        tokens = engine.tokens(prompt, 8)
+    assert len(tokens) == 8
+    planned = 1952 // 4 // BLOCK
+    assert max(max(s["held"].values(), default=0) for s in steps) <= (
+        planned + PREFILL_INTERVAL // BLOCK
+    )
+    assert [c.computed for s in steps for c in s["compactions"]][-1] == 1952
+
+
+def test_freed_blocks_admit_waiting_requests(engine: Engine, ids: list[int]) -> None:
+    prompts = [ids[i * 330 : i * 330 + 320] for i in range(12)]
+
+    def peak(**extra: Any) -> int:
+        engine.reset()
+        with engine.watch() as steps:
+            engine.generate(prompts, engine.params(24, **extra))
+        return max(s["running"] for s in steps)
+
+    raw, compressed = peak(kv_policy="none"), peak()
+    # 59 blocks: 5 requests of 11 blocks, against 4 blocks each once compacted.
+    assert raw <= 5
+    assert compressed >= 2 * raw
+
+
+# -- correctness after compaction ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference(model_path: str) -> Any:
+    from hf_reference import Reference
+
+    return Reference(model_path)
+
+
+@pytest.mark.parametrize("policy", ["streaming", "snapkv", "h2o", "kvcrush"])
+def test_tokens_equal_transformers_with_the_same_kept_tokens(
+    engine: Engine, ids: list[int], reference: Any, policy: str
+) -> None:
+    """Compactions between prefill chunks, at the prompt's end and while decoding."""
+    kept: dict[int, list[torch.Tensor]] = {}
+
+    def record(command: Any, layer: int, slots: torch.Tensor) -> None:
+        start = len(command.source) * BLOCK
+        tail = torch.arange(start, start + command.tail_tokens).expand(slots.shape[0], -1)
+        kept.setdefault(command.computed, []).append(torch.cat([slots, tail], 1))
+
+    engine.runner.on_select = record
+    prompt, new = ids[100:600], 2 * DECODE_INTERVAL + 4
+    tokens = engine.tokens(prompt, new, kv_policy=policy, kv_budget=160)
+    first = 160 + PREFILL_INTERVAL
+    assert sorted(kept) == [first, 500, 500 + DECODE_INTERVAL, 500 + 2 * DECODE_INTERVAL]
+    assert tokens == reference.generate(prompt, new, kept)
+    if policy != "streaming":
+        at_end = kept[500]
+        assert any(not torch.equal(layer[0], layer[1]) for layer in at_end), (
+            "all heads kept the same tokens"
+        )
+    positions = kept[first][0]
+    assert (positions[:, :4] == torch.arange(4)).all(), "sinks were dropped"
+
+
+def test_compaction_changes_what_is_attended(engine: Engine, ids: list[int]) -> None:
+    """The tests above would pass on an engine that evicts nothing; this one would not."""
+    prompt = ids[1000:1500]
+    assert engine.tokens(prompt, 40) != engine.tokens(prompt, 40, kv_policy="none")
+
+
+# -- the prefix cache ---------------------------------------------------------------------------
+
+
+def test_same_prompt_again_hits_and_repeats_itself(
+    engine: Engine, ids: list[int], plain: Any
+) -> None:
+    prompt = ids[2000:2400]
+    (first,) = engine.generate([prompt], engine.params(20))
+    (second,) = engine.generate([prompt], engine.params(20))
+    assert first.num_cached_tokens == 0
+    # The first compaction is at 352; its window of 16 queries is computed anew.
+    assert second.num_cached_tokens == (352 - 16) // BLOCK * BLOCK
+    assert second.outputs[0].token_ids == first.outputs[0].token_ids
+    # What the compressed requests left in the cache is exact.
+    (uncompressed,) = engine.generate([prompt], engine.params(20, kv_policy="none"))
+    assert uncompressed.num_cached_tokens >= 320
+    assert list(uncompressed.outputs[0].token_ids) == plain.tokens([prompt], 20)[0]
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "kvcrush"])
+def test_result_does_not_depend_on_the_cache(
+    engine: Engine, ids: list[int], policy: str
+) -> None:
+    prompt = ids[2500:2807]
+    cold = engine.tokens(prompt, 20, kv_policy=policy)
+    engine.reset()
+    engine.tokens(prompt, 1, kv_policy="none")  # now every full block of the prompt is cached
+    assert engine.tokens(prompt, 20, kv_policy=policy) == cold
+
+
+def test_compaction_in_place_when_the_pool_is_empty(engine: Engine, ids: list[int]) -> None:
+    prompt = ids[3000:3320]
+    expected = engine.tokens(prompt, 16)
+    engine.reset()
+    add(engine, "tight", prompt, engine.params(16))
+    engine.llm.llm_engine.step()
+    hoard = engine.pool.get_new_blocks(engine.free)  # nothing is left to compact into
+    try:
+        with engine.watch() as steps:
+            engine.llm.llm_engine.step()
+        (command,) = steps[0]["compactions"]
+        assert set(command.target) <= set(command.source)
+        (request,) = engine.scheduler.running
+        step_until(engine, lambda: not engine.scheduler.running)
+        assert list(request.output_token_ids) == expected
+    finally:
+        engine.pool.free_blocks(hoard)
+    # Its overwritten blocks left the cache, so the next one must not find them.
+    assert engine.tokens(prompt, 16) == expected
+
+
+# -- off means off ------------------------------------------------------------------------------
+
+
+def test_uncompressed_requests_equal_plain_vllm_beside_compressed_ones(
+    engine: Engine, ids: list[int], plain: Any
+) -> None:
+    prompts = [ids[i * 400 : i * 400 + 200 + 30 * i] for i in range(6)]
+    extra: list[dict[str, Any]] = [
+        {"kv_policy": "none"},
+        {},
+        {"kv_budget": 1.0},
+        {"kv_policy": "snapkv", "kv_budget": 0.3},
+        {"kv_budget": 1024},  # never exceeded
+        {"kv_policy": "streaming", "kv_budget": 128},
+    ]
+    with engine.watch() as steps:
+        results = engine.generate(prompts, [engine.params(40, **e) for e in extra])
+    assert any(s["running"] == 6 for s in steps)
+    expected = plain.tokens(prompts, 40)
+    got = [list(r.outputs[0].token_ids) for r in results]
+    for index in (0, 2, 4):
+        assert got[index] == expected[index], extra[index]
+    compacted = {c.request_id for s in steps for c in s["compactions"]}
+    assert len(compacted) == 3
+
+
+# -- what happens to requests -------------------------------------------------------------------
+
+
+def test_preempted_requests_resume_with_the_same_tokens(engine: Engine, ids: list[int]) -> None:
+    prompt = ids[4000:4300]
+    alone = engine.tokens(prompt, 100)
+    engine.reset()
+    # Uncompressed requests grow until the newest request, the compressed one, must go.
+    raws = [ids[4400 + i * 260 : 4400 + i * 260 + 250] for i in range(6)]
+    with engine.watch() as steps:
+        results = engine.generate(
+            [*raws, prompt],
+            [engine.params(110, kv_policy="none")] * 6 + [engine.params(100)],
+        )
+    victims = {r for s in steps for r in s["preempted"]}
+    compacted = [c.request_id for s in steps for c in s["compactions"]]
+    assert victims & set(compacted), "the compressed request was never preempted"
+    assert list(results[-1].outputs[0].token_ids) == alone
+
+
+@pytest.mark.parametrize("phase", ["waiting", "reading", "compacted", "decoding"])
+def test_abort_gives_every_block_back(engine: Engine, ids: list[int], phase: str) -> None:
+    core = engine.llm.llm_engine
+    add(engine, "victim", ids[5000:5900], engine.params(200))
+    name = internal(engine, "victim")
+    if phase != "waiting":
+        core.step()
+    if phase == "compacted":
+        step_until(engine, lambda: name in engine.manager.evicted)
+    if phase == "decoding":
+        step_until(engine, lambda: engine.scheduler.requests[name].num_output_tokens > 40)
+    core.abort_request(["victim"])
+    step_until(engine, lambda: not core.has_unfinished_requests())
+    core.step()  # tells the worker
+    assert not engine.runner._crushed
+    engine.assert_idle()
+
+
+def test_stop_strings_and_several_choices(engine: Engine, ids: list[int]) -> None:
+    from vllm import SamplingParams
+
+    prompt = ids[6000:6320]
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    (full,) = engine.generate([prompt], params)
+    text = full.outputs[0].text
+    stop = text[len(text) // 2 :][:6]
+    params = SamplingParams(temperature=0, max_tokens=60, stop=[stop])
+    (stopped,) = engine.generate([prompt], params)
+    assert stopped.outputs[0].finish_reason == "stop"
+    assert stopped.outputs[0].text == text[: text.index(stop)]
+
+    params = SamplingParams(n=3, temperature=1.0, seed=7, max_tokens=40, ignore_eos=True)
+    with engine.watch() as steps:
+        (several,) = engine.generate([prompt], params)
+    assert [len(c.token_ids) for c in several.outputs] == [40, 40, 40]
+    assert len({tuple(c.token_ids) for c in several.outputs}) > 1
+    assert any(s["compactions"] for s in steps)
+
+
+def test_copies_of_one_prompt_never_cost_blocks(engine: Engine, ids: list[int]) -> None:
+    """Their blocks are shared: compacting one of them alone would cost blocks."""
+    total = engine.pool.num_gpu_blocks - 1
+    prompt = ids[7000:7320]
+    free_before: list[int] = []
+    compact = engine.scheduler._compact_due
+
+    def measured() -> Any:
+        before = engine.free
+        done = compact()
+        if done:
+            free_before.append(engine.free - before)
+        return done
+
+    engine.scheduler._compact_due = measured
+    try:
+        with engine.watch() as steps:
+            results = engine.generate([prompt] * 3, engine.params(40))
+    finally:
+        engine.scheduler._compact_due = compact
+    assert free_before and all(gain > 0 for gain in free_before)
+    assert max(s["free"] for s in steps) <= total
+    assert min(s["free"] for s in steps) >= total - 3 * 11
+    assert all(len(r.outputs[0].token_ids) == 40 for r in results)

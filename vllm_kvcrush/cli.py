@@ -1,0 +1,225 @@
+"""The command `vllm-kvcrush`. Imports what a subcommand needs when it runs, so that it starts
+fast: neither `plan` nor `model` imports vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_kvcrush import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-kvcrush", description="Tools around KV-cache compression for vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser(
+        "doctor", help="what is installed and whether it can run, for a bug report"
+    )
+    doctor.set_defaults(run=_doctor)
+
+    plan = commands.add_parser(
+        "plan", help="how much KV a request takes, raw and compressed, and how many fit"
+    )
+    plan.add_argument("model", metavar="MODEL", help="model directory, or its config.json")
+    plan.add_argument(
+        "--context",
+        default="4096,16384,32768",
+        help="tokens of prompt and output together, comma-separated (default %(default)s)",
+    )
+    plan.add_argument(
+        "--output-tokens",
+        type=int,
+        default=256,
+        help="how many of them are generated (default %(default)s)",
+    )
+    plan.add_argument("--kv-policy", default=None, help="default kvcrush; none for plain vLLM")
+    plan.add_argument("--kv-budget", default=None, help="0.25 (a fraction) or 4096 (tokens)")
+    plan.add_argument("--kv-policy-config", default=None, help="JSON, as vllm serve takes it")
+    plan.add_argument(
+        "--block-size",
+        type=int,
+        default=None,
+        help="tokens in a block (default: 128, vLLM's on a CPU)",
+    )
+    plan.add_argument(
+        "--dtype", default="auto", help="the KV cache's type (default: the model's, in 16 bits)"
+    )
+    plan.add_argument("--pool-bytes", default=None, help="size of vLLM's KV cache, such as 8GiB")
+    plan.add_argument("--json", action="store_true", help="JSON instead of Markdown")
+    plan.set_defaults(run=_plan)
+
+    model = commands.add_parser("model", help="makes the demo model and prints its path")
+    model.add_argument("--cache-dir", default=None, help="where to keep it")
+    model.set_defaults(run=_model)
+
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except BrokenPipeError:  # a pager that was closed
+        sys.stderr.close()
+        status = 1
+    return status
+
+
+def _fail(message: object) -> int:
+    print(f"vllm-kvcrush: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from vllm_kvcrush.doctor import report
+
+    text, ok = report()
+    print(text)
+    return 0 if ok else 1
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from vllm_kvcrush import capacity
+    from vllm_kvcrush.config import ConfigError
+
+    try:
+        model = capacity.Model.read(args.model, args.dtype)
+        contexts = _contexts(args.context)
+        block_size = _BLOCK_SIZE if args.block_size is None else args.block_size
+        for flag, value, least in (
+            ("--block-size", block_size, 1),
+            ("--output-tokens", args.output_tokens, 0),
+        ):
+            if value < least:
+                raise capacity.CapacityError(f"{flag} {value} is too small: give at least {least}.")
+        pool = None if args.pool_bytes is None else capacity.parse_bytes(args.pool_bytes)
+        settings = _settings(args)
+        settings.check(block_size, max(contexts))
+        rows = [
+            capacity.row(model, settings, context, args.output_tokens, block_size, pool)
+            for context in contexts
+        ]
+    except (capacity.CapacityError, ConfigError) as error:
+        return _fail(error)
+
+    if args.json:
+        content = {
+            "policy": settings.policy,
+            "budget": settings.budget,
+            "block_size": block_size,
+            "dtype": model.dtype,
+            "token_bytes": model.token_bytes,
+            "pool_bytes": pool,
+            "rows": [row.to_dict() for row in rows],
+        }
+        print(json.dumps(content, indent=2))
+    else:
+        print(_table(model, settings, block_size, pool, rows))
+    return 0
+
+
+# vLLM's default on a CPU; on GPUs it is 16.
+_BLOCK_SIZE = 128
+
+
+def _contexts(text: str) -> list[int]:
+    from vllm_kvcrush.capacity import CapacityError
+
+    try:
+        contexts = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        contexts = []
+    if not contexts or min(contexts) < 1 or max(contexts) > 2**31:
+        raise CapacityError(
+            f"--context {text} is not a list of lengths: give whole numbers such as 4096,32768."
+        )
+    return contexts
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from vllm_kvcrush.config import DEFAULT_BUDGET, ConfigError, Settings, parse_budget
+
+    budget = args.kv_budget if args.kv_budget is not None else DEFAULT_BUDGET
+    if args.kv_policy is None and args.kv_policy_config is None:
+        # Block counts do not depend on the policy; checking its name would import torch.
+        return Settings(policy="kvcrush", budget=parse_budget(budget, "--kv-budget"))
+    raw: dict[str, Any] = {"policy": args.kv_policy or "kvcrush", "budget": budget}
+    if args.kv_policy_config is not None:
+        try:
+            raw["config"] = json.loads(args.kv_policy_config)
+        except ValueError as error:
+            raise ConfigError(
+                f"--kv-policy-config={args.kv_policy_config!r} is not JSON: {error}.",
+                "--kv-policy-config",
+            ) from None
+    return Settings.from_dict(raw)
+
+
+def _table(
+    model: Any, settings: Any, block_size: int, pool: int | None, rows: Sequence[Any]
+) -> str:
+    from vllm_kvcrush.capacity import show_bytes
+
+    block_bytes = model.token_bytes * block_size
+    lines = [
+        f"Policy {settings.policy}, budget {settings.budget}; {model.layers} layers × "
+        f"{model.kv_heads} KV heads × {model.head_size} channels in {model.dtype}: "
+        f"{show_bytes(model.token_bytes)} a token, {show_bytes(block_bytes)} a block of "
+        f"{block_size}.",
+        "",
+    ]
+    head = [
+        "context",
+        "KV raw",
+        "KV compressed",
+        "share",
+        "blocks raw",
+        "blocks compressed",
+        "at most, reading the prompt",
+        "at most",
+    ]
+    if pool is not None:
+        head += ["requests raw", "requests compressed"]
+    lines += [f"| {' | '.join(head)} |", "|" + "---:|" * len(head)]
+    for row in rows:
+        cells = [
+            row.context,
+            show_bytes(row.raw_bytes),
+            show_bytes(row.bytes),
+            f"{row.bytes / row.raw_bytes:.1%}",
+            row.raw_blocks,
+            row.blocks,
+            row.prompt_bound,
+            row.bound,
+        ]
+        if pool is not None:
+            cells += [row.fits_raw, row.fits]
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    lines += ["", 'KV is counted at a request\'s end; "at most" is in blocks, at any time.']
+    if pool is not None:
+        lines.append(
+            f"Requests: how many at once have room in {show_bytes(pool)} at their largest."
+        )
+    return "\n".join(lines)
+
+
+def _model(args: argparse.Namespace) -> int:
+    from vllm_kvcrush import demo_model
+
+    def say(text: object) -> None:
+        print(text, file=sys.stderr)
+
+    try:
+        path = demo_model.prepare(args.cache_dir, say=say)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        return _fail(error)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,176 @@
+"""The `vllm_kvcrush:` family on /metrics.
+
+The engine's numbers come with vLLM's own stats, in `SchedulerStats.kv_connector_stats`, the one
+free-form field that reaches the API server; requests and refusals are counted where they are
+seen. Collectors are made once per process: there is a logger per engine, and a second engine
+must not register them again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import Counter, Gauge, Histogram
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from vllm_kvcrush.server import Method, wrap
+from vllm_kvcrush.stats import COMPACTION_BUCKETS
+
+KEY = "kvcrush"
+_PREFIX = "vllm_kvcrush:"
+_ENGINE = ("model_name", "engine")
+
+
+def install() -> None:
+    """Keeps the plugin's numbers from vLLM's loggers of KV connectors, which would take them for
+    a connector's."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorLogging,
+        KVConnectorProm,
+    )
+
+    for cls in (KVConnectorLogging, KVConnectorProm):
+        wrap(cls, "observe", _strip_kvcrush_stats)
+
+
+def _strip_kvcrush_stats(original: Method) -> Method:
+    def observe(self: Any, transfer_stats_data: Any, *args: Any, **kwargs: Any) -> None:
+        if KEY in transfer_stats_data:
+            transfer_stats_data = {k: v for k, v in transfer_stats_data.items() if k != KEY}
+            if not transfer_stats_data:
+                return
+        original(self, transfer_stats_data, *args, **kwargs)
+
+    return observe
+
+
+@functools.cache
+def _counter(name: str, help_text: str, *labels: str) -> Counter:
+    return Counter(_PREFIX + name, help_text, labels)
+
+
+@functools.cache
+def _gauge(name: str, help_text: str, *labels: str) -> Gauge:
+    # Of several API servers, the one that heard from the engine last.
+    return Gauge(_PREFIX + name, help_text, labels, multiprocess_mode="mostrecent")
+
+
+@functools.cache
+def _histogram(name: str, help_text: str, *labels: str) -> Histogram:
+    return Histogram(_PREFIX + name, help_text, labels, buckets=COMPACTION_BUCKETS)
+
+
+def requests() -> Counter:
+    """Requests by the policy that they run with."""
+    help_text = "Requests taken, by the policy that they run with."
+    return _counter("requests", help_text, "model_name", "policy")
+
+
+def refusals() -> Counter:
+    """Requests refused with HTTP 400, by reason."""
+    help_text = "Requests refused because of their KV parameters, by reason."
+    return _counter("refusals", help_text, "model_name", "reason")
+
+
+def compactions() -> Counter:
+    """Compactions by policy."""
+    return _counter("compactions", "Compactions.", *_ENGINE, "policy")
+
+
+def tokens_evicted() -> Counter:
+    """Evicted tokens by policy."""
+    return _counter("tokens_evicted", "Tokens whose KV was evicted.", *_ENGINE, "policy")
+
+
+def blocks_freed() -> Counter:
+    """Freed blocks by policy."""
+    help_text = "KV blocks that compactions returned to the pool."
+    return _counter("blocks_freed", help_text, *_ENGINE, "policy")
+
+
+def compaction_seconds() -> Histogram:
+    """Time per compaction by policy."""
+    return _histogram("compaction_seconds", "Time per compaction.", *_ENGINE, "policy")
+
+
+def deferrals() -> Counter:
+    """Compactions put off, by reason."""
+    help_text = (
+        "Compactions put off: blocks still shared with another request, or no room for new ones."
+    )
+    return _counter("deferrals", help_text, *_ENGINE, "reason")
+
+
+def kv_bytes_held() -> Gauge:
+    """Bytes of KV held by live requests."""
+    return _gauge("kv_bytes_held", "Bytes of KV that live requests hold.", *_ENGINE)
+
+
+def kv_bytes_raw_equivalent() -> Gauge:
+    """Bytes that they would hold uncompressed."""
+    help_text = "Bytes of KV that live requests would hold without compression."
+    return _gauge("kv_bytes_raw_equivalent", help_text, *_ENGINE)
+
+
+def count_request(model_name: str, policy: str) -> None:
+    """Counts a request that was taken."""
+    requests().labels(model_name, policy).inc()
+
+
+def count_refusal(model_name: str, reason: str) -> None:
+    """Counts a request that was refused."""
+    refusals().labels(model_name, reason).inc()
+
+
+class KVCrushStatLogger(StatLoggerBase):
+    """Puts one engine's numbers on /metrics; does nothing where the plugin is not active."""
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0):
+        extra = vllm_config.additional_config
+        raw = extra.get(KEY) if isinstance(extra, Mapping) else None
+        self.active = raw is not None
+        if raw is None:
+            return
+        model_name = str(vllm_config.model_config.served_model_name)
+        self.labels = (model_name, str(engine_index))
+        # Series that exist from the start let rate() see their first increment.
+        policy = str(raw.get("policy"))
+        requests().labels(model_name, policy)
+        if policy != "none":
+            for collector in (compactions(), tokens_evicted(), blocks_freed()):
+                collector.labels(*self.labels, policy)
+            compaction_seconds().labels(*self.labels, policy)
+        for reason in ("shared", "no_room"):
+            deferrals().labels(*self.labels, reason)
+        kv_bytes_held().labels(*self.labels)
+        kv_bytes_raw_equivalent().labels(*self.labels)
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Adds what `stats.Stats.take` brought."""
+        if not self.active or scheduler_stats is None:
+            return
+        stats = (scheduler_stats.kv_connector_stats or {}).get(KEY)
+        if stats is None:
+            return
+        for policy, counts in stats["policies"].items():
+            labels = (*self.labels, policy)
+            compactions().labels(*labels).inc(counts["compactions"])
+            tokens_evicted().labels(*labels).inc(counts["tokens_evicted"])
+            blocks_freed().labels(*labels).inc(counts["blocks_freed"])
+            for seconds in counts["seconds"]:
+                compaction_seconds().labels(*labels).observe(seconds)
+        for reason, count in stats["deferrals"].items():
+            deferrals().labels(*self.labels, reason).inc(count)
+        kv_bytes_held().labels(*self.labels).set(stats["kv_bytes_held"])
+        kv_bytes_raw_equivalent().labels(*self.labels).set(stats["kv_bytes_raw_equivalent"])
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to log: the plugin has done so at start-up."""

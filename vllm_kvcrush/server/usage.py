@@ -1,0 +1,282 @@
+"""`usage.kv_tokens_details`: how many tokens' KV a request kept.
+
+The scheduler reports in the field that vLLM has for KV connectors, which the plugin refuses:
+`EngineCoreOutput.kv_transfer_params = {"kvcrush": {...}}`, with a request's first output, after
+each compaction and at its end. Between two reports a request gains one token of KV for each
+token of output. Extrapolating matters when the front-end ends a request itself, at a stop string:
+the engine's last word then never arrives.
+
+From there it travels on the `RequestOutput`, as attribute `kv_tokens_details` (also for users of
+`LLM`), and each serving method is tapped where it reads its outputs. No state is shared between
+requests, whichever task runs them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
+from typing import Any
+
+from vllm_kvcrush.server import Method, wrap
+
+KEY = "kvcrush"
+ATTRIBUTE = "kv_tokens_details"
+_REPORT = "_kvcrush_report"
+_FINISHED = "_kvcrush_finished"
+
+Details = dict[str, Any]
+
+
+def install(http: bool = True) -> None:
+    """Wraps vLLM's output processor and, where the OpenAI API is served, its serving classes."""
+    from vllm.outputs import RequestOutput
+    from vllm.v1.engine.output_processor import RequestState
+
+    wrap(RequestState, "make_request_output", _reporting)
+    wrap(RequestOutput, "add", _merging)
+    if not http:
+        return
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses import context
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+
+    wrap(OpenAIServingChat, "chat_completion_full_generator", _full)
+    wrap(OpenAIServingChat, "chat_completion_stream_generator", _stream)
+    wrap(OpenAIServingChatBatch, "chat_completion_full_generator_batch", _batch)
+    wrap(OpenAIServingCompletion, "request_output_to_completion_response", _completion)
+    wrap(OpenAIServingCompletion, "completion_stream_generator", _stream)
+    for cls in (context.SimpleContext, context.ParsableContext, context.HarmonyContext):
+        wrap(cls, "append_output", _appending)
+    wrap(OpenAIServingResponses, "responses_full_generator", _responses)
+
+
+def total(parts: Iterable[Details]) -> Details | None:
+    """Details of a response with several choices or prompts: their sums. `policy` is left out
+    where they differ."""
+    parts = list(parts)
+    if not parts:
+        return None
+    result: Details = {
+        name: sum(part[name] for part in parts) for name in ("held", "raw", "compactions")
+    }
+    policies = {part.get("policy") for part in parts}
+    if len(policies) == 1 and policies != {None}:
+        result["policy"] = policies.pop()
+    return result
+
+
+# From the engine's output to the RequestOutput
+
+
+def _reporting(original: Method) -> Method:
+    names = tuple(inspect.signature(original).parameters)[1:6]
+    expected = (
+        "new_token_ids",
+        "pooling_output",
+        "finish_reason",
+        "stop_reason",
+        "kv_transfer_params",
+    )
+    if names != expected:
+        raise RuntimeError(
+            f"this vLLM's RequestState.make_request_output takes {names}, not {expected}: "
+            "run vllm-kvcrush doctor"
+        )
+
+    def make_request_output(
+        self: Any,
+        new_token_ids: Any,
+        pooling_output: Any,
+        finish_reason: Any,
+        stop_reason: Any,
+        kv_transfer_params: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if kv_transfer_params and KEY in kv_transfer_params:
+            report = kv_transfer_params[KEY]
+            setattr(self, _REPORT, (report, self.detokenizer.num_output_tokens()))
+            # To clients the field stays what it is in plain vLLM.
+            others = {name: v for name, v in kv_transfer_params.items() if name != KEY}
+            kv_transfer_params = others or None
+        output = original(
+            self,
+            new_token_ids,
+            pooling_output,
+            finish_reason,
+            stop_reason,
+            kv_transfer_params,
+            *args,
+            **kwargs,
+        )
+        if pooling_output is not None:
+            return output
+        # The n samples of one request end at different times; vLLM joins them in the parent.
+        owner = self.parent_req or self
+        if finish_reason is not None:
+            vars(owner).setdefault(_FINISHED, {})[self.request_index] = _details(self)
+        finished = vars(owner).get(_FINISHED)
+        if output is not None and finished:
+            setattr(output, ATTRIBUTE, total(finished.values()))
+        return output
+
+    return make_request_output
+
+
+def _details(state: Any) -> Details:
+    now = state.detokenizer.num_output_tokens()
+    report, then = vars(state).get(_REPORT, (None, 0))
+    if report is None:
+        # Never compacted. The last token of output has no KV yet.
+        raw = max(0, state.prompt_len + now - 1)
+        return {"held": raw, "raw": raw, "compactions": 0}
+    details = {
+        "held": report["kv_tokens_held"] + now - then,
+        "raw": report["kv_tokens_raw"] + now - then,
+        "compactions": report["compactions"],
+    }
+    if report.get("policy") is not None:
+        details["policy"] = report["policy"]
+    return details
+
+
+def _merging(original: Method) -> Method:
+    def add(self: Any, next_output: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, next_output, *args, **kwargs)
+        details = getattr(next_output, ATTRIBUTE, None)
+        if details is not None:
+            setattr(self, ATTRIBUTE, details)
+
+    return add
+
+
+# From the RequestOutput to the response
+
+
+class _Tap:
+    """Passes outputs on and remembers the newest details of each prompt."""
+
+    def __init__(self, outputs: AsyncIterator[Any], prompt: int = 0):
+        self._outputs = outputs
+        self._prompt = prompt
+        self.seen: dict[int, Details] = {}
+
+    def __aiter__(self) -> _Tap:
+        return self
+
+    async def __anext__(self) -> Any:
+        item = await self._outputs.__anext__()
+        # Completions of several prompts come as (prompt, output).
+        prompt, output = item if isinstance(item, tuple) else (self._prompt, item)
+        details = getattr(output, ATTRIBUTE, None)
+        if details is not None:
+            self.seen[prompt] = details
+        return item
+
+    async def aclose(self) -> None:
+        close = getattr(self._outputs, "aclose", None)
+        if close is not None:
+            await close()
+
+
+def _add(response: Any, details: Details | None) -> Any:
+    # An ErrorResponse has no usage.
+    usage = getattr(response, "usage", None)
+    if usage is not None and details is not None:
+        setattr(usage, ATTRIBUTE, details)
+    return response
+
+
+def _full(original: Method) -> Method:
+    signature = inspect.signature(original)
+
+    async def full_generator(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        tap = _Tap(bound.arguments["result_generator"])
+        bound.arguments["result_generator"] = tap
+        response = await original(*bound.args, **bound.kwargs)
+        return _add(response, total(tap.seen.values()))
+
+    return full_generator
+
+
+def _batch(original: Method) -> Method:
+    signature = inspect.signature(original)
+
+    async def full_generator_batch(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        taps = [_Tap(outputs) for outputs in bound.arguments["generators"]]
+        bound.arguments["generators"] = taps
+        response = await original(*bound.args, **bound.kwargs)
+        return _add(response, total(part for tap in taps for part in tap.seen.values()))
+
+    return full_generator_batch
+
+
+def _stream(original: Method) -> Method:
+    signature = inspect.signature(original)
+
+    async def stream_generator(*args: Any, **kwargs: Any) -> AsyncIterator[str]:
+        bound = signature.bind(*args, **kwargs)
+        tap = _Tap(bound.arguments["result_generator"])
+        bound.arguments["result_generator"] = tap
+        async with aclosing(original(*bound.args, **bound.kwargs)) as events:
+            async for event in events:
+                yield _in_event(event, tap)
+
+    return stream_generator
+
+
+def _in_event(event: str, tap: _Tap) -> str:
+    """Adds the details to the event that carries the usage of the whole response: OpenAI's
+    protocol marks it by an empty list of choices."""
+    # Inside a JSON string the quotes would be escaped, so generated text cannot match.
+    if '"choices":[]' not in event or not tap.seen:
+        return event
+    prefix, suffix = "data: ", "\n\n"
+    if not (event.startswith(prefix) and event.endswith(suffix)):
+        return event
+    chunk = json.loads(event[len(prefix) :])
+    if not chunk.get("usage"):
+        return event
+    chunk["usage"][ATTRIBUTE] = total(tap.seen.values())
+    return prefix + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")) + suffix
+
+
+def _completion(original: Method) -> Method:
+    signature = inspect.signature(original)
+
+    def to_response(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        details = [getattr(r, ATTRIBUTE, None) for r in bound.arguments["final_res_batch"]]
+        response = original(*args, **kwargs)
+        return _add(response, total(d for d in details if d is not None))
+
+    return to_response
+
+
+def _appending(original: Method) -> Method:
+    def append_output(self: Any, output: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, output, *args, **kwargs)
+        details = getattr(output, ATTRIBUTE, None)
+        if details is not None:
+            # With built-in tools a response has several turns, each one reading all before it:
+            # the last one counts.
+            setattr(self, ATTRIBUTE, details)
+
+    return append_output
+
+
+def _responses(original: Method) -> Method:
+    signature = inspect.signature(original)
+
+    async def full_generator(*args: Any, **kwargs: Any) -> Any:
+        context = signature.bind(*args, **kwargs).arguments["context"]
+        response = await original(*args, **kwargs)
+        return _add(response, getattr(context, ATTRIBUTE, None))
+
+    return full_generator
