@@ -14,7 +14,7 @@ export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
 # vLLM warns about any variable of this prefix that it does not know, and has no use for this one.
 unset VLLM_KVCRUSH_CACHE
 # Not set here: VLLM_CPU_NUM_OF_RESERVED_CPU=0. Its threads then fight with the engine's own
-# process for the cores, and on two cores a token takes four times as long.
+# process for the cores; on two cores a token took four times as long.
 # Intel's OpenMP, which vLLM asks for on x86; the lock has it.
 preload=${LD_PRELOAD:-}
 if [[ -e $venv/lib/libiomp5.so ]]; then

@@ -12,8 +12,14 @@ stamp=$venv/.setup-stamp
 want=$(cat requirements.lock pyproject.toml scripts/vllm-alias/pyproject.toml scripts/setup.sh | sha256sum)
 # The path is part of the stamp because a moved .venv still points at its old place.
 want="${want%% *} $PWD"
-if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$want" ]]; then
-    exit 0
+up_to_date() { [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$want" ]]; }
+up_to_date && exit 0
+
+# Two runs at once would install over each other; the second waits for the first.
+if command -v flock >/dev/null; then
+    exec 9<scripts/setup.sh
+    flock --nonblock 9 || { say "Waiting for another set-up of this directory to end."; flock 9; }
+    up_to_date && exit 0
 fi
 
 host_python=${PYTHON:-python3}
@@ -24,7 +30,9 @@ command -v "$host_python" >/dev/null || die "no $host_python here; install Pytho
 started=$SECONDS
 rm -f "$stamp"
 py=$venv/bin/python
-if ! "$py" -m pip --version >/dev/null 2>&1; then
+# RECORD tells whether pip itself is whole; see below.
+if ! { grep -qs 'dist-info/INSTALLER' "$venv"/lib/python3*/site-packages/pip-*.dist-info/RECORD \
+    && "$py" -m pip --version >/dev/null 2>&1; }; then
     say "Making $venv with $("$host_python" -V 2>&1)."
     "$host_python" -m venv --clear "$venv" \
         || die "could not make $venv; $host_python may lack its venv module (on Debian and Ubuntu: python3-venv)"

@@ -12,7 +12,7 @@ import json
 import sys
 from typing import Any
 
-from vllm_kvcrush import __version__, gate
+from vllm_kvcrush import __version__, gate, server
 from vllm_kvcrush.config import ConfigError, Settings
 
 _FLAGS = ("policy", "budget", "budget_max", "allow", "config")
@@ -36,12 +36,6 @@ def register() -> None:
 
     _wrap_flags(EngineArgs)
     _wrap_config(EngineArgs)
-    if gate.verdict()[0]:
-        from vllm_kvcrush.server import metrics, params, usage
-
-        params.install()
-        usage.install()
-        metrics.install()
 
 
 def _wrap_flags(engine_args: Any) -> None:
@@ -113,7 +107,9 @@ def _wrap_config(engine_args: Any) -> None:
     create = engine_args.create_engine_config
 
     @functools.wraps(create)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def create_engine_config(
+        self: Any, usage_context: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         try:
             settings = _settings(self.additional_config)
             if settings is not None:
@@ -122,13 +118,17 @@ def _wrap_config(engine_args: Any) -> None:
                     **self.additional_config,
                     "kvcrush": settings.to_dict(),
                 }
-            vllm_config = create(self, *args, **kwargs)
+            vllm_config = create(self, usage_context, *args, **kwargs)
             if settings is not None:
                 configure(vllm_config, settings)
         except (ConfigError, Refused) as error:
             if getattr(self, "_kvcrush_from_cli", False):
                 _exit(error)
             raise
+        if gate.verdict()[0]:
+            # Every process that takes requests comes through here, workers do not.
+            offline = getattr(usage_context, "name", None) == "LLM_CLASS"
+            server.install(active=settings is not None, http=not offline)
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config
@@ -172,8 +172,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     settings.check(
         vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
     )
-    asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
-    vllm_config.scheduler_config.scheduler_cls = _SCHEDULERS[asynchronous]
+    choose_scheduler(vllm_config)
     vllm_config.parallel_config.worker_cls = _WORKERS.get(worker, worker)
     # Under vLLM's name, so that its logging configuration shows the line.
     init_logger("vllm.kvcrush").info(
@@ -191,6 +190,12 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         settings.decode_interval,
         vllm_config.cache_config.block_size,
     )
+
+
+def choose_scheduler(vllm_config: Any) -> None:
+    """Ours in place of the one that vLLM would take."""
+    asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
+    vllm_config.scheduler_config.scheduler_cls = _SCHEDULERS[asynchronous]
 
 
 def _json_object(text: str) -> Any:

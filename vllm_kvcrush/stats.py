@@ -25,7 +25,8 @@ class PolicyStats:
         """Counts one compaction."""
         self.compactions += 1
         self.tokens_evicted += tokens
-        self.blocks_freed += blocks
+        # Blocks that stay shared can make a compaction cost some; a counter cannot go down.
+        self.blocks_freed += max(0, blocks)
         if seconds is not None:
             self.add_seconds(seconds)
 
@@ -54,14 +55,14 @@ class Stats:
     Attributes:
         policies: by name.
         deferrals: compactions put off, by reason ("shared", "no_room").
-        kv_bytes_held: bytes of KV that live requests hold now.
+        kv_bytes_held: bytes of KV that running requests hold now, by policy.
         kv_bytes_raw_equivalent: what they would hold without compression.
     """
 
     policies: dict[str, PolicyStats] = field(default_factory=dict)
     deferrals: dict[str, int] = field(default_factory=dict)
-    kv_bytes_held: int = 0
-    kv_bytes_raw_equivalent: int = 0
+    kv_bytes_held: dict[str, int] = field(default_factory=dict)
+    kv_bytes_raw_equivalent: dict[str, int] = field(default_factory=dict)
 
     def record_compaction(
         self, policy: str, tokens: int, blocks: int, seconds: float | None = None

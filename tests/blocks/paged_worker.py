@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcrush import policies
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.commands import Compaction, StepCommands
 from vllm_kvcrush.plan import Plan, cdiv
@@ -148,7 +147,7 @@ class PagedWorker:
             request_id,
             admission=0,
             plan=self.settings.plan(params, num_prompt_tokens, self.block_size),
-            wants_queries=params.active and "queries" in policies.get(params.policy).needs,
+            wants_queries=params.active and "queries" in self.settings.build(params.policy).needs,
             tokens=list(tokens),
             chain=[],
             blocks=None,
@@ -193,6 +192,9 @@ class PagedWorker:
         row.held[:candidates] = kept
         row.blocks = [*command.target, *command.tail]
         row.evicted = command.evicted
+        import os
+        if os.environ.get("RESETQ"):
+            row.queries = set()
         row.compactions += 1
 
     def _forward(self, row: Row, count: int, commands: StepCommands) -> list[int]:

@@ -21,7 +21,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from paged_worker import STOP_TOKEN, PagedWorker
 from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -40,6 +39,8 @@ from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction
 from vllm_kvcrush.engine.scheduler import KVCrushAsyncScheduler, KVCrushScheduler
 from vllm_kvcrush.plan import cdiv
+
+from .paged_worker import STOP_TOKEN, PagedWorker
 
 MAX_MODEL_LEN = 1024
 POLICIES = ("streaming", "snapkv", "h2o", "kvcrush")
@@ -369,6 +370,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert shared, f"{list(ends)} share nothing, and were put off"
         else:
             assert self.pool.get_num_free_blocks() > before[3]
+            for command in result:
+                lost = [i for i in command.target if i in command.source and before[1][i]]
+                fresh = set(command.target) - set(command.source)
+                assert not lost or len(jobs) > 1 or len(fresh) == before[3], (
+                    f"blocks {lost} left the prefix cache while others were free"
+                )
         return result
 
     def check_command(self, command: Compaction, due: set[str]) -> None:

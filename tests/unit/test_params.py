@@ -670,10 +670,10 @@ def test_responses() -> None:
 def test_stats_are_increments() -> None:
     stats = Stats()
     stats.record_compaction("h2o", tokens=100, blocks=6, seconds=0.002)
-    stats.record_compaction("h2o", tokens=50, blocks=0)
+    stats.record_compaction("h2o", tokens=50, blocks=-2)
     stats.record_seconds("h2o", 0.2)
     stats.record_deferral("shared")
-    stats.kv_bytes_held = 7
+    stats.kv_bytes_held = {"h2o": 7}
     taken = stats.take()
     assert taken["policies"] == {
         "h2o": {
@@ -686,7 +686,7 @@ def test_stats_are_increments() -> None:
     assert taken["deferrals"] == {"shared": 1}
     json.dumps(taken)  # crosses processes
     again = stats.take()
-    assert (again["policies"], again["deferrals"], again["kv_bytes_held"]) == ({}, {}, 7)
+    assert (again["policies"], again["deferrals"], again["kv_bytes_held"]) == ({}, {}, {"h2o": 7})
 
 
 def test_samples_that_nobody_takes_are_bounded() -> None:
@@ -712,7 +712,7 @@ def scraped() -> dict[str, float]:
 
 def test_the_logger_adds_up_and_can_be_made_again() -> None:
     config = vllm_config({"policy": "snapkv"})
-    stats = Stats(kv_bytes_held=10, kv_bytes_raw_equivalent=40)
+    stats = Stats(kv_bytes_held={"snapkv": 10}, kv_bytes_raw_equivalent={"snapkv": 40})
     for engine in (0, 1, 0):
         logger = metrics.KVCrushStatLogger(config, engine)
         stats.record_compaction("snapkv", 100, 6, 0.002)
@@ -732,12 +732,19 @@ def test_the_logger_adds_up_and_can_be_made_again() -> None:
     assert at("blocks_freed_total", 0, policy="snapkv") == 12
     assert at("deferrals_total", 0, reason="no_room") == 2
     assert at("deferrals_total", 0, reason="shared") == 0
-    assert at("kv_bytes_held", 1) == 10
-    assert at("kv_bytes_raw_equivalent", 1) == 40
+    assert at("kv_bytes_held", 1, policy="snapkv") == 10
+    assert at("kv_bytes_raw_equivalent", 1, policy="snapkv") == 40
     assert at("compaction_seconds_count", 0, policy="snapkv") == 2
     assert at("compaction_seconds_bucket", 0, policy="snapkv", le="0.001") == 0
     assert at("compaction_seconds_bucket", 0, policy="snapkv", le="0.0025") == 2
     assert at("compaction_seconds_sum", 0, policy="snapkv") == pytest.approx(0.004)
+    # When the last request of a policy has left, nobody names it any more.
+    idle = Stats(kv_bytes_held={"none": 3}).take()
+    logger.record(SchedulerStats(kv_connector_stats={"kvcrush": idle}), None)
+    found = scraped()
+    assert at("kv_bytes_held", 0, policy="snapkv") == 0
+    assert at("kv_bytes_held", 0, policy="none") == 3
+    assert at("kv_bytes_held", 1, policy="snapkv") == 10
     assert list(COMPACTION_BUCKETS) == sorted(set(COMPACTION_BUCKETS))
 
 

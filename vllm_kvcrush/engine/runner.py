@@ -42,7 +42,8 @@ class _Request:
 
 
 def _gather_heads(x: Tensor) -> Tensor:
-    return get_tp_group().all_gather(x.contiguous().to(torch.uint8), dim=0).to(x.dtype)
+    # vLLM's shared-memory all-gather on CPU takes floats only.
+    return get_tp_group().all_gather(x.to(torch.float32).contiguous(), dim=0).to(x.dtype)
 
 
 class KVCrushCPUModelRunner(CPUModelRunner):

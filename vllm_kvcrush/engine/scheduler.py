@@ -47,6 +47,8 @@ class KVCrushSchedulerMixin:
         self._tracked: dict[str, _Tracked] = {}
         self._plans: dict[str, Plan] = {}
         self._queries: dict[str, bool] = {}
+        # Requests whose numbers changed since their client was told.
+        self._unreported: set[str] = set()
         self._manager.plans = self._plans
         self.kvcrush_stats = Stats()
         # Every rank holds its share of the heads; bytes are counted over all of them.
@@ -62,6 +64,7 @@ class KVCrushSchedulerMixin:
             params = self._settings.request(request.sampling_params.extra_args)
             queries = params.active and self._uses_queries(params.policy)
             self._tracked[request.request_id] = _Tracked(params, queries)
+            self._unreported.add(request.request_id)
             if params.active:
                 self._plans[request.request_id] = self._settings.plan(
                     params, request.num_prompt_tokens, self._manager.block_size
@@ -79,6 +82,7 @@ class KVCrushSchedulerMixin:
         if held is not None:
             # Rides to the API server, which moves it into `usage`.
             kv_params = {**(kv_params or {}), "kvcrush": held}
+        self._unreported.discard(request.request_id)
         self._tracked.pop(request.request_id, None)
         self._plans.pop(request.request_id, None)
         return kv_params, ec_params
@@ -152,6 +156,7 @@ class KVCrushSchedulerMixin:
             else:
                 tracked.deferred = None
                 tracked.compactions += 1
+                self._unreported.add(job.request_id)
         if not isinstance(result, Deferred):
             freed = self.kv_cache_manager.block_pool.get_num_free_blocks() - free_before
             for i, c in enumerate(result):
@@ -200,7 +205,18 @@ class KVCrushSchedulerMixin:
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
         for policy, seconds in getattr(model_runner_output, "kvcrush_seconds", ()):
             self.kvcrush_stats.record_seconds(policy, seconds)
-        return super().update_from_output(scheduler_output, model_runner_output)
+        results = super().update_from_output(scheduler_output, model_runner_output)
+        if self._unreported:
+            # With a request's first output and after each compaction, because a front-end that
+            # meets a stop string never gets the last output.
+            for outputs in results.values():
+                for output in outputs.outputs:
+                    if output.request_id in self._unreported:
+                        self._unreported.discard(output.request_id)
+                        if (request := self.requests.get(output.request_id)) is not None:
+                            report = self._held_report(request)
+                            output.kv_transfer_params = {"kvcrush": report} if report else None
+        return results
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)

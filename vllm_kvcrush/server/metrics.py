@@ -104,14 +104,14 @@ def deferrals() -> Counter:
 
 
 def kv_bytes_held() -> Gauge:
-    """Bytes of KV held by live requests."""
-    return _gauge("kv_bytes_held", "Bytes of KV that live requests hold.", *_ENGINE)
+    """Bytes of KV held by running requests, by policy."""
+    return _gauge("kv_bytes_held", "Bytes of KV that running requests hold.", *_ENGINE, "policy")
 
 
 def kv_bytes_raw_equivalent() -> Gauge:
     """Bytes that they would hold uncompressed."""
-    help_text = "Bytes of KV that live requests would hold without compression."
-    return _gauge("kv_bytes_raw_equivalent", help_text, *_ENGINE)
+    help_text = "Bytes of KV that running requests would hold without compression."
+    return _gauge("kv_bytes_raw_equivalent", help_text, *_ENGINE, "policy")
 
 
 def count_request(model_name: str, policy: str) -> None:
@@ -138,14 +138,15 @@ class KVCrushStatLogger(StatLoggerBase):
         # Series that exist from the start let rate() see their first increment.
         policy = str(raw.get("policy"))
         requests().labels(model_name, policy)
+        self.policies = {policy}
+        kv_bytes_held().labels(*self.labels, policy)
+        kv_bytes_raw_equivalent().labels(*self.labels, policy)
         if policy != "none":
             for collector in (compactions(), tokens_evicted(), blocks_freed()):
                 collector.labels(*self.labels, policy)
             compaction_seconds().labels(*self.labels, policy)
         for reason in ("shared", "no_room"):
             deferrals().labels(*self.labels, reason)
-        kv_bytes_held().labels(*self.labels)
-        kv_bytes_raw_equivalent().labels(*self.labels)
 
     def record(
         self,
@@ -169,8 +170,13 @@ class KVCrushStatLogger(StatLoggerBase):
                 compaction_seconds().labels(*labels).observe(seconds)
         for reason, count in stats["deferrals"].items():
             deferrals().labels(*self.labels, reason).inc(count)
-        kv_bytes_held().labels(*self.labels).set(stats["kv_bytes_held"])
-        kv_bytes_raw_equivalent().labels(*self.labels).set(stats["kv_bytes_raw_equivalent"])
+        held, raw = stats["kv_bytes_held"], stats["kv_bytes_raw_equivalent"]
+        self.policies.update(held, raw)
+        # A policy that is no longer named has no request running.
+        for policy in self.policies:
+            labels = (*self.labels, policy)
+            kv_bytes_held().labels(*labels).set(held.get(policy, 0))
+            kv_bytes_raw_equivalent().labels(*labels).set(raw.get(policy, 0))
 
     def log_engine_initialized(self) -> None:
         """Nothing to log: the plugin has done so at start-up."""
