@@ -25,7 +25,7 @@ class Reference:
         cache = DynamicCache()
         tokens = list(prompt)
         done = 0
-        stops = sorted(n for n in kept if n <= len(prompt)) + [len(prompt)]
+        stops = [*sorted(n for n in kept if n <= len(prompt)), len(prompt)]
         logits = torch.empty(0)
         for stop in dict.fromkeys(stops):
             logits = self._forward(tokens, done, stop, cache)

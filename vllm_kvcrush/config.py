@@ -295,5 +295,7 @@ class Settings:
 
 def _policy_name(value: Any, key: str, names: tuple[str, ...]) -> str:
     if value not in names:
-        raise ConfigError(f"{key}={value!r} is not a policy: choose one of {', '.join(names)}.", key)
+        raise ConfigError(
+            f"{key}={value!r} is not a policy: choose one of {', '.join(names)}.", key
+        )
     return value

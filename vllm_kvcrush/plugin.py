@@ -169,9 +169,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         )
     if offenders:
         raise Refused("--kv-policy cannot run with: " + "; ".join(offenders) + ".")
-    settings.check(
-        vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
-    )
+    settings.check(vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len)
     choose_scheduler(vllm_config)
     vllm_config.parallel_config.worker_cls = _WORKERS.get(worker, worker)
     # Under vLLM's name, so that its logging configuration shows the line.

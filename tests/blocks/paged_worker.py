@@ -193,6 +193,7 @@ class PagedWorker:
         row.blocks = [*command.target, *command.tail]
         row.evicted = command.evicted
         import os
+
         if os.environ.get("RESETQ"):
             row.queries = set()
         row.compactions += 1

@@ -104,6 +104,7 @@ asked_policies = st.sampled_from([None, "none", *POLICIES])
 
 
 from hypothesis import Phase
+
 EXTRA = {"phases": [Phase.generate]} if os.environ.get("NOSHRINK") else {}
 
 
@@ -173,6 +174,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.overdue: set[str] = set()
         self.compact = self.manager.compact
         self.manager.compact = self.watch_compact
+        self.compact_due = self.scheduler._compact_due
+        self.scheduler._compact_due = self.watch_compact_due
         self.since_drain = 0
         self.failed = False
 
@@ -180,7 +183,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         prompt=prompts,
-        max_tokens=st.sampled_from([1, 2, 9, 40, 90]),
+        max_tokens=st.sampled_from([1, 9, 40, 90, 150]),
         policy=asked_policies,
         budget=budgets,
         copies=st.sampled_from([1, 1, 2, 4]),
@@ -226,7 +229,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         which=st.integers(0, 9),
         more=st.sampled_from([0, 1, 24]),
-        max_tokens=st.sampled_from([1, 9, 40]),
+        max_tokens=st.sampled_from([1, 9, 40, 90]),
         policy=asked_policies,
         budget=budgets,
     )
@@ -378,6 +381,26 @@ class SchedulerMachine(RuleBasedStateMachine):
                 )
         return result
 
+    def watch_compact_due(self) -> list[Compaction]:
+        """`_compact_due`: requests that wait for each other to let go of blocks do so together."""
+        result = self.compact_due()
+        owners = Counter(b.block_id for v in self.manager.req_to_blocks.values() for b in v)
+        released: Counter[int] = Counter()
+        waiting = wanted = 0
+        for request_id, tracked in self.scheduler._tracked.items():
+            blocks = self.manager.req_to_blocks.get(request_id)
+            if not tracked.deferred or not blocks:
+                continue
+            plan, n = self.scheduler._plans[request_id], self.worker.rows[request_id].computed
+            shape = plan.shape(n, n - self.worker.rows[request_id].evicted)
+            end = len(blocks) - cdiv(shape.tail_tokens, self.block_size)
+            released.update(b.block_id for b in blocks[:end])
+            waiting, wanted = waiting + 1, wanted + shape.compressed
+        if waiting > 1 and self.pool.get_num_free_blocks() >= wanted:
+            gained = sum(owners[b] == count for b, count in released.items())
+            assert gained <= wanted, f"{waiting} requests could have been compacted together"
+        return result
+
     def check_command(self, command: Compaction, due: set[str]) -> None:
         request_id = command.request_id
         assert request_id in due or request_id in self.overdue, (
@@ -435,9 +458,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         running = {r.request_id for r in self.scheduler.running}
         lists = {k for k, v in self.manager.req_to_blocks.items() if v}
         assert lists == running
-        assert set(self.manager.evicted) == {
-            r for r in running if self.worker.rows[r].compactions
-        }
+        assert set(self.manager.evicted) == {r for r in running if self.worker.rows[r].compactions}
         assert set(self.scheduler._tracked) == set(self.scheduler.requests)
         assert set(self.scheduler._plans) <= set(self.scheduler.requests)
         for request_id in running:
@@ -476,7 +497,7 @@ def test_scheduler_state(machine: type[SchedulerMachine]) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(examples or 60),
+            max_examples=int(examples or 200),
             stateful_step_count=40,
             derandomize=not examples,
             deadline=None,

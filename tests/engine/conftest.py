@@ -68,9 +68,7 @@ class Engine:
         )
 
     def generate(self, prompts: list[list[int]], params: Any) -> list[Any]:
-        return self.llm.generate(
-            [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
-        )
+        return self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
 
     def tokens(self, prompt: list[int], max_tokens: int, **extra_args: Any) -> list[int]:
         (result,) = self.generate([prompt], self.params(max_tokens, **extra_args))

@@ -51,7 +51,10 @@ def main() -> None:
         )
         results.append(
             [
-                {"tokens": list(o.outputs[0].token_ids), "details": getattr(o, "kv_tokens_details", None)}
+                {
+                    "tokens": list(o.outputs[0].token_ids),
+                    "details": getattr(o, "kv_tokens_details", None),
+                }
                 for o in outputs
             ]
         )

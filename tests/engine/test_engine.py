@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL_INTERVAL, Engine
+from vllm_kvcrush import policies
 
 pytestmark = pytest.mark.engine
 
@@ -56,7 +57,7 @@ def test_compaction_repeats_while_decoding(engine: Engine, ids: list[int]) -> No
 def test_a_prompt_larger_than_the_whole_pool_is_served(engine: Engine, ids: list[int]) -> None:
     usable = engine.pool.num_gpu_blocks - 1
     prompt = ids[:1952]
-    assert len(prompt) > usable * BLOCK and MAX_MODEL_LEN > usable * BLOCK
+    assert len(prompt) > usable * BLOCK and usable * BLOCK < MAX_MODEL_LEN
     with engine.watch() as steps:
         tokens = engine.tokens(prompt, 8)
     assert len(tokens) == 8
@@ -92,11 +93,15 @@ def reference(model_path: str) -> Any:
     return Reference(model_path)
 
 
-@pytest.mark.parametrize("policy", ["streaming", "snapkv", "h2o", "kvcrush"])
+@pytest.mark.parametrize("policy", ["streaming", "snapkv", "h2o", "kvcrush", "kvcrush-page"])
 def test_tokens_equal_transformers_with_the_same_kept_tokens(
-    engine: Engine, ids: list[int], reference: Any, policy: str
+    engine: Engine, ids: list[int], reference: Any, policy: str, monkeypatch: Any
 ) -> None:
     """Compactions between prefill chunks, at the prompt's end and while decoding."""
+    if policy == "kvcrush-page":
+        policy = "kvcrush"
+        paged = policies.get("kvcrush", {"level": "page", "anchor": "mean"})
+        monkeypatch.setitem(engine.runner._policies, "kvcrush", paged)
     kept: dict[int, list[torch.Tensor]] = {}
 
     def record(command: Any, layer: int, slots: torch.Tensor) -> None:
@@ -145,9 +150,7 @@ def test_same_prompt_again_hits_and_repeats_itself(
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "h2o", "kvcrush"])
-def test_result_does_not_depend_on_the_cache(
-    engine: Engine, ids: list[int], policy: str
-) -> None:
+def test_result_does_not_depend_on_the_cache(engine: Engine, ids: list[int], policy: str) -> None:
     prompt = ids[2500:2807]
     cold = engine.tokens(prompt, 20, kv_policy=policy)
     engine.reset()
@@ -200,6 +203,15 @@ def test_uncompressed_requests_equal_plain_vllm_beside_compressed_ones(
         assert got[index] == expected[index], extra[index]
     compacted = {c.request_id for s in steps for c in s["compactions"]}
     assert len(compacted) == 3
+
+
+def test_a_request_that_can_never_fit_is_refused(engine: Engine, ids: list[int]) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match="62 KV blocks of the 59") as caught:
+        engine.tokens(ids[:1952], 8, kv_policy="none")
+    assert "kv_policy" in str(caught.value) and "\n" not in str(caught.value)
+    assert not engine.scheduler.requests
 
 
 # -- what happens to requests -------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+
 from tests.server.conftest import NAME, Server, serve
 
 pytestmark = pytest.mark.server

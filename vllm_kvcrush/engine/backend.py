@@ -58,7 +58,7 @@ class CacheLayer:
         half = self.block_size * self.head_size
         part = self._flat[:, :, :half]
         if self._k_transposed:
-            tiles = part.unflatten(2, (self.head_size, self.block_size))[blocks]
+            tiles = part.view(*part.shape[:2], self.head_size, self.block_size)[blocks]
             return tiles.permute(1, 0, 3, 2).reshape(self.heads, -1, self.head_size)
         return self._reorder(part[blocks], self._k_order)
 
@@ -69,7 +69,7 @@ class CacheLayer:
         if not self._v_plain:
             values = self._reorder(part[blocks], self._v_order - half)
             return values if slots is None else gather(values, slots)
-        rows = part.unflatten(2, (self.block_size, self.head_size))
+        rows = part.view(*part.shape[:2], self.block_size, self.head_size)
         if slots is None:
             return rows[blocks].permute(1, 0, 2, 3).reshape(self.heads, -1, self.head_size)
         heads = torch.arange(self.heads).unsqueeze(1)

@@ -37,8 +37,7 @@ class KVCrushSpec(FullAttentionSpec):
         longest = vllm_config.model_config.max_model_len
         # Longest when it is all prompt, or when it is nearly all output.
         bound = max(
-            settings.plan(params, prompt, self.block_size).bound(longest)
-            for prompt in (longest, 1)
+            settings.plan(params, prompt, self.block_size).bound(longest) for prompt in (longest, 1)
         )
         return bound * self.page_size_bytes
 
@@ -165,6 +164,4 @@ class KVCrushManager(FullAttentionManager):
 
 # The built-in specs are registered only while the list is empty: let them go first.
 KVCacheSpecRegistry._ensure_registered()
-KVCacheSpecRegistry.register(
-    KVCrushSpec, KVCrushManager, uniform_type_base_spec=FullAttentionSpec
-)
+KVCacheSpecRegistry.register(KVCrushSpec, KVCrushManager, uniform_type_base_spec=FullAttentionSpec)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
-from vllm.logger import init_logger
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -21,8 +21,6 @@ from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction, StepCommands
 from vllm_kvcrush.plan import Plan
 from vllm_kvcrush.policies.base import Policy, View
-
-logger = init_logger(__name__)
 
 
 @dataclass
@@ -95,7 +93,8 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         for request_id in scheduler_output.preempted_req_ids or ():
             self._crushed.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
-            self._track(new.req_id, new.sampling_params, len(new.prompt_token_ids or ()))
+            length = length_from_prompt_token_ids_or_embeds(new.prompt_token_ids, new.prompt_embeds)
+            self._track(new.req_id, new.sampling_params, length)
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             state = self.requests[request_id]
             self._track(request_id, state.sampling_params, state.num_prompt_tokens)

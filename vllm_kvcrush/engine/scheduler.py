@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -13,7 +13,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from vllm_kvcrush.config import RequestParams, Settings
+from vllm_kvcrush.config import NONE, RequestParams, Settings
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushManager
 from vllm_kvcrush.engine.commands import Compaction, StepCommands
 from vllm_kvcrush.plan import Plan, cdiv
@@ -31,16 +31,21 @@ class _Tracked:
     deferred: str | None = None
 
 
-class KVCrushSchedulerMixin:
+# A mixin at run time; to the type checker it is a scheduler.
+_Base: Any = Scheduler if TYPE_CHECKING else object
+
+
+class KVCrushSchedulerMixin(_Base):
     """Adds compaction to `Scheduler` and `AsyncScheduler`; everything else is theirs."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         managers = self.kv_cache_manager.coordinator.single_type_managers
         if len(managers) != 1 or not isinstance(managers[0], KVCrushManager):
+            groups = ", ".join(type(m).__name__ for m in managers)
             raise ValueError(
                 "vllm-kvcrush needs a model whose layers all use full attention: this one has "
-                f"{len(managers)} KV cache groups ({', '.join(type(m).__name__ for m in managers)})."
+                f"{len(managers)} KV cache groups ({groups})."
             )
         self._manager: KVCrushManager = managers[0]
         self._settings = Settings.from_dict(self.vllm_config.additional_config["kvcrush"])
@@ -53,15 +58,21 @@ class KVCrushSchedulerMixin:
         self.kvcrush_stats = Stats()
         # Every rank holds its share of the heads; bytes are counted over all of them.
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
-        self._block_bytes = ranks * sum(
-            tensor.size for tensor in self.kv_cache_config.kv_cache_tensors
-        ) // max(1, self.kv_cache_config.num_blocks)
+        self._block_bytes = (
+            ranks
+            * sum(tensor.size for tensor in self.kv_cache_config.kv_cache_tensors)
+            // max(1, self.kv_cache_config.num_blocks)
+        )
 
     # -- requests -------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests and request.sampling_params is not None:
             params = self._settings.request(request.sampling_params.extra_args)
+            if request.resumable:
+                # A prompt that grows while it is served has no plan.
+                logger.warning_once("Requests with streaming input are not compressed.")
+                params = RequestParams(NONE, 1.0)
             queries = params.active and self._uses_queries(params.policy)
             self._tracked[request.request_id] = _Tracked(params, queries)
             self._unreported.add(request.request_id)
@@ -182,9 +193,7 @@ class KVCrushSchedulerMixin:
         stop = plan.next_compaction(num_computed_tokens, held, limit)
         return num_new_tokens if stop is None else stop - num_computed_tokens
 
-    def _get_local_prefix_cache_hit(
-        self, request: Request
-    ) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         """Leaves the tokens before the first compaction to be computed here, so that the
         observation window never depends on what the cache held."""
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
@@ -202,7 +211,9 @@ class KVCrushSchedulerMixin:
 
     # -- statistics -----------------------------------------------------------------------------
 
-    def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: Any) -> Any:
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: Any
+    ) -> Any:
         for policy, seconds in getattr(model_runner_output, "kvcrush_seconds", ()):
             self.kvcrush_stats.record_seconds(policy, seconds)
         results = super().update_from_output(scheduler_output, model_runner_output)
