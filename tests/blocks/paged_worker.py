@@ -58,7 +58,8 @@ class Row:
     compactions: int = 0
     # What the request's slots must hold, in slot order, whatever others do.
     held: list[Content] = field(default_factory=list)
-    # Positions whose queries were remembered for the next compaction.
+    # Positions whose queries were remembered. They outlive a compaction: the next one may come
+    # before a whole window of new tokens.
     queries: set[int] = field(default_factory=set)
 
     def content(self, position: int) -> Content:

@@ -118,7 +118,12 @@ class Plain:
     """vLLM without any plugin, in a process of its own."""
 
     def __init__(self, model_path: str):
-        environment = {**os.environ, **ENVIRONMENT, "VLLM_PLUGINS": ""}
+        environment = {
+            **os.environ,
+            **ENVIRONMENT,
+            "VLLM_PLUGINS": "",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no children that could outlive it
+        }
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "plain_vllm.py"), model_path, str(MAX_MODEL_LEN)],
             stdin=subprocess.PIPE,
@@ -142,7 +147,7 @@ def plain(model_path: str) -> Iterator[Plain]:
     plain = Plain(model_path)
     yield plain
     plain.process.kill()
-    plain.process.wait()
+    plain.process.communicate()
 
 
 @pytest.fixture(scope="session")

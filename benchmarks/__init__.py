@@ -1,0 +1,1 @@
+"""Benchmarks: each is a module with `--quick` and `--json FILE`."""
