@@ -1,6 +1,6 @@
 """Writes README's table from committed JSON, and draws the plan's picture from the plan itself.
 
-    python -m benchmarks.readme
+python -m benchmarks.readme
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class Row:
     compactions: int = 0
     # What the request's slots must hold, in slot order, whatever others do.
     held: list[Content] = field(default_factory=list)
-    # Positions whose queries were remembered. They outlive a compaction: the next one may come
+    # Positions whose queries are remembered. They may outlive a compaction: the next one may come
     # before a whole window of new tokens.
     queries: set[int] = field(default_factory=set)
 
@@ -193,9 +193,8 @@ class PagedWorker:
         row.held[:candidates] = kept
         row.blocks = [*command.target, *command.tail]
         row.evicted = command.evicted
-        import os
-
-        if os.environ.get("RESETQ"):
+        n, window = row.computed, row.plan.window
+        if row.plan.next_compaction(n, n - row.evicted, n + window - 1) is None:
             row.queries = set()
         row.compactions += 1
 

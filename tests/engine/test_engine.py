@@ -110,13 +110,14 @@ def test_tokens_equal_transformers_with_the_same_kept_tokens(
         kept.setdefault(command.computed, []).append(torch.cat([slots, tail], 1))
 
     engine.runner.on_select = record
-    prompt, new = ids[100:600], 2 * DECODE_INTERVAL + 4
+    # The prompt ends so soon after a compaction that the next window reaches back before it.
+    prompt, new = ids[100:524], 2 * DECODE_INTERVAL + 4
     tokens = engine.tokens(prompt, new, kv_policy=policy, kv_budget=160)
     first = 160 + PREFILL_INTERVAL
-    assert sorted(kept) == [first, 500, 500 + DECODE_INTERVAL, 500 + 2 * DECODE_INTERVAL]
+    assert sorted(kept) == [first, 424, 424 + DECODE_INTERVAL, 424 + 2 * DECODE_INTERVAL]
     assert tokens == reference.generate(prompt, new, kept)
     if policy != "streaming":
-        at_end = kept[500]
+        at_end = kept[424]
         assert any(not torch.equal(layer[0], layer[1]) for layer in at_end), (
             "all heads kept the same tokens"
         )

@@ -246,8 +246,11 @@ class KVCrushCPUModelRunner(CPUModelRunner):
             # Both are copies, so writing into blocks of `source` is safe.
             layer.write(gather(keys, kept), layer.values(source, kept), slots)
         state.running = survivors or None
-        state.queries = None
         state.evicted = command.evicted
+        # The next window may reach back before this compaction.
+        n, left = command.computed, keep + command.tail_tokens
+        if state.plan.next_compaction(n, left, n + state.plan.window - 1) is None:
+            state.queries = None
         blocks = [*command.target, *command.tail]
         self.requests[command.request_id].block_ids = (blocks,)
         row = self.input_batch.req_id_to_index.get(command.request_id)

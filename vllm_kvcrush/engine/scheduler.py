@@ -54,6 +54,9 @@ class KVCrushSchedulerMixin(_Base):
         self._queries: dict[str, bool] = {}
         # Requests whose numbers changed since their client was told.
         self._unreported: set[str] = set()
+        # Of the step that is being scheduled: compactions, and the request that asks for blocks.
+        self._commands: list[Compaction] = []
+        self._allocating: Request | None = None
         self._manager.plans = self._plans
         self.kvcrush_stats = Stats()
         # Every rank holds its share of the heads; bytes are counted over all of them.
@@ -116,11 +119,12 @@ class KVCrushSchedulerMixin(_Base):
     # -- one step -------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        commands = self._compact_due()
+        self._commands = self._compact_due()
         output = super().schedule(throttle_prefills)
+        self._allocating = None
         # A request that was preempted a moment ago has nothing left to compact.
         output.kvcrush = StepCommands(
-            [c for c in commands if c.request_id in self._manager.evicted],
+            [c for c in self._commands if c.request_id in self._manager.evicted],
             frozenset(r for r, t in self._tracked.items() if t.deferred),
         )
         return output
@@ -130,18 +134,9 @@ class KVCrushSchedulerMixin(_Base):
         done: list[Compaction] = []
         waiting: list[Job] = []
         for request in self.running:
-            plan = self._plans.get(request.request_id)
-            if plan is None:
+            job = self._due(request)
+            if job is None:
                 continue
-            tracked = self._tracked[request.request_id]
-            n = request.num_computed_tokens
-            if not (tracked.deferred or plan.is_check(n)):
-                continue
-            held = n - self._manager.evicted.get(request.request_id, 0)
-            if not plan.due(n, held):
-                tracked.deferred = None
-                continue
-            job = Job(request.request_id, n, held, plan.shape(n, held))
             result = self._try([job])
             if isinstance(result, Deferred):
                 waiting.append(job)
@@ -153,6 +148,36 @@ class KVCrushSchedulerMixin(_Base):
             if not isinstance(result, Deferred):
                 done += result
         return done
+
+    def _due(self, request: Request) -> Job | None:
+        """The compaction that `request` is due now, at a position of its plan or put off there."""
+        plan = self._plans.get(request.request_id)
+        if plan is None:
+            return None
+        tracked = self._tracked[request.request_id]
+        n = request.num_computed_tokens
+        if not (tracked.deferred or plan.is_check(n)):
+            return None
+        held = n - self._manager.evicted.get(request.request_id, 0)
+        if not plan.due(n, held):
+            tracked.deferred = None
+            return None
+        return Job(request.request_id, n, held, plan.shape(n, held))
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        if (tracked := self._tracked.get(request.request_id)) is not None:
+            # It will be read again, and compacted at its plan's positions.
+            tracked.deferred = None
+        current = self._allocating
+        if current is None or current is request or current.request_id not in self._tracked:
+            return
+        # What the victim shared with the request that needs blocks is that one's own now. Without
+        # this, two copies of a prompt could preempt each other for ever.
+        if self._tracked[current.request_id].deferred and (job := self._due(current)) is not None:
+            result = self._try([job])
+            if not isinstance(result, Deferred):
+                self._commands += result
 
     def _try(self, jobs: list[Job]) -> list[Compaction] | Deferred:
         free_before = self.kv_cache_manager.block_pool.get_num_free_blocks()
@@ -181,7 +206,9 @@ class KVCrushSchedulerMixin(_Base):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """Ends a chunk where the next compaction is due. vLLM asks this of every chunk."""
+        """Ends a chunk where the next compaction is due. vLLM asks this of every chunk, right
+        before it allocates."""
+        self._allocating = request
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
