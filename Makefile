@@ -9,6 +9,9 @@ ARGS ?=
 BIN := .venv/bin
 
 export VLLM_KVCRUSH_CACHE ?= $(CURDIR)/.cache
+# The set-up leaves compiling to the first import; where nothing may be written, each of vLLM's
+# processes would compile everything anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup model serve test lint clean
 .DEFAULT_GOAL := help

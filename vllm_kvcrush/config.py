@@ -7,6 +7,7 @@ in the scheduler and in the workers (to act), from the dict that travels in
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,9 @@ def parse_budget(value: Any, key: str) -> float | int:
 def _whole(options: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
     value = options.get(name, default)
     key = f"--kv-policy-config.{name}"
-    if isinstance(value, str) and value.strip().isdigit():
-        value = int(value)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ConfigError(
             f"{key}={value!r} is not allowed: give a whole number from {low} to {high}.", key

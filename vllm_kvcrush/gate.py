@@ -5,6 +5,7 @@ One table serves the start-up check, `vllm-kvcrush doctor` and the documentation
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -149,10 +150,22 @@ REFUSED: tuple[Refusal, ...] = (
         _set("use_v2_model_runner"),
     ),
     Refusal(
+        "the Rust front-end",
+        "request parameters are checked in the Python one",
+        "unset VLLM_USE_RUST_FRONTEND",
+        lambda _: os.environ.get("VLLM_USE_RUST_FRONTEND", "0").lower() not in ("", "0", "false"),
+    ),
+    Refusal(
         "speculative decoding",
         "drafters compute slots from token positions, which no longer match",
         "start without --speculative-config",
         _set("speculative_config"),
+    ),
+    Refusal(
+        "prompts read in one piece",
+        "a prompt must be compacted between chunks to keep to its budget",
+        "start without --no-enable-chunked-prefill",
+        lambda config: _get(config, "scheduler_config.enable_chunked_prefill", True) is False,
     ),
     Refusal(
         "pipeline parallelism",

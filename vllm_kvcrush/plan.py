@@ -112,7 +112,8 @@ class Plan:
         compacted, or None."""
         if self.never:
             return None
-        check = self.check_after(n)
+        # Before the slots outgrow today's blocks no position can be due.
+        check = self.check_after(n + max(0, self.blocks(n) * self.block_size - held))
         while check <= limit:
             if self.due(check, held + check - n):
                 return check

@@ -90,7 +90,8 @@ def _wrap_flags(engine_args: Any) -> None:
         }
         if given:
             extra = dict(result.additional_config or {})
-            extra["kvcrush"] = {**extra.get("kvcrush", {}), **given}
+            before = extra.get("kvcrush")
+            extra["kvcrush"] = {**(before if isinstance(before, dict) else {}), **given}
             result.additional_config = extra
             result._kvcrush_from_cli = True
             try:
@@ -128,7 +129,8 @@ def _wrap_config(engine_args: Any) -> None:
         if gate.verdict()[0]:
             # Every process that takes requests comes through here, workers do not.
             offline = getattr(usage_context, "name", None) == "LLM_CLASS"
-            server.install(active=settings is not None, http=not offline)
+            stats = not getattr(self, "disable_log_stats", False)
+            server.install(active=settings is not None, http=not offline, stats=stats)
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config

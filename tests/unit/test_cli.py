@@ -242,6 +242,7 @@ def plain() -> Namespace:
         kv_events_config=None,
         diffusion_config=None,
         device_config=Namespace(device_type="cpu"),
+        scheduler_config=Namespace(enable_chunked_prefill=True),
         parallel_config=Namespace(
             pipeline_parallel_size=1,
             tensor_parallel_size=2,
@@ -285,6 +286,7 @@ def test_a_plain_configuration_is_taken() -> None:
         ("device_config.device_type", "cuda", "platform cuda"),
         ("use_v2_model_runner", True, "VLLM_USE_V2_MODEL_RUNNER=0"),
         ("speculative_config", object(), "--speculative-config"),
+        ("scheduler_config.enable_chunked_prefill", False, "--no-enable-chunked-prefill"),
         ("parallel_config.pipeline_parallel_size", 2, "--pipeline-parallel-size 1"),
         ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
         ("parallel_config.prefill_context_parallel_size", 2, "context parallelism"),
@@ -326,6 +328,12 @@ def test_each_refused_feature(path: str, value: object, words: str) -> None:
     assert words in clause
 
 
+def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    (clause,) = gate.refusals(plain())
+    assert "VLLM_USE_RUST_FRONTEND" in clause
+
+
 def test_every_row_is_tried_and_all_offenders_are_named() -> None:
     config = plain()
     config.speculative_config = object()
@@ -333,7 +341,7 @@ def test_every_row_is_tried_and_all_offenders_are_named() -> None:
     config.device_config.device_type = "cuda"
     assert len(gate.refusals(config)) == 3
     # As many features as the cases above know.
-    assert len(gate.REFUSED) == 21
+    assert len(gate.REFUSED) == 23
     # Clauses are joined by semicolons into one sentence.
     for row in gate.REFUSED:
         assert ";" not in row.feature + row.why + row.way_out

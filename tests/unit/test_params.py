@@ -77,13 +77,23 @@ def endpoint(request: pytest.FixtureRequest) -> tuple[Any, dict[str, Any]]:
 
 def test_top_level_fields_arrive_like_xargs(endpoint: Any) -> None:
     cls, body = endpoint
-    wanted = {"kv_budget": 0.25, "kv_policy": "h2o", "kv_typo": 1}
+    wanted = {"kv_budget": 0.25, "kv_policy": "h2o"}
     assert sampled(cls, body | wanted).extra_args == wanted
     xargs = {name: v for name, v in wanted.items() if name != "kv_policy"}
     assert sampled(cls, body | {"vllm_xargs": xargs, "kv_policy": "h2o"}).extra_args == wanted
     # Given twice but alike, or left alone by an SDK.
     twice = {"vllm_xargs": {"kv_budget": 0.25}, "kv_budget": 0.25, "kv_policy": None}
     assert sampled(cls, body | twice).extra_args == {"kv_budget": 0.25}
+
+
+def test_unknown_fields_never_travel_on(endpoint: Any) -> None:
+    """An inactive server ignores them like plain vLLM: in the engine they could do harm."""
+    cls, body = endpoint
+    given = sampled(cls, body | {"kv_cache_hint": 10**30})
+    assert not given.extra_args
+    assert params.Front(vllm_config(None)).check(given) is None
+    with pytest.raises(VLLMValidationError, match="kv_cache_hint"):
+        params.Front(vllm_config(ACTIVE)).check(given)
 
 
 def test_vllms_own_fields_are_left_alone(endpoint: Any) -> None:

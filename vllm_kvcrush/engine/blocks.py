@@ -113,6 +113,20 @@ class KVCrushManager(FullAttentionManager):
             return Deferred("no_room")
         return [self._compact_one(job, regions[job.request_id]) for job in jobs]
 
+    def sharing(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        """Groups the jobs whose requests share blocks, directly or through others."""
+        groups: list[tuple[set[int], list[Job]]] = []
+        for job in jobs:
+            blocks, members = {b.block_id for b in self._region(job)}, [job]
+            apart = []
+            for theirs, others in groups:
+                if blocks & theirs:
+                    blocks, members = blocks | theirs, others + members
+                else:
+                    apart.append((theirs, others))
+            groups = [*apart, (blocks, members)]
+        return [members for _, members in groups]
+
     def _region(self, job: Job) -> list[KVCacheBlock]:
         blocks = self.req_to_blocks[job.request_id]
         assert len(blocks) >= cdiv(job.held, self.block_size), (job, len(blocks))

@@ -71,12 +71,17 @@ class KVCrushSchedulerMixin(_Base):
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests and request.sampling_params is not None:
-            params = self._settings.request(request.sampling_params.extra_args)
+            try:
+                params = self._settings.request(request.sampling_params.extra_args)
+                queries = params.active and self._uses_queries(params.policy)
+            except ValueError as error:
+                # Not by way of our front-end, which refuses it. The engine must live.
+                logger.error("Request %s is not compressed: %s", request.request_id, error)
+                params, queries = RequestParams(NONE, 1.0), False
             if request.resumable:
                 # A prompt that grows while it is served has no plan.
                 logger.warning_once("Requests with streaming input are not compressed.")
                 params = RequestParams(NONE, 1.0)
-            queries = params.active and self._uses_queries(params.policy)
             self._tracked[request.request_id] = _Tracked(params, queries)
             self._unreported.add(request.request_id)
             if params.active:
@@ -134,20 +139,28 @@ class KVCrushSchedulerMixin(_Base):
         done: list[Compaction] = []
         waiting: list[Job] = []
         for request in self.running:
-            job = self._due(request)
-            if job is None:
+            if (job := self._due(request)) is None:
                 continue
             result = self._try([job])
             if isinstance(result, Deferred):
                 waiting.append(job)
             else:
                 done += result
-        if len(waiting) > 1:
-            # Copies of one prompt share its blocks: only together do they free them.
-            result = self._try(waiting)
-            if not isinstance(result, Deferred):
+        # Copies of one prompt share its blocks: only together do they free them.
+        for group in self._manager.sharing(waiting):
+            result = self._try(group) if len(group) > 1 else Deferred("shared")
+            if isinstance(result, Deferred):
+                self._defer(group, result)
+            else:
                 done += result
         return done
+
+    def _defer(self, jobs: list[Job], why: Deferred) -> None:
+        for job in jobs:
+            tracked = self._tracked[job.request_id]
+            if tracked.deferred is None:
+                self.kvcrush_stats.record_deferral(why.reason)
+            tracked.deferred = why.reason
 
     def _due(self, request: Request) -> Job | None:
         """The compaction that `request` is due now, at a position of its plan or put off there."""
@@ -169,6 +182,7 @@ class KVCrushSchedulerMixin(_Base):
         if (tracked := self._tracked.get(request.request_id)) is not None:
             # It will be read again, and compacted at its plan's positions.
             tracked.deferred = None
+            self._unreported.add(request.request_id)
         current = self._allocating
         if current is None or current is request or current.request_id not in self._tracked:
             return
@@ -183,24 +197,19 @@ class KVCrushSchedulerMixin(_Base):
         free_before = self.kv_cache_manager.block_pool.get_num_free_blocks()
         evicted_before = {j.request_id: self._manager.evicted.get(j.request_id, 0) for j in jobs}
         result = self._manager.compact(jobs)
-        for job in jobs:
-            tracked = self._tracked[job.request_id]
-            if isinstance(result, Deferred):
-                if tracked.deferred is None:
-                    self.kvcrush_stats.record_deferral(result.reason)
-                tracked.deferred = result.reason
-            else:
-                tracked.deferred = None
-                tracked.compactions += 1
-                self._unreported.add(job.request_id)
-        if not isinstance(result, Deferred):
-            freed = self.kv_cache_manager.block_pool.get_num_free_blocks() - free_before
-            for i, c in enumerate(result):
-                self.kvcrush_stats.record_compaction(
-                    self._tracked[c.request_id].params.policy,
-                    tokens=c.evicted - evicted_before[c.request_id],
-                    blocks=freed if i == 0 else 0,
-                )
+        if isinstance(result, Deferred):
+            return result
+        freed = self.kv_cache_manager.block_pool.get_num_free_blocks() - free_before
+        for i, c in enumerate(result):
+            tracked = self._tracked[c.request_id]
+            tracked.deferred = None
+            tracked.compactions += 1
+            self._unreported.add(c.request_id)
+            self.kvcrush_stats.record_compaction(
+                tracked.params.policy,
+                tokens=c.evicted - evicted_before[c.request_id],
+                blocks=freed if i == 0 else 0,
+            )
         return result
 
     def _reserve_prefill_lookahead(
@@ -226,7 +235,9 @@ class KVCrushSchedulerMixin(_Base):
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         plan = self._plans.get(request.request_id)
         if plan is not None and hit:
-            first = plan.first_compaction(request.num_tokens + request.max_tokens)
+            # The last sampled token never has KV.
+            last = request.num_prompt_tokens + request.max_tokens - 1
+            first = plan.first_compaction(min(last, self.max_model_len))
             if first is not None:
                 window = plan.window if self._tracked[request.request_id].queries else 1
                 size = self._manager.block_size

@@ -23,9 +23,12 @@ _PREFIX = "vllm_kvcrush:"
 _ENGINE = ("model_name", "engine")
 
 
-def install() -> None:
+def install(stats: bool = True) -> None:
     """Keeps the plugin's numbers from vLLM's loggers of KV connectors, which would take them for
-    a connector's."""
+    a connector's, and adds our logger where the engine logs `stats` at all.
+
+    Not by vLLM's entry point for stat loggers: having one installed turns stats on in every
+    server, whether or not it asked for them or for us."""
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorLogging,
         KVConnectorProm,
@@ -33,6 +36,17 @@ def install() -> None:
 
     for cls in (KVConnectorLogging, KVConnectorProm):
         wrap(cls, "observe", _strip_kvcrush_stats)
+    if stats:
+        from vllm.v1.engine import async_llm
+
+        load = async_llm.load_stat_logger_plugin_factories
+        if not getattr(load, "_kvcrush", False):
+
+            def load_with_ours() -> list[Any]:
+                return [*load(), KVCrushStatLogger]
+
+            load_with_ours._kvcrush = True  # type: ignore[attr-defined]
+            async_llm.load_stat_logger_plugin_factories = load_with_ours
 
 
 def _strip_kvcrush_stats(original: Method) -> Method:

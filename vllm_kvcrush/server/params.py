@@ -25,6 +25,8 @@ from vllm_kvcrush.server import Method, wrap
 
 # On a SamplingParams that came from a request: which keys the client wrote at the top level.
 _FIELDS = "_kvcrush_fields"
+# And which kv_* fields of theirs nobody knows.
+_UNKNOWN = "_kvcrush_unknown"
 _FRONT = "_kvcrush_front"
 
 
@@ -60,6 +62,12 @@ def _with_fields(original: Method) -> Method:
         params = original(self, *args, **kwargs)
         fields = _fields(self)
         setattr(params, _FIELDS, frozenset(fields))
+        # Typos are refused by an active server, and ignored as by plain vLLM elsewhere: they must
+        # not travel on.
+        unknown = sorted(key for key in fields if key not in (BUDGET_KEY, POLICY_KEY))
+        setattr(params, _UNKNOWN, tuple(unknown))
+        for key in unknown:
+            del fields[key]
         xargs = params.extra_args or {}
         for key, value in fields.items():
             if key in xargs and xargs[key] != value:
@@ -235,6 +243,13 @@ class Front:
             return None
         block_size = self.config.cache_config.block_size
         max_model_len = self.config.model_config.max_model_len
+        for key in vars(named_by).get(_UNKNOWN, ()):
+            raise self._refuse(
+                "unknown_key",
+                f"{key} is not a parameter: kv_policy and kv_budget are.",
+                key,
+                params,
+            )
         try:
             kv = self.settings.validate_request(extra_args, block_size, max_model_len)
         except ConfigError as error:
