@@ -10,7 +10,6 @@ venv=$PWD/.venv
 
 # No usage statistics and no model hub: all that is needed is on disk.
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
-export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-WARNING}
 # vLLM warns about any variable of this prefix that it does not know, and has no use for this one.
 unset VLLM_KVCRUSH_CACHE
 # Not set here: VLLM_CPU_NUM_OF_RESERVED_CPU=0. Its threads then fight with the engine's own

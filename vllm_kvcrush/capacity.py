@@ -121,7 +121,10 @@ class Row:
         prompt_bound: most blocks held at any time while the prompt is read.
         bound: most blocks held at any time; what admission counts on.
         compactions: how often the request is compacted.
-        fits_raw, fits: requests that a pool holds at once, None without a pool.
+        decode_bound: most blocks held once the prompt is read.
+        fits_raw, fits: requests that a pool holds at once, all at their largest; None without
+            a pool.
+        fits_decoding: the same, one reading its prompt and the others decoding.
     """
 
     context: int
@@ -132,9 +135,11 @@ class Row:
     bytes: int
     prompt_bound: int
     bound: int
+    decode_bound: int
     compactions: int
     fits_raw: int | None
     fits: int | None
+    fits_decoding: int | None
 
     def to_dict(self) -> dict[str, int | None]:
         """For JSON."""
@@ -174,6 +179,8 @@ def row(
         cdiv(held, block_size),
         plan.bound(context),
     )
+    growth = cdiv(min(plan.decode_interval, output), block_size)
+    decode_bound = min(bound, plan.blocks(context) + growth) if compactions else raw_blocks
     # vLLM keeps one block of the pool, the null block, for itself.
     pool = None if pool_bytes is None else max(0, pool_bytes // block_bytes - 1)
     return Row(
@@ -185,9 +192,11 @@ def row(
         bytes=blocks * block_bytes,
         prompt_bound=plan.bound(prompt),
         bound=bound,
+        decode_bound=decode_bound,
         compactions=compactions,
         fits_raw=None if pool is None else pool // raw_blocks,
         fits=None if pool is None else pool // bound,
+        fits_decoding=(None if pool is None else max(0, (pool - bound) // decode_bound + 1)),
     )
 
 

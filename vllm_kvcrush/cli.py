@@ -183,7 +183,7 @@ def _table(
         "at most",
     ]
     if pool is not None:
-        head += ["requests raw", "requests compressed"]
+        head += ["requests raw", "requests compressed", "all reading at once"]
     lines += [f"| {' | '.join(head)} |", "|" + "---:|" * len(head)]
     for row in rows:
         cells = [
@@ -197,12 +197,13 @@ def _table(
             row.bound,
         ]
         if pool is not None:
-            cells += [row.fits_raw, row.fits]
+            cells += [row.fits_raw, row.fits_decoding, row.fits]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     lines += ["", 'KV is counted at a request\'s end; "at most" is in blocks, at any time.']
     if pool is not None:
         lines.append(
-            f"Requests: how many at once have room in {show_bytes(pool)} at their largest."
+            f"Requests: how many have room in {show_bytes(pool)} at once, at their largest: one "
+            "reading its prompt and the others decoding, or all reading."
         )
     return "\n".join(lines)
 

@@ -50,6 +50,12 @@ def test_plan_as_json(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (long["raw_blocks"], long["blocks"], long["bound"]) == (512, 128, 256)
     # 4096 blocks in the pool, less the null block.
     assert (short["fits_raw"], short["fits"]) == (4095 // 256, 4095 // 192)
+    for row in (short, long):
+        assert row["blocks"] <= row["decode_bound"] <= row["bound"]
+        n = row["fits_decoding"]
+        assert row["bound"] + (n - 1) * row["decode_bound"] <= 4095
+        assert row["bound"] + n * row["decode_bound"] > 4095
+        assert n >= row["fits"]
     assert (long["fits_raw"], long["fits"]) == (4095 // 512, 4095 // 256)
 
 
