@@ -28,15 +28,20 @@ def admission() -> str:
         [
             name,
             f"{values[key, 'peak_running']:.0f}",
-            f"{values[key, 'blocks_after']:.0f}",
+            f"{values[policy, blocks]:.0f}",
             f"{values[key, 'preemptions']:.0f}",
         ]
-        for key, name in (("none", "plain vLLM"), (policy, f"{policy}, budget {budget}"))
+        for key, name, blocks in (
+            ("none", "plain vLLM", "blocks_before"),
+            (policy, f"{policy}, budget {budget}", "blocks_after"),
+        )
     ]
     environment = result["environment"]
     return "\n".join(
         [
-            table(["", "peak running", "blocks of a request, prompt read", "preempted"], lines),
+            table(
+                ["", "peak running", "blocks of a request when its prompt ends", "preempted"], lines
+            ),
             "",
             f"{any_row['n']} requests of {any_row['context']} prompt tokens in one fixed pool, "
             f"SmolLM2-135M, vLLM {environment['vllm']}, {environment['cores']} cores "
