@@ -99,26 +99,56 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> str:
     return str(path)
 
 
-def test_tensor_parallel_ranks_agree(tiny: str, ids: list[int], tmp_path: pathlib.Path) -> None:
+@pytest.fixture(scope="module")
+def tiny_job(ids: list[int]) -> dict[str, Any]:
     prompts = [ids[i * 50 : i * 50 + 400] for i in range(len(POLICIES) + 1)]
     extra = [{"kv_policy": p} for p in POLICIES] + [{"kv_policy": "none"}]
-    job = {"prompts": prompts, "max_tokens": 40, "extra": extra}
+    return {"prompts": prompts, "max_tokens": 40, "extra": extra}
+
+
+def run_tiny(
+    tiny: str, job: dict[str, Any], tmp_path: pathlib.Path, ranks: int = 1, **arguments: Any
+) -> list[dict[str, Any]]:
     cores = [str(core) for core in sorted(os.sched_getaffinity(0)) * 2]
-    one, two = (
-        run(
-            tmp_path,
-            {"engine": engine_arguments(tiny, tensor_parallel_size=ranks), "jobs": [job]},
-            VLLM_ENABLE_V1_MULTIPROCESSING="1",
-            # One memory node holds both ranks here, which vLLM does not bind by itself.
-            VLLM_CPU_OMP_THREADS_BIND="|".join(cores[:ranks]),
-        )["jobs"][0]
-        for ranks in (1, 2)
-    )
-    for policy, a, b in zip((*POLICIES, "none"), one, two, strict=True):
+    engine = engine_arguments(tiny, tensor_parallel_size=ranks, **arguments)
+    answers: list[dict[str, Any]] = run(
+        tmp_path,
+        {"engine": engine, "jobs": [job]},
+        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        # One memory node holds both ranks here, which vLLM does not bind by itself.
+        VLLM_CPU_OMP_THREADS_BIND="|".join(cores[:ranks]),
+    )["jobs"][0]
+    return answers
+
+
+@pytest.fixture(scope="module")
+def alone(
+    tiny: str, tiny_job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """One rank, eager."""
+    answers = run_tiny(tiny, tiny_job, tmp_path_factory.mktemp("alone"))
+    assert all(a["details"]["compactions"] >= 1 for a in answers[:-1])
+    assert len({tuple(a["tokens"]) for a in answers}) > 1
+    return answers
+
+
+def test_tensor_parallel_ranks_agree(
+    tiny: str, tiny_job: dict[str, Any], alone: list[dict[str, Any]], tmp_path: pathlib.Path
+) -> None:
+    both = run_tiny(tiny, tiny_job, tmp_path, ranks=2)
+    for policy, a, b in zip((*POLICIES, "none"), alone, both, strict=True):
         assert a["tokens"] == b["tokens"], policy
         assert a["details"] == b["details"]
-    assert all(a["details"]["compactions"] >= 1 for a in one[:-1])
-    assert len({tuple(a["tokens"]) for a in one}) > 1
+
+
+def test_a_compiled_model_gives_the_same_tokens(
+    tiny: str, tiny_job: dict[str, Any], alone: list[dict[str, Any]], tmp_path: pathlib.Path
+) -> None:
+    """What a server without --enforce-eager does."""
+    compiled = run_tiny(tiny, tiny_job, tmp_path, enforce_eager=False)
+    for policy, a, b in zip((*POLICIES, "none"), alone, compiled, strict=True):
+        assert a["tokens"] == b["tokens"], policy
+        assert a["details"] == b["details"]
 
 
 def test_lora_requests_are_compacted(
