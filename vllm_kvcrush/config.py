@@ -245,6 +245,12 @@ class Settings:
                 POLICY_KEY,
             )
         params = self.request(args)
+        if policy == NONE and BUDGET_KEY in args and params.budget != 1.0:
+            raise ConfigError(
+                f"kv_budget={args[BUDGET_KEY]!r} has no effect with kv_policy='none': name a "
+                f"kv_policy, one of {', '.join(a for a in self.allow if a != NONE)}.",
+                BUDGET_KEY,
+            )
         if isinstance(params.budget, int) and params.budget < self.smallest_budget(block_size):
             raise ConfigError(self._too_small(BUDGET_KEY, params.budget, block_size), BUDGET_KEY)
         if not self._within_cap(params, max_model_len):

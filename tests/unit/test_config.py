@@ -174,3 +174,13 @@ def test_inactive_requests_have_a_raw_plan() -> None:
     active = made.plan(RequestParams("kvcrush", 0.25), 1000, BLOCK)
     assert not active.never
     assert (active.window, active.sinks, active.num_prompt_tokens) == (16, 4, 1000)
+
+
+def test_a_budget_without_a_policy_is_refused() -> None:
+    settings = Settings.from_dict({"policy": "none"})
+    with pytest.raises(ConfigError, match="name a kv_policy") as caught:
+        settings.validate_request({"kv_budget": 0.5}, 32, 4096)
+    assert caught.value.key == "kv_budget"
+    assert settings.validate_request({"kv_budget": 0.5, "kv_policy": "h2o"}, 32, 4096).active
+    assert not settings.validate_request({"kv_budget": 1.0}, 32, 4096).active
+    assert not settings.validate_request({}, 32, 4096).active
