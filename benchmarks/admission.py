@@ -109,11 +109,11 @@ def measure(job: dict[str, Any], plain: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="half as many requests")
+    parser.add_argument("--quick", action="store_true", help="half the requests, half the pool")
     parser.add_argument("--json", type=pathlib.Path, help="write the result here")
     parser.add_argument("--prompt-tokens", type=int, default=1500)
     parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--pool-blocks", type=int, default=480, help="blocks of 32 tokens")
+    parser.add_argument("--pool-blocks", type=int, help="blocks of 32 tokens; default 480")
     parser.add_argument("--policy", default="kvcrush")
     parser.add_argument("--budget", type=float, default=0.25)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -124,6 +124,9 @@ def main() -> None:
 
     from vllm_kvcrush import demo_model
 
+    # More requests than can run, or the peak would only count them.
+    requests = 24 if args.quick else 48
+    args.pool_blocks = args.pool_blocks or 10 * requests
     block_size = 32
     job = {
         "model": str(demo_model.prepare(say=lambda line: print(line, file=sys.stderr))),
@@ -132,7 +135,7 @@ def main() -> None:
         "pool_bytes": (args.pool_blocks + 1) * block_size * 30 * 3 * 2 * 64 * 4,
         "prompt_tokens": args.prompt_tokens,
         "output_tokens": args.output_tokens,
-        "requests": 24 if args.quick else 48,
+        "requests": requests,
         "additional_config": {},
     }
     rows, lines, results = [], [], {}
