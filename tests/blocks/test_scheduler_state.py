@@ -201,7 +201,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         extra: dict[str, Any] = {}
         if policy is not None:
             extra["kv_policy"] = policy
-        if budget is not None:
+        # A budget without a policy to spend it on is a client's error, refused before the engine.
+        if budget is not None and (policy or self.settings.policy) != "none":
             if isinstance(budget, int):
                 budget = self.settings.smallest_budget(self.block_size) + budget * self.block_size
             extra["kv_budget"] = budget
