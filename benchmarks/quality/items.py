@@ -82,8 +82,10 @@ class TokenItem:
         scored: list[bool] = []
         rivals: list[int | None] = []
         for number, turn in enumerate(self.turns):
-            before = turn.lead if number == 0 and mode == "question_before" else (
-                turn.question + turn.lead
+            before = (
+                turn.lead
+                if number == 0 and mode == "question_before"
+                else (turn.question + turn.lead)
             )
             tokens += before + turn.answer
             scored += [False] * len(before) + [True] * len(turn.answer)

@@ -1,0 +1,184 @@
+"""One offline engine with the plugin, and what its requests held while they answered."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """One continuation of `prompt` under a policy: `tokens` are forced, then up to `free` more
+    are decoded greedily. A job with `reference` is compared with the job of that name, which must
+    be uncompressed and of an earlier call."""
+
+    name: str
+    prompt: list[int]
+    tokens: list[int]
+    scored: list[bool]
+    rivals: list[int | None]
+    policy: str = "none"
+    budget: float | int = 1.0
+    reference: str | None = None
+    free: int = 0
+
+
+@dataclass
+class Held:
+    """KV bytes of one request, everything counted: blocks and the plugin's side tensors."""
+
+    block_bytes: int
+    forced: int
+    # Blocks right after the prompt was read (and compacted), in tokens: what a peer may keep.
+    kept: int = 0
+    # The most that was held while a scored or free token was computed.
+    scored: int = 0
+    steps: set[int] = field(default_factory=set)
+
+    def see(self, step: int, blocks: int, side: int) -> None:
+        """One decode step, before the forward pass that yields the logits of `step`."""
+        if step == 1:
+            self.kept = blocks * BLOCK
+        if step in self.steps or step >= self.forced:
+            self.scored = max(self.scored, blocks * self.block_bytes + side)
+
+
+class Engine:
+    """vLLM in this process with all policies allowed; requests name theirs."""
+
+    def __init__(self, model: str, max_model_len: int, pool_tokens: int, max_num_seqs: int = 64):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from transformers import AutoConfig
+        from vllm import LLM
+
+        from benchmarks.quality.force import Forcing
+
+        config = AutoConfig.from_pretrained(model)
+        head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        token_bytes = config.num_hidden_layers * config.num_key_value_heads * 2 * head * 4
+        self.llm = LLM(
+            model,
+            dtype="float32",
+            enforce_eager=True,
+            block_size=BLOCK,
+            max_model_len=max_model_len,
+            kv_cache_memory_bytes=pool_tokens * token_bytes,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=2048,
+            logits_processors=[Forcing],
+            additional_config={"kvcrush": {"policy": "kvcrush", "budget": 0.25}},
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+        core = self.llm.llm_engine.engine_core.engine_core
+        self._scheduler = core.scheduler
+        self._runner = core.model_executor.driver_worker.worker.model_runner
+        self._held: dict[str, Held] = {}
+        schedule = self._scheduler.schedule
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self._watch(output)
+            return output
+
+        self._scheduler.schedule = watched
+
+    def _watch(self, output: Any) -> None:
+        from benchmarks.quality.force import KEY
+
+        blocks = self._scheduler.kv_cache_manager.coordinator.single_type_managers[0].req_to_blocks
+        for request_id in output.num_scheduled_tokens:
+            request = self._scheduler.requests[request_id]
+            name = (request.sampling_params.extra_args or {}).get(KEY)
+            if name in self._held:
+                self._check_compacted(request, output.num_scheduled_tokens[request_id])
+                state = self._runner._crushed.get(request_id)
+                tensors = [] if state is None else [state.queries, *(state.running or [])]
+                side = sum(t.nbytes for t in tensors if t is not None)
+                step = request.num_computed_tokens - request.num_prompt_tokens
+                self._held[name].see(step, len(blocks[request_id]), side)
+
+    def _check_compacted(self, request: Any, scheduled: int) -> None:
+        # Copies of a prompt in one batch share its blocks; compacting them would free none, so
+        # the scheduler puts it off, and the figures would be those of the full cache.
+        plan = self._scheduler._plans.get(request.request_id)
+        prompt = request.num_prompt_tokens
+        evicted = self._scheduler._manager.evicted.get(request.request_id, 0)
+        computed = request.num_computed_tokens - scheduled
+        if plan and computed == prompt and plan.due(prompt, prompt - evicted):
+            raise RuntimeError(
+                "a compaction was put off: give one call one job for each context, and a pool "
+                "that holds them all"
+            )
+
+    def forced(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+        """Runs all jobs in one batch; results by name: lists over the scored tokens (`nll`,
+        `correct`, `agree`, `kl`, `margin`), `held` in bytes, `kept` in tokens, `free` token ids."""
+        from vllm import SamplingParams
+
+        from benchmarks.quality.force import BOOK, KEY, Forced
+
+        wanted = {job.reference for job in jobs}
+        params = []
+        for job in jobs:
+            reference = BOOK[job.reference] if job.reference else None
+            BOOK[job.name] = Forced(
+                job.tokens,
+                job.scored,
+                job.rivals,
+                reference=reference.logp if reference else None,
+                keep=job.policy == "none" and job.name not in wanted,
+            )
+            self._held[job.name] = Held(
+                self._scheduler._block_bytes,
+                len(job.tokens),
+                steps=set(BOOK[job.name].steps),
+            )
+            params.append(
+                SamplingParams(
+                    temperature=0,
+                    max_tokens=len(job.tokens) + job.free,
+                    ignore_eos=not job.free,
+                    detokenize=False,
+                    extra_args={
+                        KEY: job.name,
+                        "kv_policy": job.policy,
+                        **({"kv_budget": job.budget} if job.policy != "none" else {}),
+                    },
+                )
+            )
+        prompts = [{"prompt_token_ids": job.prompt} for job in jobs]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        results = {}
+        for job, output in zip(jobs, outputs, strict=True):
+            forced, held = BOOK[job.name], self._held.pop(job.name)
+            decoded = list(output.outputs[0].token_ids)
+            assert decoded[: len(job.tokens)] == job.tokens, "a token was not forced"
+            steps = forced.steps
+            result: dict[str, Any] = {
+                "nll": [forced.nll[s] for s in steps],
+                "correct": [forced.top[s] == job.tokens[s] for s in steps],
+                "margin": [forced.margin[s] for s in steps if s in forced.margin],
+                "held": held.scored,
+                "kept": min(held.kept, len(job.prompt)),
+                "free": decoded[len(job.tokens) :],
+            }
+            if job.reference:
+                full = BOOK[job.reference]
+                result["agree"] = [forced.top[s] == full.top[s] for s in steps]
+                result["kl"] = [forced.kl[s] for s in steps]
+            results[job.name] = result
+        return results
+
+    @staticmethod
+    def forget() -> None:
+        """Drops all records; references are large (a float per word of the vocabulary a token)."""
+        from benchmarks.quality.force import BOOK
+
+        BOOK.clear()
