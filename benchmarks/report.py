@@ -194,11 +194,11 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def progress(total: int, label: str) -> Any:
-    """A progress bar on stderr; use it with `with` and call its `update()`."""
+def progress(iterable: Iterable[Any] | None, label: str, total: int | None = None) -> Any:
+    """A progress bar on stderr around `iterable`, or, without one, to `update()` by hand."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=label, file=sys.stderr, dynamic_ncols=True)
+    return tqdm(iterable, desc=label, total=total, file=sys.stderr, dynamic_ncols=True)
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -124,7 +124,7 @@ class Bench:
         settings = [(FULL, 1.0), *self.settings()]
         kept: Kept = {}
         with progress(
-            len(groups) * len(self.args.modes) * len(settings), f"{context} tokens"
+            None, f"{context} tokens", len(groups) * len(self.args.modes) * len(settings)
         ) as bar:
             for number, group in enumerate(groups):
                 for mode in self.args.modes:
@@ -193,7 +193,7 @@ class Bench:
         from benchmarks.quality.engine import Job
 
         settings = [(FULL, 1.0), *self.settings()]
-        with progress(len(items) * len(self.args.modes) * len(settings), label) as bar:
+        with progress(None, label, len(items) * len(self.args.modes) * len(settings)) as bar:
             for item in items:
                 for mode in self.args.modes:
                     prompt, question = item.split(mode)
@@ -249,7 +249,7 @@ class Bench:
             jobs.append({"task": item.task, "index": item.index, "modes": modes})
         if jobs:
             job = {"model": self.model, "threads": 1, "presses": list(PRESSES), "items": jobs}
-            with progress(len(jobs), f"{name}, {context} tokens") as bar:
+            with progress(None, f"{name}, {context} tokens", len(jobs)) as bar:
                 arrived: list[dict[str, Any]] = []
 
                 def store() -> None:
@@ -279,7 +279,7 @@ class Bench:
             return
         mode, full = found["mode"], found["policy"].endswith("/full")
         (whole,) = [r for r in beside if r["mode"] == mode and r["policy"].endswith("/full")]
-        tokens, scored, _ = item.forced(mode)
+        scored = item.forced(mode)[1]
         # Nominal: the tokens it keeps and those it decodes before the last scored one.
         last = max(i for i, wanted in enumerate(scored) if wanted)
         raw = len(item.prompt(mode)) + last
