@@ -162,6 +162,7 @@ def write(path: pathlib.Path, rows: Sequence[Row], **extra: Any) -> None:
         "schema": SCHEMA,
         "environment": environment(),
         "command": "python -m " + " ".join([_module(), *_portable(sys.argv[1:])]),
+        "sources": sources(),
         **extra,
         "rows": list(rows),
     }
