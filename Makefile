@@ -2,6 +2,9 @@
 #              (make serve PORT=8001 ARGS="--kv-budget 0.5")
 # make test    set up, then run the tests (make test ARGS="-m 'not engine and not server'")
 # make lint    set up, then check style and types
+# make bench   set up, then every benchmark in its quick form and one report (half an hour on two
+#              quiet cores; a killed run goes on where it was)
+# make figures draw the pictures and fill the tables from benchmarks/results/*.json
 # make clean   remove what the others made, except .venv and the model
 
 PORT ?= 8000
@@ -13,7 +16,7 @@ export VLLM_KVCRUSH_CACHE ?= $(CURDIR)/.cache
 # processes would compile everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup model serve test lint clean
+.PHONY: help setup model serve test lint bench figures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,6 +46,12 @@ lint: setup
 		echo "clang-format: no C++ or CUDA files, nothing to check."; \
 	fi
 
+bench: model
+	$(BIN)/python -m benchmarks $(ARGS)
+
+figures: setup
+	$(BIN)/python -m benchmarks.figures
+
 clean:
-	rm -rf build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache benchmarks/results/tmp
+	rm -rf build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache benchmarks/results/tmp benchmarks/results/quick
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -250,21 +250,21 @@ class Bench:
         if jobs:
             job = {"model": self.model, "threads": 1, "presses": list(PRESSES), "items": jobs}
             with progress(None, f"{name}, {context} tokens", len(jobs)) as bar:
-                arrived: list[dict[str, Any]] = []
+                arrived: dict[tuple[str, int], list[dict[str, Any]]] = {}
 
                 def store() -> None:
-                    if arrived:
-                        place = arrived[0]["task"], arrived[0]["index"]
-                        found = list(arrived)
+                    for place, found in arrived.items():
                         step = f"{context}/{name}/{place[0]}/{place[1]}"
-                        stored[place] = self.run.step(step, lambda: found)
-                        arrived.clear()
+                        stored[place] = self.run.step(step, lambda found=found: found)
                         bar.update()
+                    arrived.clear()
 
                 def on_record(record: dict[str, Any]) -> None:
-                    if arrived and _place(arrived[0]) != _place(record):
+                    place = record["task"], record["index"]
+                    # OpenVINO goes through the items once for each setting.
+                    if name == "kvpress" and arrived and place not in arrived:
                         store()
-                    arrived.append(record)
+                    arrived.setdefault(place, []).append(record)
 
                 getattr(peers, name)(job, on_record)
                 store()
@@ -278,6 +278,7 @@ class Bench:
         if "skipped" in found:
             return
         mode, full = found["mode"], found["policy"].endswith("/full")
+        # Its own uncompressed run, in its own numbers.
         (whole,) = [r for r in beside if r["mode"] == mode and r["policy"].endswith("/full")]
         scored = item.forced(mode)[1]
         # Nominal: the tokens it keeps and those it decodes before the last scored one.
@@ -293,10 +294,6 @@ class Bench:
         budget = 1.0 if full else next(b for b in self.args.budgets if str(b) == found["budget"])
         setting = Setting(found["policy"], found.get("codec") or "raw", budget, context, mode)
         self.records.append(Record(setting, item.task, item.index, out))
-
-
-def _place(record: dict[str, Any]) -> tuple[str, int]:
-    return record["task"], record["index"]
 
 
 def main() -> None:

@@ -1,0 +1,347 @@
+"""The kernel benchmark: a wrong kernel must be found out, and figures must follow from times."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.kernels import __main__ as main
+from benchmarks.kernels import cases, compaction, timing, worker
+from benchmarks.kernels.bandwidth import Reader
+from benchmarks.kernels.candidates import (
+    BASELINE,
+    CANDIDATES,
+    Candidate,
+    TorchSdpa,
+    VllmBf16,
+    VllmBf16Evicted,
+)
+from benchmarks.kernels.cases import PAGE, SHAPES, Case, Shape
+from benchmarks.kernels.check import WrongResult, attention, check, check_ragged, error
+from benchmarks.report import Run
+from vllm_kvcrush import policies
+
+SMALL = Shape(6, 2, 32)
+
+
+@pytest.fixture
+def run(tmp_path: pathlib.Path) -> Run:
+    return Run("kernels", argparse.Namespace(json=tmp_path / "k.json", quick=True, restart=False))
+
+
+# -- the check ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_oracle_agrees_with_torch(count: int) -> None:
+    n = 50
+    queries = torch.randn(count, 6, 32, dtype=torch.float64)
+    keys, values = torch.randn(2, 2, n, 32, dtype=torch.float64)
+    wanted = F.scaled_dot_product_attention(
+        queries.transpose(0, 1),
+        keys.repeat_interleave(3, 0),
+        values.repeat_interleave(3, 0),
+        attn_mask=torch.arange(n) <= torch.arange(n - count, n).unsqueeze(1),
+        scale=0.3,
+    ).transpose(0, 1)
+    torch.testing.assert_close(attention(queries, keys, values, 0.3), wanted)
+
+
+@pytest.mark.parametrize("query_len", [1, 512])
+@pytest.mark.parametrize("kind", CANDIDATES, ids=lambda c: c.name)
+@pytest.mark.parametrize("shape", [SMALL, *SHAPES.values()], ids=str)
+def test_candidates_are_right(kind: type[Candidate], shape: Shape, query_len: int) -> None:
+    check_ragged(kind, shape, query_len, 0)
+
+
+class Forgetful(TorchSdpa):
+    """Does not see the newest token."""
+
+    name = "forgetful"
+
+    def run(self, index: int, out: Tensor) -> None:
+        kept = self._held
+        self._held = [[[p[:, :, :-1] for p in kv] for kv in copy] for copy in kept]
+        masks, self._masks = self._masks, [None] * len(self._masks)
+        super().run(index, out)
+        self._held, self._masks = kept, masks
+
+
+class Unwritten(TorchSdpa):
+    """Leaves the last head as it was."""
+
+    name = "unwritten"
+
+    def run(self, index: int, out: Tensor) -> None:
+        whole = torch.empty_like(out)
+        super().run(index, whole)
+        out[:, :-1] = whole[:, :-1]
+
+
+class FirstCopy(TorchSdpa):
+    """Ignores which copy it is asked for."""
+
+    name = "first-copy"
+
+    def run(self, index: int, out: Tensor) -> None:
+        super().run(0, out)
+
+
+class MixedHeads(TorchSdpa):
+    """Reads the KV heads in the wrong order."""
+
+    name = "mixed-heads"
+
+    def run(self, index: int, out: Tensor) -> None:
+        super().run(index, out)
+        out.copy_(out.flip(1).clone())
+
+
+class Unscaled(TorchSdpa):
+    """Its logits are 2 % too large."""
+
+    name = "unscaled"
+
+    def run(self, index: int, out: Tensor) -> None:
+        kept, self.queries = self.queries, self.queries * 1.02
+        super().run(index, out)
+        self.queries = kept
+
+
+class Acausal(TorchSdpa):
+    """Looks ahead; in decode there is nothing ahead."""
+
+    name = "acausal"
+
+    def run(self, index: int, out: Tensor) -> None:
+        masks, self._masks = self._masks, [None] * len(self._masks)
+        super().run(index, out)
+        self._masks = masks
+
+
+@pytest.mark.parametrize("kind", [Unwritten, FirstCopy, MixedHeads, Unscaled], ids=lambda c: c.name)
+@pytest.mark.parametrize("query_len", [1, 8])
+def test_wrong_kernels_are_found_out(kind: type[Candidate], query_len: int) -> None:
+    with pytest.raises(WrongResult, match=f"{kind.name} is wrong on lengths"):
+        check_ragged(kind, SMALL, query_len, 0)
+
+
+def test_a_kernel_that_looks_ahead_is_found_out() -> None:
+    with pytest.raises(WrongResult, match="acausal"):
+        check_ragged(Acausal, SMALL, 8, 0)
+
+
+def test_the_timed_case_is_checked_too() -> None:
+    """A kernel may be right on short sequences alone."""
+
+    class Short(TorchSdpa):
+        name = "short"
+
+        def run(self, index: int, out: Tensor) -> None:
+            super().run(index, out)
+            out[-1] *= 1 + 0.001 * (max(self.case.lengths) > 1000)
+
+    case = Case(SMALL, [1200, 1200])
+    with pytest.raises(
+        WrongResult, match=r"short is wrong on 2 sequences of 1200 tokens: .*1\.0e-03"
+    ):
+        check(Short(case, case.float32_bytes), 0)
+
+
+def test_forgetting_one_token_shows() -> None:
+    case = Case(SMALL, [300, 2])
+    found = error(Forgetful(case, case.float32_bytes), 0, range(2))
+    assert found > 100 * TorchSdpa.tolerance
+
+
+# -- candidates and cases -----------------------------------------------------------------------
+
+
+def test_evicting_reads_a_quarter_of_the_tokens() -> None:
+    case = Case(SMALL, [1024] * 2)
+    whole, quarter = VllmBf16(case, 2**20), VllmBf16Evicted(case, 2**20)
+    assert whole.bytes_read == 2 * 1024 * 2 * 2 * 32 * 2
+    assert quarter.bytes_read / whole.bytes_read == pytest.approx(0.25, abs=0.01)
+    assert quarter.held(0, 1)[0].shape == (2, quarter.lengths[1], 32)
+    # A chunk's own tokens are never evicted while they attend.
+    assert VllmBf16Evicted(Case(SMALL, [512], 256), 1).lengths == [256 + 64]
+
+
+@pytest.mark.parametrize("kind", CANDIDATES, ids=lambda c: c.name)
+def test_copies_fill_the_working_set(kind: type[Candidate]) -> None:
+    case = Case(SMALL, [PAGE * 2])
+    candidate = kind(case, 10**6)
+    assert candidate.sets * candidate.bytes_read >= 10**6
+    first, last = (candidate.held(i, 0)[0] for i in (0, candidate.sets - 1))
+    assert not torch.equal(first, last)
+
+
+def test_working_set_is_far_larger_than_the_cache() -> None:
+    size = cases.working_set()
+    assert size >= 192 * 2**20
+    for known in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        assert size >= 4 * 1024 * int(known.read_text().strip().rstrip("K"))
+
+
+# -- timing -------------------------------------------------------------------------------------
+
+
+def test_bursts_go_round_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(timing, "now", lambda: (float(next(clock)), 0.5 * next(clock)))
+    seen: list[int] = []
+    burst = timing.Burst(seen.append, 3, 7.0)  # a call seems to take 2 seconds: 4 a burst
+    assert seen == [0, 1]
+    parts = burst()
+    assert seen == [0, 1, 2, 0, 1, 2]
+    assert parts == {"call": (2.0 / 4, 1.0 / 4)}
+
+
+def test_turns_are_taken_in_changing_order() -> None:
+    order: list[str] = []
+
+    def burst(name: str) -> Any:
+        return lambda: (order.append(name), {"call": (1.0, 1.0)})[1]
+
+    found = timing.take_turns({name: burst(name) for name in "abc"}, 8)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 24, 3)]
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds) and len(set(rounds)) > 1
+    assert {name: len(parts) for name, parts in found.items()} == {"a": 8, "b": 8, "c": 8}
+
+
+def test_quartiles_and_ratios() -> None:
+    assert timing.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == (3.0, 2.0, 4.0)
+    assert timing.ratios([2.0, 30.0], [1.0, 10.0]) == [2.0, 3.0]
+    with pytest.raises(ValueError):
+        timing.ratios([1.0], [1.0, 2.0])
+
+
+def test_reader_reads_what_it_says() -> None:
+    read = Reader(2**20 + 3)
+    assert read.bytes == 2**20
+    read(0)
+
+
+# -- end to end ---------------------------------------------------------------------------------
+
+
+def test_a_tiny_decode_case_end_to_end(run: Run) -> None:
+    names = [BASELINE.name, "vllm-fp32"]
+    job = {"kind": "attention", "shape": "smol", "lengths": [200, 200], "query_len": 1}
+    result = worker.handle(
+        {**job, "names": names, "rounds": 3, "seconds": 0.001, "working_set": 2**20}
+    )
+    assert list(result["candidates"]) == names
+    report = main.Report(run, 1)
+    lines = report.attention("decode", {"shape": "smol", "batch": 2, "context": 200}, result)
+    report.bandwidth()
+    assert [line[4] for line in lines] == names
+    rows = {(r["policy"], r["metric"]): r for r in run.rows}
+    speedup = rows["vllm-fp32", "speedup_vs_vllm_bf16"]
+    assert speedup["mode"] == "smol,batch=2,threads=1" and speedup["n"] == 3
+    assert 0 < speedup["low"] <= speedup["value"] <= speedup["high"]
+    assert rows[BASELINE.name, "bandwidth_share"]["value"] > 0
+    assert rows[BASELINE.name, "relative_error"]["value"] < VllmBf16.tolerance
+    assert (BASELINE.name, "speedup_vs_vllm_bf16") not in rows
+    assert rows[result["read"]["way"], "read_bytes_per_s"]["task"] == "bandwidth"
+
+
+def test_figures_follow_from_times(run: Run) -> None:
+    """A noisy round slows everything in it; ratios and shares do not see it. One thread is
+    read off the CPU clock, two off the wall clock."""
+    noise = [1.0, 4.0, 2.0]
+
+    def calls(wall: float, cpu: float) -> list[list[float]]:
+        return [[wall * n, cpu * n] for n in noise]
+
+    result = {
+        "read": {"calls": calls(2.0, 1.0), "bytes": 1000, "way": "sum"},
+        "candidates": {
+            "vllm-bf16": {"calls": calls(4.0, 2.0), "bytes": 500, "error": 1e-3},
+            "vllm-bf16-evicted-4x": {"calls": calls(2.0, 0.5), "bytes": 125, "error": 1e-3},
+        },
+    }
+    where = {"shape": "smol", "batch": 1, "context": 64}
+    expected = {1: (4.0, 0.25), 2: (2.0, 0.25)}
+    for threads in (1, 2):
+        run.rows.clear()
+        main.Report(run, threads).attention("decode", where, result)
+        rows = {(r["policy"], r["metric"]): r for r in run.rows}
+        speedup = rows["vllm-bf16-evicted-4x", "speedup_vs_vllm_bf16"]
+        share = rows["vllm-bf16", "bandwidth_share"]
+        assert (speedup["value"], share["value"]) == expected[threads]
+        assert speedup["low"] == speedup["high"] == speedup["value"]
+        assert speedup["budget"] == 0.25 and speedup["codec"] == "raw"
+    run.rows.clear()
+    main.Report(run, 1).attention("prefill", where, result)
+    assert not [r for r in run.rows if r["metric"] == "bandwidth_share"]
+
+
+@pytest.mark.parametrize("name", compaction.POLICIES)
+def test_the_compaction_that_is_timed_is_the_plugins(name: str) -> None:
+    case = Case(SMALL, [1000], 64)
+    layers = compaction.Layers(case, case.float32_bytes)
+    assert layers.sets == 2 and not torch.equal(*layers.keys)
+    assert layers.candidates == (1000 - 16) // PAGE * PAGE  # the window stays raw
+    assert layers.keep == 2 * PAGE  # a quarter of 1000 is too little for window and sinks
+    policy, spent = policies.get(name), {}
+    kept = layers.compact(policy, 1, spent)
+    view = layers.view(1, policy.needs)
+    assert torch.equal(kept, policy.select(view, policy.score(view), layers.keep))
+    assert (kept[:, :4] == torch.arange(4)).all() and kept.shape == (2, layers.keep)
+    assert set(spent) == set(compaction.STAGES)
+    assert spent["total"][0] >= spent["score"][0] + spent["select"][0] > 0
+
+
+def test_compaction_end_to_end(run: Run) -> None:
+    job = {"kind": "compaction", "shape": "smol", "context": 600}
+    result = worker.handle({**job, "rounds": 2, "seconds": 0.001, "working_set": 2**20})
+    lines = main.Report(run, 1).compaction({"shape": "smol", "batch": 1, "context": 600}, result)
+    assert [line[3] for line in lines] == list(compaction.POLICIES)
+    row = next(r for r in run.rows if r["policy"] == "kvcrush" and "stage=select" in r["mode"])
+    assert row["mode"] == "smol,batch=1,threads=1,stage=select"
+    assert row["metric"] == "seconds" and row["value"] > 0 and row["n"] == 2
+
+
+def test_filters(capsys: pytest.CaptureFixture[str]) -> None:
+    args = argparse.Namespace(
+        shapes=["llama"], contexts=[128, 2048], batches=[1, 8], codecs=["raw"], rounds=3
+    )
+    wanted = list(main.jobs(args))
+    assert [(t, w["batch"], w["context"]) for t, w, _ in wanted] == [
+        ("decode", 1, 128),
+        ("decode", 1, 2048),
+        ("decode", 8, 128),
+        ("decode", 8, 2048),
+        ("prefill", 1, 4096),
+        ("compaction", 1, 2048),
+    ]
+    assert "128 tokens is never compacted" in capsys.readouterr().err
+    args.codecs = []
+    assert next(main.jobs(args))[2]["names"] == [BASELINE.name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--threads", "4096"], "there are"),
+        (["--contexts", "0"], "0 is not 1 or more"),
+        (["--codecs", "int3"], "invalid choice"),
+    ],
+)
+def test_bad_arguments(
+    flags: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["kernels", *flags])
+    with pytest.raises(SystemExit) as caught:
+        main.parse()
+    assert caught.value.code == 2 and message in capsys.readouterr().err
