@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,7 @@ def row(
             f"--context {context} leaves no prompt beside --output-tokens {output}: "
             "raise the one or lower the other."
         )
+    settings = replace(settings, page=(model.head_size, model.head_size, model.itemsize))
     plan = settings.plan(RequestParams(settings.policy, settings.budget), prompt, block_size)
     held, compactions = walk(plan, context)
     block_bytes = model.token_bytes * block_size

@@ -69,6 +69,13 @@ def _whole(options: Mapping[str, Any], name: str, default: int, low: int, high: 
     return value
 
 
+# What the policies' own `codec` says, for those who plan without loading torch.
+_BUILT_IN_CODECS = {
+    **dict.fromkeys(("streaming", "snapkv", "h2o", "kvcrush"), "raw"),
+    **{"int8": "int8", "int4": "int4"},
+}
+
+
 @dataclass(frozen=True)
 class RequestParams:
     """What one request runs with. `budget` 1.0 or policy "none" means plain vLLM."""
@@ -92,6 +99,8 @@ class Settings:
         allow: policies that clients may ask for; the default policy is always allowed.
         options: per-policy hyperparameters, `{"kvcrush": {"anchor": "mean"}, ...}`.
         sinks, window, prefill_interval, decode_interval: see `plan.Plan`.
+        page: what the model's pages are made of, (K head size, V head size, bytes of a channel);
+            None until it is known. Policies whose codec is not raw need it for their plans.
     """
 
     policy: str
@@ -103,14 +112,16 @@ class Settings:
     prefill_interval: int = 2048
     decode_interval: int = 128
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    page: tuple[int, int, int] | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Settings:
         """Builds and validates settings from `additional_config["kvcrush"]`: keys `policy`,
-        `budget`, `budget_max`, `allow`, `config`. Raises ConfigError."""
+        `budget`, `budget_max`, `allow`, `config`, and `page`, which the plugin fills in. Raises
+        ConfigError."""
         from vllm_kvcrush import policies
 
-        known = {"policy", "budget", "budget_max", "allow", "config"}
+        known = {"policy", "budget", "budget_max", "allow", "config", "page"}
         for key in raw:
             if key not in known:
                 raise ConfigError(
@@ -177,6 +188,7 @@ class Settings:
             prefill_interval=_whole(config, "prefill_interval", 2048, 16, 2**24),
             decode_interval=_whole(config, "decode_interval", 128, 1, 2**24),
             options=options,
+            page=None if raw.get("page") is None else tuple(raw["page"]),
         )
         return settings
 
@@ -194,6 +206,7 @@ class Settings:
             "budget_max": self.budget_max,
             "allow": list(self.allow),
             "config": config,
+            "page": None if self.page is None else list(self.page),
         }
 
     def smallest_budget(self, block_size: int) -> int:
@@ -206,6 +219,8 @@ class Settings:
         for key, budget in (("--kv-budget", self.budget), ("--kv-budget-max", self.budget_max)):
             if isinstance(budget, int) and budget < smallest:
                 raise ConfigError(self._too_small(key, budget, block_size), key)
+        if problem := self._unpackable(self.policy, block_size):
+            raise ConfigError(f"--kv-policy={problem}", "--kv-policy")
         own = RequestParams(self.policy, self.budget)
         if not self._within_cap(own, max_model_len):
             raise ConfigError(
@@ -244,6 +259,8 @@ class Settings:
                 f"kv_policy={policy!r} is not served here: choose one of {', '.join(self.allow)}.",
                 POLICY_KEY,
             )
+        if problem := self._unpackable(policy, block_size):
+            raise ConfigError(f"kv_policy={problem}", POLICY_KEY)
         params = self.request(args)
         if policy == NONE and BUDGET_KEY in args and params.budget != 1.0:
             raise ConfigError(
@@ -278,6 +295,34 @@ class Settings:
             sinks=self.sinks,
             prefill_interval=self.prefill_interval,
             decode_interval=self.decode_interval,
+            capacity=self.capacity(params.policy, block_size) if params.active else None,
+        )
+
+    def capacity(self, policy: str, block_size: int) -> int | None:
+        """Tokens that a block holds in the pages of `policy`, None for raw ones."""
+        from vllm_kvcrush import pages
+
+        codec = _BUILT_IN_CODECS.get(policy)
+        if codec is None:
+            from vllm_kvcrush import policies
+
+            codec = policies.codec(policy)
+        if codec == "raw":
+            return None
+        if self.page is None:
+            raise ValueError(f"the plan of {policy} needs the model's head sizes and dtype")
+        k_size, v_size, itemsize = self.page
+        page_bytes = block_size * (k_size + v_size) * itemsize
+        return pages.capacity(codec, page_bytes, k_size, v_size, itemsize)
+
+    def _unpackable(self, policy: str, block_size: int) -> str | None:
+        """What is wrong with the pages of `policy` in blocks of this size, if anything."""
+        room = None if policy == NONE or self.page is None else self.capacity(policy, block_size)
+        if room is None or room > block_size:
+            return None
+        return (
+            f"{policy} does not pack more than {block_size} tokens into a block of "
+            f"{block_size}: use a larger --block-size, or another policy."
         )
 
     def _too_small(self, key: str, budget: int, block_size: int) -> str:

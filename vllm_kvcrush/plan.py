@@ -43,6 +43,7 @@ class Plan:
         sinks: leading tokens that always stay.
         prefill_interval: tokens by which a prompt may outgrow its budget while it is read.
         decode_interval: decoded tokens between two compactions.
+        capacity: tokens that a block of the compressed region holds; None: `block_size`, raw.
 
     All positions are counts of computed tokens, `n`; "at n" means tokens [0, n) have KV.
     """
@@ -54,6 +55,7 @@ class Plan:
     sinks: int = 4
     prefill_interval: int = 2048
     decode_interval: int = 128
+    capacity: int | None = None
 
     @property
     def never(self) -> bool:
@@ -68,16 +70,25 @@ class Plan:
         return self.budget
 
     def blocks(self, n: int) -> int:
-        """Blocks a request holds right after a compaction at n (compressed region and tail)."""
+        """Most blocks a request holds right after a compaction at n (compressed region and
+        tail)."""
         floor = min_blocks(self.block_size, self.window, self.sinks)
         return max(floor, self.tokens(n) // self.block_size)
+
+    def keep(self, compressed: int, candidates: int) -> int:
+        """Tokens that stay, of `candidates` before the tail, in `compressed` blocks."""
+        return min(candidates, compressed * (self.capacity or self.block_size))
 
     def shape(self, n: int, held: int) -> Shape:
         """Blocks and tail after a compaction at n of a request that holds `held` tokens' slots.
 
         The tail starts on a block boundary, so its blocks stay where they are."""
         tail = held - max(0, held - self.window) // self.block_size * self.block_size
-        return Shape(self.blocks(n) - cdiv(tail, self.block_size), tail)
+        compressed = self.blocks(n) - cdiv(tail, self.block_size)
+        if self.capacity is not None:
+            # Blocks that all tokens together would not fill are not taken.
+            compressed = min(compressed, cdiv(n - tail, self.capacity))
+        return Shape(compressed, tail)
 
     def held_after(self, n: int, held: int) -> int:
         """Slots held after a compaction at n."""
@@ -85,7 +96,7 @@ class Plan:
         return shape.compressed * self.block_size + shape.tail_tokens
 
     def due(self, n: int, held: int) -> bool:
-        """Whether a compaction at n would lower the number of blocks."""
+        """Whether a request at n is over its budget, so that a compaction gives blocks back."""
         return not self.never and cdiv(held, self.block_size) > self.blocks(n)
 
     def check_after(self, n: int) -> int:

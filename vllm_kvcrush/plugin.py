@@ -7,6 +7,7 @@ wraps a few methods; each wrapper passes through untouched unless a policy was a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -51,8 +52,8 @@ def _wrap_flags(engine_args: Any) -> None:
         group.add_argument(
             "--kv-policy",
             dest="kv_policy",
-            help="Policy of requests that name none: streaming, snapkv, h2o, kvcrush, or none "
-            "(active only for requests that ask).",
+            help="Policy of requests that name none: streaming, snapkv, h2o, kvcrush, int8, "
+            "int4, or none (active only for requests that ask).",
         )
         group.add_argument(
             "--kv-budget",
@@ -160,6 +161,8 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     """Activates the plugin on a finished `VllmConfig`, or raises with everything against it."""
     from vllm.logger import init_logger
 
+    from vllm_kvcrush.ops import cpu
+
     offenders = gate.refusals(vllm_config)
     worker = vllm_config.parallel_config.worker_cls
     if worker not in _WORKERS and worker not in _WORKERS.values():
@@ -171,6 +174,10 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         )
     if offenders:
         raise Refused("--kv-policy cannot run with: " + "; ".join(offenders) + ".")
+    head_size = vllm_config.model_config.get_head_size()
+    page = (head_size, head_size, vllm_config.model_config.dtype.itemsize)
+    settings = dataclasses.replace(settings, page=page)
+    vllm_config.additional_config["kvcrush"] = settings.to_dict()
     settings.check(vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len)
     choose_scheduler(vllm_config)
     vllm_config.parallel_config.worker_cls = _WORKERS.get(worker, worker)
@@ -178,7 +185,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     init_logger("vllm.kvcrush").info(
         "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s clients may ask for %s; "
         "sinks=%d window=%d prefill_interval=%d decode_interval=%d, blocks of %d tokens, "
-        "read by vLLM's CPU attention kernel.",
+        "read by our own CPU kernels (%s).",
         __version__,
         settings.policy,
         settings.budget,
@@ -189,6 +196,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         settings.prefill_interval,
         settings.decode_interval,
         vllm_config.cache_config.block_size,
+        cpu.isa(),
     )
 
 

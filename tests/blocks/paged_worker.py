@@ -169,14 +169,14 @@ class PagedWorker:
         row.queries = set()
 
     def _compact(self, row: Row, command: Compaction) -> None:
-        n, size = row.computed, self.block_size
-        keep, candidates = len(command.target) * size, len(command.source) * size
+        n, size, packed = row.computed, self.block_size, row.plan.capacity
+        candidates = len(command.source) * size
         assert row.blocks == [*command.source, *command.tail], "the rows differ"
         assert command.computed == n
         assert candidates + command.tail_tokens == n - row.evicted
         assert cdiv(command.tail_tokens, size) == len(command.tail)
         assert command.tail_tokens >= row.plan.window
-        assert command.evicted == n - keep - command.tail_tokens
+        assert command.evicted == n - len(command.target) * size - command.tail_tokens
         assert len(command.target) < len(command.source)
         assert len({*command.target, *command.tail}) == len(command.target) + len(command.tail)
         assert self.contents(command.source, candidates) == row.held[:candidates]
@@ -186,11 +186,21 @@ class PagedWorker:
             missing = set(range(n - row.plan.window, n)) - row.queries
             assert not missing, f"{row.request_id} at {n}: no queries of {sorted(missing)}"
 
-        survivors = sorted(self.random.sample(range(candidates), keep))
-        kept = [row.held[i] for i in survivors]
-        for i, content in enumerate(kept):
-            self.slots[command.target[i // size]][i % size] = content
-        row.held[:candidates] = kept
+        region = row.held[: command.compressed * size]
+        if packed:
+            region = [token for page in region[::size] for token in page]
+        assert len(region) == command.compressed_tokens
+        tokens = region + row.held[command.compressed * size : candidates]
+        room = packed or size
+        assert command.keep == min(len(tokens), len(command.target) * room)
+        assert packed or command.keep == len(command.target) * size, "a raw block is not full"
+        survivors = sorted(self.random.sample(range(len(tokens)), command.keep))
+        kept = [tokens[i] for i in survivors]
+        for i, block in enumerate(command.target):
+            page = kept[i * room : (i + 1) * room]
+            # The first slot of a packed block stands for its page.
+            self.slots[block] = [tuple(page), *["packed"] * (size - 1)] if packed else page
+        row.held[:candidates] = self.contents(command.target, len(command.target) * size)
         row.blocks = [*command.target, *command.tail]
         row.evicted = command.evicted
         n, window = row.computed, row.plan.window

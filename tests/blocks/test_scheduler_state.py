@@ -50,7 +50,9 @@ from vllm_kvcrush.plan import cdiv
 from .paged_worker import STOP_TOKEN, PagedWorker
 
 MAX_MODEL_LEN = 1024
-POLICIES = ("streaming", "snapkv", "h2o", "kvcrush")
+POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4")
+# Head sizes and bytes of a channel, from which follows how many tokens a packed block holds.
+PAGE = [64, 64, 4]
 
 init_none_hash(sha256)
 
@@ -140,7 +142,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: float | int,
         **config: int,
     ) -> None:
-        self.settings = Settings.from_dict({"policy": policy, "budget": budget, "config": config})
+        self.settings = Settings.from_dict(
+            {"policy": policy, "budget": budget, "config": config, "page": PAGE}
+        )
         self.settings.check(block_size, MAX_MODEL_LEN)
         vllm_config, structured = base_config(self.ahead > 0)
         vllm_config.additional_config = {"kvcrush": self.settings.to_dict()}

@@ -57,7 +57,7 @@ def test_bad_budgets_name_the_parameter(given: object) -> None:
 def test_defaults() -> None:
     made = settings()
     assert (made.policy, made.budget, made.budget_max) == ("kvcrush", 0.25, None)
-    assert set(made.allow) == {"none", "streaming", "snapkv", "h2o", "kvcrush"}
+    assert set(made.allow) == {"none", "streaming", "snapkv", "h2o", "kvcrush", "int8", "int4"}
 
 
 def test_round_trip_through_json() -> None:

@@ -32,6 +32,7 @@ def plans(draw: st.DrawFn) -> Plan:
         sinks=sinks,
         prefill_interval=draw(st.integers(16, 1024)),
         decode_interval=draw(st.integers(1, 300)),
+        capacity=draw(st.sampled_from([None, None, 2 * block_size, 7 * block_size])),
     )
 
 
@@ -58,10 +59,17 @@ def simulate(plan: Plan, length: int, seed: int) -> tuple[list[tuple[int, int]],
             # What stays raw: at least the window, from a block boundary on.
             assert plan.window <= shape.tail_tokens < plan.window + plan.block_size
             assert (held - shape.tail_tokens) % plan.block_size == 0
-            assert shape.compressed * plan.block_size >= max(1, plan.sinks)
+            assert shape.compressed * (plan.capacity or plan.block_size) >= max(1, plan.sinks)
             held = plan.held_after(n, held)
-            assert cdiv(held, plan.block_size) == plan.blocks(n) < before
-            compactions.append((n, plan.blocks(n)))
+            after = cdiv(held, plan.block_size)
+            assert after <= plan.blocks(n) < before
+            # No more than what all tokens fill, and all of the budget where they fill it.
+            room = plan.capacity or plan.block_size
+            assert (shape.compressed - 1) * room < n - shape.tail_tokens
+            full = shape.compressed * room >= n - shape.tail_tokens
+            assert full or after == plan.blocks(n)
+            assert plan.keep(shape.compressed, n - shape.tail_tokens) <= shape.compressed * room
+            compactions.append((n, after))
     return compactions, most, held
 
 

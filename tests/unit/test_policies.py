@@ -552,7 +552,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 def test_a_third_party_policy_is_one_of_the_policies(install: Callable[..., None]) -> None:
     install(("oldest", "third_party:Oldest"))
-    assert policies.names() == ("streaming", "snapkv", "h2o", "kvcrush", "oldest")
+    assert policies.names() == ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4", "oldest")
     assert policies.get("oldest", {"step": 2}) == Oldest(2)
     crush = policies.get("kvcrush", {"base": "oldest", "base_options": {"step": 3}})
     assert torch.equal(crush.score(make_view()), Oldest(3).score(make_view()))

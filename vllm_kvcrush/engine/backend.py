@@ -1,97 +1,244 @@
-"""vLLM's CPU attention seen from a compaction: cache contents in, cache contents out, and the
-queries of the last tokens."""
+"""Attention through our own CPU kernels: the backend that vLLM's layers are given, the cache as the
+kernels see it, and the queries of the last tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.pages import CODECS
 
 
-class CacheLayer:
-    """One layer's KV cache, `[blocks, kv_heads, block_size, 2 * head_size]` as vLLM's CPU kernel
-    stores it. That kernel tiles K inside a block in a way that depends on ISA and dtype, so the
-    order is read off once, through the kernel's own store, instead of being assumed."""
+class KVCrushAttentionBackend(CPUAttentionBackend):
+    """vLLM's CPU backend with our kernels, over one pool of equal pages (design section 3)."""
 
-    def __init__(self, layer: Any, cache: Tensor):
-        self.layer = layer
-        self.cache = cache
-        self.num_blocks, self.heads, self.block_size, double = cache.shape
-        self.head_size = double // 2
-        self._flat = cache.view(self.num_blocks, self.heads, -1)
-        order = self._probe()
-        half = self.block_size * self.head_size
-        plain = torch.arange(half)
-        transposed = plain.view(self.head_size, self.block_size).t().reshape(-1)
-        self._k_transposed = bool((order[:half] == transposed).all())
-        self._v_plain = bool((order[half:] == plain + half).all())
-        self._k_order, self._v_order = order[:half], order[half:]
+    forward_includes_kv_cache_update = True
 
-    def _probe(self) -> Tensor:
-        """Offset of every (K or V, token, channel) inside a block: stores its index, seven bits
-        at a time (exact in every float dtype), and looks where it lands."""
-        size = self.block_size * self.head_size
-        index = torch.arange(2 * size)
-        found = torch.zeros(2 * size, dtype=torch.int64)
-        scratch = torch.zeros(1, self.heads, *self.cache.shape[2:], dtype=self.cache.dtype)
-        shape = (self.block_size, 1, self.head_size)
-        for shift in range(0, (2 * size).bit_length(), 7):
-            digits = ((index >> shift) & 127).to(self.cache.dtype)
-            key, value = (
-                part.view(shape).expand(-1, self.heads, -1).contiguous()
-                for part in (digits[:size], digits[size:])
-            )
-            self._store(key, value, scratch, torch.arange(self.block_size))
-            found |= scratch[0, 0].reshape(-1).to(torch.int64) << shift
-        order = torch.empty_like(found)
-        order[found] = index
-        assert torch.equal(found[order], index), "vLLM's CPU cache store is not a permutation"
-        return order
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.BLHNC,)
 
-    def _store(self, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        self.layer.impl.do_kv_cache_update(self.layer, key, value, cache, slots)
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return KVCrushAttentionImpl
 
-    def keys(self, blocks: Tensor) -> Tensor:
-        """All keys of the blocks, in slot order: `[heads, len(blocks) * block_size, head_size]`."""
-        half = self.block_size * self.head_size
-        part = self._flat[:, :, :half]
-        if self._k_transposed:
-            tiles = part.view(*part.shape[:2], self.head_size, self.block_size)[blocks]
-            return tiles.permute(1, 0, 3, 2).reshape(self.heads, -1, self.head_size)
-        return self._reorder(part[blocks], self._k_order)
+    @staticmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
+        return KVCrushMetadataBuilder
 
-    def values(self, blocks: Tensor, slots: Tensor | None = None) -> Tensor:
-        """Values of the blocks, or of `slots` `[heads, k]` among them: `[heads, k, head_size]`."""
-        half = self.block_size * self.head_size
-        part = self._flat[:, :, half:]
-        if not self._v_plain:
-            values = self._reorder(part[blocks], self._v_order - half)
-            return values if slots is None else gather(values, slots)
-        rows = part.view(*part.shape[:2], self.block_size, self.head_size)
-        if slots is None:
-            return rows[blocks].permute(1, 0, 2, 3).reshape(self.heads, -1, self.head_size)
-        heads = torch.arange(self.heads).unsqueeze(1)
-        return rows[blocks[slots // self.block_size], heads, slots % self.block_size]
 
-    def _reorder(self, tiles: Tensor, order: Tensor) -> Tensor:
-        rows = tiles.index_select(2, order).view(len(tiles), self.heads, -1, self.head_size)
-        return rows.permute(1, 0, 2, 3).reshape(self.heads, -1, self.head_size)
+@dataclass
+class Region:
+    """A request's compressed region: in each layer and head the pages of `blocks` blocks.
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Stores `[heads, k, head_size]` keys and values into global slots `[k]`."""
-        self._store(
-            keys.transpose(0, 1).contiguous(),
-            values.transpose(0, 1).contiguous(),
-            self.cache,
-            slots,
+    Attributes:
+        blocks: number of blocks.
+        page: int32 [layers, kv_heads, blocks], page index in the pool.
+        count: uint16, as `page`: tokens in it.
+        codec: uint8, as `page`.
+    """
+
+    blocks: int
+    page: Tensor
+    count: Tensor
+    codec: Tensor
+
+    @classmethod
+    def of(cls, blocks: Sequence[int], codec: str, tokens: int, layer: CacheLayer) -> Region:
+        """`tokens` in pages of `codec` that fill `blocks` one after the other."""
+        pages, room = layer.pages.block_pages, layer.capacity(codec)
+        first = torch.tensor(blocks, dtype=torch.int32) * pages
+        page = torch.arange(pages, dtype=torch.int32).view(-1, layer.heads, 1) + first
+        count = (tokens - torch.arange(len(blocks)) * room).clamp(0, room).to(torch.uint16)
+        return cls(
+            len(blocks),
+            page,
+            count.expand(page.shape).contiguous(),
+            torch.full(page.shape, CODECS[codec], dtype=torch.uint8),
+        )
+
+    def directory(self, layer: int) -> cpu.Directory:
+        """The pages of one layer."""
+        heads = self.page.shape[1]
+        begin = (torch.arange(heads, dtype=torch.int32) * self.blocks).unsqueeze(0)
+        return cpu.Directory(
+            begin,
+            begin + self.blocks,
+            self.page[layer].flatten(),
+            self.count[layer].flatten(),
+            self.codec[layer].flatten(),
         )
 
 
-def gather(rows: Tensor, slots: Tensor) -> Tensor:
-    """`rows [heads, n, d]` at `slots [heads, k]` → `[heads, k, d]`."""
-    return rows.gather(1, slots.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+@dataclass
+class Metadata:
+    """What the layers need to know of a step. `batches` has one for each layer, or a single one
+    for all if no request has compressed pages."""
+
+    num_actual_tokens: int
+    slot_mapping: Tensor
+    batches: list[cpu.Batch]
+
+    def batch(self, layer: int) -> cpu.Batch:
+        """The batch as layer number `layer` sees it."""
+        return self.batches[layer if len(self.batches) > 1 else 0]
+
+
+class KVCrushMetadataBuilder(AttentionMetadataBuilder[Metadata]):
+    """The kernels need no plan of their own: vLLM's lengths and block table are enough, and the
+    regions of the requests in the batch, which the runner leaves here."""
+
+    regions: ClassVar[list[Region | None]] = []
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any):
+        super().__init__(kv_cache_spec, layer_names, config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Metadata:
+        common, n = common_attn_metadata, common_attn_metadata.num_reqs
+        start, length = common.query_start_loc[: n + 1], common.seq_lens[:n]
+        table = common.block_table_tensor[:n]
+        if any(self.regions[:n]):
+            batches = _with_regions(start, length, table, self.regions[:n], self.kv_cache_spec)
+        else:
+            batches = [cpu.Batch(start, length, table)]
+        return Metadata(common.num_actual_tokens, common.slot_mapping, batches)
+
+
+def _with_regions(
+    start: Tensor, length: Tensor, table: Tensor, regions: Sequence[Region | None], spec: Any
+) -> list[cpu.Batch]:
+    """One batch a layer. vLLM's table and lengths count compressed blocks like any others; for
+    the kernels the tail begins after them."""
+    known = [r for r in regions if r is not None]
+    layers, heads, _ = known[0].page.shape
+    blocks = torch.tensor([r.blocks if r else 0 for r in regions], dtype=torch.int32)
+    columns = (torch.arange(table.shape[1]) + blocks.unsqueeze(1)).clamp_(max=table.shape[1] - 1)
+    tails = table.gather(1, columns)
+    entries = blocks * layers * heads
+    first = (entries.cumsum(0) - entries).view(-1, 1, 1)
+    place = torch.arange(layers * heads).view(1, layers, heads) * blocks.view(-1, 1, 1)
+    begin = (first + place).to(torch.int32)
+    end = begin + blocks.view(-1, 1, 1)
+    page = torch.cat([r.page.flatten() for r in known])
+    count = torch.cat([r.count.flatten() for r in known])
+    codec = torch.cat([r.codec.flatten() for r in known])
+    lengths = length - blocks * spec.block_size
+    return [
+        cpu.Batch(start, lengths, tails, cpu.Directory(begin[:, i], end[:, i], page, count, codec))
+        for i in range(layers)
+    ]
+
+
+class KVCrushAttentionImpl(CPUAttentionBackendImpl):
+    """One layer's attention. `cache` and the layer's `index` are set when the cache exists."""
+
+    cache: cpu.Layer
+    index: int
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Metadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Stores this step's keys and values and attends; shapes as in vLLM's own `forward`."""
+        if attn_metadata is not None:
+            n = attn_metadata.num_actual_tokens
+            cpu.store(self.cache, key[:n], value[:n], attn_metadata.slot_mapping[:n])
+            batch = attn_metadata.batch(self.index)
+            cpu.attention(self.cache, batch, query[:n], output[:n])
+        return output
+
+
+def install(attention: Sequence[Any]) -> None:
+    """Gives the model's attention layers our backend in place of vLLM's."""
+    for layer in attention:
+        impl = layer.impl
+        if type(impl) is not CPUAttentionBackendImpl:
+            raise ValueError(
+                f"vllm-kvcrush replaces vLLM's CPU attention, and this model has "
+                f"{type(impl).__name__}: start the server without --kv-policy."
+            )
+        impl.__class__ = KVCrushAttentionImpl
+        layer.attn_backend = KVCrushAttentionBackend
+
+
+class CacheLayer:
+    """One layer's KV cache as compactions see it.
+
+    Args:
+        layer: vLLM's attention layer, whose cache is laid out block-outermost.
+        layers: number of layers that share its storage.
+    """
+
+    def __init__(self, layer: Any, layers: int):
+        cache, impl = layer.kv_cache, layer.impl
+        _, self.heads, block_size, double = cache.shape
+        storage = torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage())
+        page_bytes = block_size * double * cache.itemsize
+        offset = cache.data_ptr() - storage.data_ptr()
+        index, odd = divmod(offset, self.heads * page_bytes)
+        block_bytes = layers * self.heads * page_bytes
+        assert not odd and index < layers, "a layer's pages do not lie where blocks are outermost"
+        assert cache.stride(0) * cache.itemsize == block_bytes, "blocks are not outermost"
+        self.block_size = block_size
+        self.scale: float = impl.scale
+        self.index = impl.index = index
+        self.pages = impl.cache = cpu.Layer(
+            storage[: len(storage) // block_bytes * block_bytes],
+            index=index,
+            layers=layers,
+            heads=impl.num_heads,
+            kv_heads=self.heads,
+            k_size=double // 2,
+            v_size=double // 2,
+            block_size=block_size,
+            dtype=cache.dtype,
+            scale=impl.scale,
+        )
+
+    def capacity(self, codec: str) -> int:
+        """Tokens in a page of `codec`."""
+        pages = self.pages
+        return cpu.capacity(codec, pages.page_bytes, pages.k_size, pages.v_size, pages.dtype)
+
+    def request(
+        self, region: Region | None, tail: Tensor, tokens: int, position: int
+    ) -> cpu.Request:
+        """A request: its region, then `tokens` raw ones in the blocks `tail` (int32), the first
+        of which stands at `position`."""
+        directory = None if region is None else region.directory(self.index)
+        return cpu.Request(directory, tail, tokens, position, self.block_size)
+
+    def read(self, request: cpu.Request, held: int) -> tuple[Tensor, Tensor]:
+        """Its keys and values, float32 `[heads, held, head_size]`."""
+        parts = [cpu.read(self.pages, request, h, 0, held)[:2] for h in range(self.heads)]
+        keys, values = zip(*parts, strict=True)
+        return torch.stack(keys), torch.stack(values)
+
+    def compact(self, request: cpu.Request, kept: Tensor, target: Region) -> None:
+        """Moves the slots `kept` `[heads, k]` (int64, ascending) into the pages of `target`, which
+        may be among the request's own."""
+        cpu.compact(self.pages, request, kept, target.directory(self.index))
 
 
 class QueryTap:

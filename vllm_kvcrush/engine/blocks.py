@@ -62,8 +62,10 @@ class KVCrushManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Tokens evicted per compacted request: slot of token p is p - evicted.
+        # Per compacted request: slot of token p, in the tail, is p - evicted.
         self.evicted: dict[str, int] = {}
+        # Its compressed region: blocks, and tokens in each layer and head.
+        self.regions: dict[str, tuple[int, int]] = {}
         # Plans of requests with an active policy; owned by the scheduler.
         self.plans: Mapping[str, Plan] = {}
 
@@ -93,7 +95,13 @@ class KVCrushManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         # The single funnel for finish, abort and preemption.
         self.evicted.pop(request_id, None)
+        self.regions.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
+
+    def held_tokens(self, request_id: str, computed: int) -> int:
+        """Tokens whose KV a request holds in each layer and head, of `computed` in all."""
+        blocks, tokens = self.regions.get(request_id, (0, 0))
+        return computed - self.evicted.get(request_id, 0) - blocks * self.block_size + tokens
 
     def compact(self, jobs: Sequence[Job]) -> list[Compaction] | Deferred:
         """Compacts the jobs' requests together, or none of them.
@@ -165,11 +173,18 @@ class KVCrushManager(FullAttentionManager):
         assert all(b.block_hash is None for b in target)
         evicted = job.computed - need * self.block_size - job.shape.tail_tokens
         self.evicted[job.request_id] = evicted
+        compressed, tokens = self.regions.get(job.request_id, (0, 0))
+        candidates = tokens + (len(region) - compressed) * self.block_size
+        keep = self.plans[job.request_id].keep(need, candidates)
+        self.regions[job.request_id] = need, keep
         return Compaction(
             request_id=job.request_id,
             computed=job.computed,
             source=tuple(b.block_id for b in region),
+            compressed=compressed,
+            compressed_tokens=tokens,
             target=tuple(b.block_id for b in target),
+            keep=keep,
             tail=tuple(b.block_id for b in tail),
             tail_tokens=job.shape.tail_tokens,
             evicted=evicted,

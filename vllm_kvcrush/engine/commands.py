@@ -12,18 +12,26 @@ class Compaction:
     Args:
         request_id: vLLM's id of the request.
         computed: tokens whose KV is written when the compaction runs (true count, `n`).
-        source: ids of the blocks before the tail, in slot order; all full.
-        target: ids of the blocks that the survivors fill completely, in slot order. May contain
-            ids of `source` (compaction in place).
+        source: ids of the blocks before the tail, in slot order.
+        compressed: how many of them, from the first, are the compressed region so far; the
+            others are raw and full.
+        compressed_tokens: tokens in those, the same number in every layer and head.
+        target: ids of the blocks of the new compressed region, in slot order. May contain ids of
+            `source` (compaction in place).
+        keep: tokens that fill them, in every layer and head.
         tail: ids of the blocks after them, which stay as they are.
         tail_tokens: tokens in `tail`.
-        evicted: tokens evicted from this request in all its compactions, this one included.
+        evicted: what the slots of later tokens differ from their positions by: the tokens gone
+            from the block table, as evicted or as packed closer than raw.
     """
 
     request_id: str
     computed: int
     source: tuple[int, ...]
+    compressed: int
+    compressed_tokens: int
     target: tuple[int, ...]
+    keep: int
     tail: tuple[int, ...]
     tail_tokens: int
     evicted: int

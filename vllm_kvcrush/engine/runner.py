@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm.model_executor.layers.attention import Attention
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_kvcrush.config import RequestParams, Settings
-from vllm_kvcrush.engine.backend import CacheLayer, QueryTap, gather
+from vllm_kvcrush.engine import backend
+from vllm_kvcrush.engine.backend import CacheLayer, QueryTap, Region
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction, StepCommands
 from vllm_kvcrush.plan import Plan
@@ -31,6 +34,8 @@ class _Request:
     policy: Policy
     plan: Plan
     evicted: int = 0
+    # The compressed region in pages of another codec; None while it is raw.
+    region: Region | None = None
     # The last `window` queries, `[layers, window, query_heads, head_size]`; the one of token p is
     # at p % window. None until a compaction is near.
     queries: Tensor | None = None
@@ -63,6 +68,10 @@ class KVCrushCPUModelRunner(CPUModelRunner):
 
     # -- start-up -------------------------------------------------------------------------------
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        backend.install(get_layers_from_vllm_config(self.vllm_config, Attention).values())
+
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
         odd = sorted({type(s).__name__ for s in specs.values() if type(s) is not FullAttentionSpec})
@@ -80,7 +89,7 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         context = self.compilation_config.static_forward_context
         (group,) = kv_cache_config.kv_cache_groups
         attention = [context[name] for name in group.layer_names]
-        self._layers = [CacheLayer(layer, layer.kv_cache) for layer in attention]
+        self._layers = [CacheLayer(layer, len(attention)) for layer in attention]
         if self._tap is None:
             self._tap = QueryTap(attention)
 
@@ -122,6 +131,7 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         n = len(ids)
         states = [self._crushed.get(request_id) for request_id in ids]
         self._want_queries(ids, states, num_scheduled_tokens)
+        backend.KVCrushMetadataBuilder.regions = [s.region if s else None for s in states]
         shift = np.array([s.evicted if s else 0 for s in states], dtype=np.int32)
         if shift.any():
             # Slots and lengths are ours, positions (RoPE) stay true.
@@ -207,18 +217,24 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         began = time.perf_counter()
         state = self._crushed[command.request_id]
         policy, needs = state.policy, state.policy.needs
-        size = self.cache_config.block_size
-        candidates, keep = len(command.source) * size, len(command.target) * size
-        held = candidates + command.tail_tokens
-        source = torch.tensor(command.source)
-        every = torch.tensor(command.source + command.tail)
-        target = torch.tensor(command.target)
-        slots = (target.unsqueeze(1) * size + torch.arange(size)).view(-1)
+        size, codec, region = self.cache_config.block_size, policy.codec, state.region
+        # Raw blocks, among them a raw compressed region, are read as one tail: slots are in order.
+        raw = command.source[command.compressed if region else 0 :] + command.tail
+        tail = torch.tensor(raw, dtype=torch.int32)
+        tail_tokens = (len(raw) - len(command.tail)) * size + command.tail_tokens
+        held = tail_tokens + (command.compressed_tokens if region else 0)
+        candidates, keep = held - command.tail_tokens, command.keep
+        target = Region.of(command.target, codec, keep, self._layers[0])
+        everything = torch.arange(keep).expand(self._layers[0].heads, -1)
         queries = self._window(state, command.computed) if "queries" in needs else None
         gather_heads = _gather_heads if get_tensor_model_parallel_world_size() > 1 else _identity
         survivors: list[Tensor] = []
         for index, layer in enumerate(self._layers):
-            keys = layer.keys(every)[:, :held]
+            request = layer.request(region, tail, tail_tokens, command.computed - tail_tokens)
+            if keep == candidates:
+                layer.compact(request, everything, target)
+                continue
+            keys, values = layer.read(request, held)
             running = None
             if "running" in needs:
                 running = keys.new_zeros(layer.heads, candidates, dtype=torch.float32)
@@ -227,9 +243,9 @@ class KVCrushCPUModelRunner(CPUModelRunner):
                     running[:, : known.shape[1]] = known
             view = View(
                 keys=keys,
-                values=layer.values(every)[:, :held] if "values" in needs else None,
+                values=values if "values" in needs else None,
                 queries=None if queries is None else queries[index],
-                scale=layer.layer.impl.scale,
+                scale=layer.scale,
                 candidates=candidates,
                 sinks=state.plan.sinks,
                 page_size=size,
@@ -243,12 +259,12 @@ class KVCrushCPUModelRunner(CPUModelRunner):
                 self.on_select(command, index, kept)
             if (new_running := policy.running(view, scores)) is not None:
                 survivors.append(new_running.gather(1, kept))
-            # Both are copies, so writing into blocks of `source` is safe.
-            layer.write(gather(keys, kept), layer.values(source, kept), slots)
+            layer.compact(request, kept, target)
+        state.region = None if codec == "raw" else target
         state.running = survivors or None
         state.evicted = command.evicted
         # The next window may reach back before this compaction.
-        n, left = command.computed, keep + command.tail_tokens
+        n, left = command.computed, command.computed - command.evicted
         if state.plan.next_compaction(n, left, n + state.plan.window - 1) is None:
             state.queries = None
         blocks = [*command.target, *command.tail]

@@ -112,9 +112,8 @@ class KVCrushSchedulerMixin(_Base):
             return None
         # The last sampled token has no KV; under async scheduling the count may run ahead.
         raw = min(request.num_computed_tokens, request.num_tokens - 1)
-        evicted = self._manager.evicted.get(request.request_id, 0)
         return {
-            "kv_tokens_held": max(0, raw - evicted),
+            "kv_tokens_held": max(0, self._manager.held_tokens(request.request_id, raw)),
             "kv_tokens_raw": max(0, raw),
             "kv_blocks_held": len(self._manager.req_to_blocks.get(request.request_id, ())),
             "compactions": tracked.compactions,
@@ -195,7 +194,7 @@ class KVCrushSchedulerMixin(_Base):
 
     def _try(self, jobs: list[Job]) -> list[Compaction] | Deferred:
         free_before = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        evicted_before = {j.request_id: self._manager.evicted.get(j.request_id, 0) for j in jobs}
+        held = {j.request_id: self._manager.held_tokens(j.request_id, j.computed) for j in jobs}
         result = self._manager.compact(jobs)
         if isinstance(result, Deferred):
             return result
@@ -207,7 +206,7 @@ class KVCrushSchedulerMixin(_Base):
             self._unreported.add(c.request_id)
             self.kvcrush_stats.record_compaction(
                 tracked.params.policy,
-                tokens=c.evicted - evicted_before[c.request_id],
+                tokens=held[c.request_id] - self._manager.held_tokens(c.request_id, c.computed),
                 blocks=freed if i == 0 else 0,
             )
         return result

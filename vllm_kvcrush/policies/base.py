@@ -74,6 +74,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()  # of "queries", "values", "running"
+    codec: ClassVar[str] = "raw"  # of the pages of the compressed region: a name in pages.CODECS
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
