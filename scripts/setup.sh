@@ -9,10 +9,10 @@ die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 venv=.venv
 stamp=$venv/.setup-stamp
-want=$(cat requirements.lock pyproject.toml scripts/vllm-alias/pyproject.toml scripts/setup.sh | sha256sum)
+want=$(cat requirements.lock pyproject.toml setup.py csrc/* scripts/vllm-alias/pyproject.toml scripts/setup.sh | sha256sum)
 # The path is part of the stamp because a moved .venv still points at its old place.
 want="${want%% *} $PWD"
-up_to_date() { [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$want" ]]; }
+up_to_date() { [[ -x $venv/bin/python && -f vllm_kvcrush/_kernels.so && -f $stamp && $(<"$stamp") == "$want" ]]; }
 up_to_date && exit 0
 
 # Two runs at once would install over each other; the second waits for the first.
@@ -80,7 +80,7 @@ if ! "$py" -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null; t
     install --no-build-isolation "$alias_copy"
 fi
 
-say "Installing this project, editable."
+say "Installing this project, editable; its CPU kernels are compiled on the way."
 install --no-build-isolation -e .
 
 printf '%s\n' "$want" >"$stamp"

@@ -1,5 +1,6 @@
 """Greedy decoding in Hugging Face transformers with a cache that is gathered, between tokens, to
-given tokens per layer and head, at true positions: what a compacted request must reproduce."""
+given tokens per layer and head, at true positions, and rounded as the codec of its pages rounds
+them: what a compacted request must reproduce."""
 
 from __future__ import annotations
 
@@ -8,6 +9,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+
+from vllm_kvcrush.ops import pages_reference
+
+# At n tokens: how many slots, from the first, lie in pages of a codec with so many tokens each.
+Packed = Mapping[int, int]
 
 
 class Reference:
@@ -18,10 +24,17 @@ class Reference:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: list[int], new_tokens: int, kept: Mapping[int, list[Tensor]]
+        self,
+        prompt: list[int],
+        new_tokens: int,
+        kept: Mapping[int, list[Tensor]],
+        codec: str = "raw",
+        capacity: int = 0,
+        packed: Packed | None = None,
     ) -> list[int]:
         """Greedy tokens after `prompt`. `kept[n][layer]`, `[heads, k]`: cache slots that stay,
-        ascending, when n tokens have KV; every slot that it does not name is dropped."""
+        ascending, when n tokens have KV; every slot that it does not name is dropped. The first
+        `packed[n]` of them then are what pages of `codec` give back, `capacity` tokens a page."""
         cache = DynamicCache()
         tokens = list(prompt)
         done = 0
@@ -32,6 +45,7 @@ class Reference:
             done = stop
             if stop in kept and stop < len(prompt):
                 self._gather(cache, kept[stop])
+                self._round(cache, codec, capacity, (packed or {}).get(stop, 0))
         output = []
         for _ in range(new_tokens):
             token = int(logits[-1].argmax())
@@ -39,6 +53,7 @@ class Reference:
             tokens.append(token)
             if done in kept:
                 self._gather(cache, kept[done])
+                self._round(cache, codec, capacity, (packed or {}).get(done, 0))
             logits = self._forward(tokens, done, done + 1, cache)
             done += 1
         return output
@@ -63,3 +78,12 @@ class Reference:
             index = slots[None, :, :, None].expand(-1, -1, -1, size)
             layer.keys = layer.keys.gather(2, index)
             layer.values = layer.values.gather(2, index)
+
+    @staticmethod
+    def _round(cache: DynamicCache, codec: str, capacity: int, packed: int) -> None:
+        for layer in cache.layers:
+            for head in range(layer.keys.shape[1] if packed else 0):
+                for start in range(0, packed, capacity):
+                    page = slice(start, min(start + capacity, packed))
+                    keys, values = layer.keys[0, head, page], layer.values[0, head, page]
+                    keys[:], values[:] = pages_reference.kept(codec, keys, values, torch.float32)

@@ -32,7 +32,6 @@ from benchmarks.quality.summary import (
 from benchmarks.report import Run, arguments, progress, say
 
 POLICIES = ("streaming", "snapkv", "h2o", "kvcrush")
-PRESSES = ("snapkv", "streaming", "keydiff", "expected", "adakv_snapkv", "adakv_expected", "tova")
 FULL = "none"
 
 # Tokens held after compaction by (task, index, mode, budget).
@@ -50,7 +49,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--policies", type=words, default=list(POLICIES))
     parser.add_argument(
         "--budgets",
-        type=lambda text: [parse_budget(w) for w in words(text)],
+        type=lambda text: [parse_budget(w, "--budgets") for w in words(text)],
         help="fractions and tokens; else 0.5,0.25,0.125 and 256",
     )
     parser.add_argument("--modes", type=words, default=list(MODES))
@@ -248,7 +247,7 @@ class Bench:
                 }
             jobs.append({"task": item.task, "index": item.index, "modes": modes})
         if jobs:
-            job = {"model": self.model, "threads": 1, "presses": list(PRESSES), "items": jobs}
+            job = {"model": self.model, "threads": 1, "presses": list(peers.PRESSES), "items": jobs}
             with progress(None, f"{name}, {context} tokens", len(jobs)) as bar:
                 arrived: dict[tuple[str, int], list[dict[str, Any]]] = {}
 

@@ -1,5 +1,8 @@
 """Real English text that every Python ships: the language reference in `pydoc_data.topics`, cleaned
-of markup until it reads like prose. It has no digits, so a number in a context is a needle."""
+of markup until it reads like prose. It has no digits, so a number in a context is a needle.
+
+The text differs a little between Python versions, and so do items made from it.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from bisect import bisect_left, bisect_right
 from functools import cache
 
 _TYPOGRAPHY = str.maketrans({"‘": "'", "’": "'", "–": "-", "—": "-", **dict.fromkeys('“”"*')})
-_SENTENCE = re.compile(r"[A-Z][a-z]*,? [a-z][A-Za-z ,.;:?()'/-]*[.]")
+_SENTENCE = re.compile(r"[A-Z][a-z]*,? [a-z](?:[A-Za-z ,.:?()/-]|; |(?<=[a-z])'(?=[a-z]))*[.]")
 _NOTICE = re.compile(r"(Changed|New|Added|Deprecated|See) ")
-# Words longer than this are identifiers; they would make contexts hard to cut to a length.
+# Longer words are identifiers; they would make contexts hard to cut to a length.
 _LONGEST_WORD = 18
 
 
@@ -19,10 +22,10 @@ def _sentences(block: str) -> list[str]:
     """The sentences of a block of documentation that are plain prose."""
     text = " ".join(block.translate(_TYPOGRAPHY).split())
     text = re.sub(r" ?\[\d+\]", "", text)
-    text = re.sub(r"(?<=[a-z])- (?=[a-z])", "-", text)  # words broken at a line's end
+    text = re.sub(r"(?<=[a-z])- (?=[a-z])", "-", text)  # broken at the end of a line
     return [
         sentence
-        for sentence in re.split(r"(?<=[a-z)'][.]) (?=[A-Z])", text)
+        for sentence in re.split(r"(?<=[a-z)][.]) (?=[A-Z])", text)
         if _SENTENCE.fullmatch(sentence)
         and not _NOTICE.match(sentence)
         and 6 <= len(sentence.split()) <= 60
@@ -31,9 +34,9 @@ def _sentences(block: str) -> list[str]:
 
 
 @cache
-def _corpus() -> tuple[list[str], list[int]]:
-    """All words, each with the white space before it, and the indices at which sentences begin.
-    No sentence occurs twice."""
+def _text() -> tuple[list[str], list[int]]:
+    """All words, each with the white space before it, and the words at which sentences begin. No
+    sentence occurs twice."""
     words: list[str] = []
     starts: list[int] = []
     seen: set[str] = set()
@@ -52,29 +55,29 @@ def _corpus() -> tuple[list[str], list[int]]:
 
 
 def length() -> int:
-    """Words in the whole text."""
-    return len(_corpus()[0])
+    """Words in the text."""
+    return len(_text()[0])
 
 
 def boundary(place: float) -> int:
-    """The word at which a sentence begins, nearest to `place` (0..1) of the whole text."""
-    words, starts = _corpus()
+    """The first word of a sentence, near `place` (0..1) of the text."""
+    words, starts = _text()
     return starts[min(bisect_left(starts, place * len(words)), len(starts) - 1)]
 
 
-def span(start: int, end: int) -> str:
-    """The text of words `start` to `end`, with the white space before the first; from its end the
-    text begins again at its beginning."""
-    words, _ = _corpus()
-    return "".join(words[i % len(words)] for i in range(start, end))
-
-
 def boundaries(start: int, end: int) -> list[int]:
-    """The words in `start` to `end`, both included, at which sentences begin."""
-    words, starts = _corpus()
+    """The words from `start` to `end`, both included, that begin a sentence."""
+    words, starts = _text()
     found = []
     for lap in range(start // len(words), end // len(words) + 1):
         shift = lap * len(words)
         low, high = bisect_left(starts, start - shift), bisect_right(starts, end - shift)
-        found += [s + shift for s in starts[low:high]]
+        found += [first + shift for first in starts[low:high]]
     return found
+
+
+def span(start: int, end: int) -> str:
+    """Words `start` to `end` (excluded), with the white space before the first. Before its
+    beginning and after its end the text goes round."""
+    words, _ = _text()
+    return "".join(words[place % len(words)] for place in range(start, end))

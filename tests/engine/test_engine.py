@@ -9,6 +9,7 @@ import torch
 
 from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL_INTERVAL, Engine
 from vllm_kvcrush import policies
+from vllm_kvcrush.ops import cpu
 
 pytestmark = pytest.mark.engine
 
@@ -123,6 +124,47 @@ def test_tokens_equal_transformers_with_the_same_kept_tokens(
         )
     positions = kept[first][0]
     assert (positions[:, :4] == torch.arange(4)).all(), "sinks were dropped"
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("budget", [0.5, 128])
+def test_tokens_equal_transformers_with_the_same_rounded_cache(
+    engine: Engine,
+    ids: list[int],
+    reference: Any,
+    codec: str,
+    budget: float | int,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Half of the bytes hold every token in fewer bits; 128 tokens' worth is compacted again and
+    again from packed pages, and evicts too where int8 needs more. With the portable kernels, which
+    compute in floats: the integer ones round by some 1e-3, enough to turn a near tie."""
+    best = cpu.isa()
+    cpu.use_isa("baseline")
+    request.addfinalizer(lambda: cpu.use_isa(best))
+    kept: dict[int, list[torch.Tensor]] = {}
+    packed: dict[int, int] = {}
+
+    def record(command: Any, layer: int, slots: torch.Tensor) -> None:
+        tail_start = command.compressed_tokens
+        tail_start += (len(command.source) - command.compressed) * BLOCK
+        tail = torch.arange(tail_start, tail_start + command.tail_tokens)
+        everything = torch.cat([slots, tail.expand(slots.shape[0], -1)], 1)
+        kept.setdefault(command.computed, []).append(everything)
+        packed[command.computed] = command.keep
+
+    engine.runner.on_select = record
+    prompt, new = ids[3100:3500], DECODE_INTERVAL + 8
+    (output,) = engine.generate([prompt], engine.params(new, kv_policy=codec, kv_budget=budget))
+    capacity = engine.runner._layers[0].capacity(codec)
+    tokens = list(output.outputs[0].token_ids)
+    assert tokens == reference.generate(prompt, new, kept, codec, capacity, packed)
+    details = output.kv_tokens_details
+    held, raw = details["held"], details["raw"]
+    if budget == 128:
+        assert len(kept) > 1 and held > 128, "no more than the budget would hold raw"
+    evicts = budget == 128 and codec == "int8"
+    assert held < raw if evicts else held == raw
 
 
 def test_compaction_changes_what_is_attended(engine: Engine, ids: list[int]) -> None:

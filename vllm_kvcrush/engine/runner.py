@@ -231,7 +231,9 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         survivors: list[Tensor] = []
         for index, layer in enumerate(self._layers):
             request = layer.request(region, tail, tail_tokens, command.computed - tail_tokens)
-            if keep == candidates:
+            if keep == candidates and "running" not in needs:
+                if self.on_select is not None:
+                    self.on_select(command, index, everything)
                 layer.compact(request, everything, target)
                 continue
             keys, values = layer.read(request, held)

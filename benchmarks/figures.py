@@ -1,0 +1,227 @@
+"""Pictures and tables from result files: README never says a figure that a file does not hold.
+
+    python -m benchmarks.figures
+
+draws `docs/figures/*.svg` from `benchmarks/results/*.json`, fills the tables between
+`<!-- NAME -->` and `<!-- /NAME -->` in README.md and benchmarks/README.md from the same files, and
+draws `docs/plan.svg` from the plan itself. A test fails when any of them disagree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks.plan_picture import picture as plan_picture
+from benchmarks.report import RESULTS, ROOT, Row, read, table
+
+FIGURES = ROOT / "docs" / "figures"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+OURS = ("streaming", "snapkv", "h2o", "kvcrush")
+MODE_NAMES = {"question_before": "question seen before", "question_after": "question after"}
+
+
+def rows(path: pathlib.Path, **where: Any) -> list[Row]:
+    """Rows of a result file whose columns have these values."""
+    return [r for r in read(path)["rows"] if all(r[k] == v for k, v in where.items())]
+
+
+def digest(path: pathlib.Path) -> str:
+    """What a picture says that it was drawn from."""
+    return f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+
+
+# -- pictures -----------------------------------------------------------------------------------
+
+
+def draw(name: str, result: pathlib.Path, target: pathlib.Path) -> pathlib.Path | None:
+    """Draws benchmark `name` from `result` as SVG; None if nothing is to be drawn from it."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kvcrush", "font.size": 9})
+    figure = DRAW[name](result)
+    if figure is None:
+        return None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, metadata={"Date": None, "Description": digest(result)})
+    matplotlib.pyplot.close(figure)
+    return target
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, count, figsize=(4.4 * count, 3.6), sharey=True, layout="constrained", squeeze=False
+    )
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#ddd", linewidth=0.6)
+    return figure, list(axes[0])
+
+
+def _quality(result: pathlib.Path) -> Any:
+    """Gold NLL against bytes held, one line a policy, the full cache as a line across."""
+    found = rows(result, task="all")
+    places = sorted({(r["context"], r["mode"]) for r in found if r["metric"] == "delta_nll"})
+    if not places:
+        return None
+    figure, axes = _panels(len(places))
+    for axis, (context, mode) in zip(axes, places, strict=True):
+        here = [r for r in found if r["context"] == context and r["mode"] == mode]
+        value = {(r["policy"], r["budget"], r["metric"]): r for r in here}
+        names = sorted({r["policy"] for r in here if r["budget"] != 1.0}, key=_ours_first)
+        for name in names:
+            points = sorted(
+                (100 / value[name, b, "bytes_ratio"]["value"], r)
+                for (p, b, metric), r in value.items()
+                if p == name and metric == "delta_nll" and b != 1.0
+            )
+            if not points:
+                continue
+            x, y = [p for p, _ in points], [r["value"] for _, r in points]
+            style = {"linewidth": 1.8, "marker": "o"} if name in OURS else PEER_STYLE
+            (line,) = axis.plot(x, y, label=name, markersize=4, **style)
+            if name in OURS and all(r["low"] is not None for _, r in points):
+                low, high = [r["low"] for _, r in points], [r["high"] for _, r in points]
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        axis.axhline(0, color="#444", linewidth=1, label="full cache")
+        axis.set_title(f"{context} tokens, {MODE_NAMES[mode]} compaction")
+        axis.set_xlabel("KV bytes held, % of raw (metadata counted)")
+    axes[0].set_ylabel("gold NLL lost, nats a token")
+    axes[-1].legend(fontsize=7, frameon=False, loc="upper right")
+    return figure
+
+
+PEER_STYLE = {"linewidth": 0.9, "linestyle": "--", "marker": "."}
+
+
+def _ours_first(name: str) -> tuple[int, str]:
+    return (OURS.index(name) if name in OURS else len(OURS), name)
+
+
+def _serving(result: pathlib.Path) -> Any:
+    """Peak running requests and tokens a second of each workload, plain and policy."""
+    metrics = (("peak_running", "peak running requests"), ("output_tokens_per_s", "tokens / s"))
+    found = rows(result)
+    figure, axes = _panels(len(metrics))
+    loads = list(
+        dict.fromkeys((r["task"], r["mode"]) for r in found if r["metric"] == "peak_running")
+    )
+    for axis, (metric, title) in zip(axes, metrics, strict=True):
+        for offset, plain in ((-0.2, True), (0.2, False)):
+            chosen = {
+                (r["task"], r["mode"]): r["value"]
+                for r in reversed(found)  # of several budgets, the row about all comes first
+                if r["metric"] == metric and (r["policy"] == "none") == plain
+            }
+            axis.bar(
+                [i + offset for i in range(len(loads))],
+                [chosen[load] for load in loads],
+                0.4,
+                color="#b55" if plain else "#26a",
+                label="plain vLLM" if plain else "with the policy",
+            )
+        axis.set_title(title)
+        labels = [f"{task}\n{mode}".replace("_", " ") for task, mode in loads]
+        axis.set_xticks(range(len(loads)), labels, fontsize=6, rotation=30, ha="right")
+        axis.sharey(axis)
+    axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _overhead(result: pathlib.Path) -> Any:
+    """Share of a request's time that its compactions take, by prompt length."""
+    found = rows(result, metric="compaction_share")
+    figure, (axis,) = _panels(1)
+    for name in dict.fromkeys(r["policy"] for r in found):
+        mine = sorted((r for r in found if r["policy"] == name), key=lambda r: r["context"])
+        x, y = [r["context"] for r in mine], [100 * r["value"] for r in mine]
+        axis.plot(x, y, marker="o", markersize=4, label=name)
+    axis.axhline(0.5, color="#444", linewidth=1, linestyle=":", label="published claim, 0.5 %")
+    axis.set(xlabel="prompt tokens", ylabel="% of the request in compactions", ylim=(0, None))
+    axis.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _kernels(result: pathlib.Path) -> Any:
+    """Speed-up over vLLM's bf16 kernel by context length, one panel a shape and thread count."""
+    found = rows(result, metric="speedup_vs_vllm_bf16", task="decode")
+    modes = list(dict.fromkeys(r["mode"] for r in found))
+    if not modes:
+        return None
+    figure, axes = _panels(len(modes))
+    for axis, mode in zip(axes, modes, strict=True):
+        here = [r for r in found if r["mode"] == mode]
+        for name in dict.fromkeys(r["policy"] for r in here):
+            mine = sorted((r for r in here if r["policy"] == name), key=lambda r: r["context"])
+            x, y = [r["context"] for r in mine], [r["value"] for r in mine]
+            axis.plot(x, y, marker="o", markersize=4, label=name)
+        axis.set(title=mode, xlabel="context tokens", xscale="log")
+        axis.set_yscale("log")
+    axes[0].set_ylabel("× faster than vLLM's bf16 kernel")
+    axes[-1].legend(fontsize=7, frameon=False)
+    return figure
+
+
+DRAW: dict[str, Callable[[pathlib.Path], Any]] = {
+    "quality": _quality,
+    "serving": _serving,
+    "overhead": _overhead,
+    "kernels": _kernels,
+}
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+
+def fill(page: str, parts: dict[str, str]) -> str:
+    """`page` with every part between its markers. Raises ValueError for a marker without part."""
+
+    def put(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in parts:
+            raise ValueError(f"no table is called {name}")
+        return f"<!-- {name} -->\n{parts[name]}\n<!-- /{name} -->"
+
+    return re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", put, page, flags=re.DOTALL)
+
+
+def outdated(page: pathlib.Path, parts: dict[str, str]) -> bool:
+    """Whether a page's tables are not those of the results."""
+    text = page.read_text()
+    return fill(text, parts) != text
+
+
+def undrawn(names: Iterable[str] = DRAW) -> list[str]:
+    """Pictures that were drawn from other results than the committed ones."""
+    missing = []
+    for name in names:
+        target = FIGURES / f"{name}.svg"
+        if not target.exists() or digest(RESULTS / f"{name}.json") not in target.read_text():
+            missing.append(target.name)
+    return missing
+
+
+def parts() -> dict[str, str]:
+    """All generated tables by name."""
+    return {}
+
+
+def main() -> None:
+    """Rewrites pictures and tables."""
+    (ROOT / "docs" / "plan.svg").write_text(plan_picture())
+    for name in DRAW:
+        draw(name, RESULTS / f"{name}.json", FIGURES / f"{name}.svg")
+    filled = parts()
+    for page in PAGES:
+        page.write_text(fill(page.read_text(), filled))
+    print(table(["table", "lines"], [[k, str(v.count("\n") + 1)] for k, v in filled.items()]))
+
+
+if __name__ == "__main__":
+    main()

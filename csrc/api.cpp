@@ -1,0 +1,558 @@
+// The C interface: checks what it is given, then shares out the work.
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "internal.h"
+
+namespace kvc {
+namespace {
+
+thread_local char error_text[256];
+
+int fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+int fail(const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    std::vsnprintf(error_text, sizeof error_text, format, args);
+    va_end(args);
+    return -1;
+}
+
+int no_memory() {
+    return fail("out of memory for the working space of a kernel");
+}
+
+// The kernels that a name stands for, or null: another name, or this CPU lacks the instructions.
+const Kernels *find(const char *name) {
+    if (std::strcmp(name, "baseline") == 0) return &kBaseline;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    if (avx2 && std::strcmp(name, "avx2") == 0) return &kAvx2;
+    if (avx512 && std::strcmp(name, "avx512") == 0) return &kAvx512;
+#endif
+    return nullptr;
+}
+
+std::atomic<const Kernels *> chosen{nullptr};
+
+// The environment decides at the first call, else the CPU. Null: the environment names nonsense.
+const Kernels *kernels() {
+    const Kernels *known = chosen.load(std::memory_order_acquire);
+    if (known != nullptr) return known;
+    const char *wanted = std::getenv("KVCRUSH_ISA");
+    if (wanted != nullptr && *wanted != '\0') {
+        known = find(wanted);
+    } else {
+        for (const char *name : {"baseline", "avx2", "avx512"})
+            if (const Kernels *better = find(name)) known = better;
+    }
+    chosen.store(known, std::memory_order_release);
+    return known;
+}
+
+// ------------------------------------------------------------------------------------ checks
+
+bool good_heads(int32_t size) {
+    return size > 0 && size % 8 == 0 && size <= kMaxHead;
+}
+
+int check_layer(const kvc_layer *given, Layer &layer) {
+    static_cast<kvc_layer &>(layer) = *given;
+    if (kernels() == nullptr)
+        return fail("KVCRUSH_ISA=%s is not one of baseline, avx2 and avx512 that this CPU has",
+                    std::getenv("KVCRUSH_ISA"));
+    if (!good_heads(layer.k_size) || !good_heads(layer.v_size))
+        return fail("head sizes %d and %d: both must be multiples of 8, at most %d", layer.k_size,
+                    layer.v_size, kMaxHead);
+    if (layer.dtype < KVC_F32 || layer.dtype > KVC_F16)
+        return fail("dtype %d is not float32 (0), bfloat16 (1) or float16 (2)", layer.dtype);
+    if (layer.block_size <= 0 || layer.block_size % kStrip != 0 || layer.block_size > 65520)
+        return fail("block size %d is not a multiple of 16 up to 65520", layer.block_size);
+    if (layer.num_kv_heads <= 0 || layer.num_heads <= 0 ||
+        layer.num_heads % layer.num_kv_heads != 0 || layer.num_heads > 65536)
+        return fail("%d query heads do not divide over %d KV heads", layer.num_heads,
+                    layer.num_kv_heads);
+    if (layer.first_page < 0 || layer.block_pages - layer.first_page < layer.num_kv_heads)
+        return fail("pages %d to %d of a block of %d pages", layer.first_page,
+                    layer.first_page + layer.num_kv_heads, layer.block_pages);
+    const int64_t bytes = int64_t{layer.block_size} * (layer.k_size + layer.v_size) *
+                          dtype_bytes(layer.dtype);
+    if (layer.page_bytes != bytes)
+        return fail("page_bytes is %lld, %lld expected", static_cast<long long>(layer.page_bytes),
+                    static_cast<long long>(bytes));
+    if (layer.pool == nullptr || layer.num_blocks < 0 ||
+        reinterpret_cast<uintptr_t>(layer.pool) % 64 != 0)
+        return fail("the pool is missing or not aligned to 64 bytes");
+    layer.group = layer.num_heads / layer.num_kv_heads;
+    layer.v_padded = (layer.v_size + 15) / 16 * 16;
+    for (int codec = 0; codec < KVC_CODECS; ++codec) {
+        layer.capacity[codec] =
+            page_capacity(codec, layer.page_bytes, layer.k_size, layer.v_size, layer.dtype);
+        layer.layout[codec] =
+            page_layout(codec, layer.capacity[codec], layer.k_size, layer.v_size, layer.dtype);
+    }
+    return 0;
+}
+
+int check_page(const Layer &layer, int64_t page, int codec, int64_t count) {
+    if (codec < 0 || codec >= KVC_CODECS) return fail("codec %d does not exist", codec);
+    if (page < 0 || page >= layer.pages())
+        return fail("page %lld is outside the cache of %lld pages", static_cast<long long>(page),
+                    static_cast<long long>(layer.pages()));
+    if (count < 0 || count > layer.capacity[codec])
+        return fail("%lld tokens in a page that holds %lld", static_cast<long long>(count),
+                    static_cast<long long>(layer.capacity[codec]));
+    return 0;
+}
+
+// Entries of (row, head) for all heads of a row.
+int check_directory(const Layer &layer, const kvc_directory &directory, int64_t row) {
+    if (directory.begin == nullptr) return 0;
+    for (int h = 0; h < layer.num_kv_heads; ++h) {
+        const int64_t begin = directory.begin[row * directory.stride + h];
+        const int64_t end = directory.end[row * directory.stride + h];
+        if (begin > end || (begin < end && (begin < 0 || end > directory.size)))
+            return fail("directory entries %lld to %lld of %lld", static_cast<long long>(begin),
+                        static_cast<long long>(end), static_cast<long long>(directory.size));
+        for (int64_t e = begin; e < end; ++e) {
+            if (check_page(layer, directory.page[e], directory.codec[e], directory.count[e]) != 0)
+                return -1;
+            if (directory.bias == nullptr || directory.bias[e] < 0) continue;
+            if (directory.bias[e] > directory.log_bias_size - directory.count[e])
+                return fail("the log bias of directory entry %lld lies outside its array",
+                            static_cast<long long>(e));
+        }
+    }
+    return 0;
+}
+
+int check_tail(const Layer &layer, const int32_t *table, int64_t columns, int32_t length) {
+    const int64_t blocks = (int64_t{length} + layer.block_size - 1) / layer.block_size;
+    if (length < 0 || blocks > columns)
+        return fail("a tail of %d tokens in a table of %lld blocks", length,
+                    static_cast<long long>(columns));
+    for (int64_t i = 0; i < blocks; ++i)
+        if (table[i] < 0 || table[i] >= layer.num_blocks)
+            return fail("block %d is outside the cache of %lld blocks", table[i],
+                        static_cast<long long>(layer.num_blocks));
+    return 0;
+}
+
+// ------------------------------------------------------------------------------------ positions
+
+// False if they do not ascend or span too much.
+bool put_positions(const Layer &layer, int codec, uint8_t *page, int count,
+                   const int32_t *positions) {
+    const PageLayout &at = layer.layout[codec];
+    uint16_t *low = reinterpret_cast<uint16_t *>(page + at.positions);
+    PageHeader header;
+    header.base = count != 0 ? positions[0] : 0;
+    for (uint16_t &first : header.first) first = 65535;
+    int64_t steps = 0;
+    for (int i = 0; i < count; ++i) {
+        if (i != 0 && positions[i] <= positions[i - 1]) return false;
+        const int64_t offset = int64_t{positions[i]} - header.base;
+        if (offset >> 16 > PageHeader::kSteps) return false;
+        for (; steps < offset >> 16; ++steps) header.first[steps] = static_cast<uint16_t>(i);
+        low[i] = static_cast<uint16_t>(offset);
+    }
+    std::memcpy(page + layer.page_bytes - sizeof header, &header, sizeof header);
+    return true;
+}
+
+void get_positions(const Layer &layer, int codec, const uint8_t *page, int first, int count,
+                   int32_t *positions) {
+    const uint16_t *low =
+        reinterpret_cast<const uint16_t *>(page + layer.layout[codec].positions);
+    PageHeader header;
+    std::memcpy(&header, page + layer.page_bytes - sizeof header, sizeof header);
+    int steps = 0;
+    for (int i = first; i < first + count; ++i) {
+        while (steps < PageHeader::kSteps && header.first[steps] <= i) ++steps;
+        // Unsigned: what a wrong directory finds here may be anything.
+        positions[i - first] = static_cast<int32_t>(static_cast<uint32_t>(header.base) + low[i] +
+                                                    (static_cast<uint32_t>(steps) << 16));
+    }
+}
+
+// Calls work(item, scratch) for every item; one function object stands for all of them.
+template <class F>
+bool each(int64_t items, size_t scratch, bool alone, F &&work) {
+    return parallel(
+        items, scratch, alone,
+        [](void *context, int64_t item, uint8_t *memory) {
+            (*static_cast<std::remove_reference_t<F> *>(context))(item, memory);
+        },
+        &work);
+}
+
+// Kept from call to call.
+thread_local std::vector<int64_t> items_memory;
+thread_local std::vector<int32_t> arrived_memory;
+thread_local std::vector<float> partial_memory;
+
+int attention(const Layer &layer, const kvc_batch &batch, const void *query, int32_t query_dtype,
+              int64_t query_stride, void *out, int32_t out_dtype, int64_t out_stride, float *lse) {
+    const Kernels &kernel = *kernels();
+    const int64_t heads = layer.num_kv_heads;
+    const int block_rows = kernel.attention_rows(layer);
+    items_memory.resize(2 * static_cast<size_t>(batch.num_seqs) + 1);
+    int64_t *first_item = items_memory.data(), *first_partial = first_item + batch.num_seqs + 1;
+    int64_t items = 0, partial = 0, work = 0;
+    if (batch.num_seqs > 0 && batch.query_start[0] < 0) return fail("query_start is negative");
+    for (int s = 0; s < batch.num_seqs; ++s) {
+        const int64_t rows = int64_t{batch.query_start[s + 1]} - batch.query_start[s];
+        const int32_t tail = batch.tail_length[s];
+        if (rows < 0) return fail("query_start does not ascend at sequence %d", s);
+        if (rows > 0 && check_tail(layer, batch.tail_table + s * batch.tail_stride,
+                                   batch.tail_stride, tail) != 0)
+            return -1;
+        if (rows > 0 && check_directory(layer, batch.directory, s) != 0) return -1;
+        first_item[s] = items;
+        first_partial[s] = partial;
+        int64_t each_head = rows == 0 ? 0 : (rows + block_rows - 1) / block_rows, most_strips = 0;
+        if (rows > 0) {
+            for (int64_t h = 0; h < heads; ++h) {
+                int64_t strips = (tail + kStrip - 1) / kStrip;
+                if (batch.directory.begin != nullptr) {
+                    const int64_t at = s * batch.directory.stride + h;
+                    for (int e = batch.directory.begin[at]; e < batch.directory.end[at]; ++e)
+                        strips += (batch.directory.count[e] + kStrip - 1) / kStrip;
+                }
+                most_strips = strips > most_strips ? strips : most_strips;
+            }
+        }
+        if (rows == 1) {
+            each_head = (most_strips + kSplitStrips - 1) / kSplitStrips;
+            if (each_head == 0) each_head = 1;
+            if (each_head > 1) partial += heads * each_head * kernel.partial_floats(layer);
+        }
+        items += heads * each_head;
+        work += rows * heads * most_strips;
+    }
+    first_item[batch.num_seqs] = items;
+    partial_memory.resize(static_cast<size_t>(partial));
+    arrived_memory.assign(static_cast<size_t>(batch.num_seqs * heads), 0);
+
+    Attention call{};
+    call.layer = &layer;
+    call.batch = &batch;
+    call.query = query;
+    call.out = out;
+    call.lse = lse;
+    call.query_stride = query_stride;
+    call.out_stride = out_stride;
+    call.query_dtype = query_dtype;
+    call.out_dtype = out_dtype;
+    call.block_rows = block_rows;
+    call.first_item = first_item;
+    call.partial = partial_memory.data();
+    call.first_partial = first_partial;
+    call.arrived = arrived_memory.data();
+    // Some 50 microseconds: waking a second thread would cost as much as it saves.
+    const bool alone = work < 128;
+    const bool done = each(items, kernel.attention_scratch(layer), alone,
+                           [&](int64_t item, uint8_t *memory) {
+                               kernel.attention(call, item, memory);
+                           });
+    return done ? 0 : no_memory();
+}
+
+int store(const Layer &layer, int64_t rows, const void *key, int64_t key_stride, const void *value,
+          int64_t value_stride, const int64_t *slots) {
+    const int64_t end = layer.num_blocks * layer.block_size;
+    for (int64_t i = 0; i < rows; ++i)
+        if (slots[i] >= end)
+            return fail("slot %lld is outside the cache of %lld slots",
+                        static_cast<long long>(slots[i]), static_cast<long long>(end));
+    constexpr int64_t kRows = 32;
+    const bool done = each((rows + kRows - 1) / kRows, 0, rows < 2 * kRows,
+                           [&](int64_t item, uint8_t *) {
+                               const int64_t last = (item + 1) * kRows;
+                               kernels()->store(layer, item * kRows, last < rows ? last : rows, key,
+                                                key_stride, value, value_stride, slots);
+                           });
+    return done ? 0 : no_memory();
+}
+
+// ------------------------------------------------------------------------------------ requests
+
+struct Source {
+    const Layer &layer;
+    const kvc_request &request;
+
+    int64_t begin(int head) const {
+        return request.directory.begin != nullptr ? request.directory.begin[head] : 0;
+    }
+    int64_t end(int head) const {
+        return request.directory.begin != nullptr ? request.directory.end[head] : 0;
+    }
+    int64_t tokens(int head) const {
+        int64_t n = request.tail_length;
+        for (int64_t e = begin(head); e < end(head); ++e) n += request.directory.count[e];
+        return n;
+    }
+};
+
+int check_request(const Layer &layer, const kvc_request &request) {
+    if (check_directory(layer, request.directory, 0) != 0) return -1;
+    return check_tail(layer, request.tail_table, INT32_MAX, request.tail_length);
+}
+
+// Decodes n ascending slots of a head; slots == null: first, first + 1, ...  False: a slot's page
+// has no positions.
+bool read_slots(const Source &source, int head, const int64_t *slots, int64_t first, int64_t n,
+                float *key, float *value, int32_t *positions) {
+    const Layer &layer = source.layer;
+    const kvc_directory &directory = source.request.directory;
+    const Kernels &kernel = *kernels();
+    const auto slot = [&](int64_t i) { return slots != nullptr ? slots[i] : first + i; };
+    constexpr int kBatch = 256;
+    int32_t places[kBatch];
+    int64_t page_start = 0, entry = source.begin(head), done = 0;
+    const int64_t entries = source.end(head);
+    while (done < n) {
+        int codec = KVC_RAW;
+        int64_t index, count, start;
+        while (entry < entries && slot(done) >= page_start + directory.count[entry])
+            page_start += directory.count[entry++];
+        if (entry < entries) {
+            codec = directory.codec[entry];
+            index = directory.page[entry];
+            count = directory.count[entry];
+            start = page_start;
+        } else {
+            const int64_t block = (slot(done) - page_start) / layer.block_size;
+            index = layer.tail_page(source.request.tail_table[block], head);
+            count = layer.block_size;
+            start = page_start + block * layer.block_size;
+        }
+        int batch = 0;
+        while (batch < kBatch && done + batch < n && slot(done + batch) < start + count) {
+            places[batch] = static_cast<int32_t>(slot(done + batch) - start);
+            ++batch;
+        }
+        const uint8_t *page = layer.page(index);
+        kernel.decode(layer, codec, page, batch, places,
+                      key != nullptr ? key + done * layer.k_size : nullptr,
+                      value != nullptr ? value + done * layer.v_size : nullptr);
+        if (positions != nullptr) {
+            if (entry >= entries) {
+                for (int i = 0; i < batch; ++i)
+                    positions[done + i] = static_cast<int32_t>(
+                        source.request.tail_position + (start - page_start) + places[i]);
+            } else if (!positions_kept(codec)) {
+                return false;
+            } else {
+                for (int i = 0; i < batch; ++i)
+                    get_positions(layer, codec, page, places[i], 1, positions + done + i);
+            }
+        }
+        done += batch;
+    }
+    return true;
+}
+
+int compact(const Layer &layer, const kvc_request &request, const int64_t *slots,
+            const int64_t *slot_start, const kvc_directory &target) {
+    const Source source{layer, request};
+    const int heads = layer.num_kv_heads;
+    struct Piece {
+        int head;
+        int64_t entry, first, count;  // first: among all slots of the call
+    };
+    std::vector<Piece> pieces;
+    bool wants_positions = false;
+    for (int h = 0; h < heads; ++h) {
+        const int64_t n = slot_start[h + 1] - slot_start[h], held = source.tokens(h);
+        const int64_t *own = slots + slot_start[h];
+        for (int64_t i = 0; i < n; ++i)
+            if (own[i] < 0 || own[i] >= held || (i != 0 && own[i] <= own[i - 1]))
+                return fail("slots of head %d do not ascend within its %lld tokens", h,
+                            static_cast<long long>(held));
+        int64_t used = 0;
+        for (int64_t e = target.begin[h]; e < target.end[h]; ++e) {
+            pieces.push_back({h, e, slot_start[h] + used, target.count[e]});
+            used += target.count[e];
+            wants_positions |= positions_kept(target.codec[e]);
+        }
+        if (used != n)
+            return fail("head %d keeps %lld slots, its pages take %lld", h,
+                        static_cast<long long>(n), static_cast<long long>(used));
+    }
+    const size_t total = static_cast<size_t>(slot_start[heads] - slot_start[0]);
+    const int64_t base = slot_start[0];
+    // All is read before anything is written, so that targets may be sources.
+    std::unique_ptr<float[]> key(new (std::nothrow) float[total * layer.k_size + 1]);
+    std::unique_ptr<float[]> value(new (std::nothrow) float[total * layer.v_size + 1]);
+    std::unique_ptr<int32_t[]> positions(new (std::nothrow) int32_t[total + 1]);
+    if (key == nullptr || value == nullptr || positions == nullptr) return no_memory();
+    std::atomic<int> bad{0};
+    const int64_t n = static_cast<int64_t>(pieces.size());
+    bool done = each(n, 0, total < 256, [&](int64_t i, uint8_t *) {
+        const Piece &piece = pieces[static_cast<size_t>(i)];
+        const int64_t at = piece.first - base;
+        const bool wanted = positions_kept(target.codec[piece.entry]);
+        if (!read_slots(source, piece.head, slots + piece.first, 0, piece.count,
+                        key.get() + at * layer.k_size, value.get() + at * layer.v_size,
+                        wanted ? positions.get() + at : nullptr))
+            bad = 1;
+    });
+    if (!done) return no_memory();
+    if (bad != 0) return fail("raw compressed pages have no positions, which their targets keep");
+    done = each(n, 0, total < 256, [&](int64_t i, uint8_t *) {
+        const Piece &piece = pieces[static_cast<size_t>(i)];
+        const int64_t at = piece.first - base;
+        const int codec = target.codec[piece.entry], count = static_cast<int>(piece.count);
+        uint8_t *page = layer.pool + target.page[piece.entry] * layer.page_bytes;
+        if (positions_kept(codec) &&
+            !put_positions(layer, codec, page, count, positions.get() + at))
+            bad = 2;
+        kernels()->encode(layer, codec, page, count, key.get() + at * layer.k_size,
+                          value.get() + at * layer.v_size);
+    });
+    if (!done) return no_memory();
+    if (bad != 0) return fail("positions within a page do not ascend, or span 983040 or more");
+    return 0;
+}
+
+}  // namespace
+}  // namespace kvc
+
+using namespace kvc;
+
+// Nothing may leave through a C interface as an exception.
+template <class F>
+static int guarded(F &&work) {
+    try {
+        return work();
+    } catch (const std::bad_alloc &) {
+        return no_memory();
+    }
+}
+
+#define KVC_EXPORT extern "C" __attribute__((visibility("default")))
+
+KVC_EXPORT int kvc_version(void) {
+    return KVC_VERSION;
+}
+KVC_EXPORT const char *kvc_error(void) {
+    return error_text;
+}
+KVC_EXPORT const char *kvc_isa(void) {
+    return kernels() != nullptr ? kernels()->name : "";
+}
+KVC_EXPORT int kvc_use_isa(const char *name) {
+    const Kernels *wanted = find(name);
+    if (wanted == nullptr) return fail("this CPU or build has no kernels named %s", name);
+    chosen = wanted;
+    return 0;
+}
+KVC_EXPORT int kvc_threads(void) {
+    return max_threads();
+}
+
+KVC_EXPORT int64_t kvc_capacity(int32_t codec, int64_t page_bytes, int32_t k_size, int32_t v_size,
+                                int32_t dtype) {
+    if (codec < 0 || codec >= KVC_CODECS || !good_heads(k_size) || !good_heads(v_size) ||
+        dtype < KVC_F32 || dtype > KVC_F16)
+        return -1;
+    return page_capacity(codec, page_bytes, k_size, v_size, dtype);
+}
+
+KVC_EXPORT int kvc_attention(const kvc_layer *given, const kvc_batch *batch, const void *query,
+                             int32_t query_dtype, int64_t query_stride, void *out,
+                             int32_t out_dtype, int64_t out_stride, float *lse) {
+    return guarded([&] {
+        Layer layer;
+        if (check_layer(given, layer) != 0) return -1;
+        if (query_dtype < KVC_F32 || query_dtype > KVC_F16 || out_dtype < KVC_F32 ||
+            out_dtype > KVC_F16)
+            return fail("dtypes %d and %d of query and output", query_dtype, out_dtype);
+        return attention(layer, *batch, query, query_dtype, query_stride, out, out_dtype,
+                         out_stride, lse);
+    });
+}
+
+KVC_EXPORT int kvc_store(const kvc_layer *given, int64_t rows, const void *key, int64_t key_stride,
+                         const void *value, int64_t value_stride, const int64_t *slots) {
+    return guarded([&] {
+        Layer layer;
+        if (check_layer(given, layer) != 0) return -1;
+        return store(layer, rows, key, key_stride, value, value_stride, slots);
+    });
+}
+
+KVC_EXPORT int kvc_encode(const kvc_layer *given, int32_t codec, int64_t page, int32_t count,
+                          const float *key, const float *value, const int32_t *positions) {
+    return guarded([&] {
+        Layer layer;
+        if (check_layer(given, layer) != 0 || check_page(layer, page, codec, count) != 0)
+            return -1;
+        uint8_t *to = layer.pool + page * layer.page_bytes;
+        if (positions_kept(codec)) {
+            if (positions == nullptr && count != 0)
+                return fail("codec %d keeps positions; none given", codec);
+            if (!put_positions(layer, codec, to, count, positions))
+                return fail("positions within a page do not ascend, or span 983040 or more");
+        }
+        kernels()->encode(layer, codec, to, count, key, value);
+        return 0;
+    });
+}
+
+KVC_EXPORT int kvc_decode(const kvc_layer *given, int32_t codec, int64_t page, int32_t count,
+                          float *key, float *value, int32_t *positions) {
+    return guarded([&] {
+        Layer layer;
+        if (check_layer(given, layer) != 0 || check_page(layer, page, codec, count) != 0)
+            return -1;
+        const uint8_t *from = layer.page(page);
+        if (positions != nullptr) {
+            if (!positions_kept(codec)) return fail("raw pages have no positions");
+            get_positions(layer, codec, from, 0, count, positions);
+        }
+        if (key != nullptr || value != nullptr)
+            kernels()->decode(layer, codec, from, count, nullptr, key, value);
+        return 0;
+    });
+}
+
+KVC_EXPORT int kvc_compact(const kvc_layer *given, const kvc_request *source, const int64_t *slots,
+                           const int64_t *slot_start, const kvc_directory *target) {
+    return guarded([&] {
+        Layer layer;
+        if (check_layer(given, layer) != 0 || check_request(layer, *source) != 0) return -1;
+        if (target->begin == nullptr) return fail("a compaction needs target pages");
+        if (check_directory(layer, *target, 0) != 0) return -1;
+        return compact(layer, *source, slots, slot_start, *target);
+    });
+}
+
+KVC_EXPORT int kvc_read(const kvc_layer *given, const kvc_request *source, int32_t head,
+                        int64_t first, int64_t n, float *key, float *value, int32_t *positions) {
+    return guarded([&] {
+        Layer layer;
+        if (check_layer(given, layer) != 0 || check_request(layer, *source) != 0) return -1;
+        if (head < 0 || head >= layer.num_kv_heads) return fail("KV head %d does not exist", head);
+        const Source from{layer, *source};
+        if (first < 0 || n < 0 || first > from.tokens(head) - n)
+            return fail("slots %lld to %lld of %lld", static_cast<long long>(first),
+                        static_cast<long long>(first + n),
+                        static_cast<long long>(from.tokens(head)));
+        if (!read_slots(from, head, nullptr, first, n, key, value, positions))
+            return fail("raw compressed pages have no positions");
+        return 0;
+    });
+}

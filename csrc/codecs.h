@@ -1,0 +1,512 @@
+// What each codec knows how to do with a tile: score it, add up its values, or turn it into floats.
+#pragma once
+
+#include "integer.h"
+#include "internal.h"
+#include "panel.h"
+#include "tiles.h"
+
+namespace kvc::KVC_NAMESPACE {
+
+// Query rows that share a pass over a panel, and panels that share a pass over those rows: as many
+// accumulators as there are registers, and never so few that additions wait for one another.
+#if defined(__AVX512F__)
+constexpr int kMostHeads = 8, kItemPad = 12, kItemPanels = 2;
+constexpr int panels_at_once(int heads) {
+    return heads == 1 ? 8 : heads <= 4 ? 4 : 2;
+}
+constexpr int code_panels_at_once(int heads) {
+    return panels_at_once(heads);
+}
+#elif defined(__AVX2__)
+constexpr int kMostHeads = 6, kItemPad = 6, kItemPanels = 1;
+constexpr int panels_at_once(int heads) {
+    return heads == 1 ? 4 : heads <= 3 ? 2 : 1;
+}
+// Integer additions wait for one another for a single cycle.
+constexpr int code_panels_at_once(int heads) {
+    return heads == 1 ? 4 : heads == 2 ? 2 : 1;
+}
+#else
+constexpr int kMostHeads = 3, kItemPad = 4, kItemPanels = 1;
+constexpr int panels_at_once(int) {
+    return 1;
+}
+#endif
+
+constexpr bool rotates_v(int codec) {
+    return codec == KVC_INT4;
+}
+
+// Orthonormal Hadamard transforms, then the signs: the inverse of what encoding did.
+inline void hadamard(float *x, int size) {
+    const int block = rotation_block(size);
+    for (int first = 0; first < size; first += block)
+        for (int half = 1; half < block; half *= 2)
+            for (int i = first; i < first + block; i += 2 * half)
+                for (int j = i; j < i + half; ++j) {
+                    const float a = x[j], b = x[j + half];
+                    x[j] = a + b;
+                    x[j + half] = a - b;
+                }
+    const float factor = 1 / __builtin_sqrtf(static_cast<float>(block));
+    for (int c = 0; c < size; ++c) x[c] *= factor;
+}
+inline void rotate_back(float *x, int size) {
+    hadamard(x, size);
+    for (int c = 0; c < size; ++c) x[c] *= rotation_sign(c);
+}
+inline void rotate(float *x, int size) {
+    for (int c = 0; c < size; ++c) x[c] *= rotation_sign(c);
+    hadamard(x, size);
+}
+
+// Lanes of panel `panel` of a strip of V.
+KVC_INLINE int panel_lanes(int v_size, int panel) {
+    return v_size - panel * 16 >= 16 ? 16 : 8;
+}
+
+// Calls use(panel, channel, lanes) for every panel of V.
+template <class F>
+KVC_INLINE void each_panel(int v_size, F use) {
+    for (int c = 0; c < v_size; c += 16) use(c / 16, c, panel_lanes(v_size, c / 16));
+}
+
+// Copies the first `count` tokens of a raw V strip and fills the rest with 0.
+inline void copy_v_strip(const uint8_t *from, uint8_t *to, int count, int v_size, int dtype) {
+    const int row_bytes = dtype_bytes(dtype);
+    for (int c = 0; c < v_size; c += 16) {
+        const int lanes = panel_lanes(v_size, c / 16);
+        const int64_t bytes = int64_t{kStrip} * lanes * row_bytes;
+        int64_t kept = int64_t{count} * lanes * row_bytes;
+        if (dtype == KVC_BF16 && count % 2 != 0) {  // the odd token shares words with the next
+            kept -= int64_t{lanes} * row_bytes;
+            for (int lane = 0; lane < lanes; ++lane) {
+                std::memcpy(to + kept + 4 * lane, from + kept + 4 * lane, 2);
+                std::memset(to + kept + 4 * lane + 2, 0, 2);
+            }
+            std::memcpy(to, from, kept);
+            kept += 4 * lanes;
+        } else {
+            std::memcpy(to, from, kept);
+        }
+        std::memset(to + kept, 0, bytes - kept);
+        from += bytes;
+        to += bytes;
+    }
+}
+
+// A panel of 16-bit floats as float32 [rows][lanes].
+inline void expand_panel(const uint8_t *from, float *to, int rows, int lanes, int dtype) {
+    const uint16_t *x = reinterpret_cast<const uint16_t *>(from);
+    if (dtype == KVC_F16) {
+        for (int i = 0; i < rows * lanes; ++i) to[i] = half_to_float(x[i]);
+        return;
+    }
+    for (int r = 0; r < rows; r += 2, x += 2 * lanes, to += 2 * lanes)
+        for (int l = 0; l < lanes; ++l) {
+            to[l] = bf16_to_float(x[2 * l]);
+            to[lanes + l] = bf16_to_float(x[2 * l + 1]);
+        }
+}
+inline void expand_raw(const uint8_t *from, float *to, int lanes, int rows, int dtype) {
+    expand_panel(from, to, rows, lanes, dtype);
+}
+inline void expand_raw_v(const uint8_t *from, float *to, int v_size, int dtype) {
+    for (int c = 0; c < v_size; c += 16) {
+        const int lanes = panel_lanes(v_size, c / 16);
+        expand_panel(from, to, kStrip, lanes, dtype);
+        from += int64_t{kStrip} * lanes * 2;
+        to += kStrip * lanes;
+    }
+}
+
+// Any quantised strip as floats, each part unless null; V stays rotated where the codec rotates it.
+inline void expand_codec(const Layer &layer, int codec, const Strip &strip, float *keys,
+                         float *values) {
+    const int k_size = layer.k_size, v_size = layer.v_size;
+    if (codec == KVC_INT8) {
+        if (keys != nullptr) {
+            float scale[kStrip];
+            for (int t = 0; t < kStrip; ++t) scale[t] = half_to_float(strip.k_scale[t]);
+            const int8_t *code = reinterpret_cast<const int8_t *>(strip.k);
+            for (int c = 0; c < k_size; ++c)
+                for (int t = 0; t < kStrip; ++t)
+                    keys[c * kStrip + t] = scale[t] * code[c / 2 * 32 + 2 * t + c % 2];
+        }
+        if (values != nullptr) {
+            const int8_t *code = reinterpret_cast<const int8_t *>(strip.v);
+            each_panel(v_size, [&](int, int, int lanes) {
+                for (int t = 0; t < kStrip; ++t) {
+                    const float scale = t < strip.count ? half_to_float(strip.v_scale[t]) : 0.0f;
+                    for (int l = 0; l < lanes; ++l)
+                        values[t * lanes + l] = scale * code[t / 2 * 2 * lanes + 2 * l + t % 2];
+                }
+                code += kStrip * lanes;
+                values += kStrip * lanes;
+            });
+        }
+    } else {
+        if (keys != nullptr) {
+            const uint16_t *group = reinterpret_cast<const uint16_t *>(strip.k_group);
+            for (int c = 0; c < k_size; ++c) {
+                const float scale = half_to_float(group[c]);
+                const float zero = half_to_float(group[k_size + c]);
+                const int shift = c % 8 / 4 * 4;
+                const uint8_t *code = strip.k + c / 8 * 64 + c % 4;
+                for (int t = 0; t < kStrip; ++t)
+                    keys[c * kStrip + t] =
+                        zero + scale * static_cast<float>(code[4 * t] >> shift & 15);
+            }
+        }
+        if (values != nullptr) {
+            const uint8_t *code = strip.v;
+            each_panel(v_size, [&](int, int, int lanes) {
+                for (int t = 0; t < kStrip; ++t) {
+                    const float scale = t < strip.count ? half_to_float(strip.v_scale[t]) : 0.0f;
+                    const int shift = t % 8 / 4 * 4;
+                    const uint8_t *row = code + t / 8 * 4 * lanes + t % 4;
+                    for (int l = 0; l < lanes; ++l)
+                        values[t * lanes + l] =
+                            scale * (static_cast<float>(row[4 * l] >> shift & 15) - 7.5f);
+                }
+                code += kStrip / 2 * lanes;
+                values += kStrip * lanes;
+            });
+        }
+    }
+}
+
+// What codecs derive from the query of one token, and from the weights of a tile.
+struct Prepared {
+    float *folded;         // [kMaxHead]
+    float *v_scale;        // [kTile]
+    float *q_step, *q_shift, *p_step, *p_shift;  // [group]
+    int16_t *q_int8, *q_int4;                    // [group][kMaxHead]
+    int16_t *p;                                  // [group][kTile]
+    float *q_int8_step;                          // [group]
+    bool has_int8;
+
+    template <class Arena>
+    void take(Arena &arena, const Layer &layer) {
+        const int group = layer.group;
+        folded = arena.template take<float>(kMaxHead + 16);
+        v_scale = arena.template take<float>(kTile);
+        q_step = arena.template take<float>(group);
+        q_shift = arena.template take<float>(group);
+        p_step = arena.template take<float>(group);
+        p_shift = arena.template take<float>(group);
+        q_int8_step = arena.template take<float>(group);
+        q_int8 = arena.template take<int16_t>(int64_t{group} * kMaxHead + 16);
+        q_int4 = arena.template take<int16_t>(int64_t{group} * kMaxHead + 16);
+        p = arena.template take<int16_t>(int64_t{group} * kTile + 16);
+    }
+    void begin() { has_int8 = false; }
+};
+
+template <class S, int G>
+void k_heads(const uint8_t *const *strip, int strips, int channels, const float *q, float *s,
+             const uint8_t *const *ahead) {
+    constexpr int NP = panels_at_once(G);
+    int i = 0;
+    for (; i + NP <= strips; i += NP)
+        multiply_k<S, G, NP, kMaxHead, 1, true>(strip + i, channels, q, s + i * kStrip, ahead + i);
+    for (; i < strips; ++i)
+        multiply_k<S, G, 1, kMaxHead, 1, true>(strip + i, channels, q, s + i * kStrip, ahead + i);
+}
+
+template <class S, int G>
+void v_heads(const uint8_t *const *strip, int strips, int v_size, const float *p,
+             const float *decay, float *out, int64_t out_stride, const uint8_t *const *ahead) {
+    constexpr int NP = panels_at_once(G), panel_bytes = kStrip * 16 * S::lane_bytes / S::rows;
+    int c = 0;
+    for (; c + 16 * NP <= v_size; c += 16 * NP)
+        multiply_v<S, 16, G, NP, kTile, 1, true>(strip, strips, int64_t{c / 16} * panel_bytes, p, decay,
+                                           out + c, out_stride, ahead);
+    for (; c + 16 <= v_size; c += 16)
+        multiply_v<S, 16, G, 1, kTile, 1, true>(strip, strips, int64_t{c / 16} * panel_bytes, p, decay,
+                                          out + c, out_stride, ahead);
+    if (c < v_size)
+        multiply_v<S, 8, G, 1, kTile, 1, true>(strip, strips, int64_t{c / 16} * panel_bytes, p, decay,
+                                         out + c, out_stride, ahead);
+}
+
+// Calls use(std::integral_constant-like tag, first head) for runs of at most kMostHeads heads.
+template <int N>
+struct Heads {
+    static constexpr int count = N;
+};
+template <class F>
+KVC_INLINE void each_heads(int heads, F use) {
+    const int runs = (heads + kMostHeads - 1) / kMostHeads;
+    for (int first = 0, run = 0; run < runs; ++run) {
+        const int size = (heads - first) / (runs - run);
+        switch (size) {
+            case 1: use(Heads<1>{}, first); break;
+            case 2: use(Heads<2>{}, first); break;
+            case 3: use(Heads<3>{}, first); break;
+#if defined(__AVX2__)
+            case 4: use(Heads<4>{}, first); break;
+            case 5: use(Heads<5>{}, first); break;
+            case 6: use(Heads<6>{}, first); break;
+#endif
+#if defined(__AVX512F__)
+            case 7: use(Heads<7>{}, first); break;
+            case 8: use(Heads<8>{}, first); break;
+#endif
+            default: __builtin_unreachable();
+        }
+        first += size;
+    }
+}
+
+template <class S>
+void float_scores(const uint8_t *const *strip, int strips, int channels, const float *q, int heads,
+                  float *s, const uint8_t *const *ahead) {
+    each_heads(heads, [&](auto run, int first) {
+        k_heads<S, decltype(run)::count>(strip, strips, channels, q + first * kMaxHead,
+                                         s + first * kTile, ahead);
+    });
+}
+template <class S>
+void float_values(const uint8_t *const *strip, int strips, int v_size, const float *p,
+                  const float *decay, int heads, float *out, int64_t stride,
+                  const uint8_t *const *ahead) {
+    each_heads(heads, [&](auto run, int first) {
+        v_heads<S, decltype(run)::count>(strip, strips, v_size, p + first * kTile, decay + first,
+                                         out + first * stride, stride, ahead);
+    });
+}
+
+#if defined(__AVX2__)
+
+template <class S>
+void code_scores(const uint8_t *const *strip, int strips, int channels, const int16_t *q,
+                 int heads, float *s, const uint8_t *const *ahead) {
+    each_heads(heads, [&](auto run, int first) {
+        constexpr int G = decltype(run)::count, NP = code_panels_at_once(G);
+        const int16_t *own = q + first * kMaxHead;
+        float *to = s + first * kTile;
+        int i = 0;
+        for (; i + NP <= strips; i += NP)
+            multiply_k_codes<S, G, NP>(strip + i, channels, own, to + i * kStrip, ahead + i);
+        for (; i < strips; ++i)
+            multiply_k_codes<S, G, 1>(strip + i, channels, own, to + i * kStrip, ahead + i);
+    });
+}
+
+template <class S>
+void code_values(const Tile &tile, int v_size, const Prepared &prepared, const float *decay,
+                 int heads, float *out, int64_t stride, const uint8_t *const *ahead) {
+    each_heads(heads, [&](auto run, int first) {
+        constexpr int G = decltype(run)::count, NP = code_panels_at_once(G);
+        constexpr int panel_bytes = kStrip / S::rows * 16 * S::lane_bytes;
+        const auto multiply = [&](auto use, int c) {
+            use(tile.v, tile.strips, int64_t{c / 16} * panel_bytes, prepared.p + first * kTile,
+                prepared.p_step + first, prepared.p_shift + first, decay + first,
+                out + first * stride + c, stride, ahead);
+        };
+        int c = 0;
+        for (; c + 16 * NP <= v_size; c += 16 * NP) multiply(multiply_v_codes<S, 16, G, NP>, c);
+        for (; c + 16 <= v_size; c += 16) multiply(multiply_v_codes<S, 16, G, 1>, c);
+        if (c < v_size) multiply(multiply_v_codes<S, 8, G, 1>, c);
+    });
+}
+
+KVC_INLINE void load_halves(const uint16_t *from, float *to) {
+    for (int i = 0; i < kStrip; i += W)
+        vstore(to + i, vload_half<W>(reinterpret_cast<const uint8_t *>(from + i)));
+}
+
+inline void int8_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
+                        int group, float *s) {
+    if (!prepared.has_int8) {
+        for (int g = 0; g < group; ++g)
+            quantise<false>(q + g * kMaxHead, layer.k_size, prepared.q_int8 + g * kMaxHead,
+                            prepared.q_int8_step[g]);
+        prepared.has_int8 = true;
+    }
+    code_scores<I8>(tile.k, tile.strips, layer.k_size, prepared.q_int8, group, s, tile.v);
+    for (int i = 0; i < tile.strips; ++i) {
+        float scale[kStrip];
+        load_halves(tile.strip[i].k_scale, scale);
+        for (int g = 0; g < group; ++g) {
+            const vf step = vset(prepared.q_int8_step[g]);
+            float *at = s + g * kTile + i * kStrip;
+            for (int l = 0; l < kStrip; l += W)
+                vstore(at + l, vmul(vload(at + l), vmul(vload(scale + l), step)));
+        }
+    }
+}
+
+// The scales of a group's channels go into the query, which is rounded anew for each group. Codes
+// count from their middle: what rounding the query does to 7.5 of each is taken back.
+inline void int4_query(const Layer &layer, const uint8_t *group_scales, Prepared &prepared,
+                       const float *q, int group) {
+    const int size = layer.k_size;
+    for (int g = 0; g < group; ++g) {
+        const float *own = q + g * kMaxHead;
+        vf constant = vzero();
+        for (int c = 0; c < size; c += 8) {
+            // Eight at a time: the head size need be no multiple of 16.
+            const uint8_t *at = group_scales + 2 * c;
+            const vf x = vload_lanes<8>(own + c), scale = vload_half<8>(at);
+            const vf zero = vload_half<8>(at + 2 * size), folded = vmul(x, scale);
+            vstore(prepared.folded + c, folded);
+            constant = vfma(x, zero, vfma(folded, vset(7.5f), constant));
+        }
+        float step;
+        const float sum = quantise<true>(prepared.folded, size, prepared.q_int4 + g * kMaxHead, step);
+        prepared.q_step[g] = step;
+        prepared.q_shift[g] = vhsum(constant) - 7.5f * step * sum;
+    }
+}
+
+inline void int4_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
+                        int group, float *s) {
+    for (int first = 0, end; first < tile.strips; first = end) {
+        const uint8_t *scales = tile.strip[first].k_group;
+        for (end = first + 1; end < tile.strips && tile.strip[end].k_group == scales;) ++end;
+        int4_query(layer, scales, prepared, q, group);
+        code_scores<I4>(tile.k + first, end - first, layer.k_size, prepared.q_int4, group,
+                        s + first * kStrip, tile.v + first);
+        for (int g = 0; g < group; ++g) {
+            const vf step = vset(prepared.q_step[g]), shift = vset(prepared.q_shift[g]);
+            for (int l = first * kStrip; l < end * kStrip; l += W) {
+                float *at = s + g * kTile + l;
+                vstore(at, vfma(vload(at), step, shift));
+            }
+        }
+    }
+}
+
+// Weights times V scales as codes relative to the tile's own largest: relative to anything larger,
+// a sink token would round all others away.
+template <bool eights>
+void quantise_weights(const Tile &tile, Prepared &prepared, float *p, int group) {
+    const int n = tile.strips * kStrip;
+    for (int i = 0; i < tile.strips; ++i) {
+        float *at = prepared.v_scale + i * kStrip;
+        load_halves(tile.strip[i].v_scale, at);
+        for (int l = tile.strip[i].count; l < kStrip; ++l) at[l] = 0;
+    }
+    for (int g = 0; g < group; ++g) {
+        float *own = p + g * kTile;
+        for (int i = 0; i < n; i += W) vstore(own + i, vmul(vload(own + i), vload(prepared.v_scale + i)));
+        const float sum =
+            quantise<eights>(own, n, prepared.p + g * kTile, prepared.p_step[g]);
+        prepared.p_shift[g] = eights ? 7.5f * sum : 0;
+    }
+}
+
+#endif
+
+// s[g][token] of a tile for one query token, while V of this tile comes from memory.
+inline void tile_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
+                        int group, float *s, float *keys) {
+    if (tile.codec <= KVC_EXACT) {
+        switch (layer.dtype) {
+            case KVC_F32:
+                float_scores<F32>(tile.k, tile.strips, layer.k_size, q, group, s, tile.v);
+                break;
+            case KVC_BF16:
+                float_scores<BF16>(tile.k, tile.strips, layer.k_size, q, group, s, tile.v);
+                break;
+            default: float_scores<F16>(tile.k, tile.strips, layer.k_size, q, group, s, tile.v);
+        }
+        return;
+    }
+#if defined(__AVX2__)
+    (void)keys;
+    if (tile.codec == KVC_INT8)
+        int8_scores(layer, tile, prepared, q, group, s);
+    else
+        int4_scores(layer, tile, prepared, q, group, s);
+#else
+    (void)prepared;
+    const uint8_t *expanded[kTileStrips];
+    for (int i = 0; i < tile.strips; ++i) {
+        float *at = keys + i * kStrip * layer.k_size;
+        expand_codec(layer, tile.codec, tile.strip[i], at, nullptr);
+        expanded[i] = reinterpret_cast<const uint8_t *>(at);
+    }
+    float_scores<F32>(expanded, tile.strips, layer.k_size, q, group, s, expanded);
+#endif
+}
+
+// sums[g][channel] = sums * decay + weights times V, while K of the next tile comes from memory.
+// Overwrites p.
+inline void tile_values(const Layer &layer, const Tile &tile, const Tile &next, Prepared &prepared,
+                        float *p, const float *decay, int group, float *sums, float *values) {
+    const uint8_t *ahead[kTileStrips];
+    for (int i = 0; i < tile.strips; ++i) ahead[i] = i < next.strips ? next.k[i] : tile.v[i];
+    if (tile.codec <= KVC_EXACT) {
+        const int n = tile.strips, size = layer.v_size, stride = layer.v_padded;
+        switch (layer.dtype) {
+            case KVC_F32:
+                float_values<F32>(tile.v, n, size, p, decay, group, sums, stride, ahead);
+                break;
+            case KVC_BF16:
+                float_values<BF16>(tile.v, n, size, p, decay, group, sums, stride, ahead);
+                break;
+            default: float_values<F16>(tile.v, n, size, p, decay, group, sums, stride, ahead);
+        }
+        return;
+    }
+#if defined(__AVX2__)
+    (void)values;
+    if (tile.codec == KVC_INT8) {
+        quantise_weights<false>(tile, prepared, p, group);
+        code_values<I8>(tile, layer.v_size, prepared, decay, group, sums, layer.v_padded, ahead);
+    } else {
+        quantise_weights<true>(tile, prepared, p, group);
+        code_values<I4>(tile, layer.v_size, prepared, decay, group, sums, layer.v_padded, ahead);
+    }
+#else
+    (void)prepared;
+    const uint8_t *expanded[kTileStrips];
+    for (int i = 0; i < tile.strips; ++i) {
+        float *at = values + int64_t{i} * kStrip * layer.v_size;
+        expand_codec(layer, tile.codec, tile.strip[i], nullptr, at);
+        expanded[i] = reinterpret_cast<const uint8_t *>(at);
+    }
+    float_values<F32>(expanded, tile.strips, layer.v_size, p, decay, group, sums, layer.v_padded,
+                      expanded);
+#endif
+}
+
+// The same for kItemPad query rows side by side, q[row block][channel][row], over float32 strips.
+inline void block_scores(const Tile &tile, const float *q, int rows, int channels, float *s) {
+    constexpr int NP = kItemPanels;
+    int i = 0;
+    for (; i + NP <= tile.strips; i += NP)
+        for (int r = 0; r < rows; r += kItemPad)
+            multiply_k<F32, kItemPad, NP, 1, kItemPad, false>(tile.k + i, channels, q + int64_t{r} * channels,
+                                                       s + r * kTile + i * kStrip, nullptr);
+    for (; i < tile.strips; ++i)
+        for (int r = 0; r < rows; r += kItemPad)
+            multiply_k<F32, kItemPad, 1, 1, kItemPad, false>(tile.k + i, channels, q + int64_t{r} * channels,
+                                                      s + r * kTile + i * kStrip, nullptr);
+}
+inline void block_values(const Tile &tile, const float *p, int rows, int v_size, const float *decay,
+                         float *sums, int64_t stride) {
+    constexpr int NP = kItemPanels, panel_bytes = kStrip * 16 * 4;
+    int c = 0;
+    for (; c + 16 * NP <= v_size; c += 16 * NP)
+        for (int r = 0; r < rows; r += kItemPad)
+            multiply_v<F32, 16, kItemPad, NP, kTile, 1, false>(
+                tile.v, tile.strips, int64_t{c / 16} * panel_bytes, p + r * kTile, decay + r,
+                sums + r * stride + c, stride, nullptr);
+    for (; c + 16 <= v_size; c += 16)
+        for (int r = 0; r < rows; r += kItemPad)
+            multiply_v<F32, 16, kItemPad, 1, kTile, 1, false>(
+                tile.v, tile.strips, int64_t{c / 16} * panel_bytes, p + r * kTile, decay + r,
+                sums + r * stride + c, stride, nullptr);
+    if (c < v_size)
+        for (int r = 0; r < rows; r += kItemPad)
+            multiply_v<F32, 8, kItemPad, 1, kTile, 1, false>(
+                tile.v, tile.strips, int64_t{c / 16} * panel_bytes, p + r * kTile, decay + r,
+                sums + r * stride + c, stride, nullptr);
+}
+
+}  // namespace kvc::KVC_NAMESPACE

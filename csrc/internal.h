@@ -1,0 +1,77 @@
+// What the interface (api.cpp) and the kernels of each instruction set share. Plain data only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "layout.h"
+
+namespace kvc {
+
+// A layer with everything that follows from it.
+struct Layer : kvc_layer {
+    int group;     // query heads of a KV head
+    int v_padded;  // v_size up to a multiple of 16
+    int64_t capacity[KVC_CODECS];
+    PageLayout layout[KVC_CODECS];
+
+    const uint8_t *page(int64_t index) const { return pool + index * page_bytes; }
+    int64_t pages() const { return num_blocks * block_pages; }
+    int64_t tail_page(int64_t block, int head) const {
+        return block * block_pages + first_page + head;
+    }
+};
+
+// A request of several tokens is one item per block of query rows; one of a single token is split
+// into ranges of this many strips, so that the result depends on neither threads nor batch.
+constexpr int kSplitStrips = 64;
+
+struct Attention {
+    const Layer *layer;
+    const kvc_batch *batch;
+    const void *query;
+    void *out;
+    float *lse;
+    int64_t query_stride, out_stride;
+    int32_t query_dtype, out_dtype;
+    int32_t block_rows;         // query tokens of an item of several
+    const int64_t *first_item;  // [num_seqs + 1]
+    float *partial;             // of split sequences
+    const int64_t *first_partial;  // [num_seqs], in floats
+    int32_t *arrived;              // [num_seqs, num_kv_heads], zero: splits that are done
+};
+
+// One (head, page) of an encoding, or one range of slots of a reading.
+struct Kernels {
+    const char *name;
+    // Bytes that a worker needs beside its arguments.
+    size_t (*attention_scratch)(const Layer &);
+    // Query tokens of an item, and floats that a split of one token leaves for merging.
+    int (*attention_rows)(const Layer &);
+    int64_t (*partial_floats)(const Layer &);
+    void (*attention)(const Attention &, int64_t item, uint8_t *scratch);
+
+    void (*store)(const Layer &, int64_t first, int64_t last, const void *key, int64_t key_stride,
+                  const void *value, int64_t value_stride, const int64_t *slots);
+    // Writes `count` tokens into an empty page; false if the positions cannot be stored.
+    void (*encode)(const Layer &, int codec, uint8_t *page, int count, const float *key,
+                   const float *value);
+    // Reads tokens places[0..n) of a page, or the first n if places is null.
+    void (*decode)(const Layer &, int codec, const uint8_t *page, int n, const int32_t *places,
+                   float *key, float *value);
+};
+
+extern const Kernels kBaseline;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// threads.cpp
+int max_threads();
+// Calls work(context, item, scratch) for every item on the process's OpenMP team, each thread with
+// `scratch` bytes of its own; on the calling thread alone if `alone`. False: out of memory.
+bool parallel(int64_t items, size_t scratch, bool alone, void (*work)(void *, int64_t, uint8_t *),
+              void *context);
+
+}  // namespace kvc

@@ -1,0 +1,23 @@
+// All kernels of one instruction set. Compiled once for each, with its flags and its namespace.
+#include "attention.h"
+#include "encode.h"
+#include "internal.h"
+
+#define KVC_TEXT_(x) #x
+#define KVC_TEXT(x) KVC_TEXT_(x)
+
+namespace kvc {
+
+extern const Kernels KVC_TABLE;
+const Kernels KVC_TABLE = {
+    KVC_TEXT(KVC_NAMESPACE),
+    KVC_NAMESPACE::attention_scratch,
+    KVC_NAMESPACE::items_rows,
+    KVC_NAMESPACE::partial_floats,
+    KVC_NAMESPACE::attention,
+    KVC_NAMESPACE::store,
+    KVC_NAMESPACE::encode,
+    KVC_NAMESPACE::decode,
+};
+
+}  // namespace kvc

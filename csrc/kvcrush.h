@@ -1,0 +1,131 @@
+/* The C interface of the CPU kernels: paged attention over pages of several precisions, and what
+ * fills those pages. No torch, no Python: loaded with dlopen.
+ *
+ * A cache is one storage of equal pages. Block b of layer l holds the page of KV head h at page
+ * index b * block_pages + first_page + h, where first_page = l * num_kv_heads in a block-outermost
+ * cache. A request reads, in every (layer, KV head), the pages that a directory names (its
+ * compressed region, in any order, each with a codec and a count) and then its tail: raw blocks in
+ * token order. See layout.h for what a page looks like inside.
+ *
+ * Every function returns 0, or -1 after leaving one sentence in kvc_error(). Lengths, counts, page
+ * indices and codecs are checked, so that wrong ones never reach outside the cache; pointers and
+ * strides are trusted. Strides count elements.
+ */
+#ifndef KVCRUSH_H
+#define KVCRUSH_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVC_VERSION 1
+
+enum { KVC_F32 = 0, KVC_BF16 = 1, KVC_F16 = 2 };
+
+/* How a page is filled. Raw pages hold block_size tokens and no positions; exact pages are raw
+ * pages with positions. Numbers are stored in directories: only ever add. */
+enum { KVC_RAW = 0, KVC_EXACT = 1, KVC_INT8 = 2, KVC_INT4 = 3, KVC_CODECS = 4 };
+
+/* One layer of a cache. */
+typedef struct {
+    uint8_t *pool; /* 64-byte aligned */
+    int64_t num_blocks;
+    int64_t page_bytes;  /* block_size * (k_size + v_size) * size of dtype */
+    int32_t block_pages; /* pages of a block: layers * num_kv_heads */
+    int32_t first_page;  /* of this layer within a block */
+    int32_t block_size;  /* tokens; a multiple of 16 */
+    int32_t num_kv_heads;
+    int32_t num_heads;
+    int32_t k_size; /* head sizes: multiples of 8, at most 256 */
+    int32_t v_size;
+    int32_t dtype; /* of raw pages */
+    float scale;   /* of q.k */
+    int32_t reserved;
+    const void *tables; /* of codecs that are fitted to a model; none yet */
+} kvc_layer;
+
+/* Which pages a (sequence, KV head) owns: entries [begin, end) of page, count and codec, where
+ * begin and end are read at sequence * stride + head. begin may be null: nothing is compressed. */
+typedef struct {
+    const int32_t *begin;
+    const int32_t *end;
+    int64_t stride;
+    int64_t size; /* entries in the arrays below */
+    const int32_t *page;
+    const uint16_t *count; /* tokens in the page */
+    const uint8_t *codec;
+    const int64_t *bias; /* per entry: where in log_bias its tokens start, or -1; may be null */
+    const float *log_bias;
+    int64_t log_bias_size;
+} kvc_directory;
+
+/* Sequences of one step. */
+typedef struct {
+    int32_t num_seqs;
+    const int32_t *query_start; /* [num_seqs + 1]: rows of query and out */
+    const int32_t *tail_length; /* [num_seqs]: tokens in the tail, this step's included */
+    const int32_t *tail_table;  /* [num_seqs, tail_stride]: block ids */
+    int64_t tail_stride;
+    kvc_directory directory;
+} kvc_batch;
+
+int kvc_version(void);
+const char *kvc_error(void);
+/* "baseline", "avx2" or "avx512": the best that this CPU runs, or what KVCRUSH_ISA names. */
+const char *kvc_isa(void);
+/* Makes later calls use the named kernels; for tests. */
+int kvc_use_isa(const char *name);
+/* Threads that a large call would use: those of the OpenMP runtime in this process, else 1. */
+int kvc_threads(void);
+
+/* Tokens that a page holds; 0 if the codec cannot fill such pages; -1 if it does not exist. */
+int64_t kvc_capacity(int32_t codec, int64_t page_bytes, int32_t k_size, int32_t v_size,
+                     int32_t dtype);
+
+/* Attention of every query row over its sequence: all of the compressed region, and the tail up to
+ * the row's own token (row i of q sees tail_length - q + i + 1 tokens).
+ * query: [rows, num_heads, k_size]; out: [rows, num_heads, v_size]; lse, may be null: natural
+ * logarithm of the softmax denominator, float [rows, num_heads]. */
+int kvc_attention(const kvc_layer *layer, const kvc_batch *batch, const void *query,
+                  int32_t query_dtype, int64_t query_stride, void *out, int32_t out_dtype,
+                  int64_t out_stride, float *lse);
+
+/* Writes key [rows, num_kv_heads, k_size] and value [rows, num_kv_heads, v_size], in the layer's
+ * dtype, into raw slots: slots[i] = block * block_size + place, or -1 to skip the row. */
+int kvc_store(const kvc_layer *layer, int64_t rows, const void *key, int64_t key_stride,
+              const void *value, int64_t value_stride, const int64_t *slots);
+
+/* Fills one page from float K [count, k_size], V [count, v_size] and ascending positions (may be
+ * null for raw). */
+int kvc_encode(const kvc_layer *layer, int32_t codec, int64_t page, int32_t count, const float *key,
+               const float *value, const int32_t *positions);
+/* Reads one page back; each output may be null. Raw pages have no positions. */
+int kvc_decode(const kvc_layer *layer, int32_t codec, int64_t page, int32_t count, float *key,
+               float *value, int32_t *positions);
+
+/* One request's tokens: its entry 0 of a directory, then its tail. Slots are numbered per head:
+ * the directory's tokens in order, then the tail's. */
+typedef struct {
+    kvc_directory directory;
+    const int32_t *tail_table;
+    int32_t tail_length;
+    int32_t tail_position; /* position of the tail's first token */
+} kvc_request;
+
+/* Compaction of one layer: head h's slots slots[slot_start[h]] ... slots[slot_start[h + 1] - 1],
+ * ascending, are decoded and encoded into the pages of `target`, each taking as many as its count
+ * says. All is read before anything is written, so targets may be sources. */
+int kvc_compact(const kvc_layer *layer, const kvc_request *source, const int64_t *slots,
+                const int64_t *slot_start, const kvc_directory *target);
+
+/* Reads a request's slots in order as float K [n, k_size] and V [n, v_size] and positions of one
+ * head, n tokens from slot `first`; each output may be null. */
+int kvc_read(const kvc_layer *layer, const kvc_request *source, int32_t head, int64_t first,
+             int64_t n, float *key, float *value, int32_t *positions);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,105 @@
+"""Builds csrc/ into vllm_kvcrush/_kernels.so: plain C++ and a C interface, no torch, no Python, so
+that one wheel serves every version of both. Everything else about the package is in
+pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+SOURCE = pathlib.Path("csrc")
+FLAGS = """-std=c++17 -O3 -g1 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math
+    -fno-tree-reassoc -ffp-contract=off -Wall -Wextra -Wno-psabi""".split()
+# The kernels are compiled once for each instruction set; the library chooses when it is loaded.
+ISAS = {"baseline": ("kBaseline", "")}
+if platform.machine() in ("x86_64", "AMD64"):
+    ISAS["avx2"] = ("kAvx2", "-mavx2 -mfma -mf16c")
+    ISAS["avx512"] = (
+        "kAvx512",
+        # GCC warns about its own AVX-512 headers.
+        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni"
+        " -Wno-uninitialized -Wno-maybe-uninitialized",
+    )
+
+
+def units() -> list[tuple[pathlib.Path, str, list[str]]]:
+    """Translation units: source, name of the object file, flags of its own."""
+    plain = [(SOURCE / f"{name}.cpp", name, []) for name in ("api", "select", "threads")]
+    return plain + [
+        (
+            SOURCE / "kernels.cpp",
+            f"kernels-{isa}",
+            [f"-DKVC_NAMESPACE={isa}", f"-DKVC_TABLE={table}", *flags.split()],
+        )
+        for isa, (table, flags) in ISAS.items()
+    ]
+
+
+def compiler() -> list[str]:
+    """CXX, or the first ordinary C++ compiler on PATH."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    found = named or [c for c in ("g++", "clang++", "c++") if shutil.which(c)][:1]
+    if not found or not shutil.which(found[0]):
+        raise CompileError(
+            "vllm-kvcrush's CPU kernels need a C++17 compiler: install g++ (Debian and Ubuntu: "
+            "apt install g++) or clang++, or name one with CXX=..."
+        )
+    return found
+
+
+class BuildKernels(build_ext):
+    """Runs the C++ compiler directly: setuptools knows no flags for single files."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = pathlib.Path(self.get_ext_fullpath(ext.name))
+        temporary = pathlib.Path(self.build_temp)
+        for directory in (target.parent, temporary):
+            directory.mkdir(parents=True, exist_ok=True)
+        cxx = compiler()
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+
+        def compile_one(unit: tuple[pathlib.Path, str, list[str]]) -> str:
+            source, name, flags = unit
+            made = str(temporary / f"{name}.o")
+            self.run_compiler([*cxx, *FLAGS, *flags, *extra, "-c", str(source), "-o", made])
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_one, units()))
+        # Linked beside and renamed: a process that has the old library open keeps it.
+        fresh = target.with_suffix(".so.new")
+        self.run_compiler([*cxx, *extra, "-shared", *objects, "-ldl", "-o", str(fresh)])
+        fresh.replace(target)
+
+    @staticmethod
+    def run_compiler(command: list[str]) -> None:
+        if subprocess.run(command).returncode:
+            raise CompileError(f"this command failed: {shlex.join(command)}")
+
+
+class AnyPythonWheel(bdist_wheel):
+    """A wheel for one platform and every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+sources = [str(unit[0]) for unit in units()]
+headers = [str(path) for path in sorted(SOURCE.glob("*.h"))]
+setup(
+    ext_modules=[Extension("vllm_kvcrush._kernels", sources, depends=headers)],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
+)

@@ -1,0 +1,151 @@
+"""Calibration on a tiny random model: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vllm_kvcrush import calibrate as cal
+from vllm_kvcrush import transform as tc
+from vllm_kvcrush.transform import TablesError
+
+
+def make(folder, **change):
+    """A random model with 2 layers, 4 query and 2 KV heads of 16, and a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    config = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 260,
+        "max_position_embeddings": 2048,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 257,
+        **change,
+    }
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**config))
+    with torch.no_grad():
+        for layer in model.model.layers:  # keys that are worth coding
+            layer.self_attn.k_proj.weight *= torch.logspace(1, -1, 32)[:, None]
+    model.save_pretrained(folder)
+    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters |= {"<bos>": 256, "<eos>": 257}
+    core = Tokenizer(models.BPE(letters, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<bos>", eos_token="<eos>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("tiny"))
+
+
+def config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_calibrates_on_a_text(tiny, tmp_path, text):
+    source, out = tmp_path / "text.txt", tmp_path / "out.safetensors"
+    source.write_text(text[:3000], encoding="utf-8")
+    labels = []
+
+    def progress(iterable, label):
+        labels.append(label)
+        return iterable
+
+    model = cal.calibrate(tiny, out, source, progress=progress)
+    assert (model.layers, model.heads, model.kv_heads, model.size) == (2, 4, 2, 16)
+    assert labels == ["reading text", "fitting tables"]
+    for point in cal.POINTS:
+        t = tc.load(out, config(tiny), point.name)
+        assert t.point == point
+        assert t.bits.long().sum() == round(point.key_bits * 2 * 2 * 16)
+    # The tables fit the model: on other text its keys lose no more than their bits allow.
+    reader = cal.Reader(tiny)
+    tokens = reader.tokenizer.encode(text[40_000:41_000], add_special_tokens=False)
+    _, keys, _ = reader.read(tokens)
+    positions = torch.arange(len(tokens))
+    four, eight = (tc.load(out, config(tiny), p.name) for p in cal.POINTS)
+    losses = []
+    for t in (four, eight):
+        blank = torch.zeros(())
+        loss = blank
+        for layer in range(2):
+            for head in range(2):
+                loss = loss + tc.encode_keys(keys[layer, head], positions, t, layer, head)[1].mean()
+        losses.append(loss / t.sigma.square().sum())
+    assert losses[0] < losses[1] < 0.3
+
+
+def test_keys_lose_their_position_exactly(tiny):
+    reader = cal.Reader(tiny)
+    tokens = list(range(40, 90))
+    _, near, values = reader.read(tokens)
+    _, far, same = reader.read(tokens, 321)
+    torch.testing.assert_close(values, same, atol=1e-4, rtol=1e-4)
+    back = reader.rope.rotate(far, -torch.arange(321, 371))
+    torch.testing.assert_close(
+        reader.rope.rotate(near, -torch.arange(50)), back, atol=1e-3, rtol=1e-3
+    )
+
+
+def test_the_built_in_text_is_the_models_own_and_always_the_same(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(cal, "SAMPLE_TOKENS", 40)
+    samples = cal.Reader(tiny).samples(lambda iterable, label: iterable)
+    assert samples == cal.Reader(tiny).samples(lambda iterable, label: iterable)
+    assert len(samples) == len(cal.OPENINGS) and {len(s) for s in samples} == {40}
+    assert all(s[0] == 256 for s in samples)
+    assert bytes(samples[1][1:5]).decode("latin-1") != ""
+    openings = [cal.Reader(tiny).tokenizer.decode(s[1:]) for s in samples]
+    for opening, sample in zip(cal.OPENINGS, openings, strict=True):
+        assert sample.startswith(opening)
+    assert len({tuple(s[30:]) for s in samples}) == len(samples)
+    out = tmp_path / "own.safetensors"
+    cal.calibrate(tiny, out)
+    again = tmp_path / "again.safetensors"
+    cal.calibrate(tiny, again)
+    assert out.read_bytes() == again.read_bytes()
+
+
+def test_short_missing_and_binary_texts_are_refused(tiny, tmp_path):
+    out, source = tmp_path / "out", tmp_path / "text"
+    with pytest.raises(TablesError, match="cannot be read"):
+        cal.calibrate(tiny, out, source)
+    source.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(TablesError, match="UTF-8"):
+        cal.calibrate(tiny, out, source)
+    source.write_text("too short")
+    with pytest.raises(TablesError, match="only 9 tokens: give at least 512"):
+        cal.calibrate(tiny, out, source)
+    assert not out.exists()
+
+
+def test_what_is_no_model_is_refused(tmp_path):
+    with pytest.raises(TablesError, match="is no model here"):
+        cal.Reader(tmp_path)
+
+
+def test_a_rope_that_differs_from_the_configuration_is_found(tmp_path):
+    folder = make(tmp_path / "other")
+    path = folder / "config.json"
+    reader = cal.Reader(folder)
+    reader.rope = tc.Rope(reader.rope.frequencies * 1.01)
+    with pytest.raises(TablesError, match="rotary embedding of other is not the one"):
+        reader._verify()
+    changed = json.loads(path.read_text())
+    changed["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(TablesError, match="'yarn'"):
+        cal.Reader(folder)

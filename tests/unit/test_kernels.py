@@ -1,0 +1,715 @@
+"""The compiled kernels against the float64 oracle, on every instruction set that this CPU has.
+
+Inputs are drawn anew in each run; a failing test prints the seed, and KVCRUSH_TEST_SEED repeats it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_kvcrush import pages
+from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.ops import pages_reference as reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Query heads of a KV head, K and V head size.
+SHAPES = [(1, 64, 64), (3, 64, 64), (4, 128, 128), (8, 96, 96), (3, 80, 80), (4, 256, 256)]
+ODD = [(5, 72, 40), (2, 8, 24), (17, 64, 128), (7, 128, 8), (6, 192, 128)]
+# Error of an output relative to the largest value held: integers of 16 bits, else float32.
+TOLERANCE = {"raw": 1e-5, "exact": 1e-5, "int8": 1e-3, "int4": 1e-3, "mixed": 1e-3}
+
+
+def _isas() -> list[str]:
+    found = []
+    for name in ("baseline", "avx2", "avx512"):
+        try:
+            cpu.use_isa(name)
+            found.append(name)
+        except ValueError:
+            pass
+    return found
+
+
+ISAS = _isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    cpu.use_isa(request.param)
+    assert cpu.isa() == request.param
+    yield request.param
+    cpu.use_isa(ISAS[-1])
+
+
+@pytest.fixture(autouse=True)
+def draw() -> random.Random:
+    seed = int(os.environ.get("KVCRUSH_TEST_SEED", 0)) or random.SystemRandom().randrange(1, 2**31)
+    print(f"KVCRUSH_TEST_SEED={seed}")  # pytest shows it when the test fails
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+class Cache:
+    """A poisoned cache of a few layers, and what has been put into one of them.
+
+    Attributes:
+        keys, values, positions: by sequence and KV head, what the pages give back, float64.
+    """
+
+    def __init__(
+        self,
+        draw: random.Random,
+        group: int,
+        k_size: int,
+        v_size: int,
+        dtype: torch.dtype = torch.float32,
+        kv_heads: int = 2,
+        block_size: int = 32,
+        blocks: int = 64,
+    ):
+        self.draw, self.dtype, self.block_size = draw, dtype, block_size
+        layers = draw.randrange(1, 4)
+        page_bytes = block_size * (k_size + v_size) * dtype.itemsize
+        size = blocks * layers * kv_heads * page_bytes
+        # All bits set: NaN as a float of any width.
+        pool = torch.full((size + 64,), 255, dtype=torch.uint8)
+        start = -pool.data_ptr() % 64
+        self.pool = pool[start : start + size]
+        self.layer = cpu.Layer(
+            self.pool,
+            index=draw.randrange(layers),
+            layers=layers,
+            heads=group * kv_heads,
+            kv_heads=kv_heads,
+            k_size=k_size,
+            v_size=v_size,
+            block_size=block_size,
+            dtype=dtype,
+            scale=k_size**-0.5,
+        )
+        self.free = list(range(blocks))
+        draw.shuffle(self.free)
+        self.pages: list[int] = []
+        self.entries: list[tuple[int, int, int]] = []  # page, count, codec
+        self.begin: list[list[int]] = []
+        self.end: list[list[int]] = []
+        self.tails: list[list[int]] = []
+        self.lengths: list[int] = []
+        self.keys: list[list[Tensor]] = []
+        self.values: list[list[Tensor]] = []
+        self.positions: list[list[Tensor]] = []
+
+    def capacity(self, codec: str) -> int:
+        layer = self.layer
+        return cpu.capacity(codec, layer.page_bytes, layer.k_size, layer.v_size, self.dtype)
+
+    def page(self) -> int:
+        """Any unused page: compressed pages may come from anywhere in their block."""
+        if not self.pages:
+            block = self.free.pop()
+            self.pages = [block * self.layer.block_pages + i for i in range(self.layer.block_pages)]
+            self.draw.shuffle(self.pages)
+        return self.pages.pop()
+
+    def content(self, n: int) -> tuple[Tensor, Tensor]:
+        """Keys with outlier channels and a sink, as models have them."""
+        key, value = torch.randn(n, self.layer.k_size), torch.randn(n, self.layer.v_size)
+        key[:, self.draw.randrange(self.layer.k_size)] += 4
+        key[:, self.draw.randrange(self.layer.k_size)] *= 6
+        if n:
+            key[0] *= 4
+            value[0] *= 0.02
+        return key, value
+
+    def put(self, codecs: list[str], tail: int) -> None:
+        """A sequence: for each head pages of some of the codecs, then `tail` raw tokens."""
+        layer, step = self.layer, self.block_size
+        blocks = [self.free.pop() for _ in range(-(-tail // step))]
+        keys, values, positions = [], [], []
+        begin, end = [], []
+        for head in range(layer.kv_heads):
+            begin.append(len(self.entries))
+            k_parts, v_parts, p_parts = [], [], []
+            at = self.draw.randrange(1000)
+            for codec in codecs if head % 2 == 0 else codecs[::-1]:
+                full = self.capacity(codec)
+                count = self.draw.choice([full, self.draw.randrange(full + 1), min(full, 5), 0])
+                key, value = self.content(count)
+                where = (at + torch.randint(1, 9, (count,)).cumsum(0)).int()
+                at += 9 * count
+                page = self.page()
+                raw = codec == "raw"
+                cpu.encode(layer, codec, page, key, value, None if raw else where)
+                self.entries.append((page, count, pages.CODECS[codec]))
+                k_kept, v_kept, _ = cpu.decode(layer, codec, page, count)
+                k_parts.append(k_kept.double())
+                v_parts.append(v_kept.double())
+                p_parts.append(where)
+            end.append(len(self.entries))
+            key, value = self.content(tail)
+            slots = [blocks[i // step] * step + i % step for i in range(tail)]
+            rows = torch.full((tail, layer.kv_heads, 1), torch.nan)
+            stored_k = rows.repeat(1, 1, layer.k_size).to(self.dtype)
+            stored_v = rows.repeat(1, 1, layer.v_size).to(self.dtype)
+            stored_k[:, head], stored_v[:, head] = key.to(self.dtype), value.to(self.dtype)
+            self._store_head(head, stored_k, stored_v, slots)
+            k_parts.append(stored_k[:, head].double())
+            v_parts.append(stored_v[:, head].double())
+            p_parts.append(torch.arange(at, at + tail, dtype=torch.int32))
+            keys.append(torch.cat(k_parts))
+            values.append(torch.cat(v_parts))
+            positions.append(torch.cat(p_parts))
+        self.begin.append(begin)
+        self.end.append(end)
+        self.tails.append(blocks)
+        self.lengths.append(tail)
+        self.keys.append(keys)
+        self.values.append(values)
+        self.positions.append(positions)
+
+    def _store_head(self, head: int, key: Tensor, value: Tensor, slots: list[int]) -> None:
+        """Stores all heads, then puts back what the other heads' pages held."""
+        layer = self.layer
+        view = self.pool.view(-1, layer.page_bytes)
+        others = [
+            layer.page(block, other)
+            for block in sorted({slot // self.block_size for slot in slots})
+            for other in range(layer.kv_heads)
+            if other != head
+        ]
+        before = view[others].clone()
+        cpu.store(layer, key, value, torch.tensor(slots, dtype=torch.int64))
+        view[others] = before
+
+    def directory(self, bias: bool = False) -> cpu.Directory:
+        page, count, codec = (
+            (list(x) for x in zip(*self.entries, strict=True)) if (self.entries) else ([], [], [])
+        )
+        offsets = log_bias = None
+        if bias:
+            # Every third page has none.
+            total, starts = 0, []
+            for i, n in enumerate(count):
+                starts.append(-1 if i % 3 == 2 else total)
+                total += 0 if i % 3 == 2 else n
+            offsets, log_bias = torch.tensor(starts), torch.randn(total)
+        self.log_bias = (offsets, log_bias)
+        return cpu.Directory(
+            torch.tensor(self.begin, dtype=torch.int32),
+            torch.tensor(self.end, dtype=torch.int32),
+            torch.tensor(page, dtype=torch.int32),
+            torch.tensor(count, dtype=torch.int32).to(torch.uint16),
+            torch.tensor(codec, dtype=torch.uint8),
+            offsets,
+            log_bias,
+        )
+
+    def biases(self, seq: int) -> list[Tensor]:
+        """What `directory(bias=True)` adds to each token's logit, by KV head."""
+        offsets, log_bias = self.log_bias
+        assert offsets is not None and log_bias is not None
+        result = []
+        for head in range(self.layer.kv_heads):
+            parts = []
+            for i in range(self.begin[seq][head], self.end[seq][head]):
+                n, start = self.entries[i][1], int(offsets[i])
+                parts.append(torch.zeros(n) if start < 0 else log_bias[start : start + n])
+            result.append(torch.cat([*parts, torch.zeros(self.lengths[seq])]))
+        return result
+
+    def batch(self, rows: list[int], bias: bool = False) -> cpu.Batch:
+        columns = max(1, *(len(t) for t in self.tails)) + 1
+        table = torch.full((len(rows), columns), -1, dtype=torch.int32)
+        for row, blocks in zip(table, self.tails, strict=True):
+            row[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        starts = torch.tensor([0, *rows]).cumsum(0).int()
+        lengths = torch.tensor(self.lengths, dtype=torch.int32)
+        return cpu.Batch(starts, lengths, table, self.directory(bias) if self.entries else None)
+
+    def check(self, rows: list[int], tolerance: float, bias: bool = False) -> None:
+        """Attends with `rows` fresh queries of each sequence, against the oracle."""
+        layer = self.layer
+        batch = self.batch(rows, bias)
+        query = torch.randn(sum(rows), layer.heads, layer.k_size).to(self.dtype)
+        # A row more than the batch has, and strides, must not be touched or matter.
+        wide = torch.full((sum(rows) + 1, layer.heads + 1, layer.v_size), torch.nan)
+        out = wide[:, : layer.heads]
+        lse = torch.full((sum(rows) + 1, layer.heads), torch.nan)
+        cpu.attention(layer, batch, query, out, lse)
+        assert wide[-1].isnan().all() and wide[:, -1].isnan().all() and lse[-1].isnan().all()
+        first = 0
+        for seq, count in enumerate(rows):
+            want, want_lse = reference.attention(
+                query[first : first + count],
+                self.keys[seq],
+                self.values[seq],
+                layer.scale,
+                self.lengths[seq],
+                self.biases(seq) if bias else None,
+            )
+            largest = max([1e-3, *(float(v.abs().max()) for v in self.values[seq] if len(v))])
+            error = (out[first : first + count] - want).abs().max() if count else 0
+            assert error <= tolerance * largest, f"sequence {seq}: {error} of {largest}"
+            torch.testing.assert_close(
+                lse[first : first + count].double(), want_lse, rtol=1e-5, atol=20 * tolerance
+            )
+            first += count
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "k_size", "v_size"), SHAPES + ODD)
+def test_raw_tails(
+    isa: str, draw: random.Random, group: int, k_size: int, v_size: int, dtype: torch.dtype
+) -> None:
+    block_size = draw.choice([16, 32, 128])
+    cache = Cache(draw, group, k_size, v_size, dtype, block_size=block_size, blocks=24)
+    longest = min(7 * block_size, 300)
+    lengths = [1, 17, draw.randrange(1, longest), longest - 1]
+    for length in lengths:
+        cache.put([], length)
+    cache.check([1, draw.randrange(2, 9), 1, min(40, lengths[3])], TOLERANCE["raw"])
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "mixed"])
+@pytest.mark.parametrize(("group", "k_size", "v_size"), SHAPES + ODD)
+def test_compressed_pages(
+    isa: str, draw: random.Random, group: int, k_size: int, v_size: int, codec: str
+) -> None:
+    dtype = draw.choice(DTYPES)
+    cache = Cache(draw, group, k_size, v_size, dtype, block_size=draw.choice([32, 64]))
+    several = ["int8", "int4", "raw", "exact", "int4", "int8"]
+    codecs = draw.sample(several, 5) if codec == "mixed" else [codec] * 3
+    for tail in (1, 0, draw.randrange(1, 100), 40):
+        cache.put(codecs, tail)
+    cache.put([], 30)
+    cache.check([1, 1, draw.randrange(2, 8), 33, 1], TOLERANCE[codec])
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_log_bias(isa: str, draw: random.Random, group: int) -> None:
+    cache = Cache(draw, group, 64, 64)
+    for tail in (5, 50):
+        cache.put(["int8", "int4", "exact", "raw", "int8"], tail)
+    cache.check([1, 7], TOLERANCE["mixed"], bias=True)
+
+
+@pytest.mark.parametrize("codec", list(pages.CODECS))
+def test_long_sequences_are_split_and_merged(isa: str, draw: random.Random, codec: str) -> None:
+    cache = Cache(draw, 3, 64, 64, block_size=128, blocks=80)
+    cache.put([codec] * 14, 1030)
+    cache.put([], 2100)
+    cache.check([1, 1], TOLERANCE[codec])
+
+
+def test_a_sequence_that_holds_nothing(isa: str, draw: random.Random) -> None:
+    cache = Cache(draw, 2, 64, 64)
+    cache.put([], 0)
+    cache.put([], 3)
+    out, lse = torch.full((2, 4, 64), torch.nan), torch.full((2, 4), torch.nan)
+    cpu.attention(cache.layer, cache.batch([1, 1]), torch.randn(2, 4, 64), out, lse)
+    assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
+    assert out[1].isfinite().all() and lse[1].isfinite().all()
+
+
+def test_a_batch_without_rows(isa: str, draw: random.Random) -> None:
+    cache = Cache(draw, 2, 64, 64)
+    cache.put([], 9)
+    out = torch.full((1, 4, 64), torch.nan)
+    cpu.attention(cache.layer, cache.batch([0]), torch.randn(1, 4, 64), out)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_query_and_output_have_dtypes_of_their_own(
+    isa: str, draw: random.Random, dtype: torch.dtype
+) -> None:
+    cache = Cache(draw, 3, 64, 64, torch.bfloat16)
+    cache.put(["int8"], 40)
+    query = torch.randn(1, 6, 64).to(dtype)
+    out = torch.full((1, 6, 64), torch.nan, dtype=dtype)
+    cpu.attention(cache.layer, cache.batch([1]), query, out)
+    want, _ = reference.attention(
+        query, cache.keys[0], cache.values[0], cache.layer.scale, cache.lengths[0]
+    )
+    rounding = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(out.double(), want, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, codec: str) -> None:
+    """One token with nearly all of the attention and no value: what is left decides."""
+    cache = Cache(draw, 1, 64, 64, kv_heads=1, block_size=128)
+    layer, n = cache.layer, cache.capacity(codec)
+    key, value = torch.randn(n, 64), torch.randn(n, 64)
+    query = torch.randn(1, 1, 64)
+    # Weight of the sink: some 1000 times all others together.
+    key[0] = query[0, 0] / query.norm() ** 2 * (14 + torch.tensor(float(n)).log()) / layer.scale
+    value[0] = 0
+    cpu.encode(layer, codec, 0, key, value, torch.arange(n, dtype=torch.int32))
+    key, value, _ = cpu.decode(layer, codec, 0, n)
+    cache.entries, cache.begin, cache.end = [(0, n, pages.CODECS[codec])], [[0]], [[1]]
+    cache.tails, cache.lengths = [[]], [0]
+    out = torch.full((1, 1, 64), torch.nan)
+    cpu.attention(layer, cache.batch([1]), query, out)
+    want, _ = reference.attention(query, [key], [value], layer.scale, 0)
+    assert want.abs().max() < 0.1
+    # The sink's tile has only 15 bits below the sink; all others are as good as ever.
+    assert (out - want).abs().max() < 0.05 * want.abs().max()
+
+
+# -- what codecs keep -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", list(pages.CODECS))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("k_size", "v_size"), [(64, 64), (80, 112), (8, 24), (256, 128)])
+def test_pages_keep_what_their_codec_says(
+    isa: str, draw: random.Random, codec: str, dtype: torch.dtype, k_size: int, v_size: int
+) -> None:
+    cache = Cache(draw, 1, k_size, v_size, dtype, blocks=4, block_size=64)
+    for count in (cache.capacity(codec), draw.randrange(1, cache.capacity(codec))):
+        key, value = cache.content(count)
+        where = None if codec == "raw" else torch.arange(count, dtype=torch.int32) * 3 + 7
+        page = cache.page()
+        cpu.encode(cache.layer, codec, page, key, value, where)
+        got_k, got_v, got_where = cpu.decode(cache.layer, codec, page, count)
+        want_k, want_v = reference.kept(codec, key, value, dtype)
+        assert (where is None and got_where is None) or torch.equal(got_where, where)
+        for got, want, original in ((got_k, want_k, key), (got_v, want_v, value)):
+            assert got.isfinite().all()
+            if codec in ("raw", "exact"):
+                assert torch.equal(got.double(), want)
+                continue
+            # A tie may be rounded the other way, so single codes may differ by one.
+            close = (got - want).abs() <= 1e-5 * want.abs().amax()
+            assert close.all(-1).double().mean() > 0.85
+            got_error = (got - original).square().mean()
+            assert got_error <= (want - original).square().mean() * 1.01 + 1e-12
+
+
+def test_int8_and_int4_lose_as_much_as_they_should(draw: random.Random) -> None:
+    cache = Cache(draw, 1, 128, 128, block_size=128, blocks=2)
+    for codec, most in (("int8", 0.008), ("int4", 0.115)):
+        n = cache.capacity(codec)
+        key, value = torch.randn(n, 128), torch.randn(n, 128)
+        key[:, 3] = key[:, 3] * 6 + 20  # an outlier channel costs int4's keys nothing
+        cpu.encode(cache.layer, codec, 0, key, value, torch.arange(n, dtype=torch.int32))
+        got_k, got_v, _ = cpu.decode(cache.layer, codec, 0, n)
+        assert (got_v - value).norm() / value.norm() < most
+        if codec == "int4":
+            plain = [c for c in range(128) if c != 3]
+            assert (got_k - key)[:, plain].norm() / key[:, plain].norm() < most
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_extreme_values_do_not_break_a_page(isa: str, draw: random.Random, codec: str) -> None:
+    cache = Cache(draw, 2, 64, 64)
+    n = 40
+    key, value = torch.randn(n, 64), torch.randn(n, 64)
+    key[3], value[3] = 0, 0
+    key[5], value[5] = 1e-30, 1e-30
+    key[7], value[7] = 6e4, -6e4
+    where = torch.arange(n, dtype=torch.int32)
+    cpu.encode(cache.layer, codec, 0, key, value, where)
+    got_k, got_v, _ = cpu.decode(cache.layer, codec, 0, n)
+    want_k, want_v = reference.kept(codec, key, value, torch.float32)
+    torch.testing.assert_close(got_k.double(), want_k, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(got_v.double(), want_v, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4"])
+def test_positions_of_a_million_tokens_come_back(draw: random.Random, codec: str) -> None:
+    cache = Cache(draw, 1, 64, 64)
+    n = cache.capacity(codec)
+    key, value = cache.content(n)
+    for span in (n, 70_000, pages.MAX_SPAN):
+        where = torch.tensor(sorted([0, span - 1, *draw.sample(range(1, span - 1), n - 2)]))
+        where = (where + draw.randrange(10**6)).int()
+        cpu.encode(cache.layer, codec, 3, key, value, where)
+        found = cpu.decode(cache.layer, codec, 3, n)[2]
+        assert found is not None and torch.equal(found, where)
+    for wrong in (where.flip(0), where * 0, torch.cat([where[:-1], where[-1:] + 1])):
+        with pytest.raises(ValueError, match="positions within a page"):
+            cpu.encode(cache.layer, codec, 3, key, value, wrong.contiguous())
+
+
+# -- moving tokens --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_store_skips_negative_slots_and_touches_nothing_else(
+    isa: str, draw: random.Random, dtype: torch.dtype
+) -> None:
+    cache = Cache(draw, 1, 64, 32, dtype, kv_heads=3, blocks=6)
+    layer = cache.layer
+    total = layer.num_blocks * cache.block_size
+    slots = torch.tensor(draw.sample(range(total), 70))
+    slots[::5] = -1
+    key, value = torch.randn(70, 3, 64).to(dtype), torch.randn(70, 3, 32).to(dtype)
+    before = cache.pool.clone()
+    cpu.store(layer, key, value, slots)
+    written = int((cache.pool != before).sum())
+    kept = slots >= 0
+    assert written <= int(kept.sum()) * 3 * 96 * dtype.itemsize
+    for row in range(70):
+        if slots[row] < 0:
+            continue
+        block, place = divmod(int(slots[row]), cache.block_size)
+        for head in range(3):
+            got_k, got_v, _ = cpu.decode(layer, "raw", layer.page(block, head), place + 1)
+            assert torch.equal(got_k[place], key[row, head].float())
+            assert torch.equal(got_v[place], value[row, head].float())
+
+
+def test_store_takes_strided_rows(isa: str, draw: random.Random) -> None:
+    cache = Cache(draw, 1, 64, 64, torch.bfloat16)
+    both = torch.randn(40, 5, 64).to(torch.bfloat16)
+    cpu.store(cache.layer, both[:, :2], both[:, 3:], torch.arange(40))
+    for head in range(2):
+        got_k, got_v, _ = cpu.decode(cache.layer, "raw", cache.layer.page(0, head), 32)
+        assert torch.equal(got_k, both[:32, head].float())
+        assert torch.equal(got_v, both[:32, 3 + head].float())
+
+
+@pytest.mark.parametrize("target", ["exact", "int8", "int4"])
+@pytest.mark.parametrize("codecs", [["exact", "int8"], ["int4", "exact", "int8"], []])
+def test_compaction_keeps_the_chosen_tokens(
+    isa: str, draw: random.Random, codecs: list[str], target: str
+) -> None:
+    cache = Cache(draw, 3, 64, 80, draw.choice(DTYPES), block_size=64, blocks=48)
+    cache.put(codecs, 200)
+    request = cpu.Request(
+        cache.directory() if codecs else None,
+        torch.tensor(cache.tails[0], dtype=torch.int32),
+        200,
+        100_000,
+        cache.block_size,
+    )
+    layer = cache.layer
+    slots = [
+        torch.tensor(sorted(draw.sample(range(len(k)), min(len(k), 150)))) for k in cache.keys[0]
+    ]
+    entries, begin, end = [], [], []
+    for head in range(layer.kv_heads):
+        begin.append(len(entries))
+        left = len(slots[head])
+        while left:
+            count = min(left, cache.capacity(target), draw.randrange(1, 150))
+            entries.append((cache.page(), count, pages.CODECS[target]))
+            left -= count
+        end.append(len(entries))
+    page, count, codec = zip(*entries, strict=True)
+    made = cpu.Directory(
+        torch.tensor([begin], dtype=torch.int32),
+        torch.tensor([end], dtype=torch.int32),
+        torch.tensor(page, dtype=torch.int32),
+        torch.tensor(count, dtype=torch.int32).to(torch.uint16),
+        torch.tensor(codec, dtype=torch.uint8),
+    )
+    cpu.compact(layer, request, slots, made)
+    for head in range(layer.kv_heads):
+        at = 0
+        where = cache.positions[0][head].clone()
+        where[-200:] = torch.arange(100_000, 100_200)
+        for entry in range(begin[head], end[head]):
+            own = slots[head][at : at + count[entry]]
+            at += len(own)
+            key, value = cache.keys[0][head][own].float(), cache.values[0][head][own].float()
+            want_k, want_v = reference.kept(target, key, value, cache.dtype)
+            got_k, got_v, got_where = cpu.decode(layer, target, page[entry], len(own))
+            assert torch.equal(got_where, where[own])
+            for got, want in ((got_k, want_k), (got_v, want_v)):
+                close = (got - want).abs() <= 1e-5 * want.abs().amax()
+                assert close.all(-1).double().mean() > 0.85
+
+
+def test_targets_of_a_compaction_may_be_its_sources(isa: str, draw: random.Random) -> None:
+    cache = Cache(draw, 1, 64, 64, block_size=32)
+    cache.put([], 128)
+    request = cpu.Request(
+        None, torch.tensor(cache.tails[0], dtype=torch.int32), 128, 0, cache.block_size
+    )
+    layer, block = cache.layer, cache.tails[0][0]
+    # Head 0 fills the page that head 1 began in, and the other way round.
+    target = cpu.Directory(
+        torch.tensor([[0, 1]], dtype=torch.int32),
+        torch.tensor([[1, 2]], dtype=torch.int32),
+        torch.tensor([layer.page(block, 1), layer.page(block, 0)], dtype=torch.int32),
+        torch.tensor([16, 16], dtype=torch.int32).to(torch.uint16),
+        torch.tensor([1, 1], dtype=torch.uint8),
+    )
+    slots = torch.stack([torch.arange(0, 128, 8), torch.arange(3, 128, 8)])
+    cpu.compact(layer, request, slots, target)
+    for head in range(2):
+        got, _, where = cpu.decode(layer, "exact", layer.page(block, 1 - head), 16)
+        assert torch.equal(got.double(), cache.keys[0][head][slots[head]])
+        assert torch.equal(where, slots[head].int())
+
+
+def test_reading_slots_across_pages(isa: str, draw: random.Random) -> None:
+    cache = Cache(draw, 1, 64, 80, torch.float16)
+    cache.put(["int8", "exact", "int4"], 70)
+    request = cpu.Request(
+        cache.directory(), torch.tensor(cache.tails[0], dtype=torch.int32), 70, 5, 32
+    )
+    for head in range(2):
+        n = len(cache.keys[0][head])
+        first = draw.randrange(n)
+        count = draw.randrange(n - first + 1)
+        key, value, where = cpu.read(cache.layer, request, head, first, count, positions=True)
+        torch.testing.assert_close(key.double(), cache.keys[0][head][first : first + count])
+        torch.testing.assert_close(value.double(), cache.values[0][head][first : first + count])
+        want = cache.positions[0][head].clone()
+        want[-70:] = torch.arange(5, 75)
+        assert torch.equal(where, want[first : first + count])
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def test_what_reaches_outside_the_cache_is_refused(isa: str, draw: random.Random) -> None:
+    cache = Cache(draw, 2, 64, 64)
+    cache.put(["int8"], 40)
+    layer, query, out = cache.layer, torch.randn(1, 4, 64), torch.zeros(1, 4, 64)
+
+    def attend(entry: tuple[int, int, int], table: list[int], length: int) -> None:
+        cache.entries[0] = entry
+        batch = cpu.Batch(
+            torch.tensor([0, 1], dtype=torch.int32),
+            torch.tensor([length], dtype=torch.int32),
+            torch.tensor([table], dtype=torch.int32),
+            cache.directory(),
+        )
+        cpu.attention(layer, batch, query, out)
+
+    good, table = cache.entries[0], cache.tails[0]
+    attend(good, table, 40)
+    last = layer.num_blocks * layer.block_pages
+    for bad in (-1, last, 2**30):
+        with pytest.raises(ValueError, match="outside the cache"):
+            attend((bad, *good[1:]), table, 40)
+    with pytest.raises(ValueError, match="tokens in a page that holds"):
+        attend((good[0], cache.capacity("int8") + 1, good[2]), table, 40)
+    with pytest.raises(ValueError, match="codec 9 does not exist"):
+        attend((good[0], 1, 9), table, 40)
+    for block in (-1, layer.num_blocks):
+        with pytest.raises(ValueError, match="outside the cache"):
+            attend(good, [table[0], block], 40)
+    for length in (-1, 65):
+        with pytest.raises(ValueError, match="a tail of"):
+            attend(good, table, length)
+    slots = torch.tensor([layer.num_blocks * 32])
+    row = torch.zeros(1, 2, 64)
+    with pytest.raises(ValueError, match="outside the cache"):
+        cpu.store(layer, row, row, slots)
+
+
+def test_bad_geometry_is_refused(draw: random.Random) -> None:
+    cache = Cache(draw, 2, 64, 64)
+    for size, what in ((60, "head size"), (264, "head size")):
+        with pytest.raises(ValueError, match=what):
+            pages.capacity("int8", 32768, size, 64, 2)
+        assert cpu._library.kvc_capacity(2, 32768, size, 64, 0) == -1
+    with pytest.raises(ValueError, match="codec"):
+        pages.capacity("int3", 32768, 64, 64, 2)
+    cache.put([], 3)
+    with pytest.raises(ValueError, match="query is"):
+        cpu.attention(cache.layer, cache.batch([1]), torch.zeros(1, 4, 32), torch.zeros(1, 4, 64))
+    with pytest.raises(ValueError, match="has no kernels named"):
+        cpu.use_isa("mmx")
+
+
+@pytest.mark.parametrize("name", ["baseline", "nonsense"])
+def test_the_environment_chooses_the_instruction_set(name: str) -> None:
+    code = (
+        "import torch; from vllm_kvcrush.ops import cpu\n"
+        "print('isa', cpu.isa())\n"
+        "layer = cpu.Layer(torch.zeros(4096), index=0, layers=1, heads=1, kv_heads=1, k_size=8,"
+        " v_size=8, block_size=16, dtype=torch.float32, scale=1.0)\n"
+        "cpu.encode(layer, 'raw', 0, torch.zeros(1, 8), torch.zeros(1, 8), None)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"KVCRUSH_ISA": name},
+        capture_output=True,
+        text=True,
+    )
+    if name == "baseline":
+        assert done.returncode == 0 and "isa baseline" in done.stdout, done.stderr
+    else:
+        assert done.returncode and "KVCRUSH_ISA=nonsense is not one of" in done.stderr
+
+
+# -- threads and torch ----------------------------------------------------------------------------
+
+
+def test_two_threads_give_the_same_bits(draw: random.Random) -> None:
+    cache = Cache(draw, 3, 64, 64, block_size=128, blocks=96)
+    for _ in range(3):
+        cache.put(["int8", "int4", "raw"], 1500)
+    cache.put([], 1200)
+    rows = [1, 1, 50, 1]
+    batch = cache.batch(rows)
+    query = torch.randn(sum(rows), 6, 64)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert cpu.threads() == threads
+            out = torch.full((sum(rows), 6, 64), torch.nan)
+            cpu.attention(cache.layer, batch, query, out)
+            results.append(out)
+    finally:
+        torch.set_num_threads(before)
+    assert results[0].isfinite().all()
+    assert torch.equal(results[0], results[1])
+
+
+def test_the_torch_ops_do_the_same_and_can_be_traced(draw: random.Random) -> None:
+    cache = Cache(draw, 2, 64, 64)
+    cache.put(["int8"], 40)
+    layer = cache.layer
+    directory = cache.directory()
+    begin, end, page, count, codec = directory._kept[:5]
+    table = torch.tensor([cache.tails[0]], dtype=torch.int32)
+    starts, lengths = torch.tensor([0, 1]).int(), torch.tensor([40]).int()
+    shape, scale = cpu.shape(layer), layer.scale
+    slots = torch.tensor([cache.tails[0][1] * 32 + 7])
+
+    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.zeros_like(query)
+        torch.ops.kvcrush.store(cache.pool, key, value, slots, shape)
+        torch.ops.kvcrush.paged_attention(
+            out,
+            query,
+            cache.pool,
+            shape,
+            scale,
+            starts,
+            lengths,
+            table,
+            begin,
+            end,
+            page,
+            count,
+            codec,
+        )
+        return out + 1
+
+    query, key, value = torch.randn(1, 4, 64), torch.randn(1, 2, 64), torch.randn(1, 2, 64)
+    plain = step(query, key, value)
+    for head in range(2):
+        cache.keys[0][head][-1], cache.values[0][head][-1] = key[0, head], value[0, head]
+    want, _ = reference.attention(query, cache.keys[0], cache.values[0], scale, 40)
+    torch.testing.assert_close(plain.double() - 1, want, rtol=1e-3, atol=1e-3)
+    traced = torch.compile(step, backend="eager", fullgraph=True)
+    assert torch.equal(traced(query, key, value), plain)

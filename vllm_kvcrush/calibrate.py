@@ -1,0 +1,239 @@
+"""Calibration: reads a model's keys, queries and values on some text and writes transform tables.
+
+Runs the model in transformers, on the CPU, in float32. Knows no model type: queries and keys are
+taken where attention gets them, and RoPE is turned back after a check that it is the one that the
+configuration describes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_kvcrush.transform import (
+    SINKS,
+    Model,
+    Point,
+    Rope,
+    Statistics,
+    TablesError,
+    fit,
+    save,
+)
+
+POINTS = (
+    Point("tc4", "rotated", key_bits=3.5, value_bits=4, exceptions=0.02),
+    Point("tc8", "unrotated", key_bits=1.5, value_bits=2, exceptions=0.02),
+)
+
+# Queries are taken at distances up to this from a key: further ones look alike.
+HORIZON = 8192
+# Tokens of one forward pass; keys have no position before RoPE, so longer ones teach nothing new.
+PIECE = 1024
+# More tokens than this change nothing that can be measured.
+MOST_TOKENS = 8192
+FEWEST_TOKENS = 512
+
+# What the model's own samples begin with: prose, code, tables, numbers, markup, a chat.
+OPENINGS = (
+    "",
+    "The ",
+    "def ",
+    "# ",
+    "1. ",
+    "Dear ",
+    "Question: ",
+    "| Name | Number |\n|---|---|\n| ",
+    "In 19",
+    '{"',
+    "import ",
+    "<p>",
+    "The numbers are 48213, 90715, ",
+    "Name: ",
+    "Chapter 1\n",
+    "- ",
+)
+SAMPLE_TOKENS = 224
+
+
+class Reader:
+    """A model that can be asked for its keys, queries and values.
+
+    Raises TablesError for a model that transform coding does not fit.
+    """
+
+    ATTENTION = "kvcrush_calibration"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+        folder = pathlib.Path(path)
+        try:
+            self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise TablesError(
+                f"{path} is no model here: give the directory of a model on this machine."
+            ) from None
+        self.model = Model.from_config(self.config, folder.resolve().name)
+        self.rope = Rope.from_config(self.config)
+        self._layers: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
+        AttentionInterface.register(self.ATTENTION, self.attention)
+        AttentionMaskInterface.register(self.ATTENTION, sdpa_mask)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.network = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=self.ATTENTION
+        ).eval()
+        self._verify()
+
+    def attention(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any
+    ) -> Any:
+        """transformers' own attention, which also notes what it is given while `read` runs."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        if self._layers is not None:
+            self._layers[module.layer_idx] = query[0], key[0], value[0]
+        return sdpa_attention_forward(module, query, key, value, mask, **rest)
+
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int], start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [L, Hq, n, D] and keys [L, H, n, D], both with RoPE, and values [L, H, n, Dv]
+        of tokens whose first one has position `start`."""
+        layers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._layers = layers
+        places = torch.arange(start, start + len(tokens))[None]
+        ids = torch.tensor([list(tokens)])
+        self.network.base_model(input_ids=ids, position_ids=places, use_cache=False)
+        self._layers = None
+        if sorted(layers) != list(range(self.model.layers)):
+            raise TablesError(
+                f"{self.model.name} has layers without plain attention: use int8 or int4."
+            )
+        q, k, v = (torch.stack([layers[i][part] for i in sorted(layers)]) for part in range(3))
+        return q, k, v
+
+    def _verify(self) -> None:
+        # Rotary embeddings see distances only: moving all positions turns every layer's keys by
+        # the same angles and changes nothing else. This finds other pairings of channels, layers
+        # without RoPE, and temperatures that depend on the position.
+        tokens = torch.randint(self.model.vocabulary // 2, (24,), generator=_generator()).tolist()
+        far = 1009
+        _, near_keys, _ = self.read(tokens)
+        _, far_keys, _ = self.read(tokens, far)
+        turned = self.rope.rotate(near_keys, torch.full((len(tokens),), far))
+        error = (turned - far_keys).norm() / far_keys.norm()
+        if not error < 1e-2:
+            raise TablesError(
+                f"the rotary embedding of {self.model.name} is not the one that its configuration "
+                "describes to vllm-kvcrush: use int8 or int4."
+            )
+
+    @torch.inference_mode()
+    def samples(self, progress: Callable[..., Any]) -> list[list[int]]:
+        """Texts of the model's own, at temperature 1 from OPENINGS; always the same ones."""
+        from transformers import DynamicCache
+
+        start = self.tokenizer.bos_token_id
+        start = self.tokenizer.eos_token_id if start is None else start
+        first = 0 if start is None else start
+        heads = [self.tokenizer.encode(s, add_special_tokens=False) for s in OPENINGS]
+        cache, generator = DynamicCache(), _generator()
+        ids = torch.full((len(heads), 1), first)
+        stop = self.tokenizer.eos_token_id
+        for i in progress(range(SAMPLE_TOKENS - 1), "writing text"):
+            logits = self.network(
+                input_ids=ids[:, -1:], past_key_values=cache, use_cache=True
+            ).logits[:, -1]
+            if stop is not None:
+                logits[:, stop] = -torch.inf
+            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            for row, head in enumerate(heads):
+                if i < len(head):
+                    new[row, 0] = head[i]
+            ids = torch.cat([ids, new], 1)
+        return [list(map(int, row)) for row in ids]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def gather(
+    reader: Reader, pieces: Iterable[Sequence[int]], progress: Callable[..., Any]
+) -> Statistics:
+    """Moments over all tokens of all pieces, save each one's sinks."""
+    pieces = [p for p in pieces if len(p) > 2 * SINKS]
+    total: Statistics | None = None
+    count = 0
+    for piece in progress(pieces, "reading text"):
+        positions = torch.arange(len(piece))
+        q, k, v = reader.read(piece)
+        q, k = reader.rope.rotate(q, -positions), reader.rope.rotate(k, -positions)
+        new = Statistics.of(k[:, :, SINKS:], q[:, :, SINKS:], v[:, :, SINKS:])
+        more = len(piece) - SINKS
+        total = new if total is None else total.merged(new, count, more)
+        count += more
+    if total is None:
+        raise TablesError("there is no text to calibrate on: give a longer one.")
+    return total
+
+
+def _plain(iterable: Iterable[Any], label: str) -> Iterable[Any]:
+    return iterable
+
+
+def bar(iterable: Iterable[Any], label: str) -> Iterable[Any]:
+    """A progress bar on stderr."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, desc=label, dynamic_ncols=True)
+
+
+def calibrate(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    text: str | os.PathLike[str] | None = None,
+    points: Sequence[Point] = POINTS,
+    progress: Callable[..., Any] = _plain,
+) -> Model:
+    """Writes the tables of a model directory to `out`. Raises TablesError.
+
+    Args:
+        text: a UTF-8 file to calibrate on; without one, the model's own samples.
+        progress: called with an iterable and a label, as `bar`.
+    """
+    content = None
+    if text is not None:
+        try:
+            content = pathlib.Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise TablesError(f"{text} cannot be read as UTF-8 text: {error}.") from None
+    reader = Reader(path)
+    if content is None:
+        pieces = reader.samples(progress)
+        # Twice in a row: the second time, queries look for what they have seen before, which is
+        # what a question over a context does.
+        pieces = [piece + piece for piece in pieces]
+    else:
+        tokens = reader.tokenizer.encode(content, add_special_tokens=False)[:MOST_TOKENS]
+        if len(tokens) < FEWEST_TOKENS:
+            raise TablesError(
+                f"{text} has only {len(tokens)} tokens: give at least {FEWEST_TOKENS}."
+            )
+        pieces = [tokens[i : i + PIECE] for i in range(0, len(tokens), PIECE)]
+    read = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
+    statistics = gather(reader, pieces, progress)
+    horizon = min(HORIZON, reader.config.get("max_position_embeddings") or HORIZON)
+    tables = [
+        fit(statistics, point, reader.rope, horizon) for point in progress(points, "fitting tables")
+    ]
+    save(out, reader.model, tables, read)
+    return reader.model
