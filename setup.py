@@ -18,8 +18,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCE = pathlib.Path("csrc")
-FLAGS = """-std=c++17 -O3 -g1 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math
-    -fno-tree-reassoc -ffp-contract=off -Wall -Wextra -Wno-psabi""".split()
+FLAGS = [
+    *("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-tree-reassoc", "-ffp-contract=off"),
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+]
 # The kernels are compiled once for each instruction set; the library chooses when it is loaded.
 ISAS = {"baseline": ("kBaseline", "")}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -179,27 +179,33 @@ inline void expand_codec(const Layer &layer, int codec, const Strip &strip, floa
 
 // What codecs derive from the query of one token, and from the weights of a tile.
 struct Prepared {
-    float *folded;         // [kMaxHead]
-    float *v_scale;        // [kTile]
-    float *q_step, *q_shift, *p_step, *p_shift;  // [group]
-    int16_t *q_int8, *q_int4;                    // [group][kMaxHead]
-    int16_t *p;                                  // [group][kTile]
-    float *q_int8_step;                          // [group]
+    float *folded, *k_scale, *k_zero;  // [kMaxHead]
+    float *v_scale;                    // [kTile]
+    int16_t *q_int8, *p_int8;          // [group][kMaxHead], [group][kTile]
+    float *q_int8_step, *p_int8_step;  // [group]
+    int8_t *q_int4, *p_int4;           // [group][kMaxHead], [group][kTile]
+    float *q_step, *p_step;            // [group][kBlocks]
+    float *q_shift, *p_shift;          // [group]
     bool has_int8;
 
     template <class Arena>
     void take(Arena &arena, const Layer &layer) {
-        const int group = layer.group;
-        folded = arena.template take<float>(kMaxHead + 16);
-        v_scale = arena.template take<float>(kTile);
-        q_step = arena.template take<float>(group);
-        q_shift = arena.template take<float>(group);
-        p_step = arena.template take<float>(group);
-        p_shift = arena.template take<float>(group);
-        q_int8_step = arena.template take<float>(group);
-        q_int8 = arena.template take<int16_t>(int64_t{group} * kMaxHead + 16);
-        q_int4 = arena.template take<int16_t>(int64_t{group} * kMaxHead + 16);
-        p = arena.template take<int16_t>(int64_t{group} * kTile + 16);
+        const int64_t group = layer.group;
+        const auto floats = [&](int64_t n) { return arena.template take<float>(n + 16); };
+        folded = floats(kMaxHead);
+        k_scale = floats(kMaxHead);
+        k_zero = floats(kMaxHead);
+        v_scale = floats(kTile);
+        q_int8 = arena.template take<int16_t>(group * kMaxHead + 16);
+        p_int8 = arena.template take<int16_t>(group * kTile + 16);
+        q_int8_step = floats(group);
+        p_int8_step = floats(group);
+        q_int4 = arena.template take<int8_t>(group * kMaxHead + 16);
+        p_int4 = arena.template take<int8_t>(group * kTile + 16);
+        q_step = floats(group * kMaxHead / 32);
+        p_step = floats(group * kMaxHead / 32);
+        q_shift = floats(group);
+        p_shift = floats(group);
     }
     void begin() { has_int8 = false; }
 };
@@ -280,56 +286,59 @@ void float_values(const uint8_t *const *strip, int strips, int v_size, const flo
 
 #if defined(__AVX2__)
 
-template <class S>
-void code_scores(const uint8_t *const *strip, int strips, int channels, const int16_t *q,
-                 int heads, float *s, const uint8_t *const *ahead) {
-    each_heads(heads, [&](auto run, int first) {
-        constexpr int G = decltype(run)::count, NP = code_panels_at_once(G);
-        const int16_t *own = q + first * kMaxHead;
-        float *to = s + first * kTile;
-        int i = 0;
-        for (; i + NP <= strips; i += NP)
-            multiply_k_codes<S, G, NP>(strip + i, channels, own, to + i * kStrip, ahead + i);
-        for (; i < strips; ++i)
-            multiply_k_codes<S, G, 1>(strip + i, channels, own, to + i * kStrip, ahead + i);
-    });
-}
-
-template <class S>
-void code_values(const Tile &tile, int v_size, const Prepared &prepared, const float *decay,
-                 int heads, float *out, int64_t stride, const uint8_t *const *ahead) {
-    each_heads(heads, [&](auto run, int first) {
-        constexpr int G = decltype(run)::count, NP = code_panels_at_once(G);
-        constexpr int panel_bytes = kStrip / S::rows * 16 * S::lane_bytes;
-        const auto multiply = [&](auto use, int c) {
-            use(tile.v, tile.strips, int64_t{c / 16} * panel_bytes, prepared.p + first * kTile,
-                prepared.p_step + first, prepared.p_shift + first, decay + first,
-                out + first * stride + c, stride, ahead);
-        };
-        int c = 0;
-        for (; c + 16 * NP <= v_size; c += 16 * NP) multiply(multiply_v_codes<S, 16, G, NP>, c);
-        for (; c + 16 <= v_size; c += 16) multiply(multiply_v_codes<S, 16, G, 1>, c);
-        if (c < v_size) multiply(multiply_v_codes<S, 8, G, 1>, c);
-    });
-}
-
-KVC_INLINE void load_halves(const uint16_t *from, float *to) {
-    for (int i = 0; i < kStrip; i += W)
+KVC_INLINE void load_halves(const uint16_t *from, int n, float *to) {
+    int i = 0;
+    for (; i + W <= n; i += W)
         vstore(to + i, vload_half<W>(reinterpret_cast<const uint8_t *>(from + i)));
+    if (i < n) vstore(to + i, vload_half<8>(reinterpret_cast<const uint8_t *>(from + i)));
+}
+
+// Calls k(strips, heads) pieces of a K side: use(Heads, Panels, first strip, first head).
+template <class F>
+KVC_INLINE void each_k_run(int strips, int heads, F use) {
+    each_heads(heads, [&](auto run, int head) {
+        constexpr int NP = code_panels_at_once(decltype(run)::count);
+        int i = 0;
+        for (; i + NP <= strips; i += NP) use(run, Heads<NP>{}, i, head);
+        for (; i < strips; ++i) use(run, Heads<1>{}, i, head);
+    });
+}
+// The same of a V side: use(Heads, Panels, Lanes, first channel, first head).
+template <class F>
+KVC_INLINE void each_v_run(int v_size, int heads, F use) {
+    each_heads(heads, [&](auto run, int head) {
+        constexpr int NP = code_panels_at_once(decltype(run)::count);
+        int c = 0;
+        for (; c + 16 * NP <= v_size; c += 16 * NP) use(run, Heads<NP>{}, Heads<16>{}, c, head);
+        for (; c + 16 <= v_size; c += 16) use(run, Heads<1>{}, Heads<16>{}, c, head);
+        if (c < v_size) use(run, Heads<1>{}, Heads<8>{}, c, head);
+    });
+}
+
+// V scales of a tile; 0 where there is no token, since what lies there may be NaN.
+KVC_INLINE void load_v_scales(const Tile &tile, float *to) {
+    for (int i = 0; i < tile.strips; ++i) {
+        load_halves(tile.strip[i].v_scale, kStrip, to + i * kStrip);
+        for (int l = tile.strip[i].count; l < kStrip; ++l) to[i * kStrip + l] = 0;
+    }
 }
 
 inline void int8_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
                         int group, float *s) {
     if (!prepared.has_int8) {
         for (int g = 0; g < group; ++g)
-            quantise<false>(q + g * kMaxHead, layer.k_size, prepared.q_int8 + g * kMaxHead,
-                            prepared.q_int8_step[g]);
+            quantise_int16(q + g * kMaxHead, layer.k_size, prepared.q_int8 + g * kMaxHead,
+                           prepared.q_int8_step[g]);
         prepared.has_int8 = true;
     }
-    code_scores<I8>(tile.k, tile.strips, layer.k_size, prepared.q_int8, group, s, tile.v);
+    each_k_run(tile.strips, group, [&](auto heads, auto panels, int strip, int head) {
+        int8_k<decltype(heads)::count, decltype(panels)::count>(
+            tile.k + strip, layer.k_size, prepared.q_int8 + head * kMaxHead,
+            s + head * kTile + strip * kStrip, tile.v + strip);
+    });
     for (int i = 0; i < tile.strips; ++i) {
         float scale[kStrip];
-        load_halves(tile.strip[i].k_scale, scale);
+        load_halves(tile.strip[i].k_scale, kStrip, scale);
         for (int g = 0; g < group; ++g) {
             const vf step = vset(prepared.q_int8_step[g]);
             float *at = s + g * kTile + i * kStrip;
@@ -339,26 +348,67 @@ inline void int8_scores(const Layer &layer, const Tile &tile, Prepared &prepared
     }
 }
 
-// The scales of a group's channels go into the query, which is rounded anew for each group. Codes
-// count from their middle: what rounding the query does to 7.5 of each is taken back.
+// Weights times V scales are codes relative to the tile's own largest: relative to anything
+// larger, a sink token would round all others away.
+inline void int8_values(const Layer &layer, const Tile &tile, Prepared &prepared, float *p,
+                        const float *decay, int group, float *sums,
+                        const uint8_t *const *ahead) {
+    const int n = tile.strips * kStrip;
+    load_v_scales(tile, prepared.v_scale);
+    for (int g = 0; g < group; ++g) {
+        float *own = p + g * kTile;
+        for (int i = 0; i < n; i += W)
+            vstore(own + i, vmul(vload(own + i), vload(prepared.v_scale + i)));
+        quantise_int16(own, n, prepared.p_int8 + g * kTile, prepared.p_int8_step[g]);
+    }
+    each_v_run(layer.v_size, group,
+               [&](auto heads, auto panels, auto lanes, int channel, int head) {
+                   int8_v<decltype(lanes)::count, decltype(heads)::count, decltype(panels)::count>(
+                       tile.v, tile.strips, int64_t{channel} * kStrip,
+                       prepared.p_int8 + head * kTile, prepared.p_int8_step + head, decay + head,
+                       sums + int64_t{head} * layer.v_padded + channel, layer.v_padded, ahead);
+               });
+}
+
+// The scales of a group's channels go into the query, which becomes bytes anew for each group, with
+// a step for every 32 channels. What rounding does to 7.5 of each code, the middle, is taken back.
 inline void int4_query(const Layer &layer, const uint8_t *group_scales, Prepared &prepared,
                        const float *q, int group) {
     const int size = layer.k_size;
+    const uint16_t *halves = reinterpret_cast<const uint16_t *>(group_scales);
+    load_halves(halves, size, prepared.k_scale);
+    load_halves(halves + size, size, prepared.k_zero);
     for (int g = 0; g < group; ++g) {
         const float *own = q + g * kMaxHead;
-        vf constant = vzero();
-        for (int c = 0; c < size; c += 8) {
-            // Eight at a time: the head size need be no multiple of 16.
-            const uint8_t *at = group_scales + 2 * c;
-            const vf x = vload_lanes<8>(own + c), scale = vload_half<8>(at);
-            const vf zero = vload_half<8>(at + 2 * size), folded = vmul(x, scale);
-            vstore(prepared.folded + c, folded);
-            constant = vfma(x, zero, vfma(folded, vset(7.5f), constant));
+        vf shift = vzero();
+        for (int first = 0, block = 0; first < size; first += kBlock, ++block) {
+            const int last = least(size, first + kBlock);
+            vf peak = vzero();
+            for (int c = first; c < last; c += W) {
+                // The last eight of a head size that is no multiple of 16 stand alone.
+                const bool whole = c + W <= last;
+                const vf x = whole ? vload(own + c) : vload_lanes<8>(own + c);
+                const vf zero = whole ? vload(prepared.k_zero + c)
+                                      : vload_lanes<8>(prepared.k_zero + c);
+                const vf folded = vmul(x, whole ? vload(prepared.k_scale + c)
+                                                : vload_lanes<8>(prepared.k_scale + c));
+                vstore(prepared.folded + c, folded);
+                peak = vmax(peak, vabs(folded));
+                shift = vfma(x, zero, shift);
+            }
+            const float largest = vhmax(peak);
+            const bool any = largest > 1e-30f;
+            const float step = any ? largest * (1 / 127.0f) : 0.0f;
+            const vf inverse = vset(any ? 127.0f / largest : 0.0f), back = vset(-step);
+            for (int c = first; c < last; c += W) {
+                const vf folded = vload(prepared.folded + c);
+                const vf code = vround(vmul(folded, inverse));
+                store_int8(prepared.q_int4 + g * kMaxHead + c, code);
+                shift = vfma(vset(7.5f), vfma(code, back, folded), shift);
+            }
+            prepared.q_step[g * kBlocks + block] = step;
         }
-        float step;
-        const float sum = quantise<true>(prepared.folded, size, prepared.q_int4 + g * kMaxHead, step);
-        prepared.q_step[g] = step;
-        prepared.q_shift[g] = vhsum(constant) - 7.5f * step * sum;
+        prepared.q_shift[g] = vhsum(shift);
     }
 }
 
@@ -368,35 +418,60 @@ inline void int4_scores(const Layer &layer, const Tile &tile, Prepared &prepared
         const uint8_t *scales = tile.strip[first].k_group;
         for (end = first + 1; end < tile.strips && tile.strip[end].k_group == scales;) ++end;
         int4_query(layer, scales, prepared, q, group);
-        code_scores<I4>(tile.k + first, end - first, layer.k_size, prepared.q_int4, group,
-                        s + first * kStrip, tile.v + first);
-        for (int g = 0; g < group; ++g) {
-            const vf step = vset(prepared.q_step[g]), shift = vset(prepared.q_shift[g]);
-            for (int l = first * kStrip; l < end * kStrip; l += W) {
-                float *at = s + g * kTile + l;
-                vstore(at, vfma(vload(at), step, shift));
-            }
-        }
+        each_k_run(end - first, group, [&](auto heads, auto panels, int strip, int head) {
+            strip += first;
+            int4_k<decltype(heads)::count, decltype(panels)::count>(
+                tile.k + strip, layer.k_size, prepared.q_int4 + head * kMaxHead,
+                prepared.q_step + head * kBlocks, prepared.q_shift + head,
+                s + head * kTile + strip * kStrip, tile.v + strip);
+        });
     }
 }
 
-// Weights times V scales as codes relative to the tile's own largest: relative to anything larger,
-// a sink token would round all others away.
-template <bool eights>
-void quantise_weights(const Tile &tile, Prepared &prepared, float *p, int group) {
+// Before rounding, every weight of a block gets another part of a step: those too small to count
+// one by one still count together.
+alignas(64) inline constexpr float kDither[kBlock] = {
+    -.484375f, .015625f,  -.234375f, .265625f,  -.359375f, .140625f,  -.109375f, .390625f,
+    -.421875f, .078125f,  -.171875f, .328125f,  -.296875f, .203125f,  -.046875f, .453125f,
+    -.453125f, .046875f,  -.203125f, .296875f,  -.328125f, .171875f,  -.078125f, .421875f,
+    -.390625f, .109375f,  -.140625f, .359375f,  -.265625f, .234375f,  -.015625f, .484375f};
+
+inline void int4_values(const Layer &layer, const Tile &tile, Prepared &prepared, const float *p,
+                        const float *decay, int group, float *sums,
+                        const uint8_t *const *ahead) {
     const int n = tile.strips * kStrip;
-    for (int i = 0; i < tile.strips; ++i) {
-        float *at = prepared.v_scale + i * kStrip;
-        load_halves(tile.strip[i].v_scale, at);
-        for (int l = tile.strip[i].count; l < kStrip; ++l) at[l] = 0;
-    }
+    load_v_scales(tile, prepared.v_scale);
     for (int g = 0; g < group; ++g) {
-        float *own = p + g * kTile;
-        for (int i = 0; i < n; i += W) vstore(own + i, vmul(vload(own + i), vload(prepared.v_scale + i)));
-        const float sum =
-            quantise<eights>(own, n, prepared.p + g * kTile, prepared.p_step[g]);
-        prepared.p_shift[g] = eights ? 7.5f * sum : 0;
+        vf shift = vzero();
+        for (int first = 0, block = 0; first < n; first += kBlock, ++block) {
+            const int last = least(n, first + kBlock);
+            vf x[kBlock / W], peak = vzero();
+            for (int i = first, k = 0; i < last; i += W, ++k) {
+                x[k] = vmul(vload(p + g * kTile + i), vload(prepared.v_scale + i));
+                peak = vmax(peak, x[k]);
+            }
+            const float largest = vhmax(peak);
+            const bool any = largest > 1e-30f;
+            // 126.5: the dither must not carry the largest beyond 127.
+            const float step = any ? largest * (1 / 126.5f) : 0.0f;
+            const vf inverse = vset(any ? 126.5f / largest : 0.0f), factor = vset(step);
+            for (int i = first, k = 0; i < last; i += W, ++k) {
+                const vf code = vround(vfma(x[k], inverse, vload(kDither + k * W)));
+                store_int8(prepared.p_int4 + g * kTile + i, code);
+                shift = vfma(code, factor, shift);
+            }
+            prepared.p_step[g * kBlocks + block] = step;
+        }
+        prepared.p_shift[g] = 7.5f * vhsum(shift);
     }
+    each_v_run(layer.v_size, group,
+               [&](auto heads, auto panels, auto lanes, int channel, int head) {
+                   int4_v<decltype(lanes)::count, decltype(heads)::count, decltype(panels)::count>(
+                       tile.v, tile.strips, int64_t{channel} * kStrip / 2,
+                       prepared.p_int4 + head * kTile, prepared.p_step + head * kBlocks,
+                       prepared.p_shift + head, decay + head,
+                       sums + int64_t{head} * layer.v_padded + channel, layer.v_padded, ahead);
+               });
 }
 
 #endif
@@ -456,11 +531,9 @@ inline void tile_values(const Layer &layer, const Tile &tile, const Tile &next, 
 #if defined(__AVX2__)
     (void)values;
     if (tile.codec == KVC_INT8) {
-        quantise_weights<false>(tile, prepared, p, group);
-        code_values<I8>(tile, layer.v_size, prepared, decay, group, sums, layer.v_padded, ahead);
+        int8_values(layer, tile, prepared, p, decay, group, sums, ahead);
     } else {
-        quantise_weights<true>(tile, prepared, p, group);
-        code_values<I4>(tile, layer.v_size, prepared, decay, group, sums, layer.v_padded, ahead);
+        int4_values(layer, tile, prepared, p, decay, group, sums, ahead);
     }
 #else
     (void)prepared;

@@ -1,5 +1,8 @@
-// Products over quantised panels in integers: codes times weights of 16 bits, which are exact to
-// 1 / 65534 of their largest. Sums stay within 32 bits: 256 rows * 127 * 32767 < 2^31.
+// Products over quantised panels in integers.
+//
+//   int8   codes times weights of 16 bits; sums stay within 32: 256 rows * 127 * 32767 < 2^31
+//   int4   codes times weights of 8 bits, whose step is chosen anew for every block of 32 rows: an
+//          eighth of the format's own error at most, and sums of 8 products fit 16 bits
 #pragma once
 
 #include "panel.h"
@@ -8,7 +11,8 @@
 
 namespace kvc::KVC_NAMESPACE {
 
-constexpr float kCodeMax = 32767.0f;
+constexpr int kBlock = 32;  // rows of int4 that share a step
+constexpr int kBlocks = kMaxHead / kBlock;
 
 #if defined(__AVX512F__)
 KVC_INLINE vi ivset(int32_t x) {
@@ -17,19 +21,41 @@ KVC_INLINE vi ivset(int32_t x) {
 KVC_INLINE vi ivzero() {
     return _mm512_setzero_si512();
 }
-// sum + a0 * b0 + a1 * b1 of the int16 pairs in each word.
-KVC_INLINE vi dot_pairs(vi sum, vi a, vi b) {
-    return _mm512_dpwssd_epi32(sum, a, b);
+// Adds a0 * b0 + a1 * b1 of the int16 pairs in each word.
+KVC_INLINE void dot_pairs(vi &sum, vi a, vi b) {
+    sum = _mm512_dpwssd_epi32(sum, a, b);
+}
+// Adds the products of unsigned and signed bytes: of four in each word, or of pairs to 16 bits.
+KVC_INLINE void dot_bytes(vi &sum, vi a, vi b) {
+    sum = _mm512_dpbusd_epi32(sum, a, b);
+}
+KVC_INLINE vf bytes_total(vi sum) {
+    return _mm512_cvtepi32_ps(sum);
 }
 KVC_INLINE vf to_float(vi x) {
     return _mm512_cvtepi32_ps(x);
 }
-// Codes of W weights, rounded; eights: in the order that int4 panels want.
-template <bool eights>
-KVC_INLINE void store_codes(int16_t *to, vf x) {
-    vi code = _mm512_cvtps_epi32(x);
-    if (eights) code = _mm512_shuffle_epi32(code, _MM_PERM_DBCA);
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), _mm512_cvtepi32_epi16(code));
+template <int lanes>
+KVC_INLINE vi load_int8_pairs(const uint8_t *p) {
+    if constexpr (lanes == W)
+        return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+    return _mm512_zextsi256_si512(
+        _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+}
+template <int lanes>
+KVC_INLINE void load_nibbles(const uint8_t *p, vi &low, vi &high) {
+    const vi x = lanes == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(0xff, p);
+    const vi mask = _mm512_set1_epi8(15);
+    low = _mm512_and_si512(x, mask);
+    high = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
+}
+KVC_INLINE void store_int16(int16_t *to, vf x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to),
+                        _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+KVC_INLINE void store_int8(int8_t *to, vf x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to),
+                     _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 #else
 KVC_INLINE vi ivset(int32_t x) {
@@ -38,164 +64,222 @@ KVC_INLINE vi ivset(int32_t x) {
 KVC_INLINE vi ivzero() {
     return _mm256_setzero_si256();
 }
-// One unit, because GCC would do many products first and spill them.
-KVC_INLINE vi dot_pairs(vi sum, vi a, vi b) {
+// Units, because GCC would do many products first and spill them.
+KVC_INLINE void dot_pairs(vi &sum, vi a, vi b) {
     vi product;
-    asm("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "x"(b));
-    return sum;
+    asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
+                 : "+x"(sum), "=&x"(product)
+                 : "x"(a), "x"(b));
+}
+KVC_INLINE void dot_bytes(vi &sum, vi a, vi b) {
+    vi product;
+    asm volatile("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+                 : "+x"(sum), "=&x"(product)
+                 : "x"(a), "x"(b));
 }
 KVC_INLINE vf to_float(vi x) {
     return _mm256_cvtepi32_ps(x);
 }
-template <bool eights>
-KVC_INLINE void store_codes(int16_t *to, vf x) {
-    const vi pick = eights ? _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1,
-                                              -1, 0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1,
-                                              -1, -1)
-                           : _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1,
-                                              -1, 0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1,
-                                              -1, -1);
-    const vi code = _mm256_shuffle_epi8(_mm256_cvtps_epi32(x), pick);
-    const vi packed = _mm256_permute4x64_epi64(code, 0x08);
+KVC_INLINE vf bytes_total(vi sum) {
+    return to_float(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+}
+template <int lanes>
+KVC_INLINE vi load_int8_pairs(const uint8_t *p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+template <int lanes>
+KVC_INLINE void load_nibbles(const uint8_t *p, vi &low, vi &high) {
+    const vi x = _mm256_loadu_si256(reinterpret_cast<const vi *>(p));
+    const vi mask = _mm256_set1_epi8(15);
+    low = _mm256_and_si256(x, mask);
+    high = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
+}
+KVC_INLINE void store_int16(int16_t *to, vf x) {
+    const vi code = _mm256_cvtps_epi32(x);
+    const vi packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(code, code), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm256_castsi256_si128(packed));
 }
+KVC_INLINE void store_int8(int8_t *to, vf x) {
+    const vi code = _mm256_cvtps_epi32(x);
+    const __m128i pairs =
+        _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(to), _mm_packs_epi16(pairs, pairs));
+}
 #endif
 
-// How a panel of codes is stored. A step is `rows` rows, as `words` vectors of int16 pairs; the
-// pairs are rows (0, 1) of int8 and rows (0, 2), (1, 3), (4, 6), (5, 7) of int4.
-struct I8 {
-    static constexpr int rows = 2, words = 1, lane_bytes = 2;
-    static constexpr bool eights = false;
-    template <int lanes>
-    static KVC_INLINE void load(const uint8_t *p, vi (&x)[1]) {
-#if defined(__AVX512F__)
-        if constexpr (lanes == W)
-            x[0] = _mm512_cvtepi8_epi16(
-                _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
-        else
-            x[0] = _mm512_zextsi256_si512(
-                _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
-#else
-        x[0] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
-#endif
-    }
-};
-struct I4 {
-    static constexpr int rows = 8, words = 4, lane_bytes = 4;
-    static constexpr bool eights = true;
-    template <int lanes>
-    static KVC_INLINE void load(const uint8_t *p, vi (&x)[4]) {
-#if defined(__AVX512F__)
-        const vi y = lanes == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(0xff, p);
-        const vi mask = _mm512_set1_epi16(15);
-        x[0] = _mm512_and_si512(y, mask);
-        x[1] = _mm512_and_si512(_mm512_srli_epi16(y, 8), mask);
-        x[2] = _mm512_and_si512(_mm512_srli_epi16(y, 4), mask);
-        x[3] = _mm512_srli_epi16(y, 12);
-#else
-        const vi y = _mm256_loadu_si256(reinterpret_cast<const vi *>(p));
-        const vi mask = _mm256_set1_epi16(15);
-        x[0] = _mm256_and_si256(y, mask);
-        x[1] = _mm256_and_si256(_mm256_srli_epi16(y, 8), mask);
-        x[2] = _mm256_and_si256(_mm256_srli_epi16(y, 4), mask);
-        x[3] = _mm256_srli_epi16(y, 12);
-#endif
-    }
-};
+KVC_INLINE vi broadcast_word(const void *p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    return ivset(word);
+}
 
-// The integer twin of multiply(): weights of head g start at w + g * stride, in int16.
-template <class S, int lanes, int G, int NP, int stride>
-KVC_INLINE void multiply_codes(vi (&acc)[G][NP * vectors(lanes)], const uint8_t *const (&panel)[NP],
-                               int rows, const int16_t *w, const uint8_t *const (&ahead)[NP]) {
-    constexpr int NV = vectors(lanes), width = lanes < W ? lanes : W;
-    constexpr int step = lanes * S::lane_bytes, steps = step < 64 ? 64 / step : 1;
-    const int64_t bytes = int64_t{rows} / S::rows * step;
-    for (int64_t at = 0; at < bytes; at += steps * step, w += steps * S::rows) {
-#pragma GCC unroll 16
-        for (int j = 0; j < NP; ++j) prefetch(ahead[j] + at);
-#pragma GCC unroll 4
-        for (int i = 0; i < steps; ++i)
-#pragma GCC unroll 16
-            for (int j = 0; j < NP; ++j)
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) {
-                    vi x[S::words];
-                    S::template load<width>(panel[j] + at + i * step + v * W * S::lane_bytes, x);
-#pragma GCC unroll 4
-                    for (int k = 0; k < S::words; ++k)
-#pragma GCC unroll 16
-                        for (int g = 0; g < G; ++g) {
-                            int32_t pair;
-                            std::memcpy(&pair, w + g * stride + i * S::rows + 2 * k, 4);
-                            acc[g][j * NV + v] = dot_pairs(acc[g][j * NV + v], x[k], ivset(pair));
-                        }
-                }
+// ------------------------------------------------------------------------------------ int8
+
+// Adds `rows` rows of NP panels to G accumulators each; head g's weights are at w + g * stride.
+template <int lanes, int G, int NP, int stride>
+KVC_INLINE void multiply_int8(vi (&acc)[G][NP * vectors(lanes)], const uint8_t *const (&panel)[NP],
+                              int rows, const int16_t *w, const uint8_t *const (&ahead)[NP]) {
+    constexpr int NV = vectors(lanes), N = NP * NV, width = lanes < W ? lanes : W;
+    constexpr int step = 2 * lanes, steps = 64 / step;  // bytes of two rows; a cache line
+    const int64_t bytes = int64_t{rows} / 2 * step;
+    for (int64_t at = 0; at < bytes; at += 64, w += 2 * steps) {
+        repeat<NP>(KVC_LAMBDA(j) { prefetch(ahead[j] + at); });
+        repeat<steps>(KVC_LAMBDA(i) {
+            vi b[G];
+            repeat<G>(KVC_LAMBDA(g) { b[g] = broadcast_word(w + g * stride + 2 * i); });
+            repeat<N>(KVC_LAMBDA(v) {
+                const vi x = load_int8_pairs<width>(panel[v / NV] + at + i * step + v % NV * 2 * W);
+                repeat<G>(KVC_LAMBDA(g) { dot_pairs(acc[g][v], x, b[g]); });
+            });
+        });
     }
 }
 
-// Sums of codes times q of NP K strips: s[g * kTile + 16 * j + lane], as floats.
-template <class S, int G, int NP>
-void multiply_k_codes(const uint8_t *const *strip, int channels, const int16_t *q, float *s,
-                      const uint8_t *const *next) {
-    constexpr int NV = vectors(kStrip);
-    vi acc[G][NP * NV];
+// Sums of codes times q of NP K strips: s[g * kTile + 16 * j + lane].
+template <int G, int NP>
+void int8_k(const uint8_t *const *strip, int channels, const int16_t *q, float *s,
+            const uint8_t *const *next) {
+    constexpr int N = NP * vectors(kStrip);
+    vi acc[G][N];
     const uint8_t *panel[NP], *ahead[NP];
-    for (int j = 0; j < NP; ++j) panel[j] = strip[j], ahead[j] = next[j];
-    for (int g = 0; g < G; ++g)
-        for (int v = 0; v < NP * NV; ++v) acc[g][v] = ivzero();
-    multiply_codes<S, kStrip, G, NP, kMaxHead>(acc, panel, channels, q, ahead);
-#pragma GCC unroll 16
-    for (int g = 0; g < G; ++g)
-#pragma GCC unroll 16
-        for (int v = 0; v < NP * NV; ++v) vstore(s + g * kTile + v * W, to_float(acc[g][v]));
+    repeat<NP>(KVC_LAMBDA(j) { panel[j] = strip[j], ahead[j] = next[j]; });
+    repeat<G>(KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { acc[g][v] = ivzero(); }); });
+    multiply_int8<kStrip, G, NP, kMaxHead>(acc, panel, channels, q, ahead);
+    repeat<G>(KVC_LAMBDA(g) {
+        repeat<N>(KVC_LAMBDA(v) { vstore(s + g * kTile + v * W, to_float(acc[g][v])); });
+    });
 }
 
-// out[g * out_stride + lane] = out * decay[g] + (sum - shift[g]) * step[g].
-template <class S, int lanes, int G, int NP>
-void multiply_v_codes(const uint8_t *const *strip, int strips, int64_t offset, const int16_t *p,
-                      const float *step, const float *shift, const float *decay, float *out,
-                      int64_t out_stride, const uint8_t *const *next) {
-    constexpr int NV = vectors(lanes), panel_bytes = kStrip / S::rows * lanes * S::lane_bytes;
-    vi acc[G][NP * NV];
-    for (int g = 0; g < G; ++g)
-        for (int v = 0; v < NP * NV; ++v) acc[g][v] = ivzero();
+// out[g * out_stride + lane] = out * decay[g] + sum * step[g].
+template <int lanes, int G, int NP>
+void int8_v(const uint8_t *const *strip, int strips, int64_t offset, const int16_t *p,
+            const float *step, const float *decay, float *out, int64_t out_stride,
+            const uint8_t *const *next) {
+    constexpr int N = NP * vectors(lanes), panel_bytes = kStrip * lanes;
+    vi acc[G][N];
+    repeat<G>(KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { acc[g][v] = ivzero(); }); });
     for (int i = 0; i < strips; ++i) {
         const uint8_t *panel[NP], *ahead[NP];
-        for (int j = 0; j < NP; ++j) {
+        repeat<NP>(KVC_LAMBDA(j) {
             panel[j] = strip[i] + offset + j * panel_bytes;
             ahead[j] = next[i] + offset + j * panel_bytes;
-        }
-        multiply_codes<S, lanes, G, NP, kTile>(acc, panel, kStrip, p + i * kStrip, ahead);
+        });
+        multiply_int8<lanes, G, NP, kTile>(acc, panel, kStrip, p + i * kStrip, ahead);
     }
-#pragma GCC unroll 16
-    for (int g = 0; g < G; ++g)
-#pragma GCC unroll 16
-        for (int v = 0; v < NP * NV; ++v) {
+    repeat<G>(KVC_LAMBDA(g) {
+        repeat<N>(KVC_LAMBDA(v) {
             float *at = out + g * out_stride + v * W;
-            const vf sum = vmul(vsub(to_float(acc[g][v]), vset(shift[g])), vset(step[g]));
+            const vf sum = vmul(to_float(acc[g][v]), vset(step[g]));
             vstore(at, vfma(vload(at), vset(decay[g]), sum));
-        }
+        });
+    });
 }
 
-// Codes of n weights (a multiple of 8; 8 more may be read and written) relative to their largest,
-// and the step between codes; returns the sum of the codes.
-template <bool eights>
-KVC_INLINE float quantise(const float *x, int n, int16_t *code, float &step) {
+// Codes of n weights (a multiple of 8; 8 more may be written) relative to their largest, and the
+// step between codes.
+KVC_INLINE void quantise_int16(const float *x, int n, int16_t *code, float &step) {
     vf peak = vzero();
     int i = 0;
     for (; i + W <= n; i += W) peak = vmax(peak, vabs(vload(x + i)));
     if (i < n) peak = vmax(peak, vabs(vload_lanes<8>(x + i)));
     const float largest = vhmax(peak);
     const bool any = largest > 1e-30f;  // below, the inverse would overflow
-    step = any ? largest / kCodeMax : 0.0f;
-    const vf inverse = vset(any ? kCodeMax / largest : 0.0f);
-    vf sum = vzero();
-    for (i = 0; i < n; i += W) {
-        const vf y = vround(vmul(i + W <= n ? vload(x + i) : vload_lanes<8>(x + i), inverse));
-        store_codes<eights>(code + i, y);
-        sum = vadd(sum, y);
+    step = any ? largest * (1 / 32767.0f) : 0.0f;
+    const vf inverse = vset(any ? 32767.0f / largest : 0.0f);
+    for (i = 0; i < n; i += W)
+        store_int16(code + i, vmul(i + W <= n ? vload(x + i) : vload_lanes<8>(x + i), inverse));
+}
+
+// ------------------------------------------------------------------------------------ int4
+
+// Adds eight rows of NP panels, whose bytes start at panel[j] + at, to sums of bytes.
+template <int lanes, int G, int NP, int stride>
+KVC_INLINE void multiply_eight(vi (&sum)[G][NP * vectors(lanes)], const uint8_t *const (&panel)[NP],
+                               int64_t at, const int8_t *w) {
+    constexpr int NV = vectors(lanes), N = NP * NV, width = lanes < W ? lanes : W;
+    // As many vectors of codes at a time as fit beside the sums.
+    constexpr int M = W == 8 && G * N > 8 ? 1 : N;
+    repeat<N / M>(KVC_LAMBDA(part) {
+        vi x[M], y[M];
+        repeat<M>(KVC_LAMBDA(i) {
+            const int v = part * M + i;
+            load_nibbles<width>(panel[v / NV] + at + v % NV * 4 * W, x[i], y[i]);
+        });
+        repeat<G>(KVC_LAMBDA(g) {
+            const vi low = broadcast_word(w + g * stride);
+            repeat<M>(KVC_LAMBDA(i) { dot_bytes(sum[g][part * M + i], x[i], low); });
+            const vi high = broadcast_word(w + g * stride + 4);
+            repeat<M>(KVC_LAMBDA(i) { dot_bytes(sum[g][part * M + i], y[i], high); });
+        });
+    });
+}
+
+// Scores of NP K strips; shift[g] is what all tokens of their group have in common.
+template <int G, int NP>
+void int4_k(const uint8_t *const *strip, int channels, const int8_t *q, const float *step,
+            const float *shift, float *s, const uint8_t *const *next) {
+    constexpr int N = NP * vectors(kStrip);
+    vf acc[G][N];
+    const uint8_t *panel[NP], *ahead[NP];
+    repeat<NP>(KVC_LAMBDA(j) { panel[j] = strip[j], ahead[j] = next[j]; });
+    repeat<G>(KVC_LAMBDA(g) {
+        const vf start = vset(shift[g]);
+        repeat<N>(KVC_LAMBDA(v) { acc[g][v] = start; });
+    });
+    for (int first = 0; first < channels; first += kBlock, ++step) {
+        const int last = least(channels, first + kBlock);
+        vi sum[G][N];
+        repeat<G>(KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { sum[g][v] = ivzero(); }); });
+        for (int row = first; row < last; row += 8) {
+            const int64_t at = int64_t{row} * 8;
+            repeat<NP>(KVC_LAMBDA(j) { prefetch(ahead[j] + at); });
+            multiply_eight<kStrip, G, NP, kMaxHead>(sum, panel, at, q + row);
+        }
+        repeat<G>(KVC_LAMBDA(g) {
+            const vf factor = vset(step[g * kBlocks]);
+            repeat<N>(KVC_LAMBDA(v) { acc[g][v] = vfma(bytes_total(sum[g][v]), factor, acc[g][v]); });
+        });
     }
-    return vhsum(sum);
+    repeat<G>(KVC_LAMBDA(g) {
+        repeat<N>(KVC_LAMBDA(v) { vstore(s + g * kTile + v * W, acc[g][v]); });
+    });
+}
+
+// out[g * out_stride + lane] = out * decay[g] + sums - shift[g].
+template <int lanes, int G, int NP>
+void int4_v(const uint8_t *const *strip, int strips, int64_t offset, const int8_t *p,
+            const float *step, const float *shift, const float *decay, float *out,
+            int64_t out_stride, const uint8_t *const *next) {
+    constexpr int N = NP * vectors(lanes), panel_bytes = kStrip / 2 * lanes;
+    vf acc[G][N];
+    repeat<G>(KVC_LAMBDA(g) {
+        const vf start = vset(-shift[g]), old = vset(decay[g]);
+        repeat<N>(KVC_LAMBDA(v) {
+            acc[g][v] = vfma(vload(out + g * out_stride + v * W), old, start);
+        });
+    });
+    for (int i = 0; i < strips; i += 2, ++step) {
+        vi sum[G][N];
+        repeat<G>(KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { sum[g][v] = ivzero(); }); });
+        for (int k = i; k < least(strips, i + 2); ++k) {
+            const uint8_t *panel[NP], *ahead[NP];
+            repeat<NP>(KVC_LAMBDA(j) {
+                panel[j] = strip[k] + offset + j * panel_bytes;
+                ahead[j] = next[k] + offset + j * panel_bytes;
+                prefetch(ahead[j]);
+                if constexpr (lanes == 16) prefetch(ahead[j] + 64);
+            });
+            multiply_eight<lanes, G, NP, kTile>(sum, panel, 0, p + k * kStrip);
+            multiply_eight<lanes, G, NP, kTile>(sum, panel, 4 * lanes, p + k * kStrip + 8);
+        }
+        repeat<G>(KVC_LAMBDA(g) {
+            const vf factor = vset(step[g * kBlocks]);
+            repeat<N>(KVC_LAMBDA(v) { acc[g][v] = vfma(bytes_total(sum[g][v]), factor, acc[g][v]); });
+        });
+    }
+    repeat<G>(KVC_LAMBDA(g) {
+        repeat<N>(KVC_LAMBDA(v) { vstore(out + g * out_stride + v * W, acc[g][v]); });
+    });
 }
 
 }  // namespace kvc::KVC_NAMESPACE

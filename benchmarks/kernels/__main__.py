@@ -24,9 +24,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.kernels import worker
-from benchmarks.kernels.candidates import BASELINE, CANDIDATES, CODECS
 from benchmarks.kernels.cases import SHAPES, working_set
 from benchmarks.kernels.compaction import BUDGET, STAGES, plan
+from benchmarks.kernels.registry import BASELINE, CANDIDATES, CODECS
 from benchmarks.kernels.timing import CLOCKS, quartiles, ratios
 from benchmarks.overhead.child import Child
 from benchmarks.report import Run, arguments, progress, say, table

@@ -1,4 +1,4 @@
-"""The kernels that are compared. A new one is a class here, and its name in `CANDIDATES`."""
+"""What a compared kernel is, and those of vLLM and torch; ours are in `ours.py`."""
 
 from __future__ import annotations
 
@@ -187,8 +187,3 @@ class TorchSdpa(Candidate):
     def held(self, index: int, sequence: int) -> tuple[Tensor, Tensor]:
         keys, values = (part[0].double() for part in self._held[index][sequence])
         return keys, values
-
-
-BASELINE: type[Candidate] = VllmBf16
-CANDIDATES: tuple[type[Candidate], ...] = (VllmBf16, VllmFp32, VllmBf16Evicted, TorchSdpa)
-CODECS = tuple(dict.fromkeys(c.codec for c in CANDIDATES))

@@ -51,9 +51,9 @@ def attention(
         {"candidates": {name: {"calls": [[wall, CPU] a round], "bytes", "error"}},
         "read": {"calls", "bytes", "way"}}; seconds of one call.
     """
-    from benchmarks.kernels.candidates import CANDIDATES
     from benchmarks.kernels.cases import SHAPES, Case
     from benchmarks.kernels.check import check
+    from benchmarks.kernels.registry import CANDIDATES
     from benchmarks.kernels.timing import Burst, take_turns
 
     case, read = Case(SHAPES[shape], lengths, query_len, seed), reader(working_set)

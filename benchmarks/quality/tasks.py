@@ -159,18 +159,24 @@ def _fit(tokenizer: Any, task: str, index: int, plot: Plot, limit: int) -> Token
 
 
 def _woven(draw: Draw, needles: Sequence[tuple[float, str]], head: str = "") -> Plot:
-    """Prose with `needles` (depth, text) between its sentences, after `head`. No turns yet."""
+    """Prose with `needles` (depth, text) between its sentences, after `head`. A needle that begins
+    with an empty line is a paragraph of its own. No turns yet."""
 
     def fill(words: int) -> str:
         at = draw.end - words
         stops = prose.boundaries(at, draw.end)
-        text = ""
+        text, paragraph = "", False
+
+        def go_on(stop: int) -> str:
+            more = prose.span(at, stop)
+            return "\n\n" + more.lstrip() if paragraph and more else more
+
         for depth, needle in sorted(needles):
             wanted = draw.end - words * (1 - depth)
             stop = min((s for s in stops if s >= at), key=lambda s: abs(s - wanted))
-            text += prose.span(at, stop) + needle
-            at = stop
-        return head + (text + prose.span(at, draw.end)).lstrip()
+            text += go_on(stop) + needle
+            at, paragraph = stop, needle.startswith("\n\n")
+        return head + (text + go_on(draw.end)).lstrip()
 
     return Plot(fill, ())
 
@@ -327,7 +333,7 @@ def copy(draw: Draw) -> Plot:
     a, b, c, d, e, f = (f"a {adjective} {noun}" for adjective, noun in pairs)
     passage = f"In {city}, {name} hid {a} behind {b}, sold {c} for {d}, and painted {e} on {f}."
     return _ask(
-        _woven(draw, [(draw.depth, f"\n\nRemember this passage: {passage}\n\n")]),
+        _woven(draw, [(draw.depth, f"\n\nRemember this passage: {passage}")]),
         Turn(
             _question("Which passage are you to remember? Repeat it word for word."),
             " Remember this passage:",
@@ -352,7 +358,7 @@ def repeat(draw: Draw) -> Plot:
     lead, answer = start + _CUE, start + _CUE + _LEAD
     last = answer + _CONTINUATION
     passage = "\n\n" + prose.span(start, prose.boundaries(last, last + 100)[0]).lstrip()
-    plot = _woven(draw, [(draw.depth, passage + "\n\n")])
+    plot = _woven(draw, [(draw.depth, passage)])
     cue = "\n\n" + prose.span(start, lead).lstrip()
     turn = Turn(cue, prose.span(lead, answer), prose.span(answer, last))
     return Plot(plot.fill, (turn,), most=prose.length() - 500)
@@ -388,8 +394,8 @@ def conflict(draw: Draw) -> Plot:
     older = draw.thing()
     newer = _unlike(older, draw.thing)
     needles = [
-        f"\n\nInstruction: The code word to say is {older}.\n\n",
-        f"\n\nNew instruction: Forget the old code word. The code word to say is {newer}.\n\n",
+        f"\n\nInstruction: The code word to say is {older}.",
+        f"\n\nNew instruction: Forget the old code word. The code word to say is {newer}.",
     ]
     return _ask(
         _woven(draw, list(zip(draw.depths(2), needles, strict=True))),

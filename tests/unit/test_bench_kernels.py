@@ -15,8 +15,6 @@ from benchmarks.kernels import __main__ as main
 from benchmarks.kernels import cases, compaction, timing, worker
 from benchmarks.kernels.bandwidth import Reader
 from benchmarks.kernels.candidates import (
-    BASELINE,
-    CANDIDATES,
     Candidate,
     TorchSdpa,
     VllmBf16,
@@ -24,6 +22,7 @@ from benchmarks.kernels.candidates import (
 )
 from benchmarks.kernels.cases import PAGE, SHAPES, Case, Shape
 from benchmarks.kernels.check import WrongResult, attention, check, check_ragged, error
+from benchmarks.kernels.registry import BASELINE, CANDIDATES
 from benchmarks.report import Run
 from vllm_kvcrush import policies
 

@@ -1,0 +1,192 @@
+"""The plugin's own kernels as candidates: raw, int8 and int4 pages."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.candidates import Candidate
+from benchmarks.kernels.cases import DISTINCT, PAGE, Case
+from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.pages import CODECS
+
+
+class Ours(Candidate):
+    """Paged attention of csrc/: each sequence has a compressed region in pages of `codec`, block
+    ids at random, and a raw tail with the queries' own tokens. With codec "raw" all is tail."""
+
+    dtype = torch.bfloat16
+    tolerance: ClassVar[float] = 6e-3
+
+    def __init__(self, case: Case, working_set: int):
+        super().__init__(case, working_set)
+        shape, batch, count = case.shape, case.batch, case.query_len
+        packed = self.codec != "raw"
+        self.lengths = [count + math.ceil(self.keep * (n - count)) for n in case.lengths]
+        self._tails = [count if packed else n for n in self.lengths]
+        page_bytes = PAGE * 2 * shape.head_size * self.dtype.itemsize
+        sizes = (page_bytes, shape.head_size, shape.head_size, self.dtype)
+        self._room = cpu.capacity(self.codec, *sizes) if packed else PAGE
+        pages = -(-(max(self.lengths) - (count if packed else 0)) // self._room) * packed
+        tail_blocks = -(-max(self._tails) // PAGE)
+        self.bytes_read = sum(
+            shape.kv_heads * page_bytes * ((n - t) / self._room + t / PAGE)
+            for n, t in zip(self.lengths, self._tails, strict=True)
+        ).__ceil__()
+        self.sets = math.ceil(working_set / self.bytes_read)
+        # Blocks of DISTINCT contents come first; all others are copies of them.
+        wanted = self.sets * batch * (pages + tail_blocks)
+        draw = torch.Generator().manual_seed(wanted)
+        block_bytes = shape.kv_heads * page_bytes
+        pool = torch.empty(2 * DISTINCT + wanted, block_bytes, dtype=torch.uint8)
+        self._layer = cpu.Layer(
+            pool,
+            index=0,
+            layers=1,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            k_size=shape.head_size,
+            v_size=shape.head_size,
+            block_size=PAGE,
+            dtype=self.dtype,
+            scale=shape.scale,
+        )
+        self._fill()
+        blocks = 2 * DISTINCT + torch.randperm(wanted, generator=draw)
+        blocks = blocks.view(self.sets, batch, pages + tail_blocks)
+        copied = torch.randint(DISTINCT, blocks.shape, generator=draw)
+        copied[:, :, pages:] += DISTINCT  # raw ones
+        pool[blocks.flatten()] = pool[copied.flatten()]
+        self._region, self._tail = blocks[:, :, :pages], blocks[:, :, pages:].to(torch.int32)
+        starts = torch.arange(batch + 1, dtype=torch.int32) * count
+        tails = torch.tensor(self._tails, dtype=torch.int32)
+        self._batches = [
+            cpu.Batch(
+                starts,
+                tails,
+                self._tail[i].contiguous(),
+                self._directory(self._region[i]) if pages else None,
+            )
+            for i in range(self.sets)
+        ]
+
+    def _fill(self) -> None:
+        """Blocks [0, DISTINCT) packed, [DISTINCT, 2 * DISTINCT) raw, from the case's contents."""
+        case, layer = self.case, self._layer
+        heads, size = case.shape.kv_heads, case.shape.head_size
+        keys, values = (
+            part.transpose(0, 1).reshape(heads, -1, size) for part in (case.keys, case.values)
+        )
+        places = torch.arange(PAGE)
+        for i in range(DISTINCT):
+            here = torch.arange(i * PAGE, i * PAGE + self._room) % keys.shape[1]
+            for head in range(heads if self.codec != "raw" else 0):
+                page = layer.page(i, head)
+                k, v = keys[head, here], values[head, here]
+                cpu.encode(layer, self.codec, page, k, v, torch.arange(self._room).int())
+            cpu.store(
+                layer,
+                case.keys[i].transpose(0, 1).to(self.dtype).contiguous(),
+                case.values[i].transpose(0, 1).to(self.dtype).contiguous(),
+                (DISTINCT + i) * PAGE + places,
+            )
+
+    def _counts(self, sequence: int) -> list[int]:
+        left = self.lengths[sequence] - self._tails[sequence]
+        return [
+            max(0, min(self._room, left - i * self._room)) for i in range(self._region.shape[2])
+        ]
+
+    def _directory(self, blocks: Tensor) -> cpu.Directory:
+        batch, pages = blocks.shape
+        heads = self.case.shape.kv_heads
+        page = blocks.unsqueeze(1) * heads + torch.arange(heads).view(1, heads, 1)
+        counts = torch.tensor([self._counts(s) for s in range(batch)])
+        begin = (torch.arange(batch * heads) * pages).view(batch, heads).to(torch.int32)
+        return cpu.Directory(
+            begin,
+            begin + pages,
+            page.flatten().to(torch.int32),
+            counts.unsqueeze(1).expand(page.shape).flatten().to(torch.uint16),
+            torch.full((page.numel(),), CODECS[self.codec], dtype=torch.uint8),
+        )
+
+    def run(self, index: int, out: Tensor) -> None:
+        cpu.attention(self._layer, self._batches[index], self.queries, out)
+
+    def held(self, index: int, sequence: int) -> tuple[Tensor, Tensor]:
+        parts: list[list[tuple[Tensor, Tensor]]] = []
+        for head in range(self.case.shape.kv_heads):
+            found = [
+                cpu.decode(self._layer, self.codec, self._layer.page(int(block), head), count)[:2]
+                for block, count in zip(
+                    self._region[index, sequence], self._counts(sequence), strict=True
+                )
+            ]
+            left = self._tails[sequence]
+            for block in self._tail[index, sequence]:
+                raw = self._layer.page(int(block), head)
+                found.append(cpu.decode(self._layer, "raw", raw, min(PAGE, left))[:2])
+                left -= min(PAGE, left)
+            parts.append(found)
+        keys, values = (
+            torch.stack([torch.cat([p[side] for p in found]) for found in parts]).double()
+            for side in (0, 1)
+        )
+        return keys, values
+
+
+class OursRaw(Ours):
+    """Pages in the model's dtype."""
+
+    name, codec, tolerance = "kvcrush-raw", "raw", 4e-3
+
+
+class OursRawEvicted(OursRaw):
+    """What evicting three tokens of four earns."""
+
+    name, keep = "kvcrush-raw-evicted-4x", 0.25
+
+
+class OursFp32(OursRaw):
+    """What a model served in float32 gets."""
+
+    name, dtype, tolerance = "kvcrush-fp32", torch.float32, 1e-5
+
+
+class OursInt8(Ours):
+    """Every token in 8 bits."""
+
+    name, codec = "kvcrush-int8", "int8"
+
+
+class OursInt8Evicted(OursInt8):
+    """A quarter of the tokens in 8 bits."""
+
+    name, keep = "kvcrush-int8-evicted-4x", 0.25
+
+
+class OursInt4(Ours):
+    """Every token in 4 bits."""
+
+    name, codec, tolerance = "kvcrush-int4", "int4", 1e-2
+
+
+class OursInt4Evicted(OursInt4):
+    """A quarter of the tokens in 4 bits."""
+
+    name, keep = "kvcrush-int4-evicted-4x", 0.25
+
+
+OURS: tuple[type[Candidate], ...] = (
+    OursRaw,
+    OursFp32,
+    OursInt8,
+    OursInt4,
+    OursRawEvicted,
+    OursInt8Evicted,
+    OursInt4Evicted,
+)
