@@ -207,9 +207,174 @@ def undrawn(names: Iterable[str] = DRAW) -> list[str]:
     return missing
 
 
+def _value(found: list[Row], digits: int = 2, sign: bool = False) -> str:
+    """The single row's value with its interval; a dash if there is none."""
+    if not found:
+        return "–"
+    (r,) = found
+    form = f"{'+' if sign else ''}.{digits}f"
+    text = f"{r['value']:{form}}"
+    if r["low"] is not None:
+        text += f" ({r['low']:{form}} to {r['high']:{form}})"
+    return text
+
+
+def _measured_on(path: pathlib.Path) -> str:
+    result = read(path)
+    env = result["environment"]
+    return (
+        f"SmolLM2-135M in float32, vLLM {env['vllm']}, {env['cores']} cores ({env['cpu']}, "
+        f"{env['isa']}); `{result['command']}`."
+    )
+
+
+def summary() -> str:
+    """README's table: what some policies hold, and what they lose."""
+    path = RESULTS / "quality.json"
+    context = max(r["context"] for r in read(path)["rows"])
+    lines = []
+    for policy, budget in (
+        ("int8", 0.5),
+        ("int4", 0.25),
+        ("kvcrush", 0.5),
+        ("kvcrush", 0.25),
+        ("snapkv", 0.25),
+        ("streaming", 0.25),
+    ):
+        cells = [f"`{policy}`", f"{budget:g}"]
+        for metric, mode, digits in (
+            ("bytes_ratio", "question_after", 1),
+            ("delta_nll", "question_before", 3),
+            ("delta_nll", "question_after", 3),
+            ("agreement", "question_after", 2),
+        ):
+            where = {"policy": policy, "budget": budget, "context": context, "task": "all"}
+            found = rows(path, metric=metric, mode=mode, **where)
+            if metric != "delta_nll":
+                found = [{**r, "low": None} for r in found]
+            cells.append(_value(found, digits, sign=metric == "delta_nll"))
+        lines.append(cells)
+    header = ["policy", "budget", "× less KV memory", "NLL lost, question seen before"]
+    header += ["question after", "same greedy token"]
+    n = next(r["n"] for r in rows(path, task="all", metric="delta_nll"))
+    text = (
+        f"Nats a token (95 % intervals) over {n} items of {context} tokens; memory as held while "
+        f"answering, against raw float32. {_measured_on(path)}"
+    )
+    return table(header, lines) + "\n\n" + text
+
+
+def capacity() -> str:
+    """One sentence about a fixed pool, for README."""
+    path = RESULTS / "serving.json"
+    loads = {r["mode"]: r for r in rows(path, task="long_prompt", metric="ratio_peak_running")}
+    mode, ratio = max(loads.items(), key=lambda pair: pair[1]["value"])
+    where = {"task": "long_prompt", "mode": mode}
+    (plain,) = rows(path, metric="peak_running", policy="none", **where)
+    (ours,) = [r for r in rows(path, metric="peak_running", **where) if r["policy"] != "none"]
+    (speed,) = rows(path, metric="ratio_output_tokens_per_s", **where)
+    return (
+        f"In one fixed pool, with {ratio['context']} prompt tokens a request, "
+        f"{ours['value']:.0f} requests run at once with `{ours['policy']}` at {ours['budget']:g} "
+        f"where plain vLLM runs {plain['value']:.0f}: **{ratio['value']:.1f} times as many**, and "
+        f"{speed['value']:.2f} times the output tokens a second."
+    )
+
+
+def quality() -> str:
+    """All of the quality benchmark's tables."""
+    from benchmarks.quality.summary import tables
+
+    path = RESULTS / "quality.json"
+    found = read(path)["rows"]
+    lines = [
+        [
+            r["policy"],
+            r["metric"].removeprefix("delta_nll_vs_"),
+            r["mode"],
+            f"{r['budget']:g}",
+            str(r["n"]),
+            _value([r], 3, sign=True),
+            "none"
+            if r["low"] is None or r["low"] <= 0 <= r["high"]
+            else "better"
+            if r["value"] < 0
+            else "worse",
+        ]
+        for r in found
+        if r["metric"].startswith("delta_nll_vs_")
+    ]
+    header = ["policy", "against", "mode", "budget", "items", "NLL difference (95 %)", "is"]
+    parts = [_measured_on(path), tables(found), "\n### Paired by item\n", table(header, lines)]
+    return "\n".join(parts)
+
+
+def serving() -> str:
+    """The serving benchmark's table."""
+    from benchmarks.serving.results import markdown
+
+    path = RESULTS / "serving.json"
+    return f"{_measured_on(path)}\n\n{markdown(read(path)['rows'])}"
+
+
+def overhead() -> str:
+    """Share of compaction by prompt length, and the cost of an idle plugin."""
+    path = RESULTS / "overhead.json"
+    found = rows(path, metric="compaction_share")
+    names = list(dict.fromkeys(r["policy"] for r in found))
+    lines = []
+    for context in sorted({r["context"] for r in found}):
+        cells = [str(context)]
+        for name in names:
+            here = [r for r in found if (r["context"], r["policy"]) == (context, name)]
+            cells.append(f"{here[0]['value']:.2%}" if here else "–")
+        lines.append(cells)
+    idle = [[r["mode"], _value([r], 4)] for r in rows(path, metric="ratio_tpot_s")]
+    return "\n".join(
+        [
+            _measured_on(path),
+            "",
+            table(["prompt tokens", *names], lines),
+            "",
+            table(["decode step against plain vLLM", "ratio (95 %)"], idle),
+        ]
+    )
+
+
+def kernels() -> str:
+    """Speed-up over vLLM's bf16 kernel, and share of the memory's speed."""
+    path = RESULTS / "kernels.json"
+    found = rows(path)
+    modes = list(dict.fromkeys(r["mode"] for r in found if r["metric"] == "bandwidth_share"))
+    parts = [_measured_on(path)]
+    for mode in modes:
+        here = [r for r in found if r["mode"] == mode and r["task"] == "decode"]
+        contexts = sorted({r["context"] for r in here})
+        lines = []
+        for name in dict.fromkeys(r["policy"] for r in here):
+            cells = [name]
+            for context in contexts:
+                at = {
+                    r["metric"]: r["value"]
+                    for r in here
+                    if r["policy"] == name and r["context"] == context
+                }
+                speed = at.get("speedup_vs_vllm_bf16", 1.0)
+                cells.append(f"{speed:.1f} × ({at['bandwidth_share']:.0%})")
+            lines.append(cells)
+        parts.append(f"\n{mode}\n")
+        parts.append(table(["kernel", *(f"{c} tokens" for c in contexts)], lines))
+    return "\n".join(parts)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (summary, capacity, quality, serving, overhead, kernels)
+}
+
+
 def parts() -> dict[str, str]:
-    """All generated tables by name."""
-    return {}
+    """All generated texts by name."""
+    return {name: make() for name, make in PARTS.items()}
 
 
 def main() -> None:
@@ -220,7 +385,7 @@ def main() -> None:
     filled = parts()
     for page in PAGES:
         page.write_text(fill(page.read_text(), filled))
-    print(table(["table", "lines"], [[k, str(v.count("\n") + 1)] for k, v in filled.items()]))
+    print("\n".join(f"{page.relative_to(ROOT)} is up to date" for page in PAGES))
 
 
 if __name__ == "__main__":

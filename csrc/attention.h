@@ -95,7 +95,7 @@ bool has_partial_strip(const Tile &tile) {
 
 // V rows that nobody wrote may be NaN, which a weight of 0 does not silence.
 void complete_strips(const Layer &layer, Tile &tile, uint8_t *spare) {
-    const int64_t bytes = layer.layout[KVC_RAW].v_strip;
+    const int64_t bytes = layer.layout[KVC_RAW].strip - layer.layout[KVC_RAW].v;
     for (int i = 0; i < tile.strips; ++i) {
         const Strip &strip = tile.strip[i];
         if (strip.count == kStrip) continue;
@@ -103,6 +103,14 @@ void complete_strips(const Layer &layer, Tile &tile, uint8_t *spare) {
         tile.v[i] = spare;
         spare += bytes;
     }
+}
+
+// Scales are few, but waiting for them costs as much as for codes.
+KVC_INLINE void prefetch_scales(const Layer &layer, const Tile &tile) {
+    const int64_t bytes = layer.layout[tile.codec].header;
+    for (int i = 0; i < tile.strips; ++i)
+        if (i == 0 || tile.strip[i].group != tile.strip[i - 1].group)
+            for (int64_t at = 0; at < bytes; at += 64) prefetch(tile.strip[i].group + at);
 }
 
 // Undoes the rotation of V in what was gathered from rotated codecs and adds it to the rest.
@@ -173,7 +181,7 @@ struct Memory {
         m.rows.decay = arena.take<float>(padded);
         m.query = arena.take<float>(padded * kMaxHead);
         m.scores = arena.take<float>(padded * kTile);
-        m.spare = arena.take<uint8_t>(kTileStrips * layer.layout[KVC_RAW].v_strip);
+        m.spare = arena.take<uint8_t>(kTileStrips * layer.layout[KVC_RAW].strip);
         m.keys = arena.take<float>(int64_t{kTile} * layer.k_size);
         m.values = arena.take<float>(int64_t{kTile} * layer.v_padded);
         m.prepared.take(arena, layer);
@@ -238,7 +246,10 @@ void attend_one(const Attention &call, int seq, int head, int64_t first, int64_t
     for (bool more = true; more; now ^= 1) {
         Tile &current = tile[now], &next = tile[now ^ 1];
         more = tiles.next(next);
-        if (!more) next.strips = 0;
+        if (more)
+            prefetch_scales(layer, next);
+        else
+            next.strips = 0;
         const bool partial = has_partial_strip(current);
         if (partial && current.codec <= KVC_EXACT) complete_strips(layer, current, m.spare);
         tile_scores(layer, current, m.prepared, m.query, group, m.scores, m.keys);

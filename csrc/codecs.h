@@ -72,6 +72,15 @@ KVC_INLINE void each_panel(int v_size, F use) {
     for (int c = 0; c < v_size; c += 16) use(c / 16, c, panel_lanes(v_size, c / 16));
 }
 
+// Scales of a strip: of its tokens, and of its group's channels (int4: scales, then zeros).
+KVC_INLINE const uint16_t *k_scales(const Strip &strip) {
+    return reinterpret_cast<const uint16_t *>(strip.group);
+}
+KVC_INLINE const uint16_t *v_scales(const Layer &layer, int codec, const Strip &strip) {
+    const int first = codec == KVC_INT8 ? kStrip : 2 * layer.k_size + strip.place * kStrip;
+    return k_scales(strip) + first;
+}
+
 // Copies the first `count` tokens of a raw V strip and fills the rest with 0.
 inline void copy_v_strip(const uint8_t *from, uint8_t *to, int count, int v_size, int dtype) {
     const int row_bytes = dtype_bytes(dtype);
@@ -125,10 +134,11 @@ inline void expand_raw_v(const uint8_t *from, float *to, int v_size, int dtype) 
 inline void expand_codec(const Layer &layer, int codec, const Strip &strip, float *keys,
                          float *values) {
     const int k_size = layer.k_size, v_size = layer.v_size;
+    const uint16_t *k_scale = k_scales(strip), *v_scale = v_scales(layer, codec, strip);
     if (codec == KVC_INT8) {
         if (keys != nullptr) {
             float scale[kStrip];
-            for (int t = 0; t < kStrip; ++t) scale[t] = half_to_float(strip.k_scale[t]);
+            for (int t = 0; t < kStrip; ++t) scale[t] = half_to_float(k_scale[t]);
             const int8_t *code = reinterpret_cast<const int8_t *>(strip.k);
             for (int c = 0; c < k_size; ++c)
                 for (int t = 0; t < kStrip; ++t)
@@ -138,7 +148,7 @@ inline void expand_codec(const Layer &layer, int codec, const Strip &strip, floa
             const int8_t *code = reinterpret_cast<const int8_t *>(strip.v);
             each_panel(v_size, [&](int, int, int lanes) {
                 for (int t = 0; t < kStrip; ++t) {
-                    const float scale = t < strip.count ? half_to_float(strip.v_scale[t]) : 0.0f;
+                    const float scale = t < strip.count ? half_to_float(v_scale[t]) : 0.0f;
                     for (int l = 0; l < lanes; ++l)
                         values[t * lanes + l] = scale * code[t / 2 * 2 * lanes + 2 * l + t % 2];
                 }
@@ -148,10 +158,9 @@ inline void expand_codec(const Layer &layer, int codec, const Strip &strip, floa
         }
     } else {
         if (keys != nullptr) {
-            const uint16_t *group = reinterpret_cast<const uint16_t *>(strip.k_group);
             for (int c = 0; c < k_size; ++c) {
-                const float scale = half_to_float(group[c]);
-                const float zero = half_to_float(group[k_size + c]);
+                const float scale = half_to_float(k_scale[c]);
+                const float zero = half_to_float(k_scale[k_size + c]);
                 const int shift = c % 8 / 4 * 4;
                 const uint8_t *code = strip.k + c / 8 * 64 + c % 4;
                 for (int t = 0; t < kStrip; ++t)
@@ -163,7 +172,7 @@ inline void expand_codec(const Layer &layer, int codec, const Strip &strip, floa
             const uint8_t *code = strip.v;
             each_panel(v_size, [&](int, int, int lanes) {
                 for (int t = 0; t < kStrip; ++t) {
-                    const float scale = t < strip.count ? half_to_float(strip.v_scale[t]) : 0.0f;
+                    const float scale = t < strip.count ? half_to_float(v_scale[t]) : 0.0f;
                     const int shift = t % 8 / 4 * 4;
                     const uint8_t *row = code + t / 8 * 4 * lanes + t % 4;
                     for (int l = 0; l < lanes; ++l)
@@ -316,9 +325,9 @@ KVC_INLINE void each_v_run(int v_size, int heads, F use) {
 }
 
 // V scales of a tile; 0 where there is no token, since what lies there may be NaN.
-KVC_INLINE void load_v_scales(const Tile &tile, float *to) {
+KVC_INLINE void load_v_scales(const Layer &layer, const Tile &tile, float *to) {
     for (int i = 0; i < tile.strips; ++i) {
-        load_halves(tile.strip[i].v_scale, kStrip, to + i * kStrip);
+        load_halves(v_scales(layer, tile.codec, tile.strip[i]), kStrip, to + i * kStrip);
         for (int l = tile.strip[i].count; l < kStrip; ++l) to[i * kStrip + l] = 0;
     }
 }
@@ -338,7 +347,7 @@ inline void int8_scores(const Layer &layer, const Tile &tile, Prepared &prepared
     });
     for (int i = 0; i < tile.strips; ++i) {
         float scale[kStrip];
-        load_halves(tile.strip[i].k_scale, kStrip, scale);
+        load_halves(k_scales(tile.strip[i]), kStrip, scale);
         for (int g = 0; g < group; ++g) {
             const vf step = vset(prepared.q_int8_step[g]);
             float *at = s + g * kTile + i * kStrip;
@@ -354,7 +363,7 @@ inline void int8_values(const Layer &layer, const Tile &tile, Prepared &prepared
                         const float *decay, int group, float *sums,
                         const uint8_t *const *ahead) {
     const int n = tile.strips * kStrip;
-    load_v_scales(tile, prepared.v_scale);
+    load_v_scales(layer, tile, prepared.v_scale);
     for (int g = 0; g < group; ++g) {
         float *own = p + g * kTile;
         for (int i = 0; i < n; i += W)
@@ -372,12 +381,11 @@ inline void int8_values(const Layer &layer, const Tile &tile, Prepared &prepared
 
 // The scales of a group's channels go into the query, which becomes bytes anew for each group, with
 // a step for every 32 channels. What rounding does to 7.5 of each code, the middle, is taken back.
-inline void int4_query(const Layer &layer, const uint8_t *group_scales, Prepared &prepared,
+inline void int4_query(const Layer &layer, const uint16_t *scales, Prepared &prepared,
                        const float *q, int group) {
     const int size = layer.k_size;
-    const uint16_t *halves = reinterpret_cast<const uint16_t *>(group_scales);
-    load_halves(halves, size, prepared.k_scale);
-    load_halves(halves + size, size, prepared.k_zero);
+    load_halves(scales, size, prepared.k_scale);
+    load_halves(scales + size, size, prepared.k_zero);
     for (int g = 0; g < group; ++g) {
         const float *own = q + g * kMaxHead;
         vf shift = vzero();
@@ -415,9 +423,9 @@ inline void int4_query(const Layer &layer, const uint8_t *group_scales, Prepared
 inline void int4_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
                         int group, float *s) {
     for (int first = 0, end; first < tile.strips; first = end) {
-        const uint8_t *scales = tile.strip[first].k_group;
-        for (end = first + 1; end < tile.strips && tile.strip[end].k_group == scales;) ++end;
-        int4_query(layer, scales, prepared, q, group);
+        const uint8_t *own = tile.strip[first].group;
+        for (end = first + 1; end < tile.strips && tile.strip[end].group == own;) ++end;
+        int4_query(layer, k_scales(tile.strip[first]), prepared, q, group);
         each_k_run(end - first, group, [&](auto heads, auto panels, int strip, int head) {
             strip += first;
             int4_k<decltype(heads)::count, decltype(panels)::count>(
@@ -440,7 +448,7 @@ inline void int4_values(const Layer &layer, const Tile &tile, Prepared &prepared
                         const float *decay, int group, float *sums,
                         const uint8_t *const *ahead) {
     const int n = tile.strips * kStrip;
-    load_v_scales(tile, prepared.v_scale);
+    load_v_scales(layer, tile, prepared.v_scale);
     for (int g = 0; g < group; ++g) {
         vf shift = vzero();
         for (int first = 0, block = 0; first < n; first += kBlock, ++block) {

@@ -59,8 +59,8 @@ void store_rows(const Layer &layer, int64_t first, int64_t last, const T *key, i
         const int strip = place / kStrip, t = place % kStrip;
         for (int h = 0; h < layer.num_kv_heads; ++h) {
             uint8_t *page = layer.pool + layer.tail_page(block, h) * layer.page_bytes;
-            T *k = reinterpret_cast<T *>(page + at.k + strip * at.k_strip);
-            T *v = reinterpret_cast<T *>(page + at.v + strip * at.v_strip);
+            T *k = reinterpret_cast<T *>(page + at.strip_at(strip));
+            T *v = reinterpret_cast<T *>(page + at.strip_at(strip) + at.v);
             const T *from_k = key + i * key_stride + int64_t{h} * k_size;
             const T *from_v = value + i * value_stride + int64_t{h} * v_size;
             for (int c = 0; c < k_size; ++c)
@@ -111,8 +111,7 @@ void encode_raw(const Layer &layer, int codec, uint8_t *page, int count, const f
     const PageLayout &at = layer.layout[codec];
     const int k_size = layer.k_size, v_size = layer.v_size, dtype = layer.dtype;
     for (int i = 0; i < count; ++i) {
-        uint8_t *k = page + at.k + i / kStrip * at.k_strip;
-        uint8_t *v = page + at.v + i / kStrip * at.v_strip;
+        uint8_t *k = page + at.strip_at(i / kStrip), *v = k + at.v;
         const int t = i % kStrip;
         for (int c = 0; c < k_size; ++c)
             put_float(k, dtype == KVC_BF16 ? k_pairs(c, t) : k_plain(c, t), dtype,
@@ -145,17 +144,16 @@ void encode_int8(const Layer &layer, uint8_t *page, int count, const float *key,
                  const float *value) {
     const PageLayout &at = layer.layout[KVC_INT8];
     const int k_size = layer.k_size, v_size = layer.v_size;
-    uint16_t *k_scale = reinterpret_cast<uint16_t *>(page + at.k_scale);
-    uint16_t *v_scale = reinterpret_cast<uint16_t *>(page + at.v_scale);
     for (int i = 0; i < count; ++i) {
-        int8_t *k = reinterpret_cast<int8_t *>(page + at.k + i / kStrip * at.k_strip);
-        int8_t *v = reinterpret_cast<int8_t *>(page + at.v + i / kStrip * at.v_strip);
+        uint8_t *strip = page + at.strip_at(i / kStrip);
+        int8_t *k = reinterpret_cast<int8_t *>(strip), *v = k + at.v;
+        uint16_t *scale = reinterpret_cast<uint16_t *>(page + at.group_at(i / kStrip));
         const float *from_k = key + int64_t{i} * k_size, *from_v = value + int64_t{i} * v_size;
         const int t = i % kStrip;
         float inverse;
-        k_scale[i] = int8_scale(from_k, k_size, inverse);
+        scale[t] = int8_scale(from_k, k_size, inverse);
         for (int c = 0; c < k_size; ++c) k[k_pairs(c, t)] = int8_code(from_k[c], inverse);
-        v_scale[i] = int8_scale(from_v, v_size, inverse);
+        scale[kStrip + t] = int8_scale(from_v, v_size, inverse);
         for (int c = 0; c < v_size; ++c) v[v_pairs(t, c, v_size)] = int8_code(from_v[c], inverse);
     }
 }
@@ -165,11 +163,10 @@ void encode_int8(const Layer &layer, uint8_t *page, int count, const float *key,
 // Per channel of a group of tokens: the grid from the least to the largest of them.
 void encode_int4_keys(const Layer &layer, uint8_t *page, int count, const float *key) {
     const PageLayout &at = layer.layout[KVC_INT4];
-    const int k_size = layer.k_size;
-    for (int first = 0; first < count; first += kGroup) {
-        const int n = least(kGroup, count - first);
-        uint16_t *scale = reinterpret_cast<uint16_t *>(page + at.k_scale) +
-                          int64_t{first / kGroup} * 2 * k_size;
+    const int k_size = layer.k_size, group = at.group_strips * kStrip;
+    for (int first = 0; first < count; first += group) {
+        const int n = least(group, count - first);
+        uint16_t *scale = reinterpret_cast<uint16_t *>(page + at.group_at(first / kStrip));
         uint16_t *zero = scale + k_size;
         float low[kMaxHead], high[kMaxHead], inverse[kMaxHead];
         const float *rows = key + int64_t{first} * k_size;
@@ -189,7 +186,7 @@ void encode_int4_keys(const Layer &layer, uint8_t *page, int count, const float 
         }
         for (int i = 0; i < n; ++i) {
             const int token = first + i, t = token % kStrip;
-            uint8_t *k = page + at.k + token / kStrip * at.k_strip;
+            uint8_t *k = page + at.strip_at(token / kStrip);
             for (int c = 0; c < k_size; ++c) {
                 const float x = (rows[int64_t{i} * k_size + c] - low[c]) * inverse[c];
                 set_nibble(k + k_nibble(c, t), c,
@@ -230,15 +227,15 @@ uint16_t int4_vector(const float *y, int size, uint8_t *code) {
 
 void encode_int4_values(const Layer &layer, uint8_t *page, int count, const float *value) {
     const PageLayout &at = layer.layout[KVC_INT4];
-    const int v_size = layer.v_size;
-    uint16_t *v_scale = reinterpret_cast<uint16_t *>(page + at.v_scale);
+    const int v_size = layer.v_size, group = at.group_strips * kStrip;
     for (int i = 0; i < count; ++i) {
+        uint16_t *scale = reinterpret_cast<uint16_t *>(page + at.group_at(i / kStrip));
         float y[kMaxHead];
         uint8_t code[kMaxHead];
         std::memcpy(y, value + int64_t{i} * v_size, sizeof(float) * v_size);
         rotate(y, v_size);
-        v_scale[i] = int4_vector(y, v_size, code);
-        uint8_t *v = page + at.v + i / kStrip * at.v_strip;
+        scale[2 * layer.k_size + i % group] = int4_vector(y, v_size, code);
+        uint8_t *v = page + at.strip_at(i / kStrip) + at.v;
         const int t = i % kStrip;
         for (int c = 0; c < v_size; ++c) set_nibble(v + v_nibble(t, c, v_size), t, code[c]);
     }
@@ -262,12 +259,10 @@ void decode_token(const Layer &layer, int codec, const uint8_t *page, int i, flo
                   float *value) {
     const PageLayout &at = layer.layout[codec];
     const int k_size = layer.k_size, v_size = layer.v_size, dtype = layer.dtype, t = i % kStrip;
-    const uint8_t *k = page + at.k + i / kStrip * at.k_strip;
-    const uint8_t *v = page + at.v + i / kStrip * at.v_strip;
-    const uint16_t *k_scale = reinterpret_cast<const uint16_t *>(page + at.k_scale);
-    const uint16_t *v_scale = reinterpret_cast<const uint16_t *>(page + at.v_scale);
+    const uint8_t *k = page + at.strip_at(i / kStrip), *v = k + at.v;
+    const uint16_t *scale = reinterpret_cast<const uint16_t *>(page + at.group_at(i / kStrip));
     if (codec == KVC_INT8) {
-        const float s_k = half_to_float(k_scale[i]), s_v = half_to_float(v_scale[i]);
+        const float s_k = half_to_float(scale[t]), s_v = half_to_float(scale[kStrip + t]);
         if (key != nullptr)
             for (int c = 0; c < k_size; ++c)
                 key[c] = s_k * static_cast<float>(static_cast<int8_t>(k[k_pairs(c, t)]));
@@ -275,14 +270,14 @@ void decode_token(const Layer &layer, int codec, const uint8_t *page, int i, flo
             for (int c = 0; c < v_size; ++c)
                 value[c] = s_v * static_cast<float>(static_cast<int8_t>(v[v_pairs(t, c, v_size)]));
     } else if (codec == KVC_INT4) {
-        const uint16_t *group = k_scale + int64_t{i / kGroup} * 2 * k_size;
         if (key != nullptr)
             for (int c = 0; c < k_size; ++c)
-                key[c] = half_to_float(group[k_size + c]) +
-                         half_to_float(group[c]) *
+                key[c] = half_to_float(scale[k_size + c]) +
+                         half_to_float(scale[c]) *
                              static_cast<float>(get_nibble(k + k_nibble(c, t), c));
         if (value != nullptr) {
-            const float s_v = half_to_float(v_scale[i]);
+            const int group = at.group_strips * kStrip;
+            const float s_v = half_to_float(scale[2 * k_size + i % group]);
             for (int c = 0; c < v_size; ++c)
                 value[c] =
                     s_v * (static_cast<float>(get_nibble(v + v_nibble(t, c, v_size), t)) - 7.5f);

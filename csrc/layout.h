@@ -4,9 +4,10 @@
 // The unit of every page is a *strip* of 16 tokens, and the unit of a strip a *panel*: 16 lanes
 // wide, so that one reading order serves both products of attention without horizontal sums.
 //
-//   K strip: one panel; lanes are the 16 tokens, rows run over the k_size channels
-//   V strip: v_size / 16 panels; lanes are 16 channels, rows run over the 16 tokens
-//            (a last panel of 8 lanes where v_size is an odd multiple of 8)
+//   strip = K panel | V panels
+//   K: one panel; lanes are the 16 tokens, rows run over the k_size channels
+//   V: v_size / 16 panels; lanes are 16 channels, rows run over the 16 tokens
+//      (a last panel of 8 lanes where v_size is an odd multiple of 8)
 //
 // Rows that a kernel multiplies in one instruction lie in the same 32-bit word:
 //
@@ -14,17 +15,21 @@
 //   bfloat16, int8     [rows / 2][lanes][2]
 //   int4               [rows / 8][lanes][4 bytes]; byte j holds row j (low) and row j + 4 (high)
 //
-//   raw     K strips of block_size tokens | V strips
-//   exact   K strips of `capacity` tokens | V strips | positions | header
-//   int8    K strips | V strips | K scales | V scales | positions | header
-//           x = scale * code, one float16 scale per token and side, code in -127..127
-//   int4    K strips | V strips | K groups | V scales | positions | header
-//           K: k = zero + scale * code per channel over a group of 64 tokens of the page, float16
-//              scale [k_size] then zero [k_size] for each group; code in 0..15
-//           V: H S v = scale * (code - 7.5), S the signs of rotation_sign(), H orthonormal
-//              Hadamard transforms over blocks of rotation_block(v_size) channels
+// Strips come in groups, each with a header of scales (float16) in front, so that everything about
+// some tokens is in one run of bytes:
 //
-// positions: uint16 per token; header, the page's last 32 bytes: struct PageHeader.
+//   page = group | group | ... | positions | PageHeader, the last two only where kept
+//
+//   raw     groups of 1 strip without header; block_size tokens, no positions
+//   exact   the same with positions, so fewer tokens
+//   int8    groups of 1: [K scales 16][V scales 16]
+//           x = scale * code, one scale per token and side, code in -127..127
+//   int4    groups of 4: [K scales k_size][K zeros k_size][V scales 64], padded to 64 bytes
+//           K: k = zero + scale * code per channel and group, code in 0..15
+//           V: H S v = scale * (code - 7.5), one scale per token, S the signs of rotation_sign(),
+//              H orthonormal Hadamard transforms over blocks of rotation_block(v_size) channels
+//
+// positions: uint16 per token; PageHeader is the page's last 32 bytes.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +41,6 @@ namespace kvc {
 
 constexpr int kStrip = 16;
 constexpr int kMaxHead = 256;
-constexpr int kGroup = 64;  // tokens that share int4's K scales
 
 // Positions ascend, so a page stores their low 16 bits and the tokens at which the rest steps up:
 // position(i) = base + low[i] + 65536 * #{j : first[j] <= i}.
@@ -55,47 +59,44 @@ constexpr bool positions_kept(int codec) {
     return codec != KVC_RAW;
 }
 
-// Byte offsets of a page's arrays; `end` is where the last one ends.
 struct PageLayout {
-    int64_t k = 0, v = 0, k_scale = 0, v_scale = 0, positions = 0, end = 0;
-    int64_t k_strip = 0, v_strip = 0;  // bytes of a strip
+    int32_t group_strips;  // strips of a group
+    int64_t header;        // bytes of a group before its strips
+    int64_t v;             // of a strip before its V
+    int64_t strip;         // bytes
+    int64_t positions;     // of a page before them
+    int64_t end;           // bytes of everything but the PageHeader
+
+    constexpr int64_t group() const { return header + group_strips * strip; }
+    constexpr int64_t group_at(int64_t index) const { return index / group_strips * group(); }
+    constexpr int64_t strip_at(int64_t index) const {
+        return group_at(index) + header + index % group_strips * strip;
+    }
 };
 
 constexpr PageLayout page_layout(int codec, int64_t capacity, int k_size, int v_size, int dtype) {
-    PageLayout at;
-    const int64_t groups = (capacity + kGroup - 1) / kGroup;
-    int64_t k_scales = 0, v_scales = 0;
-    switch (codec) {
-        case KVC_INT8:
-            at.k_strip = kStrip * int64_t{k_size};
-            at.v_strip = kStrip * int64_t{v_size};
-            k_scales = v_scales = 2 * capacity;
-            break;
-        case KVC_INT4:
-            at.k_strip = kStrip * int64_t{k_size} / 2;
-            at.v_strip = kStrip * int64_t{v_size} / 2;
-            k_scales = groups * 4 * k_size;
-            v_scales = 2 * capacity;
-            break;
-        default:
-            at.k_strip = kStrip * int64_t{k_size} * dtype_bytes(dtype);
-            at.v_strip = kStrip * int64_t{v_size} * dtype_bytes(dtype);
-    }
-    at.v = capacity / kStrip * at.k_strip;
-    at.k_scale = at.v + capacity / kStrip * at.v_strip;
-    at.v_scale = at.k_scale + k_scales;
-    at.positions = at.v_scale + v_scales;
-    at.end = at.positions + (positions_kept(codec) ? 2 * capacity + int64_t{sizeof(PageHeader)} : 0);
+    PageLayout at{};
+    const int bits = codec == KVC_INT8 ? 8 : codec == KVC_INT4 ? 4 : 8 * dtype_bytes(dtype);
+    at.group_strips = codec == KVC_INT4 ? 4 : 1;
+    if (codec == KVC_INT8) at.header = 2 * 2 * kStrip;
+    if (codec == KVC_INT4)
+        at.header = (int64_t{2} * 2 * k_size + 2 * 4 * kStrip + 63) / 64 * 64;
+    at.v = int64_t{kStrip} * k_size * bits / 8;
+    at.strip = at.v + int64_t{kStrip} * v_size * bits / 8;
+    const int64_t strips = capacity / kStrip;
+    at.positions = strips != 0 ? at.strip_at(strips - 1) + at.strip : 0;
+    at.end = at.positions + (positions_kept(codec) ? 2 * capacity : 0);
     return at;
 }
 
 // The most tokens, a multiple of 16, that fit.
 constexpr int64_t page_capacity(int codec, int64_t page_bytes, int k_size, int v_size, int dtype) {
-    // A multiple of 16 tokens takes at most 2^16 / 16 steps: counts are 16 bits wide.
-    int64_t low = 0, high = 65520 / kStrip;
+    const int64_t room =
+        page_bytes - (positions_kept(codec) ? int64_t{sizeof(PageHeader)} : int64_t{0});
+    int64_t low = 0, high = 65520 / kStrip;  // counts are 16 bits wide
     while (low < high) {
         const int64_t middle = (low + high + 1) / 2;
-        if (page_layout(codec, middle * kStrip, k_size, v_size, dtype).end <= page_bytes)
+        if (page_layout(codec, middle * kStrip, k_size, v_size, dtype).end <= room)
             low = middle;
         else
             high = middle - 1;

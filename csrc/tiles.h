@@ -9,12 +9,11 @@ namespace kvc::KVC_NAMESPACE {
 
 struct Strip {
     const uint8_t *k, *v;
-    int count;                // tokens; the other lanes of K are not to be trusted
-    int tail;                 // tail token of lane 0, -1 in the compressed region
-    const uint16_t *k_scale;  // int8
-    const uint16_t *v_scale;  // int8, int4
-    const uint8_t *k_group;   // int4
-    const float *bias;        // or null
+    const uint8_t *group;  // header of its group
+    int place;             // in the group
+    int count;             // tokens; the other lanes of K are not to be trusted
+    int tail;              // tail token of lane 0, -1 in the compressed region
+    const float *bias;     // or null
 };
 
 struct Tile {
@@ -91,13 +90,12 @@ class Tiles {
         const PageLayout &at = layer_.layout[codec];
         const int first = strip_ * kStrip;
         Strip strip{};
-        strip.k = page + at.k + strip_ * at.k_strip;
-        strip.v = page + at.v + strip_ * at.v_strip;
+        strip.k = page + at.strip_at(strip_);
+        strip.v = strip.k + at.v;
+        strip.group = page + at.group_at(strip_);
+        strip.place = strip_ % at.group_strips;
         strip.count = least(directory_.count[entry_] - first, kStrip);
         strip.tail = -1;
-        strip.k_scale = reinterpret_cast<const uint16_t *>(page + at.k_scale) + first;
-        strip.v_scale = reinterpret_cast<const uint16_t *>(page + at.v_scale) + first;
-        strip.k_group = page + at.k_scale + int64_t{first / kGroup} * 4 * layer_.k_size;
         if (directory_.bias != nullptr && directory_.bias[entry_] >= 0)
             strip.bias = directory_.log_bias + directory_.bias[entry_] + first;
         return strip;
@@ -109,8 +107,8 @@ class Tiles {
         const uint8_t *page = layer_.page(layer_.tail_page(block, head_));
         const PageLayout &at = layer_.layout[KVC_RAW];
         Strip strip{};
-        strip.k = page + at.k + place * at.k_strip;
-        strip.v = page + at.v + place * at.v_strip;
+        strip.k = page + at.strip_at(place);
+        strip.v = strip.k + at.v;
         strip.count = static_cast<int>(least<int64_t>(tail_tokens_ - tail_, kStrip));
         strip.tail = static_cast<int>(tail_);
         return strip;

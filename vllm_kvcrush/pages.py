@@ -22,19 +22,21 @@ CODECS = {"raw": 0, "exact": 1, "int8": 2, "int4": 3}
 
 @dataclass(frozen=True)
 class Layout:
-    """Byte offsets of a page's arrays.
+    """Bytes of a page that holds so many tokens.
 
     Attributes:
-        k, v: codes, strips of 16 tokens.
-        k_scale, v_scale: float16.
-        positions: uint16, one for each token.
-        end: first byte that is not used (the header sits at the end of the page, not here).
+        group_strips: strips of 16 tokens that share a header.
+        header: bytes of a group before its strips: scales.
+        v: bytes of a strip before its V.
+        strip: bytes of a strip.
+        positions: bytes of the page before the positions, uint16 for each token.
+        end: bytes of everything but the page's header, which sits at its end.
     """
 
-    k: int
+    group_strips: int
+    header: int
     v: int
-    k_scale: int
-    v_scale: int
+    strip: int
     positions: int
     end: int
 
@@ -49,17 +51,18 @@ def layout(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -
         itemsize: bytes of an element of the model's dtype.
     """
     bits = {"int8": 8, "int4": 4}.get(codec, 8 * itemsize)
-    v = capacity * k_size * bits // 8
-    k_scale = v + capacity * v_size * bits // 8
-    v_scale = positions = k_scale
+    group_strips, header = 1, 0
     if codec == "int8":
-        v_scale = k_scale + 2 * capacity
-        positions = v_scale + 2 * capacity
+        header = 2 * 2 * STRIP
     elif codec == "int4":
-        v_scale = k_scale + -(-capacity // GROUP) * 4 * k_size
-        positions = v_scale + 2 * capacity
-    end = positions + (0 if codec == "raw" else 2 * capacity + HEADER)
-    return Layout(0, v, k_scale, v_scale, positions, end)
+        group_strips = GROUP // STRIP
+        header = -(-(2 * 2 * k_size + 2 * GROUP) // 64) * 64
+    v = STRIP * k_size * bits // 8
+    strip = v + STRIP * v_size * bits // 8
+    strips = capacity // STRIP
+    positions = -(-strips // group_strips) * header + strips * strip
+    end = positions + (0 if codec == "raw" else 2 * capacity)
+    return Layout(group_strips, header, v, strip, positions, end)
 
 
 def capacity(codec: str, page_bytes: int, k_size: int, v_size: int, itemsize: int) -> int:
@@ -76,10 +79,11 @@ def capacity(codec: str, page_bytes: int, k_size: int, v_size: int, itemsize: in
     for size in (k_size, v_size):
         if size % 8 or not 0 < size <= MAX_HEAD_SIZE:
             raise ValueError(f"head size {size} is not a multiple of 8 up to {MAX_HEAD_SIZE}")
+    room = page_bytes - (0 if codec == "raw" else HEADER)
     low, high = 0, 65520 // STRIP  # counts are 16 bits wide
     while low < high:
         middle = (low + high + 1) // 2
-        if layout(codec, middle * STRIP, k_size, v_size, itemsize).end <= page_bytes:
+        if layout(codec, middle * STRIP, k_size, v_size, itemsize).end <= room:
             low = middle
         else:
             high = middle - 1

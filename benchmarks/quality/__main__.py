@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.quality.items import MODES, TokenItem
+from benchmarks.quality.peers import PeerError
 from benchmarks.quality.summary import (
     Record,
     Setting,
@@ -31,8 +32,9 @@ from benchmarks.quality.summary import (
 )
 from benchmarks.report import Run, arguments, progress, say
 
-POLICIES = ("streaming", "snapkv", "h2o", "kvcrush")
+POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4")
 FULL = "none"
+CODECS = {"int8": "int8", "int4": "int4"}
 
 # Tokens held after compaction by (task, index, mode, budget).
 Kept = dict[tuple[str, int, str, Any], int]
@@ -58,6 +60,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--per-task", type=int, help="items a task; else 8 (quick: 2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peers", type=words, help="else kvpress,openvino (quick: none)")
+    parser.add_argument(
+        "--peer-per-task", type=int, default=2, help="items a task that peers get; they are slow"
+    )
     parser.add_argument("--longbench", type=pathlib.Path, help="folder with LongBench's *.jsonl")
     parser.add_argument("--ruler", type=pathlib.Path, help="folder with RULER's */validation.jsonl")
     parser.add_argument("--limit", type=int, default=20, help="items of each of their files")
@@ -182,7 +187,7 @@ class Bench:
         result: dict[str, Any],
         full: dict[str, Any],
     ) -> None:
-        setting = Setting(policy, "raw", budget, context, mode)
+        setting = Setting(policy, CODECS.get(policy, "raw"), budget, context, mode)
         self.records.append(Record(setting, item.task, item.index, values(result, full)))
 
     # -- data that the user has -----------------------------------------------------------------
@@ -297,6 +302,13 @@ class Bench:
 
 def main() -> None:
     args = parse()
+    try:
+        _run(args)
+    except (ValueError, ImportError, PeerError) as error:
+        raise SystemExit(f"quality: {error}") from error
+
+
+def _run(args: argparse.Namespace) -> None:
     from benchmarks.quality import tasks
     from vllm_kvcrush import demo_model
 
@@ -318,7 +330,8 @@ def main() -> None:
     bench.stop()
     for name in args.peers:
         for context, items in built.items():
-            bench.peers(name, items, context, kept[context])
+            few = [item for item in items if item.index < args.peer_per_task]
+            bench.peers(name, few, context, kept[context])
 
     found = rows(bench.records)
     seen = {r.setting.policy for r in bench.records}

@@ -11,7 +11,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Generation:
-    """A prompt to be answered freely; `task` and `index` (the line in its file, from 0) name it."""
+    """A prompt to be answered freely; `task` ("ruler/vt") and `index` (the line in its file,
+    from 0) name it."""
 
     task: str
     index: int

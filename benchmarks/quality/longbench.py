@@ -267,7 +267,7 @@ def _generation(
 
     prompt, start = _prompt(tokenizer, dataset, fields, max_tokens, chat)
     return Generation(
-        task=path.stem,
+        task=f"longbench/{path.stem}",
         index=place,
         context=max_tokens,
         prompt=prompt,

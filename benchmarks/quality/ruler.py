@@ -9,7 +9,6 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from benchmarks.quality import scores
@@ -106,12 +105,12 @@ def _generation(
             "name a folder of shorter ones",
         )
     return Generation(
-        task=path.parent.name,
+        task=f"ruler/{path.parent.name}",
         index=place,
         context=max_tokens,
         prompt=prompt,
         question_start=start,
         max_new_tokens=kind.max_new_tokens,
         answers=tuple(answers),
-        score=partial(kind.metric, answers=tuple(answers)),
+        score=lambda prediction: kind.metric(prediction, answers),
     )

@@ -45,7 +45,9 @@ def qa_f1(prediction: str, answer: str) -> float:
 
 
 def _chinese_words(text: str) -> list[str]:
-    return list(_optional("jieba").cut(text, cut_all=False))
+    jieba = _optional("jieba")
+    jieba.setLogLevel("WARNING")
+    return list(jieba.cut(text, cut_all=False))
 
 
 def qa_f1_zh(prediction: str, answer: str) -> float:

@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 64, 64), (3, 64, 64), (4, 128, 128), (8, 96, 96), (3, 80, 80), (4, 256, 256)]
 ODD = [(5, 72, 40), (2, 8, 24), (17, 64, 128), (7, 128, 8), (6, 192, 128)]
 # Error of an output relative to the largest value held: integers of 16 bits, else float32.
-TOLERANCE = {"raw": 1e-5, "exact": 1e-5, "int8": 1e-3, "int4": 1e-3, "mixed": 1e-3}
+TOLERANCE = {"raw": 1e-5, "exact": 1e-5, "int8": 1e-3, "int4": 3e-2, "mixed": 3e-2}
 
 
 def _isas() -> list[str]:

@@ -27,9 +27,10 @@ def test_capacity_is_what_the_library_says(
     tokens = pages.capacity(codec, page_bytes, k_size, v_size, dtype.itemsize)
     assert tokens == cpu.capacity(codec, page_bytes, k_size, v_size, dtype)
     assert tokens % pages.STRIP == 0
+    room = page_bytes - (0 if codec == "raw" else pages.HEADER)
     used = pages.layout(codec, tokens, k_size, v_size, dtype.itemsize).end
     more = pages.layout(codec, tokens + pages.STRIP, k_size, v_size, dtype.itemsize).end
-    assert used <= page_bytes < more or tokens == 65520
+    assert used <= room < more or tokens == 65520
     if codec == "raw":
         assert tokens == block_size
 
@@ -47,9 +48,3 @@ def test_capacity_is_what_the_library_says(
 )
 def test_pages_of_128_tokens(codec: str, dtype: torch.dtype, tokens: int) -> None:
     assert pages.capacity(codec, 128 * 128 * dtype.itemsize, 64, 64, dtype.itemsize) == tokens
-
-
-def test_arrays_do_not_overlap() -> None:
-    for codec in pages.CODECS:
-        at = pages.layout(codec, 320, 72, 40, 2)
-        assert 0 == at.k < at.v < at.k_scale <= at.v_scale <= at.positions <= at.end

@@ -121,7 +121,8 @@ def test_longbench_is_read(tmp_path: pathlib.Path, tokenizer: Any) -> None:
     classes = {"answers": ["number"], "all_classes": ["number", "person"], "input": "Type:"}
     write(tmp_path / "trec_e.jsonl", record("trec", **classes))
     first, second, trec = longbench.load(tmp_path, tokenizer, 500, chat=False)
-    assert (first.task, first.index, second.index, trec.task) == ("hotpotqa", 0, 1, "trec_e")
+    assert (first.task, first.index, second.index) == ("longbench/hotpotqa", 0, 1)
+    assert trec.task == "longbench/trec_e"
     assert (first.max_new_tokens, trec.max_new_tokens, first.context) == (32, 64, 500)
     text = tokenizer.decode(first.prompt)
     assert text == longbench.DATASETS["hotpotqa"].prompt.format(**asked)
@@ -132,7 +133,9 @@ def test_longbench_is_read(tmp_path: pathlib.Path, tokenizer: Any) -> None:
     assert first.split("question_before") == (first.prompt[:-1], first.prompt[-1:])
     assert first.score("a cat") == 1 and first.score("It was\na cat") == pytest.approx(1 / 2)
     assert trec.score("\nnumber\nperson") == 1, "the first line only"
-    assert [g.task for g in longbench.load(tmp_path, tokenizer, 500, ["trec_e"])] == ["trec_e"]
+    assert [g.task for g in longbench.load(tmp_path, tokenizer, 500, ["trec_e"])] == [
+        "longbench/trec_e"
+    ]
     assert [g.index for g in longbench.load(tmp_path, tokenizer, 500, limit=1)] == [0, 0]
 
 
@@ -243,6 +246,7 @@ def test_ruler_is_read(tmp_path: pathlib.Path, tokenizer: Any) -> None:
     new, old, qa = ruler.load(tmp_path, tokenizer, 300)
     assert new.prompt == old.prompt, "newer files keep the answer's beginning apart"
     assert tokenizer.decode(new.prompt) == NEEDLE + PREFIX
+    assert (new.task, old.index, qa.task) == ("ruler/niah_single_2", 1, "ruler/qa_1")
     assert (new.max_new_tokens, qa.max_new_tokens, new.context) == (128, 32, 300)
     context, question = (tokenizer.decode(part) for part in new.split("question_after"))
     assert context.endswith("is: 7412853.\n")

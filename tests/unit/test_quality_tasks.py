@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -192,7 +193,7 @@ def test_prose_reads_like_prose() -> None:
     assert not re.search(r"[^A-Za-z \n.,:;?()'/-]", text), "a number in a context is a needle"
     assert len(text.split()) == prose.length() > 10_000
     starts = [*prose.boundaries(0, prose.length() - 1), prose.length()]
-    sentences = [prose.span(*pair).strip() for pair in zip(starts, starts[1:], strict=False)]
+    sentences = [prose.span(*pair).strip() for pair in pairwise(starts)]
     assert len(sentences) == len(set(sentences)) > 500, "none stands there twice"
     assert all(re.fullmatch(r"[A-Z].*\.", sentence) for sentence in sentences)
     assert prose.span(-3, 0) + prose.span(0, 2) == prose.span(
