@@ -252,7 +252,7 @@ void attend_one(const Attention &call, int seq, int head, int64_t first, int64_t
             next.strips = 0;
         const bool partial = has_partial_strip(current);
         if (partial && current.codec <= KVC_EXACT) complete_strips(layer, current, m.spare);
-        tile_scores(layer, current, m.prepared, m.query, group, m.scores, m.keys);
+        tile_scores(layer, current, next, m.prepared, m.query, group, m.scores, m.keys);
         for (int g = 0; g < group; ++g) {
             float *s = m.scores + g * kTile;
             if (partial) mask_row(s, current, tail);

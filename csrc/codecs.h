@@ -333,7 +333,7 @@ KVC_INLINE void load_v_scales(const Layer &layer, const Tile &tile, float *to) {
 }
 
 inline void int8_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
-                        int group, float *s) {
+                        int group, float *s, const uint8_t *const *ahead) {
     if (!prepared.has_int8) {
         for (int g = 0; g < group; ++g)
             quantise_int16(q + g * kMaxHead, layer.k_size, prepared.q_int8 + g * kMaxHead,
@@ -343,7 +343,7 @@ inline void int8_scores(const Layer &layer, const Tile &tile, Prepared &prepared
     each_k_run(tile.strips, group, [&](auto heads, auto panels, int strip, int head) {
         int8_k<decltype(heads)::count, decltype(panels)::count>(
             tile.k + strip, layer.k_size, prepared.q_int8 + head * kMaxHead,
-            s + head * kTile + strip * kStrip, tile.v + strip);
+            s + head * kTile + strip * kStrip, ahead + strip);
     });
     for (int i = 0; i < tile.strips; ++i) {
         float scale[kStrip];
@@ -421,7 +421,7 @@ inline void int4_query(const Layer &layer, const uint16_t *scales, Prepared &pre
 }
 
 inline void int4_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
-                        int group, float *s) {
+                        int group, float *s, const uint8_t *const *ahead) {
     for (int first = 0, end; first < tile.strips; first = end) {
         const uint8_t *own = tile.strip[first].group;
         for (end = first + 1; end < tile.strips && tile.strip[end].group == own;) ++end;
@@ -431,7 +431,7 @@ inline void int4_scores(const Layer &layer, const Tile &tile, Prepared &prepared
             int4_k<decltype(heads)::count, decltype(panels)::count>(
                 tile.k + strip, layer.k_size, prepared.q_int4 + head * kMaxHead,
                 prepared.q_step + head * kBlocks, prepared.q_shift + head,
-                s + head * kTile + strip * kStrip, tile.v + strip);
+                s + head * kTile + strip * kStrip, ahead + strip);
         });
     }
 }
@@ -484,27 +484,30 @@ inline void int4_values(const Layer &layer, const Tile &tile, Prepared &prepared
 
 #endif
 
-// s[g][token] of a tile for one query token, while V of this tile comes from memory.
-inline void tile_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
-                        int group, float *s, float *keys) {
+// s[g][token] of a tile for one query token, while the next tile comes from memory.
+inline void tile_scores(const Layer &layer, const Tile &tile, const Tile &next, Prepared &prepared,
+                        const float *q, int group, float *s, float *keys) {
+    const uint8_t *ahead[kTileStrips];
+    for (int i = 0; i < tile.strips; ++i) ahead[i] = i < next.strips ? next.k[i] : tile.k[i];
+
     if (tile.codec <= KVC_EXACT) {
         switch (layer.dtype) {
             case KVC_F32:
-                float_scores<F32>(tile.k, tile.strips, layer.k_size, q, group, s, tile.v);
+                float_scores<F32>(tile.k, tile.strips, layer.k_size, q, group, s, ahead);
                 break;
             case KVC_BF16:
-                float_scores<BF16>(tile.k, tile.strips, layer.k_size, q, group, s, tile.v);
+                float_scores<BF16>(tile.k, tile.strips, layer.k_size, q, group, s, ahead);
                 break;
-            default: float_scores<F16>(tile.k, tile.strips, layer.k_size, q, group, s, tile.v);
+            default: float_scores<F16>(tile.k, tile.strips, layer.k_size, q, group, s, ahead);
         }
         return;
     }
 #if defined(__AVX2__)
     (void)keys;
     if (tile.codec == KVC_INT8)
-        int8_scores(layer, tile, prepared, q, group, s);
+        int8_scores(layer, tile, prepared, q, group, s, ahead);
     else
-        int4_scores(layer, tile, prepared, q, group, s);
+        int4_scores(layer, tile, prepared, q, group, s, ahead);
 #else
     (void)prepared;
     const uint8_t *expanded[kTileStrips];
@@ -517,12 +520,11 @@ inline void tile_scores(const Layer &layer, const Tile &tile, Prepared &prepared
 #endif
 }
 
-// sums[g][channel] = sums * decay + weights times V, while K of the next tile comes from memory.
-// Overwrites p.
+// sums[g][channel] = sums * decay + weights times V, likewise. Overwrites p.
 inline void tile_values(const Layer &layer, const Tile &tile, const Tile &next, Prepared &prepared,
                         float *p, const float *decay, int group, float *sums, float *values) {
     const uint8_t *ahead[kTileStrips];
-    for (int i = 0; i < tile.strips; ++i) ahead[i] = i < next.strips ? next.k[i] : tile.v[i];
+    for (int i = 0; i < tile.strips; ++i) ahead[i] = i < next.strips ? next.v[i] : tile.v[i];
     if (tile.codec <= KVC_EXACT) {
         const int n = tile.strips, size = layer.v_size, stride = layer.v_padded;
         switch (layer.dtype) {

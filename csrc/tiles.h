@@ -28,23 +28,20 @@ class Tiles {
   public:
     Tiles(const Layer &layer, const kvc_batch &batch, int seq, int head, int tail_tokens,
           int64_t first, int64_t last)
-        : layer_(layer), directory_(batch.directory), head_(head), tail_tokens_(tail_tokens),
-          table_(batch.tail_table + seq * batch.tail_stride), left_(last - first) {
+        : layer_(layer), directory_(batch.directory), head_(head),
+          table_(batch.tail_table + seq * batch.tail_stride), tail_tokens_(tail_tokens),
+          left_(last - first) {
         if (directory_.begin != nullptr) {
             entry_ = directory_.begin[seq * directory_.stride + head];
             end_ = directory_.end[seq * directory_.stride + head];
         }
         // Skip `first` strips, whole pages at a time.
-        while (entry_ < end_) {
+        for (; entry_ < end_; ++entry_) {
             const int strips = (directory_.count[entry_] + kStrip - 1) / kStrip;
             if (first < strips) break;
             first -= strips;
-            ++entry_;
         }
-        if (entry_ < end_)
-            strip_ = static_cast<int>(first);
-        else
-            tail_ = first * kStrip;
+        open(first);
     }
 
     // False when there are no more tokens.
@@ -52,77 +49,89 @@ class Tiles {
         tile.strips = 0;
         tile.bias = false;
         while (tile.strips < kTileStrips && left_ > 0) {
-            if (entry_ < end_) {
-                if (strip_ * kStrip >= directory_.count[entry_]) {
+            if (tokens_ <= 0) {  // the page is at its end
+                if (entry_ < end_) {
                     ++entry_;
-                    strip_ = 0;
+                    open(0);
                     continue;
                 }
-                const int codec = directory_.codec[entry_];
-                if (tile.strips == 0)
-                    tile.codec = codec;
-                else if (tile.codec != codec && (codec > KVC_EXACT || tile.codec > KVC_EXACT))
-                    break;
-                tile.strip[tile.strips] = compressed(codec);
-                ++strip_;
-            } else {
                 if (tail_ >= tail_tokens_) break;
-                if (tile.strips == 0)
-                    tile.codec = KVC_RAW;
-                else if (tile.codec > KVC_EXACT)
-                    break;
-                tile.strip[tile.strips] = tail();
-                tail_ += kStrip;
+                open(tail_ / kStrip);
             }
-            const Strip &strip = tile.strip[tile.strips];
+            if (tile.strips == 0)
+                tile.codec = codec_;
+            else if (tile.codec != codec_ && (codec_ > KVC_EXACT || tile.codec > KVC_EXACT))
+                break;
+            Strip &strip = tile.strip[tile.strips];
+            strip.k = k_;
+            strip.v = k_ + at_->v;
+            strip.group = group_;
+            strip.place = place_;
+            strip.count = tokens_ < kStrip ? tokens_ : kStrip;
+            strip.tail = tail_;
+            strip.bias = bias_;
             tile.k[tile.strips] = strip.k;
             tile.v[tile.strips] = strip.v;
-            tile.bias |= strip.bias != nullptr;
+            tile.bias |= bias_ != nullptr;
             ++tile.strips;
             --left_;
+            step();
         }
         return tile.strips != 0;
     }
 
   private:
-    Strip compressed(int codec) const {
-        const uint8_t *page = layer_.page(directory_.page[entry_]);
-        const PageLayout &at = layer_.layout[codec];
-        const int first = strip_ * kStrip;
-        Strip strip{};
-        strip.k = page + at.strip_at(strip_);
-        strip.v = strip.k + at.v;
-        strip.group = page + at.group_at(strip_);
-        strip.place = strip_ % at.group_strips;
-        strip.count = least(directory_.count[entry_] - first, kStrip);
-        strip.tail = -1;
-        if (directory_.bias != nullptr && directory_.bias[entry_] >= 0)
-            strip.bias = directory_.log_bias + directory_.bias[entry_] + first;
-        return strip;
+    // At strip `first` of the entry, or of the tail after the last one.
+    void open(int64_t first) {
+        const uint8_t *page;
+        bias_ = nullptr;
+        tail_ = -1;
+        if (entry_ < end_) {
+            codec_ = directory_.codec[entry_];
+            page = layer_.page(directory_.page[entry_]);
+            tokens_ = directory_.count[entry_] - static_cast<int>(first) * kStrip;
+            if (directory_.bias != nullptr && directory_.bias[entry_] >= 0)
+                bias_ = directory_.log_bias + directory_.bias[entry_] + first * kStrip;
+        } else {
+            codec_ = KVC_RAW;
+            tail_ = static_cast<int>(first) * kStrip;
+            tokens_ = 0;
+            if (tail_ >= tail_tokens_) return;
+            const int block = tail_ / layer_.block_size, place = tail_ % layer_.block_size;
+            page = layer_.page(layer_.tail_page(table_[block], head_));
+            tokens_ = least(layer_.block_size - place, tail_tokens_ - tail_);
+            first = place / kStrip;
+        }
+        at_ = &layer_.layout[codec_];
+        group_ = page + at_->group_at(first);
+        k_ = page + at_->strip_at(first);
+        place_ = static_cast<int>(first % at_->group_strips);
     }
 
-    Strip tail() const {
-        const int64_t block = table_[tail_ / layer_.block_size];
-        const int64_t place = tail_ % layer_.block_size / kStrip;
-        const uint8_t *page = layer_.page(layer_.tail_page(block, head_));
-        const PageLayout &at = layer_.layout[KVC_RAW];
-        Strip strip{};
-        strip.k = page + at.strip_at(place);
-        strip.v = strip.k + at.v;
-        strip.count = static_cast<int>(least<int64_t>(tail_tokens_ - tail_, kStrip));
-        strip.tail = static_cast<int>(tail_);
-        return strip;
+    void step() {
+        tokens_ -= kStrip;
+        if (tail_ >= 0) tail_ += kStrip;
+        if (bias_ != nullptr) bias_ += kStrip;
+        k_ += at_->strip;
+        if (++place_ == at_->group_strips) {
+            place_ = 0;
+            group_ = k_;
+            k_ += at_->header;
+        }
     }
 
     const Layer &layer_;
     const kvc_directory &directory_;
-    int head_;
-    int64_t tail_tokens_;
+    const int head_;
     const int32_t *table_;
+    const int tail_tokens_;
     int64_t left_;
     int32_t entry_ = 0, end_ = 0;
-    int strip_ = 0;
-    int64_t tail_ = 0;
+    // The next strip.
+    int codec_, place_, tokens_, tail_;
+    const PageLayout *at_;
+    const uint8_t *group_, *k_;
+    const float *bias_;
 };
 
 }  // namespace kvc::KVC_NAMESPACE

@@ -56,8 +56,9 @@ class TokenItem:
     def encode(cls, item: Item, tokenizer: Any) -> TokenItem:
         """Encodes piece by piece, so that every mode and every peer sees the same tokens."""
 
-        def ids(text: str) -> list[int]:
-            return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+        def ids(text: str, first: bool = False) -> list[int]:
+            # Models with a token for the beginning need it there, and nowhere else.
+            return list(tokenizer.encode(text, add_special_tokens=first)) if text else []
 
         turns = []
         for number, turn in enumerate(item.turns):
@@ -69,7 +70,7 @@ class TokenItem:
             turns.append(
                 TokenTurn(ids(turn.question), ids(turn.lead), answer, rival[0] if rival else None)
             )
-        return cls(item.task, item.index, ids(item.context), turns)
+        return cls(item.task, item.index, ids(item.context, first=True), turns)
 
     def prompt(self, mode: str) -> list[int]:
         """What is read before compaction: the context, and in mode "question_before" the first

@@ -15,8 +15,8 @@ class Words:
         self.ids: dict[str, int] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        assert not add_special_tokens
-        return [self.ids.setdefault(w, len(self.ids)) for w in text.split()]
+        begin = ["<begin>"] * add_special_tokens
+        return [self.ids.setdefault(w, len(self.ids)) for w in [*begin, *text.split()]]
 
 
 def item() -> TokenItem:
@@ -32,6 +32,7 @@ def test_the_question_is_read_or_forced_and_only_answers_count() -> None:
     before, after = it.forced("question_before"), it.forced("question_after")
     assert it.prompt("question_before") == it.context + it.turns[0].question
     assert it.prompt("question_after") == it.context
+    assert it.context[0] not in it.context[1:] + before[0], "the beginning is marked once"
     assert after[0] == it.turns[0].question + before[0], "both modes force the same tokens"
     for tokens, scored, rivals in (before, after):
         answers = [t for t, wanted in zip(tokens, scored, strict=True) if wanted]
