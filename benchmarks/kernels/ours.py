@@ -172,7 +172,8 @@ class OursInt8Evicted(OursInt8):
 class OursInt4(Ours):
     """Every token in 4 bits."""
 
-    name, codec, tolerance = "kvcrush-int4", "int4", 1e-2
+    # Queries and weights are rounded to 8 bits for the integer products.
+    name, codec, tolerance = "kvcrush-int4", "int4", 3e-2
 
 
 class OursInt4Evicted(OursInt4):

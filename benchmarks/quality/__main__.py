@@ -30,7 +30,7 @@ from benchmarks.quality.summary import (
     verdict_rows,
     verdict_table,
 )
-from benchmarks.report import Run, arguments, progress, say
+from benchmarks.report import Run, arguments, environment, progress, say
 
 POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4")
 FULL = "none"
@@ -62,6 +62,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", type=words, help="else kvpress,openvino (quick: none)")
     parser.add_argument(
         "--peer-per-task", type=int, default=2, help="items a task that peers get; they are slow"
+    )
+    parser.add_argument(
+        "--peer-budgets", type=int, default=2, help="how many of the budgets, from the first"
     )
     parser.add_argument("--longbench", type=pathlib.Path, help="folder with LongBench's *.jsonl")
     parser.add_argument("--ruler", type=pathlib.Path, help="folder with RULER's */validation.jsonl")
@@ -147,7 +150,8 @@ class Bench:
                             reference = results
                         for item, result, full in zip(group, results, reference, strict=True):
                             self._record(item, context, mode, policy, budget, result, full)
-                            kept[item.task, item.index, mode, budget] = result["kept"]
+                            if policy not in CODECS:
+                                kept[item.task, item.index, mode, budget] = result["kept"]
                         bar.update()
                     if self._engine is not None:
                         self._engine.forget()
@@ -234,7 +238,7 @@ class Bench:
         """The same items at the same number of kept tokens through another project."""
         from benchmarks.quality import peers
 
-        budgets = [b for b in self.args.budgets if b != 1.0]
+        budgets = self.args.budgets[: self.args.peer_budgets]
         jobs, stored = [], {}
         for item in items:
             step = f"{context}/{name}/{item.task}/{item.index}"
@@ -252,7 +256,12 @@ class Bench:
                 }
             jobs.append({"task": item.task, "index": item.index, "modes": modes})
         if jobs:
-            job = {"model": self.model, "threads": 1, "presses": list(peers.PRESSES), "items": jobs}
+            job = {
+                "model": self.model,
+                "threads": _threads(),
+                "presses": list(peers.PRESSES),
+                "items": jobs,
+            }
             with progress(None, f"{name}, {context} tokens", len(jobs)) as bar:
                 arrived: dict[tuple[str, int], list[dict[str, Any]]] = {}
 
@@ -298,6 +307,10 @@ class Bench:
         budget = 1.0 if full else next(b for b in self.args.budgets if str(b) == found["budget"])
         setting = Setting(found["policy"], found.get("codec") or "raw", budget, context, mode)
         self.records.append(Record(setting, item.task, item.index, out))
+
+
+def _threads() -> int:
+    return int(environment()["threads"])
 
 
 def main() -> None:
