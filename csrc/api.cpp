@@ -86,8 +86,8 @@ int check_layer(const kvc_layer *given, Layer &layer) {
     if (layer.first_page < 0 || layer.block_pages - layer.first_page < layer.num_kv_heads)
         return fail("pages %d to %d of a block of %d pages", layer.first_page,
                     layer.first_page + layer.num_kv_heads, layer.block_pages);
-    const int64_t bytes = int64_t{layer.block_size} * (layer.k_size + layer.v_size) *
-                          dtype_bytes(layer.dtype);
+    const int64_t bytes =
+        int64_t{layer.block_size} * (layer.k_size + layer.v_size) * dtype_bytes(layer.dtype);
     if (layer.page_bytes != bytes)
         return fail("page_bytes is %lld, %lld expected", static_cast<long long>(layer.page_bytes),
                     static_cast<long long>(bytes));
@@ -173,8 +173,7 @@ bool put_positions(const Layer &layer, int codec, uint8_t *page, int count,
 
 void get_positions(const Layer &layer, int codec, const uint8_t *page, int first, int count,
                    int32_t *positions) {
-    const uint16_t *low =
-        reinterpret_cast<const uint16_t *>(page + layer.layout[codec].positions);
+    const uint16_t *low = reinterpret_cast<const uint16_t *>(page + layer.layout[codec].positions);
     PageHeader header;
     std::memcpy(&header, page + layer.page_bytes - sizeof header, sizeof header);
     int steps = 0;
@@ -262,10 +261,9 @@ int attention(const Layer &layer, const kvc_batch &batch, const void *query, int
     call.arrived = arrived_memory.data();
     // Some 50 microseconds: waking a second thread would cost as much as it saves.
     const bool alone = work < 128;
-    const bool done = each(items, kernel.attention_scratch(layer), alone,
-                           [&](int64_t item, uint8_t *memory) {
-                               kernel.attention(call, item, memory);
-                           });
+    const bool done =
+        each(items, kernel.attention_scratch(layer), alone,
+             [&](int64_t item, uint8_t *memory) { kernel.attention(call, item, memory); });
     return done ? 0 : no_memory();
 }
 
@@ -277,12 +275,12 @@ int store(const Layer &layer, int64_t rows, const void *key, int64_t key_stride,
             return fail("slot %lld is outside the cache of %lld slots",
                         static_cast<long long>(slots[i]), static_cast<long long>(end));
     constexpr int64_t kRows = 32;
-    const bool done = each((rows + kRows - 1) / kRows, 0, rows < 2 * kRows,
-                           [&](int64_t item, uint8_t *) {
-                               const int64_t last = (item + 1) * kRows;
-                               kernels()->store(layer, item * kRows, last < rows ? last : rows, key,
-                                                key_stride, value, value_stride, slots);
-                           });
+    const bool done =
+        each((rows + kRows - 1) / kRows, 0, rows < 2 * kRows, [&](int64_t item, uint8_t *) {
+            const int64_t last = (item + 1) * kRows;
+            kernels()->store(layer, item * kRows, last < rows ? last : rows, key, key_stride, value,
+                             value_stride, slots);
+        });
     return done ? 0 : no_memory();
 }
 
@@ -350,8 +348,8 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
         if (positions != nullptr) {
             if (entry >= entries) {
                 for (int i = 0; i < batch; ++i)
-                    positions[done + i] = static_cast<int32_t>(
-                        source.request.tail_position + (start - page_start) + places[i]);
+                    positions[done + i] = static_cast<int32_t>(source.request.tail_position +
+                                                               (start - page_start) + places[i]);
             } else if (!positions_kept(codec)) {
                 return false;
             } else {
@@ -498,8 +496,7 @@ KVC_EXPORT int kvc_encode(const kvc_layer *given, int32_t codec, int64_t page, i
                           const float *key, const float *value, const int32_t *positions) {
     return guarded([&] {
         Layer layer;
-        if (check_layer(given, layer) != 0 || check_page(layer, page, codec, count) != 0)
-            return -1;
+        if (check_layer(given, layer) != 0 || check_page(layer, page, codec, count) != 0) return -1;
         uint8_t *to = layer.pool + page * layer.page_bytes;
         if (positions_kept(codec)) {
             if (positions == nullptr && count != 0)
@@ -516,8 +513,7 @@ KVC_EXPORT int kvc_decode(const kvc_layer *given, int32_t codec, int64_t page, i
                           float *key, float *value, int32_t *positions) {
     return guarded([&] {
         Layer layer;
-        if (check_layer(given, layer) != 0 || check_page(layer, page, codec, count) != 0)
-            return -1;
+        if (check_layer(given, layer) != 0 || check_page(layer, page, codec, count) != 0) return -1;
         const uint8_t *from = layer.page(page);
         if (positions != nullptr) {
             if (!positions_kept(codec)) return fail("raw pages have no positions");

@@ -149,7 +149,7 @@ int64_t strips_of(const Attention &call, int seq, int head, int64_t tail_tokens)
 
 // Places arrays one after the other in a worker's memory.
 class Arena {
-  public:
+   public:
     explicit Arena(uint8_t *base) : at_(base) {}
     template <class T>
     T *take(int64_t count) {
@@ -157,9 +157,11 @@ class Arena {
         at_ += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
         return result;
     }
-    const uint8_t *end() const { return at_; }
+    const uint8_t *end() const {
+        return at_;
+    }
 
-  private:
+   private:
     uint8_t *at_;
 };
 
@@ -196,8 +198,8 @@ int items_rows(const Layer &layer) {
 size_t attention_scratch(const Layer &layer) {
     Memory unused;
     // Offsets from an arbitrary aligned address: nothing is touched.
-    return static_cast<size_t>(Memory::lay_out(
-        layer, items_rows(layer) * layer.group, reinterpret_cast<uint8_t *>(64), unused));
+    return static_cast<size_t>(Memory::lay_out(layer, items_rows(layer) * layer.group,
+                                               reinterpret_cast<uint8_t *>(64), unused));
 }
 
 int64_t partial_floats(const Layer &layer) {
@@ -232,8 +234,7 @@ void attend_one(const Attention &call, int seq, int head, int64_t first, int64_t
     clear(rows, layer.v_padded);
     const float factor = layer.scale * kLog2e;
     for (int g = 0; g < group; ++g) {
-        const int64_t at =
-            row * call.query_stride + (int64_t{head} * group + g) * layer.k_size;
+        const int64_t at = row * call.query_stride + (int64_t{head} * group + g) * layer.k_size;
         for (int c = 0; c < layer.k_size; ++c)
             m.query[g * kMaxHead + c] = load_scalar(call.query, at + c, call.query_dtype) * factor;
     }

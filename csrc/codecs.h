@@ -216,7 +216,9 @@ struct Prepared {
         q_shift = floats(group);
         p_shift = floats(group);
     }
-    void begin() { has_int8 = false; }
+    void begin() {
+        has_int8 = false;
+    }
 };
 
 template <class S, int G>
@@ -236,14 +238,14 @@ void v_heads(const uint8_t *const *strip, int strips, int v_size, const float *p
     constexpr int NP = panels_at_once(G), panel_bytes = kStrip * 16 * S::lane_bytes / S::rows;
     int c = 0;
     for (; c + 16 * NP <= v_size; c += 16 * NP)
-        multiply_v<S, 16, G, NP, kTile, 1, true>(strip, strips, int64_t{c / 16} * panel_bytes, p, decay,
-                                           out + c, out_stride, ahead);
+        multiply_v<S, 16, G, NP, kTile, 1, true>(strip, strips, int64_t{c / 16} * panel_bytes, p,
+                                                 decay, out + c, out_stride, ahead);
     for (; c + 16 <= v_size; c += 16)
-        multiply_v<S, 16, G, 1, kTile, 1, true>(strip, strips, int64_t{c / 16} * panel_bytes, p, decay,
-                                          out + c, out_stride, ahead);
+        multiply_v<S, 16, G, 1, kTile, 1, true>(strip, strips, int64_t{c / 16} * panel_bytes, p,
+                                                decay, out + c, out_stride, ahead);
     if (c < v_size)
-        multiply_v<S, 8, G, 1, kTile, 1, true>(strip, strips, int64_t{c / 16} * panel_bytes, p, decay,
-                                         out + c, out_stride, ahead);
+        multiply_v<S, 8, G, 1, kTile, 1, true>(strip, strips, int64_t{c / 16} * panel_bytes, p,
+                                               decay, out + c, out_stride, ahead);
 }
 
 // Calls use(std::integral_constant-like tag, first head) for runs of at most kMostHeads heads.
@@ -257,19 +259,36 @@ KVC_INLINE void each_heads(int heads, F use) {
     for (int first = 0, run = 0; run < runs; ++run) {
         const int size = (heads - first) / (runs - run);
         switch (size) {
-            case 1: use(Heads<1>{}, first); break;
-            case 2: use(Heads<2>{}, first); break;
-            case 3: use(Heads<3>{}, first); break;
+            case 1:
+                use(Heads<1>{}, first);
+                break;
+            case 2:
+                use(Heads<2>{}, first);
+                break;
+            case 3:
+                use(Heads<3>{}, first);
+                break;
 #if defined(__AVX2__)
-            case 4: use(Heads<4>{}, first); break;
-            case 5: use(Heads<5>{}, first); break;
-            case 6: use(Heads<6>{}, first); break;
+            case 4:
+                use(Heads<4>{}, first);
+                break;
+            case 5:
+                use(Heads<5>{}, first);
+                break;
+            case 6:
+                use(Heads<6>{}, first);
+                break;
 #endif
 #if defined(__AVX512F__)
-            case 7: use(Heads<7>{}, first); break;
-            case 8: use(Heads<8>{}, first); break;
+            case 7:
+                use(Heads<7>{}, first);
+                break;
+            case 8:
+                use(Heads<8>{}, first);
+                break;
 #endif
-            default: __builtin_unreachable();
+            default:
+                __builtin_unreachable();
         }
         first += size;
     }
@@ -360,8 +379,7 @@ inline void int8_scores(const Layer &layer, const Tile &tile, Prepared &prepared
 // Weights times V scales are codes relative to the tile's own largest: relative to anything
 // larger, a sink token would round all others away.
 inline void int8_values(const Layer &layer, const Tile &tile, Prepared &prepared, float *p,
-                        const float *decay, int group, float *sums,
-                        const uint8_t *const *ahead) {
+                        const float *decay, int group, float *sums, const uint8_t *const *ahead) {
     const int n = tile.strips * kStrip;
     load_v_scales(layer, tile, prepared.v_scale);
     for (int g = 0; g < group; ++g) {
@@ -396,10 +414,10 @@ inline void int4_query(const Layer &layer, const uint16_t *scales, Prepared &pre
                 // The last eight of a head size that is no multiple of 16 stand alone.
                 const bool whole = c + W <= last;
                 const vf x = whole ? vload(own + c) : vload_lanes<8>(own + c);
-                const vf zero = whole ? vload(prepared.k_zero + c)
-                                      : vload_lanes<8>(prepared.k_zero + c);
-                const vf folded = vmul(x, whole ? vload(prepared.k_scale + c)
-                                                : vload_lanes<8>(prepared.k_scale + c));
+                const vf zero =
+                    whole ? vload(prepared.k_zero + c) : vload_lanes<8>(prepared.k_zero + c);
+                const vf folded = vmul(
+                    x, whole ? vload(prepared.k_scale + c) : vload_lanes<8>(prepared.k_scale + c));
                 vstore(prepared.folded + c, folded);
                 peak = vmax(peak, vabs(folded));
                 shift = vfma(x, zero, shift);
@@ -439,14 +457,13 @@ inline void int4_scores(const Layer &layer, const Tile &tile, Prepared &prepared
 // Before rounding, every weight of a block gets another part of a step: those too small to count
 // one by one still count together.
 alignas(64) inline constexpr float kDither[kBlock] = {
-    -.484375f, .015625f,  -.234375f, .265625f,  -.359375f, .140625f,  -.109375f, .390625f,
-    -.421875f, .078125f,  -.171875f, .328125f,  -.296875f, .203125f,  -.046875f, .453125f,
-    -.453125f, .046875f,  -.203125f, .296875f,  -.328125f, .171875f,  -.078125f, .421875f,
-    -.390625f, .109375f,  -.140625f, .359375f,  -.265625f, .234375f,  -.015625f, .484375f};
+    -.484375f, .015625f, -.234375f, .265625f, -.359375f, .140625f, -.109375f, .390625f,
+    -.421875f, .078125f, -.171875f, .328125f, -.296875f, .203125f, -.046875f, .453125f,
+    -.453125f, .046875f, -.203125f, .296875f, -.328125f, .171875f, -.078125f, .421875f,
+    -.390625f, .109375f, -.140625f, .359375f, -.265625f, .234375f, -.015625f, .484375f};
 
 inline void int4_values(const Layer &layer, const Tile &tile, Prepared &prepared, const float *p,
-                        const float *decay, int group, float *sums,
-                        const uint8_t *const *ahead) {
+                        const float *decay, int group, float *sums, const uint8_t *const *ahead) {
     const int n = tile.strips * kStrip;
     load_v_scales(layer, tile, prepared.v_scale);
     for (int g = 0; g < group; ++g) {
@@ -472,14 +489,13 @@ inline void int4_values(const Layer &layer, const Tile &tile, Prepared &prepared
         }
         prepared.p_shift[g] = 7.5f * vhsum(shift);
     }
-    each_v_run(layer.v_size, group,
-               [&](auto heads, auto panels, auto lanes, int channel, int head) {
-                   int4_v<decltype(lanes)::count, decltype(heads)::count, decltype(panels)::count>(
-                       tile.v, tile.strips, int64_t{channel} * kStrip / 2,
-                       prepared.p_int4 + head * kTile, prepared.p_step + head * kBlocks,
-                       prepared.p_shift + head, decay + head,
-                       sums + int64_t{head} * layer.v_padded + channel, layer.v_padded, ahead);
-               });
+    each_v_run(
+        layer.v_size, group, [&](auto heads, auto panels, auto lanes, int channel, int head) {
+            int4_v<decltype(lanes)::count, decltype(heads)::count, decltype(panels)::count>(
+                tile.v, tile.strips, int64_t{channel} * kStrip / 2, prepared.p_int4 + head * kTile,
+                prepared.p_step + head * kBlocks, prepared.p_shift + head, decay + head,
+                sums + int64_t{head} * layer.v_padded + channel, layer.v_padded, ahead);
+        });
 }
 
 #endif
@@ -498,7 +514,8 @@ inline void tile_scores(const Layer &layer, const Tile &tile, const Tile &next, 
             case KVC_BF16:
                 float_scores<BF16>(tile.k, tile.strips, layer.k_size, q, group, s, ahead);
                 break;
-            default: float_scores<F16>(tile.k, tile.strips, layer.k_size, q, group, s, ahead);
+            default:
+                float_scores<F16>(tile.k, tile.strips, layer.k_size, q, group, s, ahead);
         }
         return;
     }
@@ -534,7 +551,8 @@ inline void tile_values(const Layer &layer, const Tile &tile, const Tile &next, 
             case KVC_BF16:
                 float_values<BF16>(tile.v, n, size, p, decay, group, sums, stride, ahead);
                 break;
-            default: float_values<F16>(tile.v, n, size, p, decay, group, sums, stride, ahead);
+            default:
+                float_values<F16>(tile.v, n, size, p, decay, group, sums, stride, ahead);
         }
         return;
     }
@@ -564,12 +582,14 @@ inline void block_scores(const Tile &tile, const float *q, int rows, int channel
     int i = 0;
     for (; i + NP <= tile.strips; i += NP)
         for (int r = 0; r < rows; r += kItemPad)
-            multiply_k<F32, kItemPad, NP, 1, kItemPad, false>(tile.k + i, channels, q + int64_t{r} * channels,
-                                                       s + r * kTile + i * kStrip, nullptr);
+            multiply_k<F32, kItemPad, NP, 1, kItemPad, false>(tile.k + i, channels,
+                                                              q + int64_t{r} * channels,
+                                                              s + r * kTile + i * kStrip, nullptr);
     for (; i < tile.strips; ++i)
         for (int r = 0; r < rows; r += kItemPad)
-            multiply_k<F32, kItemPad, 1, 1, kItemPad, false>(tile.k + i, channels, q + int64_t{r} * channels,
-                                                      s + r * kTile + i * kStrip, nullptr);
+            multiply_k<F32, kItemPad, 1, 1, kItemPad, false>(tile.k + i, channels,
+                                                             q + int64_t{r} * channels,
+                                                             s + r * kTile + i * kStrip, nullptr);
 }
 inline void block_values(const Tile &tile, const float *p, int rows, int v_size, const float *decay,
                          float *sums, int64_t stride) {

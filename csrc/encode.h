@@ -209,8 +209,7 @@ uint16_t int4_vector(const float *y, int size, uint8_t *code) {
         const float inverse = 1 / scale;
         float dot = 0, norm = 0, error = 0;
         for (int c = 0; c < size; ++c) {
-            const float level =
-                __builtin_nearbyintf(clamp(y[c] * inverse + 7.5f, 0, 15)) - 7.5f;
+            const float level = __builtin_nearbyintf(clamp(y[c] * inverse + 7.5f, 0, 15)) - 7.5f;
             dot += y[c] * level;
             norm += level * level;
             error += (y[c] - scale * level) * (y[c] - scale * level);
@@ -220,8 +219,7 @@ uint16_t int4_vector(const float *y, int size, uint8_t *code) {
     const uint16_t scale = float_to_half(least(best, 65504.0f));
     const float rounded = half_to_float(scale), inverse = rounded > 0 ? 1 / rounded : 0;
     for (int c = 0; c < size; ++c)
-        code[c] = static_cast<uint8_t>(
-            __builtin_nearbyintf(clamp(y[c] * inverse + 7.5f, 0, 15)));
+        code[c] = static_cast<uint8_t>(__builtin_nearbyintf(clamp(y[c] * inverse + 7.5f, 0, 15)));
     return scale;
 }
 
@@ -246,12 +244,15 @@ void encode_int4_values(const Layer &layer, uint8_t *page, int count, const floa
 void encode(const Layer &layer, int codec, uint8_t *page, int count, const float *key,
             const float *value) {
     switch (codec) {
-        case KVC_INT8: encode_int8(layer, page, count, key, value); break;
+        case KVC_INT8:
+            encode_int8(layer, page, count, key, value);
+            break;
         case KVC_INT4:
             encode_int4_keys(layer, page, count, key);
             encode_int4_values(layer, page, count, value);
             break;
-        default: encode_raw(layer, codec, page, count, key, value);
+        default:
+            encode_raw(layer, codec, page, count, key, value);
     }
 }
 
@@ -272,9 +273,9 @@ void decode_token(const Layer &layer, int codec, const uint8_t *page, int i, flo
     } else if (codec == KVC_INT4) {
         if (key != nullptr)
             for (int c = 0; c < k_size; ++c)
-                key[c] = half_to_float(scale[k_size + c]) +
-                         half_to_float(scale[c]) *
-                             static_cast<float>(get_nibble(k + k_nibble(c, t), c));
+                key[c] =
+                    half_to_float(scale[k_size + c]) +
+                    half_to_float(scale[c]) * static_cast<float>(get_nibble(k + k_nibble(c, t), c));
         if (value != nullptr) {
             const int group = at.group_strips * kStrip;
             const float s_v = half_to_float(scale[2 * k_size + i % group]);

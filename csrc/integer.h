@@ -54,8 +54,7 @@ KVC_INLINE void store_int16(int16_t *to, vf x) {
                         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
 }
 KVC_INLINE void store_int8(int8_t *to, vf x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(to),
-                     _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 #else
 KVC_INLINE vi ivset(int32_t x) {
@@ -237,12 +236,12 @@ void int4_k(const uint8_t *const *strip, int channels, const int8_t *q, const fl
         }
         repeat<G>(KVC_LAMBDA(g) {
             const vf factor = vset(step[g * kBlocks]);
-            repeat<N>(KVC_LAMBDA(v) { acc[g][v] = vfma(bytes_total(sum[g][v]), factor, acc[g][v]); });
+            repeat<N>(
+                KVC_LAMBDA(v) { acc[g][v] = vfma(bytes_total(sum[g][v]), factor, acc[g][v]); });
         });
     }
-    repeat<G>(KVC_LAMBDA(g) {
-        repeat<N>(KVC_LAMBDA(v) { vstore(s + g * kTile + v * W, acc[g][v]); });
-    });
+    repeat<G>(
+        KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { vstore(s + g * kTile + v * W, acc[g][v]); }); });
 }
 
 // out[g * out_stride + lane] = out * decay[g] + sums - shift[g].
@@ -254,9 +253,8 @@ void int4_v(const uint8_t *const *strip, int strips, int64_t offset, const int8_
     vf acc[G][N];
     repeat<G>(KVC_LAMBDA(g) {
         const vf start = vset(-shift[g]), old = vset(decay[g]);
-        repeat<N>(KVC_LAMBDA(v) {
-            acc[g][v] = vfma(vload(out + g * out_stride + v * W), old, start);
-        });
+        repeat<N>(
+            KVC_LAMBDA(v) { acc[g][v] = vfma(vload(out + g * out_stride + v * W), old, start); });
     });
     for (int i = 0; i < strips; i += 2, ++step) {
         vi sum[G][N];
@@ -274,7 +272,8 @@ void int4_v(const uint8_t *const *strip, int strips, int64_t offset, const int8_
         }
         repeat<G>(KVC_LAMBDA(g) {
             const vf factor = vset(step[g * kBlocks]);
-            repeat<N>(KVC_LAMBDA(v) { acc[g][v] = vfma(bytes_total(sum[g][v]), factor, acc[g][v]); });
+            repeat<N>(
+                KVC_LAMBDA(v) { acc[g][v] = vfma(bytes_total(sum[g][v]), factor, acc[g][v]); });
         });
     }
     repeat<G>(KVC_LAMBDA(g) {

@@ -15,8 +15,12 @@ struct Layer : kvc_layer {
     int64_t capacity[KVC_CODECS];
     PageLayout layout[KVC_CODECS];
 
-    const uint8_t *page(int64_t index) const { return pool + index * page_bytes; }
-    int64_t pages() const { return num_blocks * block_pages; }
+    const uint8_t *page(int64_t index) const {
+        return pool + index * page_bytes;
+    }
+    int64_t pages() const {
+        return num_blocks * block_pages;
+    }
     int64_t tail_page(int64_t block, int head) const {
         return block * block_pages + first_page + head;
     }
@@ -34,9 +38,9 @@ struct Attention {
     float *lse;
     int64_t query_stride, out_stride;
     int32_t query_dtype, out_dtype;
-    int32_t block_rows;         // query tokens of an item of several
-    const int64_t *first_item;  // [num_seqs + 1]
-    float *partial;             // of split sequences
+    int32_t block_rows;            // query tokens of an item of several
+    const int64_t *first_item;     // [num_seqs + 1]
+    float *partial;                // of split sequences
     const int64_t *first_partial;  // [num_seqs], in floats
     int32_t *arrived;              // [num_seqs, num_kv_heads], zero: splits that are done
 };

@@ -10,14 +10,10 @@ namespace kvc {
 
 extern const Kernels KVC_TABLE;
 const Kernels KVC_TABLE = {
-    KVC_TEXT(KVC_NAMESPACE),
-    KVC_NAMESPACE::attention_scratch,
-    KVC_NAMESPACE::items_rows,
-    KVC_NAMESPACE::partial_floats,
-    KVC_NAMESPACE::attention,
-    KVC_NAMESPACE::store,
-    KVC_NAMESPACE::encode,
-    KVC_NAMESPACE::decode,
+    KVC_TEXT(KVC_NAMESPACE),   KVC_NAMESPACE::attention_scratch,
+    KVC_NAMESPACE::items_rows, KVC_NAMESPACE::partial_floats,
+    KVC_NAMESPACE::attention,  KVC_NAMESPACE::store,
+    KVC_NAMESPACE::encode,     KVC_NAMESPACE::decode,
 };
 
 }  // namespace kvc

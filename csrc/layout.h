@@ -67,8 +67,12 @@ struct PageLayout {
     int64_t positions;     // of a page before them
     int64_t end;           // bytes of everything but the PageHeader
 
-    constexpr int64_t group() const { return header + group_strips * strip; }
-    constexpr int64_t group_at(int64_t index) const { return index / group_strips * group(); }
+    constexpr int64_t group() const {
+        return header + group_strips * strip;
+    }
+    constexpr int64_t group_at(int64_t index) const {
+        return index / group_strips * group();
+    }
     constexpr int64_t strip_at(int64_t index) const {
         return group_at(index) + header + index % group_strips * strip;
     }
@@ -79,8 +83,7 @@ constexpr PageLayout page_layout(int codec, int64_t capacity, int k_size, int v_
     const int bits = codec == KVC_INT8 ? 8 : codec == KVC_INT4 ? 4 : 8 * dtype_bytes(dtype);
     at.group_strips = codec == KVC_INT4 ? 4 : 1;
     if (codec == KVC_INT8) at.header = 2 * 2 * kStrip;
-    if (codec == KVC_INT4)
-        at.header = (int64_t{2} * 2 * k_size + 2 * 4 * kStrip + 63) / 64 * 64;
+    if (codec == KVC_INT4) at.header = (int64_t{2} * 2 * k_size + 2 * 4 * kStrip + 63) / 64 * 64;
     at.v = int64_t{kStrip} * k_size * bits / 8;
     at.strip = at.v + int64_t{kStrip} * v_size * bits / 8;
     const int64_t strips = capacity / kStrip;

@@ -47,7 +47,9 @@ constexpr int vectors(int lanes) {
 // that GCC takes for an array in memory cost more than the arithmetic.
 template <int I>
 struct Constant {
-    constexpr operator int() const { return I; }
+    constexpr operator int() const {
+        return I;
+    }
 };
 template <int N, int I = 0, class F>
 KVC_INLINE void repeat(F &&use) {
@@ -114,9 +116,8 @@ void multiply_k(const uint8_t *const *strip, int channels, const float *q, float
     repeat<NP>(KVC_LAMBDA(j) { panel[j] = strip[j], ahead[j] = fetch ? next[j] : nullptr; });
     repeat<G>(KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { acc[g][v] = vzero(); }); });
     multiply<S, kStrip, G, NP, GS, RS, fetch>(acc, panel, channels, q, ahead);
-    repeat<G>(KVC_LAMBDA(g) {
-        repeat<N>(KVC_LAMBDA(v) { vstore(s + g * kTile + v * W, acc[g][v]); });
-    });
+    repeat<G>(
+        KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { vstore(s + g * kTile + v * W, acc[g][v]); }); });
 }
 
 // Adds NP panels of channels, over `strips` V strips, to out[g * out_stride + lane] times decay[g].

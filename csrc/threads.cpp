@@ -20,8 +20,7 @@ struct OpenMP {
 
 bool resolve(void *library, OpenMP &found) {
     // Both GNU's and LLVM's (Intel's) runtime export these names.
-    found.parallel =
-        reinterpret_cast<decltype(found.parallel)>(dlsym(library, "GOMP_parallel"));
+    found.parallel = reinterpret_cast<decltype(found.parallel)>(dlsym(library, "GOMP_parallel"));
     found.max_threads =
         reinterpret_cast<decltype(found.max_threads)>(dlsym(library, "omp_get_max_threads"));
     found.in_parallel =
@@ -62,7 +61,9 @@ struct Scratch {
     uint8_t *data = nullptr;
     size_t size = 0;
 
-    ~Scratch() { std::free(data); }
+    ~Scratch() {
+        std::free(data);
+    }
     uint8_t *get(size_t wanted) {
         if (wanted > size) {
             std::free(data);

@@ -25,11 +25,14 @@ struct Tile {
 
 // Walks strips [first, last) of a (sequence, head).
 class Tiles {
-  public:
+   public:
     Tiles(const Layer &layer, const kvc_batch &batch, int seq, int head, int tail_tokens,
           int64_t first, int64_t last)
-        : layer_(layer), directory_(batch.directory), head_(head),
-          table_(batch.tail_table + seq * batch.tail_stride), tail_tokens_(tail_tokens),
+        : layer_(layer),
+          directory_(batch.directory),
+          head_(head),
+          table_(batch.tail_table + seq * batch.tail_stride),
+          tail_tokens_(tail_tokens),
           left_(last - first) {
         if (directory_.begin != nullptr) {
             entry_ = directory_.begin[seq * directory_.stride + head];
@@ -80,7 +83,7 @@ class Tiles {
         return tile.strips != 0;
     }
 
-  private:
+   private:
     // At strip `first` of the entry, or of the tail after the last one.
     void open(int64_t first) {
         const uint8_t *page;

@@ -573,8 +573,8 @@ def _fake(*_: Any, **__: Any) -> None:
     """Both ops only write into an argument."""
 
 
-_ops = torch.library.Library("kvcrush", "DEF")
+_ops = torch.library.Library("kvcrush", "DEF")  # type: ignore[no-untyped-call]
 for _name, _run in (("paged_attention", _op_attention), ("store", _op_store)):
-    _ops.define(_name + _SCHEMAS[_name])
-    _ops.impl(_name, _run, "CPU")
+    _ops.define(_name + _SCHEMAS[_name])  # type: ignore[no-untyped-call]
+    _ops.impl(_name, _run, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"kvcrush::{_name}", _fake, lib=_ops)

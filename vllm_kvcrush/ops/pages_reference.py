@@ -48,7 +48,7 @@ def int4_keys(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Codes [n, D] in 0..15, scales and zeros [n, D]; x ≈ zeros + codes * scales.
     """
     codes, scales, zeros = [], [], []
-    for group in x.split(GROUP):
+    for group in x.split(GROUP):  # type: ignore[no-untyped-call]
         zero = _half(group.amin(0))
         scale = _half((group.amax(0) - zero) / 15)
         codes.append(((group - zero) * _inverse(scale)).clamp(0, 15).round())
@@ -77,7 +77,8 @@ def rotation(size: int) -> Tensor:
         hadamard = torch.cat(
             [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
         )
-    blocks = torch.block_diag(*[hadamard / math.sqrt(block)] * (size // block))
+    stack = [hadamard / math.sqrt(block)] * (size // block)
+    blocks: Tensor = torch.block_diag(*stack)  # type: ignore[no-untyped-call]
     return blocks * signs(size)
 
 
