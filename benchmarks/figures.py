@@ -39,7 +39,7 @@ def digest(path: pathlib.Path) -> str:
 
 def draw(name: str, result: pathlib.Path, target: pathlib.Path) -> pathlib.Path | None:
     """Draws benchmark `name` from `result` as SVG; None if nothing is to be drawn from it."""
-    import matplotlib
+    import matplotlib.pyplot
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kvcrush", "font.size": 9})
@@ -52,11 +52,11 @@ def draw(name: str, result: pathlib.Path, target: pathlib.Path) -> pathlib.Path 
     return target
 
 
-def _panels(count: int) -> tuple[Any, list[Any]]:
+def _panels(count: int, sharey: bool = True) -> tuple[Any, list[Any]]:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        1, count, figsize=(4.4 * count, 3.6), sharey=True, layout="constrained", squeeze=False
+        1, count, figsize=(4.4 * count, 3.6), sharey=sharey, layout="constrained", squeeze=False
     )
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
@@ -77,9 +77,12 @@ def _quality(result: pathlib.Path) -> Any:
         names = sorted({r["policy"] for r in here if r["budget"] != 1.0}, key=_ours_first)
         for name in names:
             points = sorted(
-                (100 / value[name, b, "bytes_ratio"]["value"], r)
-                for (p, b, metric), r in value.items()
-                if p == name and metric == "delta_nll" and b != 1.0
+                (
+                    (100 / value[name, b, "bytes_ratio"]["value"], r)
+                    for (p, b, metric), r in value.items()
+                    if p == name and metric == "delta_nll" and b != 1.0
+                ),
+                key=lambda point: point[0],
             )
             if not points:
                 continue
@@ -108,7 +111,7 @@ def _serving(result: pathlib.Path) -> Any:
     """Peak running requests and tokens a second of each workload, plain and policy."""
     metrics = (("peak_running", "peak running requests"), ("output_tokens_per_s", "tokens / s"))
     found = rows(result)
-    figure, axes = _panels(len(metrics))
+    figure, axes = _panels(len(metrics), sharey=False)
     loads = list(
         dict.fromkeys((r["task"], r["mode"]) for r in found if r["metric"] == "peak_running")
     )
@@ -129,7 +132,6 @@ def _serving(result: pathlib.Path) -> Any:
         axis.set_title(title)
         labels = [f"{task}\n{mode}".replace("_", " ") for task, mode in loads]
         axis.set_xticks(range(len(loads)), labels, fontsize=6, rotation=30, ha="right")
-        axis.sharey(axis)
     axes[0].legend(fontsize=7, frameon=False)
     return figure
 
