@@ -1,4 +1,6 @@
 // The C interface: checks what it is given, then shares out the work.
+#include <sys/mman.h>
+
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
@@ -362,6 +364,20 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
     return true;
 }
 
+// Tokens on their way from one page to another; kept, because fresh pages cost as much as the move.
+struct Moved {
+    std::unique_ptr<float[]> data;
+    size_t size = 0;
+
+    bool reserve(size_t wanted) {
+        if (wanted <= size && data != nullptr) return true;
+        data.reset(new (std::nothrow) float[wanted + 1]);
+        size = data != nullptr ? wanted : 0;
+        return data != nullptr;
+    }
+};
+thread_local Moved moved_memory;
+
 int compact(const Layer &layer, const kvc_request &request, const int64_t *slots,
             const int64_t *slot_start, const kvc_directory &target) {
     const Source source{layer, request};
@@ -392,10 +408,10 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
     const size_t total = static_cast<size_t>(slot_start[heads] - slot_start[0]);
     const int64_t base = slot_start[0];
     // All is read before anything is written, so that targets may be sources.
-    std::unique_ptr<float[]> key(new (std::nothrow) float[total * layer.k_size + 1]);
-    std::unique_ptr<float[]> value(new (std::nothrow) float[total * layer.v_size + 1]);
-    std::unique_ptr<int32_t[]> positions(new (std::nothrow) int32_t[total + 1]);
-    if (key == nullptr || value == nullptr || positions == nullptr) return no_memory();
+    if (!moved_memory.reserve(total * (static_cast<size_t>(layer.k_size + layer.v_size) + 1)))
+        return no_memory();
+    float *key = moved_memory.data.get(), *value = key + total * layer.k_size;
+    int32_t *positions = reinterpret_cast<int32_t *>(value + total * layer.v_size);
     std::atomic<int> bad{0};
     const int64_t n = static_cast<int64_t>(pieces.size());
     bool done = each(n, 0, total < 256, [&](int64_t i, uint8_t *) {
@@ -403,8 +419,8 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
         const int64_t at = piece.first - base;
         const bool wanted = positions_kept(target.codec[piece.entry]);
         if (!read_slots(source, piece.head, slots + piece.first, 0, piece.count,
-                        key.get() + at * layer.k_size, value.get() + at * layer.v_size,
-                        wanted ? positions.get() + at : nullptr))
+                        key + at * layer.k_size, value + at * layer.v_size,
+                        wanted ? positions + at : nullptr))
             bad = 1;
     });
     if (!done) return no_memory();
@@ -414,14 +430,88 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
         const int64_t at = piece.first - base;
         const int codec = target.codec[piece.entry], count = static_cast<int>(piece.count);
         uint8_t *page = layer.pool + target.page[piece.entry] * layer.page_bytes;
-        if (positions_kept(codec) &&
-            !put_positions(layer, codec, page, count, positions.get() + at))
+        if (positions_kept(codec) && !put_positions(layer, codec, page, count, positions + at))
             bad = 2;
-        kernels()->encode(layer, codec, page, count, key.get() + at * layer.k_size,
-                          value.get() + at * layer.v_size);
+        kernels()->encode(layer, codec, page, count, key + at * layer.k_size,
+                          value + at * layer.v_size);
     });
     if (!done) return no_memory();
     if (bad != 0) return fail("positions within a page do not ascend, or span 983040 or more");
+    return 0;
+}
+
+// out[i] = mean or maximum of in[i - half ... i + half], cut at the edges.
+void pool_row(const float *in, int64_t n, int64_t size, bool maximum, float *out) {
+    const int64_t half = size / 2;
+    if (!maximum) {
+        double sum = 0;
+        for (int64_t i = 0; i < (half < n ? half : n); ++i) sum += in[i];
+        for (int64_t i = 0; i < n; ++i) {
+            if (i + half < n) sum += in[i + half];
+            if (i - half > 0) sum -= in[i - half - 1];
+            const int64_t first = i - half > 0 ? i - half : 0;
+            const int64_t last = i + half < n ? i + half : n - 1;
+            out[i] = static_cast<float>(sum / static_cast<double>(last - first + 1));
+        }
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) out[i] = in[i];
+    for (int64_t shift = 1; shift <= half; ++shift) {
+        for (int64_t i = 0; i + shift < n; ++i)
+            out[i] = in[i + shift] > out[i] ? in[i + shift] : out[i];
+        for (int64_t i = shift; i < n; ++i)
+            out[i] = in[i - shift] > out[i] ? in[i - shift] : out[i];
+    }
+}
+
+int window_scores(const Layer &layer, const kvc_request &request, const void *query, int32_t dtype,
+                  int64_t head_stride, int64_t row_stride, const kvc_scoring &scoring,
+                  int64_t candidates, float *out) {
+    const Source source{layer, request};
+    int64_t longest = 0;
+    for (int h = 0; h < layer.num_kv_heads; ++h) {
+        const int64_t held = source.tokens(h);
+        longest = held > longest ? held : longest;
+        if (held < candidates)
+            return fail("%lld candidates among the %lld slots of head %d",
+                        static_cast<long long>(candidates), static_cast<long long>(held), h);
+    }
+    // The shapes of a batch of one.
+    kvc_batch batch{};
+    batch.num_seqs = 1;
+    batch.tail_length = &request.tail_length;
+    batch.tail_table = request.tail_table;
+    batch.directory = request.directory;
+    const Kernels &kernel = *kernels();
+    const size_t scratch = kernel.window_scratch(layer, batch, scoring.window);
+    const size_t whole = static_cast<size_t>(layer.num_heads) * static_cast<size_t>(longest);
+    std::unique_ptr<float[]> weights(new (std::nothrow) float[whole + 1]);
+    std::unique_ptr<float[]> pooled(
+        new (std::nothrow) float[static_cast<size_t>(layer.num_heads * candidates) + 1]);
+    if (weights == nullptr || pooled == nullptr) return no_memory();
+    const int bytes = dtype_bytes(dtype);
+    float *rows = scoring.reduce == 0 ? out : pooled.get();
+    bool done = each(layer.num_heads, scratch, longest < 512, [&](int64_t h, uint8_t *memory) {
+        float *own = weights.get() + h * longest;
+        kernel.window_weights(
+            layer, batch, static_cast<const uint8_t *>(query) + h * head_stride * bytes, dtype,
+            row_stride, scoring.window, static_cast<int>(h), scoring.factor, own, memory);
+        pool_row(own, candidates, scoring.pool, scoring.pool_max != 0, rows + h * candidates);
+    });
+    if (!done) return no_memory();
+    if (scoring.reduce == 0) return 0;
+    const float share = 1.0f / static_cast<float>(layer.group);
+    for (int64_t h = 0; h < layer.num_kv_heads; ++h) {
+        const float *from = rows + h * layer.group * candidates;
+        float *to = out + h * candidates;
+        for (int64_t i = 0; i < candidates; ++i) to[i] = from[i];
+        for (int64_t g = 1; g < layer.group; ++g) {
+            from += candidates;
+            for (int64_t i = 0; i < candidates; ++i)
+                to[i] = scoring.reduce == 1 ? to[i] + from[i] : (from[i] > to[i] ? from[i] : to[i]);
+        }
+        for (int64_t i = 0; scoring.reduce == 1 && i < candidates; ++i) to[i] *= share;
+    }
     return 0;
 }
 
@@ -551,4 +641,80 @@ KVC_EXPORT int kvc_read(const kvc_layer *given, const kvc_request *source, int32
             return fail("raw compressed pages have no positions");
         return 0;
     });
+}
+
+KVC_EXPORT int kvc_window_scores(const kvc_layer *given, const kvc_request *source,
+                                 const void *query, int32_t query_dtype, int64_t head_stride,
+                                 int64_t row_stride, const kvc_scoring *scoring, int64_t candidates,
+                                 float *out) {
+    return guarded([&] {
+        Layer layer;
+        if (check_layer(given, layer) != 0 || check_request(layer, *source) != 0) return -1;
+        if (query_dtype < KVC_F32 || query_dtype > KVC_F16)
+            return fail("dtype %d of the queries", query_dtype);
+        if (scoring->window < 1 || scoring->window > source->tail_length)
+            return fail("a window of %d queries in a tail of %d tokens", scoring->window,
+                        source->tail_length);
+        if (scoring->pool < 1 || scoring->pool % 2 == 0 || scoring->reduce < 0 ||
+            scoring->reduce > 2 || candidates < 0)
+            return fail("pool %d, reduce %d, %lld candidates", scoring->pool, scoring->reduce,
+                        static_cast<long long>(candidates));
+        return window_scores(layer, *source, query, query_dtype, head_stride, row_stride, *scoring,
+                             candidates, out);
+    });
+}
+
+KVC_EXPORT int kvc_top_mask(int64_t rows, int64_t n, const float *scores, int64_t keep,
+                            uint8_t *mask) {
+    return guarded([&] {
+        if (keep < 0 || keep > n)
+            return fail("cannot keep %lld of %lld slots", static_cast<long long>(keep),
+                        static_cast<long long>(n));
+        const bool done = each(rows, 0, rows * n < 65536, [&](int64_t row, uint8_t *) {
+            top_row(scores + row * n, n, keep, mask + row * n);
+        });
+        return done ? 0 : no_memory();
+    });
+}
+
+KVC_EXPORT int kvc_represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bits,
+                             const uint8_t *anchor, int64_t heads, uint8_t *mask, int64_t count) {
+    return guarded([&] {
+        if (!represent(bit_heads, units, unit, bits, anchor, heads, mask, count))
+            return fail("cannot pick %lld representatives beside the important ones of %lld units",
+                        static_cast<long long>(count), static_cast<long long>(units));
+        return 0;
+    });
+}
+
+KVC_EXPORT int kvc_mask_slots(int64_t rows, int64_t n, const uint8_t *mask, int64_t count,
+                              int64_t *slots) {
+    for (int64_t row = 0; row < rows; ++row, mask += n) {
+        int64_t found = 0;
+        for (int64_t i = 0; i < n; ++i) found += mask[i] != 0;
+        if (found != count)
+            return fail("a mask marks %lld slots, not %lld", static_cast<long long>(found),
+                        static_cast<long long>(count));
+        for (int64_t i = 0; i < n; ++i)
+            if (mask[i] != 0) *slots++ = i;
+    }
+    return 0;
+}
+
+KVC_EXPORT void kvc_huge_pages(void *memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
+    const uintptr_t last =
+        (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+    if (first >= last) return;
+    void *whole = reinterpret_cast<void *>(first);
+    if (madvise(whole, last - first, MADV_HUGEPAGE) != 0) return;
+    // What is there already is moved at once; kernels before 6.1 do it when they find time.
+    constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
+    (void)madvise(whole, last - first, kCollapse);
+#else
+    (void)memory;
+    (void)bytes;
+#endif
 }

@@ -185,7 +185,7 @@ struct Memory {
         m.scores = arena.take<float>(padded * kTile);
         m.spare = arena.take<uint8_t>(kTileStrips * layer.layout[KVC_RAW].strip);
         m.keys = arena.take<float>(int64_t{kTile} * layer.k_size);
-        m.values = arena.take<float>(int64_t{kTile} * layer.v_padded);
+        m.values = arena.take<float>(int64_t{kTile} * layer.v_padded + 16);
         m.prepared.take(arena, layer);
         return arena.end() - base;
     }
@@ -206,20 +206,28 @@ int64_t partial_floats(const Layer &layer) {
     return int64_t{layer.group} * (layer.v_padded + 2);
 }
 
-// Points the tile at floats: at the page itself where it holds float32.
-void expand_tile(const Layer &layer, Tile &tile, Memory &m) {
+// Points the tile's K at floats: at the page itself where it holds float32.
+void expand_keys(const Layer &layer, Tile &tile, Memory &m) {
+    if (tile.codec <= KVC_EXACT && layer.dtype == KVC_F32) return;
     for (int i = 0; i < tile.strips; ++i) {
-        const Strip &strip = tile.strip[i];
         float *keys = m.keys + i * kStrip * layer.k_size;
-        float *values = m.values + int64_t{i} * kStrip * layer.v_size;
-        if (tile.codec <= KVC_EXACT) {
-            if (layer.dtype == KVC_F32) return;
-            expand_raw(strip.k, keys, kStrip, layer.k_size, layer.dtype);
-            expand_raw_v(tile.v[i], values, layer.v_size, layer.dtype);
-        } else {
-            expand_codec(layer, tile.codec, strip, keys, values);
-        }
+        if (tile.codec <= KVC_EXACT)
+            expand_raw(tile.k[i], keys, kStrip, layer.k_size, layer.dtype);
+        else
+            expand_codec(layer, tile.codec, tile.strip[i], keys, nullptr);
         tile.k[i] = reinterpret_cast<const uint8_t *>(keys);
+    }
+}
+
+// The same for V.
+void expand_values(const Layer &layer, Tile &tile, Memory &m) {
+    if (tile.codec <= KVC_EXACT && layer.dtype == KVC_F32) return;
+    for (int i = 0; i < tile.strips; ++i) {
+        float *values = m.values + int64_t{i} * kStrip * layer.v_size;
+        if (tile.codec <= KVC_EXACT)
+            expand_raw_v(tile.v[i], values, layer.v_size, layer.dtype);
+        else
+            expand_codec(layer, tile.codec, tile.strip[i], nullptr, values);
         tile.v[i] = reinterpret_cast<const uint8_t *>(values);
     }
 }
@@ -235,8 +243,11 @@ void attend_one(const Attention &call, int seq, int head, int64_t first, int64_t
     const float factor = layer.scale * kLog2e;
     for (int g = 0; g < group; ++g) {
         const int64_t at = row * call.query_stride + (int64_t{head} * group + g) * layer.k_size;
+        float *to = m.query + g * kMaxHead;
         for (int c = 0; c < layer.k_size; ++c)
-            m.query[g * kMaxHead + c] = load_scalar(call.query, at + c, call.query_dtype) * factor;
+            to[c] = load_scalar(call.query, at + c, call.query_dtype) * factor;
+        // Integer kernels read whole blocks of 32 channels.
+        for (int c = layer.k_size; c < (layer.k_size + 31) / 32 * 32; ++c) to[c] = 0;
     }
     m.prepared.begin();
     const int tail = call.batch->tail_length[seq];
@@ -352,7 +363,8 @@ void prefill_item(const Attention &call, int seq, int64_t item, int64_t blocks, 
     while (tiles.next(tile)) {
         const bool partial = has_partial_strip(tile);
         if (partial && tile.codec <= KVC_EXACT) complete_strips(layer, tile, m.spare);
-        expand_tile(layer, tile, m);
+        expand_keys(layer, tile, m);
+        expand_values(layer, tile, m);
         block_scores(tile, m.query, rows.count, layer.k_size, m.scores);
         const Strip &end = tile.strip[tile.strips - 1];
         const bool mask = partial || (end.tail >= 0 && end.tail + kStrip > seen);

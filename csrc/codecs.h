@@ -38,26 +38,35 @@ constexpr bool rotates_v(int codec) {
     return codec == KVC_INT4;
 }
 
-// Orthonormal Hadamard transforms, then the signs: the inverse of what encoding did.
+// Signs of the rotation of V, channel by channel.
+struct Signs {
+    float of[kMaxHead] = {};
+    constexpr Signs() {
+        for (int c = 0; c < kMaxHead; ++c) of[c] = rotation_sign(c);
+    }
+};
+alignas(64) inline constexpr Signs kSigns{};
+
+// Orthonormal Hadamard transforms over blocks of rotation_block(size); `x` may be written up to the
+// next multiple of 16.
 inline void hadamard(float *x, int size) {
-    const int block = rotation_block(size);
-    for (int first = 0; first < size; first += block)
-        for (int half = 1; half < block; half *= 2)
-            for (int i = first; i < first + block; i += 2 * half)
-                for (int j = i; j < i + half; ++j) {
-                    const float a = x[j], b = x[j + half];
-                    x[j] = a + b;
-                    x[j + half] = a - b;
-                }
-    const float factor = 1 / __builtin_sqrtf(static_cast<float>(block));
-    for (int c = 0; c < size; ++c) x[c] *= factor;
+    const int block = rotation_block(size), within = least(block, W);
+    const vf factor = vset(1 / __builtin_sqrtf(static_cast<float>(block)));
+    for (int c = 0; c < size; c += W) vstore(x + c, vmul(vhadamard(vload(x + c), within), factor));
+    for (int half = W; half < block; half *= 2)
+        for (int first = 0; first < size; first += 2 * half)
+            for (int c = first; c < first + half; c += W) {
+                const vf a = vload(x + c), b = vload(x + c + half);
+                vstore(x + c, vadd(a, b));
+                vstore(x + c + half, vsub(a, b));
+            }
 }
 inline void rotate_back(float *x, int size) {
     hadamard(x, size);
-    for (int c = 0; c < size; ++c) x[c] *= rotation_sign(c);
+    for (int c = 0; c < size; ++c) x[c] *= kSigns.of[c];
 }
 inline void rotate(float *x, int size) {
-    for (int c = 0; c < size; ++c) x[c] *= rotation_sign(c);
+    for (int c = 0; c < size; ++c) x[c] *= kSigns.of[c];
     hadamard(x, size);
 }
 
@@ -130,65 +139,76 @@ inline void expand_raw_v(const uint8_t *from, float *to, int v_size, int dtype) 
     }
 }
 
+#define KVC_ROW [&](int row, int l, vf code) __attribute__((always_inline))
+
+// Rows of a panel of codes as floats: use(row, first lane, codes) for each vector of lanes.
+template <int lanes, class F>
+KVC_INLINE void each_int8_row(const uint8_t *panel, int rows, F use) {
+    constexpr int width = lanes < W ? lanes : W;
+    for (int r = 0; r < rows; r += 2)
+        for (int l = 0; l < lanes; l += width) {
+            const vi pairs = vload_words16<width>(panel + r * lanes + 2 * l);
+            use(r, l, to_float(vright_signed(vleft(pairs, 24), 24)));
+            use(r + 1, l, to_float(vright_signed(vleft(pairs, 16), 24)));
+        }
+}
+template <int lanes, class F>
+KVC_INLINE void each_int4_row(const uint8_t *panel, int rows, F use) {
+    constexpr int width = lanes < W ? lanes : W;
+    for (int r = 0; r < rows; r += 8)
+        for (int l = 0; l < lanes; l += width) {
+            const vi eight = vload_words<width>(panel + r / 2 * lanes + 4 * l);
+            repeat<8>(KVC_LAMBDA(k) {
+                use(r + k, l, to_float(vand(vright(eight, k % 4 * 8 + k / 4 * 4), 15)));
+            });
+        }
+}
+
 // Any quantised strip as floats, each part unless null; V stays rotated where the codec rotates it.
+// A vector of the last 8 channels of V may write 8 floats more.
 inline void expand_codec(const Layer &layer, int codec, const Strip &strip, float *keys,
                          float *values) {
     const int k_size = layer.k_size, v_size = layer.v_size;
-    const uint16_t *k_scale = k_scales(strip), *v_scale = v_scales(layer, codec, strip);
-    if (codec == KVC_INT8) {
-        if (keys != nullptr) {
-            float scale[kStrip];
-            for (int t = 0; t < kStrip; ++t) scale[t] = half_to_float(k_scale[t]);
-            const int8_t *code = reinterpret_cast<const int8_t *>(strip.k);
-            for (int c = 0; c < k_size; ++c)
-                for (int t = 0; t < kStrip; ++t)
-                    keys[c * kStrip + t] = scale[t] * code[c / 2 * 32 + 2 * t + c % 2];
-        }
-        if (values != nullptr) {
-            const int8_t *code = reinterpret_cast<const int8_t *>(strip.v);
-            each_panel(v_size, [&](int, int, int lanes) {
-                for (int t = 0; t < kStrip; ++t) {
-                    const float scale = t < strip.count ? half_to_float(v_scale[t]) : 0.0f;
-                    for (int l = 0; l < lanes; ++l)
-                        values[t * lanes + l] = scale * code[t / 2 * 2 * lanes + 2 * l + t % 2];
-                }
-                code += kStrip * lanes;
-                values += kStrip * lanes;
+    const uint16_t *k_scale = k_scales(strip);
+    if (keys != nullptr && codec == KVC_INT8) {
+        vf scale[kStrip / W];
+        for (int l = 0; l < kStrip; l += W)
+            scale[l / W] = vload_half<W>(reinterpret_cast<const uint8_t *>(k_scale + l));
+        each_int8_row<kStrip>(
+            strip.k, k_size,
+            KVC_ROW { vstore(keys + row * kStrip + l, vmul(code, scale[l / W])); });
+    } else if (keys != nullptr) {
+        each_int4_row<kStrip>(
+            strip.k, k_size, KVC_ROW {
+                const vf scale = vset(half_to_float(k_scale[row]));
+                const vf zero = vset(half_to_float(k_scale[k_size + row]));
+                vstore(keys + row * kStrip + l, vfma(code, scale, zero));
             });
-        }
-    } else {
-        if (keys != nullptr) {
-            for (int c = 0; c < k_size; ++c) {
-                const float scale = half_to_float(k_scale[c]);
-                const float zero = half_to_float(k_scale[k_size + c]);
-                const int shift = c % 8 / 4 * 4;
-                const uint8_t *code = strip.k + c / 8 * 64 + c % 4;
-                for (int t = 0; t < kStrip; ++t)
-                    keys[c * kStrip + t] =
-                        zero + scale * static_cast<float>(code[4 * t] >> shift & 15);
-            }
-        }
-        if (values != nullptr) {
-            const uint8_t *code = strip.v;
-            each_panel(v_size, [&](int, int, int lanes) {
-                for (int t = 0; t < kStrip; ++t) {
-                    const float scale = t < strip.count ? half_to_float(v_scale[t]) : 0.0f;
-                    const int shift = t % 8 / 4 * 4;
-                    const uint8_t *row = code + t / 8 * 4 * lanes + t % 4;
-                    for (int l = 0; l < lanes; ++l)
-                        values[t * lanes + l] =
-                            scale * (static_cast<float>(row[4 * l] >> shift & 15) - 7.5f);
-                }
-                code += kStrip / 2 * lanes;
-                values += kStrip * lanes;
-            });
-        }
     }
+    if (values == nullptr) return;
+    const uint16_t *v_scale = v_scales(layer, codec, strip);
+    float scale[kStrip] = {};  // 0 where there is no token
+    for (int t = 0; t < strip.count; ++t) scale[t] = half_to_float(v_scale[t]);
+    const uint8_t *panel = strip.v;
+    each_panel(v_size, [&](int, int, int lanes) {
+        const auto int8_row = KVC_ROW {
+            vstore(values + row * lanes + l, vmul(code, vset(scale[row])));
+        };
+        const auto int4_row = KVC_ROW {
+            vstore(values + row * lanes + l, vmul(vsub(code, vset(7.5f)), vset(scale[row])));
+        };
+        if (codec == KVC_INT8 && lanes == 16) each_int8_row<16>(panel, kStrip, int8_row);
+        if (codec == KVC_INT8 && lanes == 8) each_int8_row<8>(panel, kStrip, int8_row);
+        if (codec == KVC_INT4 && lanes == 16) each_int4_row<16>(panel, kStrip, int4_row);
+        if (codec == KVC_INT4 && lanes == 8) each_int4_row<8>(panel, kStrip, int4_row);
+        panel += kStrip * lanes / (codec == KVC_INT8 ? 1 : 2);
+        values += kStrip * lanes;
+    });
 }
 
 // What codecs derive from the query of one token, and from the weights of a tile.
 struct Prepared {
-    float *folded, *k_scale, *k_zero;  // [kMaxHead]
+    float *k_scale, *k_middle;         // [kMaxHead]
     float *v_scale;                    // [kTile]
     int16_t *q_int8, *p_int8;          // [group][kMaxHead], [group][kTile]
     float *q_int8_step, *p_int8_step;  // [group]
@@ -201,9 +221,8 @@ struct Prepared {
     void take(Arena &arena, const Layer &layer) {
         const int64_t group = layer.group;
         const auto floats = [&](int64_t n) { return arena.template take<float>(n + 16); };
-        folded = floats(kMaxHead);
         k_scale = floats(kMaxHead);
-        k_zero = floats(kMaxHead);
+        k_middle = floats(kMaxHead);
         v_scale = floats(kTile);
         q_int8 = arena.template take<int16_t>(group * kMaxHead + 16);
         p_int8 = arena.template take<int16_t>(group * kTile + 16);
@@ -398,42 +417,35 @@ inline void int8_values(const Layer &layer, const Tile &tile, Prepared &prepared
 }
 
 // The scales of a group's channels go into the query, which becomes bytes anew for each group, with
-// a step for every 32 channels. What rounding does to 7.5 of each code, the middle, is taken back.
+// a step for every 32 channels. Codes count from their middle: 7.5 of each is moved to the shift,
+// exactly for the query and as rounded for its bytes.
 inline void int4_query(const Layer &layer, const uint16_t *scales, Prepared &prepared,
                        const float *q, int group) {
-    const int size = layer.k_size;
-    load_halves(scales, size, prepared.k_scale);
-    load_halves(scales + size, size, prepared.k_zero);
+    const int size = layer.k_size, padded = (size + kBlock - 1) / kBlock * kBlock;
+    float *scale = prepared.k_scale, *middle = prepared.k_middle;
+    load_halves(scales, size, scale);
+    load_halves(scales + size, size, middle);
+    for (int c = size; c < padded; ++c) scale[c] = middle[c] = 0;
+    for (int c = 0; c < padded; c += W)
+        vstore(middle + c, vfma(vload(scale + c), vset(7.5f), vload(middle + c)));
     for (int g = 0; g < group; ++g) {
         const float *own = q + g * kMaxHead;
-        vf shift = vzero();
-        for (int first = 0, block = 0; first < size; first += kBlock, ++block) {
-            const int last = least(size, first + kBlock);
-            vf peak = vzero();
-            for (int c = first; c < last; c += W) {
-                // The last eight of a head size that is no multiple of 16 stand alone.
-                const bool whole = c + W <= last;
-                const vf x = whole ? vload(own + c) : vload_lanes<8>(own + c);
-                const vf zero =
-                    whole ? vload(prepared.k_zero + c) : vload_lanes<8>(prepared.k_zero + c);
-                const vf folded = vmul(
-                    x, whole ? vload(prepared.k_scale + c) : vload_lanes<8>(prepared.k_scale + c));
-                vstore(prepared.folded + c, folded);
-                peak = vmax(peak, vabs(folded));
-                shift = vfma(x, zero, shift);
-            }
-            const float largest = vhmax(peak);
-            const bool any = largest > 1e-30f;
-            const float step = any ? largest * (1 / 127.0f) : 0.0f;
-            const vf inverse = vset(any ? 127.0f / largest : 0.0f), back = vset(-step);
-            for (int c = first; c < last; c += W) {
-                const vf folded = vload(prepared.folded + c);
-                const vf code = vround(vmul(folded, inverse));
-                store_int8(prepared.q_int4 + g * kMaxHead + c, code);
-                shift = vfma(vset(7.5f), vfma(code, back, folded), shift);
-            }
+        // Apart, so that no block waits for the step of the one before.
+        vf even = vzero(), odd = vzero(), rounded = vzero();
+        for (int c = 0, block = 0; c < padded; c += kBlock, ++block) {
+            vf folded[kBlock / W];
+            repeat<kBlock / W>(KVC_LAMBDA(i) {
+                const vf x = vload(own + c + i * W);
+                folded[i] = vmul(x, vload(scale + c + i * W));
+                vf &sum = i % 2 == 0 ? even : odd;
+                sum = vfma(x, vload(middle + c + i * W), sum);
+            });
+            float step;
+            const vf sum = quantise_block<false>(folded, prepared.q_int4 + g * kMaxHead + c, step);
+            rounded = vfma(sum, vset(step), rounded);
             prepared.q_step[g * kBlocks + block] = step;
         }
+        const vf shift = vfma(rounded, vset(-7.5f), vadd(even, odd));
         prepared.q_shift[g] = vhsum(shift);
     }
 }
@@ -454,37 +466,25 @@ inline void int4_scores(const Layer &layer, const Tile &tile, Prepared &prepared
     }
 }
 
-// Before rounding, every weight of a block gets another part of a step: those too small to count
-// one by one still count together.
-alignas(64) inline constexpr float kDither[kBlock] = {
-    -.484375f, .015625f, -.234375f, .265625f, -.359375f, .140625f, -.109375f, .390625f,
-    -.421875f, .078125f, -.171875f, .328125f, -.296875f, .203125f, -.046875f, .453125f,
-    -.453125f, .046875f, -.203125f, .296875f, -.328125f, .171875f, -.078125f, .421875f,
-    -.390625f, .109375f, -.140625f, .359375f, -.265625f, .234375f, -.015625f, .484375f};
-
-inline void int4_values(const Layer &layer, const Tile &tile, Prepared &prepared, const float *p,
+inline void int4_values(const Layer &layer, const Tile &tile, Prepared &prepared, float *p,
                         const float *decay, int group, float *sums, const uint8_t *const *ahead) {
     const int n = tile.strips * kStrip;
     load_v_scales(layer, tile, prepared.v_scale);
+    if (n % kBlock != 0) {  // the last block is half empty
+        std::memset(prepared.v_scale + n, 0, sizeof(float) * kStrip);
+        for (int g = 0; g < group; ++g) std::memset(p + g * kTile + n, 0, sizeof(float) * kStrip);
+    }
     for (int g = 0; g < group; ++g) {
         vf shift = vzero();
         for (int first = 0, block = 0; first < n; first += kBlock, ++block) {
-            const int last = least(n, first + kBlock);
-            vf x[kBlock / W], peak = vzero();
-            for (int i = first, k = 0; i < last; i += W, ++k) {
-                x[k] = vmul(vload(p + g * kTile + i), vload(prepared.v_scale + i));
-                peak = vmax(peak, x[k]);
-            }
-            const float largest = vhmax(peak);
-            const bool any = largest > 1e-30f;
-            // 126.5: the dither must not carry the largest beyond 127.
-            const float step = any ? largest * (1 / 126.5f) : 0.0f;
-            const vf inverse = vset(any ? 126.5f / largest : 0.0f), factor = vset(step);
-            for (int i = first, k = 0; i < last; i += W, ++k) {
-                const vf code = vround(vfma(x[k], inverse, vload(kDither + k * W)));
-                store_int8(prepared.p_int4 + g * kTile + i, code);
-                shift = vfma(code, factor, shift);
-            }
+            vf x[kBlock / W];
+            repeat<kBlock / W>(KVC_LAMBDA(i) {
+                x[i] = vmul(vload(p + g * kTile + first + i * W),
+                            vload(prepared.v_scale + first + i * W));
+            });
+            float step;
+            const vf sum = quantise_block<true>(x, prepared.p_int4 + g * kTile + first, step);
+            shift = vfma(sum, vset(step), shift);
             prepared.p_step[g * kBlocks + block] = step;
         }
         prepared.p_shift[g] = 7.5f * vhsum(shift);

@@ -1,4 +1,5 @@
-// Writing pages and reading them back, outside attention.
+// Writing pages and reading them back, outside attention. The unit is a strip: 16 tokens whose K
+// and V come as rows of floats, or zeros where the page ends.
 #pragma once
 
 #include "codecs.h"
@@ -7,67 +8,93 @@
 namespace kvc::KVC_NAMESPACE {
 namespace {
 
-// Places of an element in a strip, counted in elements of the codec (int4: in codes).
-KVC_INLINE int64_t k_plain(int c, int t) {
-    return c * kStrip + t;
-}
-KVC_INLINE int64_t k_pairs(int c, int t) {
-    return c / 2 * 2 * kStrip + 2 * t + c % 2;
-}
-KVC_INLINE int64_t v_plain(int t, int c, int v_size) {
-    const int lanes = panel_lanes(v_size, c / 16);
-    return c / 16 * 16 * kStrip + t * lanes + c % 16;
-}
-KVC_INLINE int64_t v_pairs(int t, int c, int v_size) {
-    const int lanes = panel_lanes(v_size, c / 16);
-    return c / 16 * 16 * kStrip + t / 2 * 2 * lanes + 2 * (c % 16) + t % 2;
-}
-// Of int4, in bytes; rows 4..7 of every eight are the high halves.
-KVC_INLINE int64_t k_nibble(int c, int t) {
-    return c / 8 * 4 * kStrip + 4 * t + c % 4;
-}
-KVC_INLINE int64_t v_nibble(int t, int c, int v_size) {
-    const int lanes = panel_lanes(v_size, c / 16);
-    return c / 16 * 8 * kStrip + t / 8 * 4 * lanes + 4 * (c % 16) + t % 4;
-}
-
-KVC_INLINE void set_nibble(uint8_t *at, int row, int code) {
-    const int shift = row % 8 / 4 * 4;
-    *at = static_cast<uint8_t>((*at & (0xf0 >> shift)) | code << shift);
-}
-KVC_INLINE int get_nibble(const uint8_t *at, int row) {
-    return *at >> (row % 8 / 4 * 4) & 15;
-}
+constexpr float kHalfMax = 65504.0f;
 
 KVC_INLINE float clamp(float x, float low, float high) {
     // In this order NaN becomes `low`.
     x = x > low ? x : low;
     return x < high ? x : high;
 }
+KVC_INLINE vf vclamp(vf x, float low, float high) {
+    // vmax returns its second argument for NaN.
+    return vmin(vmax(x, vset(low)), vset(high));
+}
 
 // ------------------------------------------------------------------------------------ raw pages
+
+// One token into a strip; T is an unsigned integer as wide as an element.
+template <int dtype, class T>
+void store_token(const T *key, const T *value, int t, int k_size, int v_size, T *k, T *v) {
+    constexpr bool pairs = dtype == KVC_BF16;
+    for (int c = 0; c < k_size; ++c)
+        k[pairs ? c / 2 * 2 * kStrip + 2 * t + c % 2 : c * kStrip + t] = key[c];
+    for (int c = 0; c < v_size; ++c) {
+        const int lanes = panel_lanes(v_size, c / 16), l = c % 16, panel = c / 16 * 16 * kStrip;
+        v[panel + (pairs ? t / 2 * 2 * lanes + 2 * l + t % 2 : t * lanes + l)] = value[c];
+    }
+}
+
+// Sixteen tokens into a strip.
+template <int dtype, class T>
+void store_strip(const T *const *key, const T *const *value, int k_size, int v_size, T *k, T *v) {
+    if constexpr (dtype == KVC_F16) {
+        for (int t = 0; t < kStrip; ++t)
+            for (int c = 0; c < k_size; ++c) k[c * kStrip + t] = key[t][c];
+    } else {
+        // A word is a float32, or a pair of bfloat16 as the strip wants it.
+        const uint32_t *row[kStrip];
+        for (int t = 0; t < kStrip; ++t) row[t] = reinterpret_cast<const uint32_t *>(key[t]);
+        transpose(row, k_size * static_cast<int>(sizeof(T)) / 4, reinterpret_cast<uint32_t *>(k));
+    }
+    for (int c = 0; c < v_size; c += 16) {
+        const int lanes = panel_lanes(v_size, c / 16);
+        for (int t = 0; t < kStrip; t += 2) {
+            const T *first = value[t] + c, *second = value[t + 1] + c;
+            T *to = v + c * kStrip + t * lanes;
+            for (int l = 0; l < lanes; ++l) {
+                to[dtype == KVC_BF16 ? 2 * l : l] = first[l];
+                to[dtype == KVC_BF16 ? 2 * l + 1 : lanes + l] = second[l];
+            }
+        }
+    }
+}
 
 template <int dtype, class T>
 void store_rows(const Layer &layer, int64_t first, int64_t last, const T *key, int64_t key_stride,
                 const T *value, int64_t value_stride, const int64_t *slots) {
     const PageLayout &at = layer.layout[KVC_RAW];
-    const int k_size = layer.k_size, v_size = layer.v_size;
-    for (int64_t i = first; i < last; ++i) {
-        if (slots[i] < 0) continue;
+    // bfloat16 pairs are read as words, which odd strides would misplace.
+    const bool words = key_stride * static_cast<int64_t>(sizeof(T)) % 4 == 0 &&
+                       reinterpret_cast<uintptr_t>(key) % 4 == 0;
+    for (int64_t i = first; i < last;) {
+        if (slots[i] < 0) {
+            ++i;
+            continue;
+        }
         const int64_t block = slots[i] / layer.block_size;
         const int place = static_cast<int>(slots[i] % layer.block_size);
-        const int strip = place / kStrip, t = place % kStrip;
+        int run = 1;
+        while (run < kStrip && i + run < last && slots[i + run] == slots[i] + run) ++run;
+        const bool whole = words && run == kStrip && place % kStrip == 0;
         for (int h = 0; h < layer.num_kv_heads; ++h) {
             uint8_t *page = layer.pool + layer.tail_page(block, h) * layer.page_bytes;
-            T *k = reinterpret_cast<T *>(page + at.strip_at(strip));
-            T *v = reinterpret_cast<T *>(page + at.strip_at(strip) + at.v);
-            const T *from_k = key + i * key_stride + int64_t{h} * k_size;
-            const T *from_v = value + i * value_stride + int64_t{h} * v_size;
-            for (int c = 0; c < k_size; ++c)
-                k[dtype == KVC_BF16 ? k_pairs(c, t) : k_plain(c, t)] = from_k[c];
-            for (int c = 0; c < v_size; ++c)
-                v[dtype == KVC_BF16 ? v_pairs(t, c, v_size) : v_plain(t, c, v_size)] = from_v[c];
+            T *k = reinterpret_cast<T *>(page + at.strip_at(place / kStrip));
+            T *v = reinterpret_cast<T *>(page + at.strip_at(place / kStrip) + at.v);
+            const T *from_k = key + i * key_stride + int64_t{h} * layer.k_size;
+            const T *from_v = value + i * value_stride + int64_t{h} * layer.v_size;
+            if (whole) {
+                const T *k_rows[kStrip], *v_rows[kStrip];
+                for (int t = 0; t < kStrip; ++t) {
+                    k_rows[t] = from_k + t * key_stride;
+                    v_rows[t] = from_v + t * value_stride;
+                }
+                store_strip<dtype>(k_rows, v_rows, layer.k_size, layer.v_size, k, v);
+            } else {
+                store_token<dtype>(from_k, from_v, place % kStrip, layer.k_size, layer.v_size, k,
+                                   v);
+            }
         }
+        i += whole ? kStrip : 1;
     }
 }
 
@@ -87,155 +114,216 @@ void store(const Layer &layer, int64_t first, int64_t last, const void *key, int
         run(Heads<KVC_F16>{}, uint16_t{});
 }
 
-KVC_INLINE void put_float(uint8_t *base, int64_t index, int dtype, float x) {
-    if (dtype == KVC_F32) {
-        std::memcpy(base + 4 * index, &x, 4);
-    } else {
-        const uint16_t bits = dtype == KVC_BF16 ? float_to_bf16(x) : float_to_half(x);
-        std::memcpy(base + 2 * index, &bits, 2);
+void encode_raw(const Layer &layer, const float *const *key, const float *const *value, uint8_t *k,
+                uint8_t *v) {
+    const int k_size = layer.k_size, v_size = layer.v_size;
+    if (layer.dtype == KVC_F32) {
+        const uint32_t *k_rows[kStrip], *v_rows[kStrip];
+        for (int t = 0; t < kStrip; ++t) {
+            k_rows[t] = reinterpret_cast<const uint32_t *>(key[t]);
+            v_rows[t] = reinterpret_cast<const uint32_t *>(value[t]);
+        }
+        store_strip<KVC_F32>(k_rows, v_rows, k_size, v_size, reinterpret_cast<uint32_t *>(k),
+                             reinterpret_cast<uint32_t *>(v));
+        return;
     }
-}
-KVC_INLINE float get_float(const uint8_t *base, int64_t index, int dtype) {
-    if (dtype == KVC_F32) {
-        float x;
-        std::memcpy(&x, base + 4 * index, 4);
-        return x;
-    }
-    uint16_t bits;
-    std::memcpy(&bits, base + 2 * index, 2);
-    return dtype == KVC_BF16 ? bf16_to_float(bits) : half_to_float(bits);
-}
-
-void encode_raw(const Layer &layer, int codec, uint8_t *page, int count, const float *key,
-                const float *value) {
-    const PageLayout &at = layer.layout[codec];
-    const int k_size = layer.k_size, v_size = layer.v_size, dtype = layer.dtype;
-    for (int i = 0; i < count; ++i) {
-        uint8_t *k = page + at.strip_at(i / kStrip), *v = k + at.v;
-        const int t = i % kStrip;
-        for (int c = 0; c < k_size; ++c)
-            put_float(k, dtype == KVC_BF16 ? k_pairs(c, t) : k_plain(c, t), dtype,
-                      key[int64_t{i} * k_size + c]);
-        for (int c = 0; c < v_size; ++c)
-            put_float(v, dtype == KVC_BF16 ? v_pairs(t, c, v_size) : v_plain(t, c, v_size), dtype,
-                      value[int64_t{i} * v_size + c]);
-    }
+    alignas(64) uint16_t halves[2][kStrip][kMaxHead];
+    const uint16_t *rows[2][kStrip];
+    const bool bf16 = layer.dtype == KVC_BF16;
+    for (int side = 0; side < 2; ++side)
+        for (int t = 0; t < kStrip; ++t) {
+            const float *from = side == 0 ? key[t] : value[t];
+            uint16_t *to = halves[side][t];
+            for (int c = 0; c < (side == 0 ? k_size : v_size); ++c)
+                to[c] = bf16 ? float_to_bf16(from[c]) : float_to_half(from[c]);
+            rows[side][t] = to;
+        }
+    uint16_t *to_k = reinterpret_cast<uint16_t *>(k), *to_v = reinterpret_cast<uint16_t *>(v);
+    if (bf16)
+        store_strip<KVC_BF16>(rows[0], rows[1], k_size, v_size, to_k, to_v);
+    else
+        store_strip<KVC_F16>(rows[0], rows[1], k_size, v_size, to_k, to_v);
 }
 
 // ------------------------------------------------------------------------------------ int8 pages
 
-// The scale of one token, rounded to float16, and what to multiply by to get codes.
-KVC_INLINE uint16_t int8_scale(const float *x, int size, float &inverse) {
+// The scale of one token, rounded to float16; the result is what to multiply by to get codes.
+KVC_INLINE float int8_scale(const float *x, int size, uint16_t &scale) {
     vf peak = vzero();
     int c = 0;
-    for (; c + W <= size; c += W) peak = vmax(peak, vabs(vload(x + c)));
+    for (; c + W <= size; c += W) peak = vmax(vabs(vload(x + c)), peak);
     float largest = vhmax(peak);
     for (; c < size; ++c) largest = most(largest, __builtin_fabsf(x[c]));
-    const uint16_t scale = float_to_half(least(largest / 127, 65504.0f));
+    scale = float_to_half(least(largest / 127, kHalfMax));
     const float rounded = half_to_float(scale);
-    inverse = rounded > 0 ? 1 / rounded : 0;
-    return scale;
-}
-KVC_INLINE int8_t int8_code(float x, float inverse) {
-    return static_cast<int8_t>(__builtin_nearbyintf(clamp(x * inverse, -127, 127)));
+    return rounded > 0 ? 1 / rounded : 0;
 }
 
-void encode_int8(const Layer &layer, uint8_t *page, int count, const float *key,
-                 const float *value) {
-    const PageLayout &at = layer.layout[KVC_INT8];
+// Two rows of codes as pairs of bytes.
+KVC_INLINE vi int8_pairs(vf first, vf second) {
+    const vi low = to_int(vclamp(first, -127, 127)), high = to_int(vclamp(second, -127, 127));
+    return vor(vand(low, 255), vleft(high, 8));
+}
+
+void encode_int8(const Layer &layer, const float *const *key, const float *const *value,
+                 uint16_t *scale, uint8_t *k, uint8_t *v) {
     const int k_size = layer.k_size, v_size = layer.v_size;
-    for (int i = 0; i < count; ++i) {
-        uint8_t *strip = page + at.strip_at(i / kStrip);
-        int8_t *k = reinterpret_cast<int8_t *>(strip), *v = k + at.v;
-        uint16_t *scale = reinterpret_cast<uint16_t *>(page + at.group_at(i / kStrip));
-        const float *from_k = key + int64_t{i} * k_size, *from_v = value + int64_t{i} * v_size;
-        const int t = i % kStrip;
-        float inverse;
-        scale[t] = int8_scale(from_k, k_size, inverse);
-        for (int c = 0; c < k_size; ++c) k[k_pairs(c, t)] = int8_code(from_k[c], inverse);
-        scale[kStrip + t] = int8_scale(from_v, v_size, inverse);
-        for (int c = 0; c < v_size; ++c) v[v_pairs(t, c, v_size)] = int8_code(from_v[c], inverse);
+    alignas(64) float turned[kMaxHead * kStrip], inverse[2][kStrip];
+    for (int t = 0; t < kStrip; ++t) {
+        inverse[0][t] = int8_scale(key[t], k_size, scale[t]);
+        inverse[1][t] = int8_scale(value[t], v_size, scale[kStrip + t]);
+    }
+    const uint32_t *row[kStrip];
+    for (int t = 0; t < kStrip; ++t) row[t] = reinterpret_cast<const uint32_t *>(key[t]);
+    transpose(row, k_size, reinterpret_cast<uint32_t *>(turned));
+    for (int c = 0; c < k_size; c += 2)
+        for (int l = 0; l < kStrip; l += W) {
+            const vf by = vload(inverse[0] + l);
+            const float *x = turned + c * kStrip + l;
+            vstore_words16(k + c * kStrip + 2 * l,
+                           int8_pairs(vmul(vload(x), by), vmul(vload(x + kStrip), by)));
+        }
+    for (int c = 0; c < v_size; c += 16) {
+        const int lanes = panel_lanes(v_size, c / 16);
+        for (int t = 0; t < kStrip; t += 2) {
+            uint8_t *to = v + c * kStrip + t * lanes;
+            const vf first = vset(inverse[1][t]), second = vset(inverse[1][t + 1]);
+            if (lanes == 8 && W == 16) {
+                const vi pairs = int8_pairs(vmul(vload_lanes<8>(value[t] + c), first),
+                                            vmul(vload_lanes<8>(value[t + 1] + c), second));
+                uint8_t both[2 * W];
+                vstore_words16(both, pairs);
+                std::memcpy(to, both, 16);
+                continue;
+            }
+            for (int l = 0; l < lanes; l += W)
+                vstore_words16(to + 2 * l, int8_pairs(vmul(vload(value[t] + c + l), first),
+                                                      vmul(vload(value[t + 1] + c + l), second)));
+        }
     }
 }
 
 // ------------------------------------------------------------------------------------ int4 pages
 
-// Per channel of a group of tokens: the grid from the least to the largest of them.
-void encode_int4_keys(const Layer &layer, uint8_t *page, int count, const float *key) {
-    const PageLayout &at = layer.layout[KVC_INT4];
-    const int k_size = layer.k_size, group = at.group_strips * kStrip;
-    for (int first = 0; first < count; first += group) {
-        const int n = least(group, count - first);
-        uint16_t *scale = reinterpret_cast<uint16_t *>(page + at.group_at(first / kStrip));
-        uint16_t *zero = scale + k_size;
-        float low[kMaxHead], high[kMaxHead], inverse[kMaxHead];
-        const float *rows = key + int64_t{first} * k_size;
-        for (int c = 0; c < k_size; ++c) low[c] = high[c] = rows[c];
-        for (int i = 1; i < n; ++i)
-            for (int c = 0; c < k_size; ++c) {
-                const float x = rows[int64_t{i} * k_size + c];
-                low[c] = x < low[c] ? x : low[c];
-                high[c] = x > high[c] ? x : high[c];
-            }
+// The grid of each channel of a group, from the least to the largest of its n tokens. Returns what
+// codes are made with: (x - low) * inverse.
+void int4_grid(const float *key, int n, int k_size, uint16_t *scale, float *low, float *inverse) {
+    float high[kMaxHead];
+    for (int c = 0; c < k_size; ++c) low[c] = high[c] = key[c];
+    for (int i = 1; i < n; ++i) {
+        const float *x = key + int64_t{i} * k_size;
         for (int c = 0; c < k_size; ++c) {
-            zero[c] = float_to_half(clamp(low[c], -65504, 65504));
-            low[c] = half_to_float(zero[c]);
-            scale[c] = float_to_half(clamp((high[c] - low[c]) / 15, 0, 65504));
-            const float rounded = half_to_float(scale[c]);
-            inverse[c] = rounded > 0 ? 1 / rounded : 0;
+            low[c] = x[c] < low[c] ? x[c] : low[c];
+            high[c] = x[c] > high[c] ? x[c] : high[c];
         }
-        for (int i = 0; i < n; ++i) {
-            const int token = first + i, t = token % kStrip;
-            uint8_t *k = page + at.strip_at(token / kStrip);
-            for (int c = 0; c < k_size; ++c) {
-                const float x = (rows[int64_t{i} * k_size + c] - low[c]) * inverse[c];
-                set_nibble(k + k_nibble(c, t), c,
-                           static_cast<int>(__builtin_nearbyintf(clamp(x, 0, 15))));
+    }
+    uint16_t *zero = scale + k_size;
+    for (int c = 0; c < k_size; ++c) {
+        zero[c] = float_to_half(clamp(low[c], -kHalfMax, kHalfMax));
+        low[c] = half_to_float(zero[c]);
+        scale[c] = float_to_half(clamp((high[c] - low[c]) / 15, 0, kHalfMax));
+        const float rounded = half_to_float(scale[c]);
+        inverse[c] = rounded > 0 ? 1 / rounded : 0;
+    }
+}
+
+void encode_int4_keys(const float *const *key, int k_size, const float *low, const float *inverse,
+                      uint8_t *k) {
+    alignas(64) float turned[kMaxHead * kStrip];
+    const uint32_t *row[kStrip];
+    for (int t = 0; t < kStrip; ++t) row[t] = reinterpret_cast<const uint32_t *>(key[t]);
+    transpose(row, k_size, reinterpret_cast<uint32_t *>(turned));
+    for (int c = 0; c < k_size; c += 8)
+        for (int l = 0; l < kStrip; l += W) {
+            vi word = to_int(vzero());
+            for (int j = 0; j < 8; ++j) {
+                const vf x = vload(turned + (c + j) * kStrip + l);
+                const vf level = vmul(vsub(x, vset(low[c + j])), vset(inverse[c + j]));
+                word = vor(word, vleft(to_int(vclamp(level, 0, 15)), j % 4 * 8 + j / 4 * 4));
             }
+            vstore_words(k + c / 8 * 64 + 4 * l, word);
         }
-    }
 }
 
-// Codes of one rotated vector on the grid scale * (-7.5, -6.5, ..., 7.5), and the scale: the best
-// of a few clipping points, then least squares.
-uint16_t int4_vector(const float *y, int size, uint8_t *code) {
-    float largest = 0;
-    for (int c = 0; c < size; ++c) largest = most(largest, __builtin_fabsf(y[c]));
-    float best_error = 3e38f, best = 0;
-    constexpr float kClips[] = {1.0f, 0.92f, 0.84f, 0.76f, 0.68f};
+// V of 16 tokens, lanes being tokens, on the grids scale * (-7.5, -6.5, ..., 7.5): for each token
+// the best of a few clipping points, its scale then fitted by least squares.
+void encode_int4_values(const float *const *value, int v_size, uint16_t *scale, uint8_t *v) {
+    constexpr float kClips[] = {1.0f, 0.88f, 0.76f, 0.66f};
+    constexpr int N = kStrip / W;
+    alignas(64) float turned[kMaxHead * kStrip];
+    const uint32_t *row[kStrip];
+    for (int t = 0; t < kStrip; ++t) row[t] = reinterpret_cast<const uint32_t *>(value[t]);
+    transpose(row, v_size, reinterpret_cast<uint32_t *>(turned));
+    const int block = rotation_block(v_size);
+    const float unit = 1 / __builtin_sqrtf(static_cast<float>(block));
+    for (int c = 0; c < v_size; ++c)
+        for (int l = 0; l < kStrip; l += W) {
+            float *at = turned + c * kStrip + l;
+            vstore(at, vmul(vload(at), vset(kSigns.of[c] * unit)));
+        }
+    for (int half = 1; half < block; half *= 2)
+        for (int first = 0; first < v_size; first += 2 * half)
+            for (int at = first * kStrip; at < (first + half) * kStrip; at += W) {
+                const vf a = vload(turned + at), b = vload(turned + at + half * kStrip);
+                vstore(turned + at, vadd(a, b));
+                vstore(turned + at + half * kStrip, vsub(a, b));
+            }
+    alignas(64) float best[kStrip] = {}, gain[kStrip] = {}, peaks[kStrip], inverses[kStrip];
+    for (int l = 0; l < kStrip; l += W) {
+        vf peak = vzero();
+        for (int c = 0; c < v_size; ++c) peak = vmax(vabs(vload(turned + c * kStrip + l)), peak);
+        vstore(peaks + l, peak);
+    }
     for (const float clip : kClips) {
-        const float scale = largest * clip / 7.5f;
-        if (!(scale > 0)) break;
-        const float inverse = 1 / scale;
-        float dot = 0, norm = 0, error = 0;
-        for (int c = 0; c < size; ++c) {
-            const float level = __builtin_nearbyintf(clamp(y[c] * inverse + 7.5f, 0, 15)) - 7.5f;
-            dot += y[c] * level;
-            norm += level * level;
-            error += (y[c] - scale * level) * (y[c] - scale * level);
+        for (int t = 0; t < kStrip; ++t)
+            inverses[t] = peaks[t] > 1e-30f ? 7.5f / (peaks[t] * clip) : 0.0f;
+        vf dot[N], norm[N], inverse[N];
+        repeat<N>(KVC_LAMBDA(i) {
+            dot[i] = norm[i] = vzero();
+            inverse[i] = vload(inverses + i * W);
+        });
+        for (int c = 0; c < v_size; ++c)
+            repeat<N>(KVC_LAMBDA(i) {
+                const vf y = vload(turned + c * kStrip + i * W);
+                const vf code = vround(vclamp(vfma(y, inverse[i], vset(7.5f)), 0, 15));
+                const vf level = vsub(code, vset(7.5f));
+                dot[i] = vfma(y, level, dot[i]);
+                norm[i] = vfma(level, level, norm[i]);
+            });
+        alignas(64) float dots[kStrip], norms[kStrip];
+        repeat<N>(KVC_LAMBDA(i) {
+            vstore(dots + i * W, dot[i]);
+            vstore(norms + i * W, norm[i]);
+        });
+        for (int t = 0; t < kStrip; ++t) {
+            // What least squares takes off the squared error.
+            const float gained = dots[t] / norms[t] * dots[t];
+            if (gained > gain[t]) gain[t] = gained, best[t] = dots[t] / norms[t];
         }
-        if (error < best_error) best_error = error, best = dot / norm;
     }
-    const uint16_t scale = float_to_half(least(best, 65504.0f));
-    const float rounded = half_to_float(scale), inverse = rounded > 0 ? 1 / rounded : 0;
-    for (int c = 0; c < size; ++c)
-        code[c] = static_cast<uint8_t>(__builtin_nearbyintf(clamp(y[c] * inverse + 7.5f, 0, 15)));
-    return scale;
-}
-
-void encode_int4_values(const Layer &layer, uint8_t *page, int count, const float *value) {
-    const PageLayout &at = layer.layout[KVC_INT4];
-    const int v_size = layer.v_size, group = at.group_strips * kStrip;
-    for (int i = 0; i < count; ++i) {
-        uint16_t *scale = reinterpret_cast<uint16_t *>(page + at.group_at(i / kStrip));
-        float y[kMaxHead];
-        uint8_t code[kMaxHead];
-        std::memcpy(y, value + int64_t{i} * v_size, sizeof(float) * v_size);
-        rotate(y, v_size);
-        scale[2 * layer.k_size + i % group] = int4_vector(y, v_size, code);
-        uint8_t *v = page + at.strip_at(i / kStrip) + at.v;
-        const int t = i % kStrip;
-        for (int c = 0; c < v_size; ++c) set_nibble(v + v_nibble(t, c, v_size), t, code[c]);
+    for (int t = 0; t < kStrip; ++t) {
+        scale[t] = float_to_half(least(best[t], kHalfMax));
+        const float rounded = half_to_float(scale[t]);
+        inverses[t] = rounded > 0 ? 1 / rounded : 0;
+    }
+    for (int c = 0; c < v_size; ++c) {
+        const int lanes = panel_lanes(v_size, c / 16);
+        alignas(64) uint16_t code[kStrip];
+        for (int l = 0; l < kStrip; l += W) {
+            const vf y = vmul(vload(turned + c * kStrip + l), vload(inverses + l));
+            vstore_words16(code + l, to_int(vclamp(vadd(y, vset(7.5f)), 0, 15)));
+        }
+        uint8_t *to = v + c / 16 * 8 * kStrip + c % 16 * 4;
+        for (int t = 0; t < kStrip; t += 8, to += 4 * lanes) {
+            // Four codes and the four after them become the halves of four bytes.
+            uint64_t low, high;
+            std::memcpy(&low, code + t, 8);
+            std::memcpy(&high, code + t + 4, 8);
+            uint64_t bytes = low | high << 4;
+            bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffu;
+            const uint32_t word = static_cast<uint32_t>(bytes | bytes >> 16);
+            std::memcpy(to, &word, 4);
+        }
     }
 }
 
@@ -243,64 +331,81 @@ void encode_int4_values(const Layer &layer, uint8_t *page, int count, const floa
 
 void encode(const Layer &layer, int codec, uint8_t *page, int count, const float *key,
             const float *value) {
-    switch (codec) {
-        case KVC_INT8:
-            encode_int8(layer, page, count, key, value);
-            break;
-        case KVC_INT4:
-            encode_int4_keys(layer, page, count, key);
-            encode_int4_values(layer, page, count, value);
-            break;
-        default:
-            encode_raw(layer, codec, page, count, key, value);
-    }
-}
-
-void decode_token(const Layer &layer, int codec, const uint8_t *page, int i, float *key,
-                  float *value) {
     const PageLayout &at = layer.layout[codec];
-    const int k_size = layer.k_size, v_size = layer.v_size, dtype = layer.dtype, t = i % kStrip;
-    const uint8_t *k = page + at.strip_at(i / kStrip), *v = k + at.v;
-    const uint16_t *scale = reinterpret_cast<const uint16_t *>(page + at.group_at(i / kStrip));
-    if (codec == KVC_INT8) {
-        const float s_k = half_to_float(scale[t]), s_v = half_to_float(scale[kStrip + t]);
-        if (key != nullptr)
-            for (int c = 0; c < k_size; ++c)
-                key[c] = s_k * static_cast<float>(static_cast<int8_t>(k[k_pairs(c, t)]));
-        if (value != nullptr)
-            for (int c = 0; c < v_size; ++c)
-                value[c] = s_v * static_cast<float>(static_cast<int8_t>(v[v_pairs(t, c, v_size)]));
-    } else if (codec == KVC_INT4) {
-        if (key != nullptr)
-            for (int c = 0; c < k_size; ++c)
-                key[c] =
-                    half_to_float(scale[k_size + c]) +
-                    half_to_float(scale[c]) * static_cast<float>(get_nibble(k + k_nibble(c, t), c));
-        if (value != nullptr) {
-            const int group = at.group_strips * kStrip;
-            const float s_v = half_to_float(scale[2 * k_size + i % group]);
-            for (int c = 0; c < v_size; ++c)
-                value[c] =
-                    s_v * (static_cast<float>(get_nibble(v + v_nibble(t, c, v_size), t)) - 7.5f);
-            rotate_back(value, v_size);
+    const int k_size = layer.k_size, v_size = layer.v_size;
+    alignas(64) const float zeros[kMaxHead] = {};
+    float low[kMaxHead], inverse[kMaxHead];
+    for (int first = 0; first < count; first += kStrip) {
+        const int strip = first / kStrip, place = strip % at.group_strips;
+        const float *k_rows[kStrip], *v_rows[kStrip];
+        for (int t = 0; t < kStrip; ++t) {
+            const bool there = first + t < count;
+            k_rows[t] = there ? key + int64_t{first + t} * k_size : zeros;
+            v_rows[t] = there ? value + int64_t{first + t} * v_size : zeros;
         }
-    } else {
-        if (key != nullptr)
-            for (int c = 0; c < k_size; ++c)
-                key[c] = get_float(k, dtype == KVC_BF16 ? k_pairs(c, t) : k_plain(c, t), dtype);
-        if (value != nullptr)
-            for (int c = 0; c < v_size; ++c)
-                value[c] = get_float(
-                    v, dtype == KVC_BF16 ? v_pairs(t, c, v_size) : v_plain(t, c, v_size), dtype);
+        uint8_t *k = page + at.strip_at(strip), *v = k + at.v;
+        uint16_t *scale = reinterpret_cast<uint16_t *>(page + at.group_at(strip));
+        if (codec == KVC_INT8) {
+            encode_int8(layer, k_rows, v_rows, scale, k, v);
+        } else if (codec == KVC_INT4) {
+            const int group = at.group_strips * kStrip;
+            if (place == 0)
+                int4_grid(k_rows[0], least(group, count - first), k_size, scale, low, inverse);
+            encode_int4_keys(k_rows, k_size, low, inverse, k);
+            encode_int4_values(v_rows, v_size, scale + 2 * k_size + place * kStrip, v);
+        } else {
+            encode_raw(layer, k_rows, v_rows, k, v);
+        }
     }
 }
 
+// Reads tokens of a page strip by strip; places ascend, null: 0, 1, ...
 void decode(const Layer &layer, int codec, const uint8_t *page, int n, const int32_t *places,
             float *key, float *value) {
-    for (int i = 0; i < n; ++i)
-        decode_token(layer, codec, page, places != nullptr ? places[i] : i,
-                     key != nullptr ? key + int64_t{i} * layer.k_size : nullptr,
-                     value != nullptr ? value + int64_t{i} * layer.v_size : nullptr);
+    const PageLayout &at = layer.layout[codec];
+    const int k_size = layer.k_size, v_size = layer.v_size;
+    const bool quantised = codec > KVC_EXACT, floats = !quantised && layer.dtype == KVC_F32;
+    alignas(64) float keys[kMaxHead * kStrip], values[kMaxHead * kStrip + 16];
+    int open = -1;
+    const float *from_k = keys, *from_v = values;
+    for (int i = 0; i < n; ++i) {
+        const int token = places != nullptr ? places[i] : i, t = token % kStrip;
+        if (token / kStrip != open) {
+            open = token / kStrip;
+            Strip strip{};
+            strip.k = page + at.strip_at(open);
+            strip.v = strip.k + at.v;
+            strip.group = page + at.group_at(open);
+            strip.place = open % at.group_strips;
+            strip.count = kStrip;
+            if (quantised) {
+                expand_codec(layer, codec, strip, key != nullptr ? keys : nullptr,
+                             value != nullptr ? values : nullptr);
+            } else if (floats) {
+                from_k = reinterpret_cast<const float *>(strip.k);
+                from_v = reinterpret_cast<const float *>(strip.v);
+            } else {
+                if (key != nullptr) expand_raw(strip.k, keys, kStrip, k_size, layer.dtype);
+                if (value != nullptr) expand_raw_v(strip.v, values, v_size, layer.dtype);
+            }
+        }
+        if (key != nullptr) {
+            float *to = key + int64_t{i} * k_size;
+            for (int c = 0; c < k_size; ++c) to[c] = from_k[c * kStrip + t];
+        }
+        if (value != nullptr) {
+            alignas(64) float row[kMaxHead + 16];
+            for (int c = 0; c < v_size; c += 16) {
+                const int lanes = panel_lanes(v_size, c / 16);
+                std::memcpy(row + c, from_v + c * kStrip + t * lanes, sizeof(float) * lanes);
+            }
+            if (rotates_v(codec)) {
+                std::memset(row + v_size, 0, sizeof(float) * 16);
+                rotate_back(row, v_size);
+            }
+            std::memcpy(value + int64_t{i} * v_size, row, sizeof(float) * v_size);
+        }
+    }
 }
 
 }  // namespace

@@ -32,9 +32,6 @@ KVC_INLINE void dot_bytes(vi &sum, vi a, vi b) {
 KVC_INLINE vf bytes_total(vi sum) {
     return _mm512_cvtepi32_ps(sum);
 }
-KVC_INLINE vf to_float(vi x) {
-    return _mm512_cvtepi32_ps(x);
-}
 template <int lanes>
 KVC_INLINE vi load_int8_pairs(const uint8_t *p) {
     if constexpr (lanes == W)
@@ -52,9 +49,6 @@ KVC_INLINE void load_nibbles(const uint8_t *p, vi &low, vi &high) {
 KVC_INLINE void store_int16(int16_t *to, vf x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(to),
                         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
-}
-KVC_INLINE void store_int8(int8_t *to, vf x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 }
 #else
 KVC_INLINE vi ivset(int32_t x) {
@@ -76,9 +70,6 @@ KVC_INLINE void dot_bytes(vi &sum, vi a, vi b) {
                  : "+x"(sum), "=&x"(product)
                  : "x"(a), "x"(b));
 }
-KVC_INLINE vf to_float(vi x) {
-    return _mm256_cvtepi32_ps(x);
-}
 KVC_INLINE vf bytes_total(vi sum) {
     return to_float(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
 }
@@ -97,12 +88,6 @@ KVC_INLINE void store_int16(int16_t *to, vf x) {
     const vi code = _mm256_cvtps_epi32(x);
     const vi packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(code, code), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm256_castsi256_si128(packed));
-}
-KVC_INLINE void store_int8(int8_t *to, vf x) {
-    const vi code = _mm256_cvtps_epi32(x);
-    const __m128i pairs =
-        _mm_packs_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i *>(to), _mm_packs_epi16(pairs, pairs));
 }
 #endif
 
@@ -136,8 +121,8 @@ KVC_INLINE void multiply_int8(vi (&acc)[G][NP * vectors(lanes)], const uint8_t *
 
 // Sums of codes times q of NP K strips: s[g * kTile + 16 * j + lane].
 template <int G, int NP>
-void int8_k(const uint8_t *const *strip, int channels, const int16_t *q, float *s,
-            const uint8_t *const *next) {
+KVC_APART void int8_k(const uint8_t *const *strip, int channels, const int16_t *q, float *s,
+                      const uint8_t *const *next) {
     constexpr int N = NP * vectors(kStrip);
     vi acc[G][N];
     const uint8_t *panel[NP], *ahead[NP];
@@ -151,9 +136,9 @@ void int8_k(const uint8_t *const *strip, int channels, const int16_t *q, float *
 
 // out[g * out_stride + lane] = out * decay[g] + sum * step[g].
 template <int lanes, int G, int NP>
-void int8_v(const uint8_t *const *strip, int strips, int64_t offset, const int16_t *p,
-            const float *step, const float *decay, float *out, int64_t out_stride,
-            const uint8_t *const *next) {
+KVC_APART void int8_v(const uint8_t *const *strip, int strips, int64_t offset, const int16_t *p,
+                      const float *step, const float *decay, float *out, int64_t out_stride,
+                      const uint8_t *const *next) {
     constexpr int N = NP * vectors(lanes), panel_bytes = kStrip * lanes;
     vi acc[G][N];
     repeat<G>(KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { acc[g][v] = ivzero(); }); });
@@ -191,6 +176,50 @@ KVC_INLINE void quantise_int16(const float *x, int n, int16_t *code, float &step
 
 // ------------------------------------------------------------------------------------ int4
 
+// Before rounding, every weight of a block gets another part of a step: those too small to count
+// one by one still count together.
+alignas(64) inline constexpr float kDither[kBlock] = {
+    -.484375f, .015625f, -.234375f, .265625f, -.359375f, .140625f, -.109375f, .390625f,
+    -.421875f, .078125f, -.171875f, .328125f, -.296875f, .203125f, -.046875f, .453125f,
+    -.453125f, .046875f, -.203125f, .296875f, -.328125f, .171875f, -.078125f, .421875f,
+    -.390625f, .109375f, -.140625f, .359375f, -.265625f, .234375f, -.015625f, .484375f};
+
+#if defined(__AVX512F__)
+// Rounds a block to bytes; the result adds up to the sum of the codes.
+KVC_INLINE vf store_block(int8_t *to, const vf (&x)[2]) {
+    const vi a = _mm512_cvtps_epi32(x[0]), b = _mm512_cvtps_epi32(x[1]);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to), _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(to + 16), _mm512_cvtepi32_epi8(b));
+    return to_float(_mm512_add_epi32(a, b));
+}
+#else
+KVC_INLINE vf store_block(int8_t *to, const vf (&x)[4]) {
+    const vi a = _mm256_cvtps_epi32(x[0]), b = _mm256_cvtps_epi32(x[1]);
+    const vi c = _mm256_cvtps_epi32(x[2]), d = _mm256_cvtps_epi32(x[3]);
+    const vi bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    const vi order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<vi *>(to), _mm256_permutevar8x32_epi32(bytes, order));
+    return to_float(_mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)));
+}
+#endif
+
+// Codes of a block of weights relative to its largest, and their step; the result adds up to the
+// sum of the codes.
+template <bool dither>
+KVC_INLINE vf quantise_block(vf (&x)[kBlock / W], int8_t *code, float &step) {
+    vf peak = vabs(x[0]);
+    repeat<kBlock / W>(KVC_LAMBDA(i) { peak = vmax(peak, vabs(x[i])); });
+    const float largest = vhmax(peak);
+    const bool any = largest > 1e-30f;  // below, the inverse would overflow
+    // 126.5: dither must not carry the largest beyond 127.
+    step = any ? largest * (1 / 126.5f) : 0.0f;
+    const vf inverse = vset(any ? 126.5f / largest : 0.0f);
+    repeat<kBlock / W>(KVC_LAMBDA(i) {
+        x[i] = dither ? vfma(x[i], inverse, vload(kDither + i * W)) : vmul(x[i], inverse);
+    });
+    return store_block(code, x);
+}
+
 // Adds eight rows of NP panels, whose bytes start at panel[j] + at, to sums of bytes.
 template <int lanes, int G, int NP, int stride>
 KVC_INLINE void multiply_eight(vi (&sum)[G][NP * vectors(lanes)], const uint8_t *const (&panel)[NP],
@@ -215,8 +244,8 @@ KVC_INLINE void multiply_eight(vi (&sum)[G][NP * vectors(lanes)], const uint8_t 
 
 // Scores of NP K strips; shift[g] is what all tokens of their group have in common.
 template <int G, int NP>
-void int4_k(const uint8_t *const *strip, int channels, const int8_t *q, const float *step,
-            const float *shift, float *s, const uint8_t *const *next) {
+KVC_APART void int4_k(const uint8_t *const *strip, int channels, const int8_t *q, const float *step,
+                      const float *shift, float *s, const uint8_t *const *next) {
     constexpr int N = NP * vectors(kStrip);
     vf acc[G][N];
     const uint8_t *panel[NP], *ahead[NP];
@@ -246,9 +275,9 @@ void int4_k(const uint8_t *const *strip, int channels, const int8_t *q, const fl
 
 // out[g * out_stride + lane] = out * decay[g] + sums - shift[g].
 template <int lanes, int G, int NP>
-void int4_v(const uint8_t *const *strip, int strips, int64_t offset, const int8_t *p,
-            const float *step, const float *shift, const float *decay, float *out,
-            int64_t out_stride, const uint8_t *const *next) {
+KVC_APART void int4_v(const uint8_t *const *strip, int strips, int64_t offset, const int8_t *p,
+                      const float *step, const float *shift, const float *decay, float *out,
+                      int64_t out_stride, const uint8_t *const *next) {
     constexpr int N = NP * vectors(lanes), panel_bytes = kStrip / 2 * lanes;
     vf acc[G][N];
     repeat<G>(KVC_LAMBDA(g) {

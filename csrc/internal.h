@@ -45,7 +45,7 @@ struct Attention {
     int32_t *arrived;              // [num_seqs, num_kv_heads], zero: splits that are done
 };
 
-// One (head, page) of an encoding, or one range of slots of a reading.
+// What an instruction set brings.
 struct Kernels {
     const char *name;
     // Bytes that a worker needs beside its arguments.
@@ -57,12 +57,17 @@ struct Kernels {
 
     void (*store)(const Layer &, int64_t first, int64_t last, const void *key, int64_t key_stride,
                   const void *value, int64_t value_stride, const int64_t *slots);
-    // Writes `count` tokens into an empty page; false if the positions cannot be stored.
+    // Writes `count` tokens into an empty page, without their positions.
     void (*encode)(const Layer &, int codec, uint8_t *page, int count, const float *key,
                    const float *value);
     // Reads tokens places[0..n) of a page, or the first n if places is null.
     void (*decode)(const Layer &, int codec, const uint8_t *page, int n, const int32_t *places,
                    float *key, float *value);
+
+    size_t (*window_scratch)(const Layer &, const kvc_batch &, int window);
+    void (*window_weights)(const Layer &, const kvc_batch &, const void *query, int dtype,
+                           int64_t row_stride, int window, int query_head, float factor, float *out,
+                           uint8_t *scratch);
 };
 
 extern const Kernels kBaseline;
@@ -70,6 +75,11 @@ extern const Kernels kBaseline;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 #endif
+
+// select.cpp
+void top_row(const float *scores, int64_t n, int64_t keep, uint8_t *mask);
+bool represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bits,
+               const uint8_t *anchor, int64_t heads, uint8_t *mask, int64_t count);
 
 // threads.cpp
 int max_threads();

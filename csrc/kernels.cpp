@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "encode.h"
 #include "internal.h"
+#include "scores.h"
 
 #define KVC_TEXT_(x) #x
 #define KVC_TEXT(x) KVC_TEXT_(x)
@@ -10,10 +11,11 @@ namespace kvc {
 
 extern const Kernels KVC_TABLE;
 const Kernels KVC_TABLE = {
-    KVC_TEXT(KVC_NAMESPACE),   KVC_NAMESPACE::attention_scratch,
-    KVC_NAMESPACE::items_rows, KVC_NAMESPACE::partial_floats,
-    KVC_NAMESPACE::attention,  KVC_NAMESPACE::store,
-    KVC_NAMESPACE::encode,     KVC_NAMESPACE::decode,
+    KVC_TEXT(KVC_NAMESPACE),       KVC_NAMESPACE::attention_scratch,
+    KVC_NAMESPACE::items_rows,     KVC_NAMESPACE::partial_floats,
+    KVC_NAMESPACE::attention,      KVC_NAMESPACE::store,
+    KVC_NAMESPACE::encode,         KVC_NAMESPACE::decode,
+    KVC_NAMESPACE::window_scratch, KVC_NAMESPACE::window_weights,
 };
 
 }  // namespace kvc

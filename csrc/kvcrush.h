@@ -125,6 +125,43 @@ int kvc_compact(const kvc_layer *layer, const kvc_request *source, const int64_t
 int kvc_read(const kvc_layer *layer, const kvc_request *source, int32_t head, int64_t first,
              int64_t n, float *key, float *value, int32_t *positions);
 
+/* How scores come from the attention of a window of queries. */
+typedef struct {
+    int32_t window;
+    int32_t pool;     /* width of the centred pooling window along the slots, odd; 1: none */
+    int32_t pool_max; /* maximum instead of mean; at the edges the window is cut */
+    int32_t reduce;   /* over the query heads of a KV head: 0 none, 1 mean, 2 maximum */
+    float factor;     /* of the sum over the window: 1 / window for its mean */
+} kvc_scoring;
+
+/* Scores of a request's slots [0, candidates): softmax attention of the newest `window` queries
+ * over all its slots (row i belongs to the tail's token tail_length - window + i and sees nothing
+ * later), summed over the window, then pooled over the candidates and reduced as asked.
+ * query: [num_heads, window, k_size], strides of head and row; out: float, a row of `candidates`
+ * for each query head, or each KV head if reduced. Every KV head must hold that many slots. */
+int kvc_window_scores(const kvc_layer *layer, const kvc_request *source, const void *query,
+                      int32_t query_dtype, int64_t head_stride, int64_t row_stride,
+                      const kvc_scoring *scoring, int64_t candidates, float *out);
+
+/* Marks the `keep` best of each row of scores [rows, n], the lower slot first among equals; NaN is
+ * the worst. mask: [rows, n] of 0 and 1. */
+int kvc_top_mask(int64_t rows, int64_t n, const float *scores, int64_t keep, uint8_t *mask);
+
+/* KVCrush's representatives. Units of `unit` tokens are described by the bits of their tokens,
+ * head after head: bits [bit_heads, units * unit]. Each of the `heads` rows of mask [heads, units]
+ * marks important units, equally many in each; of the others, ordered by their Hamming distance
+ * to the anchor [bit_heads * unit] (null: the majority of these others, 0 at a tie), then by
+ * index, evenly spaced ones are marked too: those at floor(i * others / count). */
+int kvc_represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bits,
+                  const uint8_t *anchor, int64_t heads, uint8_t *mask, int64_t count);
+
+/* Indices of the ones of each row of mask [rows, n], of which there must be `count`. */
+int kvc_mask_slots(int64_t rows, int64_t n, const uint8_t *mask, int64_t count, int64_t *slots);
+
+/* Asks the system to back memory with huge pages, now if it can: address translation costs a
+ * scattered cache up to a third of its speed. Nothing depends on whether it does. */
+void kvc_huge_pages(void *memory, int64_t bytes);
+
 #ifdef __cplusplus
 }
 #endif

@@ -108,8 +108,8 @@ KVC_INLINE void multiply(vf (&acc)[G][NP * vectors(lanes)], const uint8_t *const
 
 // Scores of NP K strips: s[g * kTile + 16 * j + lane].
 template <class S, int G, int NP, int GS, int RS, bool fetch>
-void multiply_k(const uint8_t *const *strip, int channels, const float *q, float *s,
-                const uint8_t *const *next) {
+KVC_APART void multiply_k(const uint8_t *const *strip, int channels, const float *q, float *s,
+                          const uint8_t *const *next) {
     constexpr int N = NP * vectors(kStrip);
     vf acc[G][N];
     const uint8_t *panel[NP], *ahead[NP];
@@ -122,8 +122,9 @@ void multiply_k(const uint8_t *const *strip, int channels, const float *q, float
 
 // Adds NP panels of channels, over `strips` V strips, to out[g * out_stride + lane] times decay[g].
 template <class S, int lanes, int G, int NP, int GS, int RS, bool fetch>
-void multiply_v(const uint8_t *const *strip, int strips, int64_t offset, const float *p,
-                const float *decay, float *out, int64_t out_stride, const uint8_t *const *next) {
+KVC_APART void multiply_v(const uint8_t *const *strip, int strips, int64_t offset, const float *p,
+                          const float *decay, float *out, int64_t out_stride,
+                          const uint8_t *const *next) {
     constexpr int N = NP * vectors(lanes);
     constexpr int panel_bytes = kStrip / S::rows * lanes * S::lane_bytes;
     vf acc[G][N];

@@ -14,6 +14,8 @@
 #endif
 
 #define KVC_INLINE inline __attribute__((always_inline))
+// Loops that need all registers are functions of their own.
+#define KVC_APART __attribute__((noinline))
 
 namespace kvc::KVC_NAMESPACE {
 
@@ -149,12 +151,65 @@ KVC_INLINE vf vexp2(vf x) {
     const __mmask16 alive = _mm512_cmp_ps_mask(x, vset(-126.0f), _CMP_GT_OQ);
     return _mm512_maskz_scalef_ps(alive, y, n);
 }
+// Butterflies of a Hadamard transform among the lanes of a vector, at distances below `size`.
+KVC_INLINE vf vhadamard(vf x, int size) {
+    const __m512i ones = _mm512_castps_si512(vset(1.0f)), minus = _mm512_castps_si512(vset(-1.0f));
+    const auto sign = [&](__mmask16 negative) {
+        return _mm512_castsi512_ps(_mm512_mask_mov_epi32(ones, negative, minus));
+    };
+    x = _mm512_fmadd_ps(x, sign(0xaaaa), _mm512_permute_ps(x, 0xb1));
+    if (size > 2) x = _mm512_fmadd_ps(x, sign(0xcccc), _mm512_permute_ps(x, 0x4e));
+    if (size > 4) x = _mm512_fmadd_ps(x, sign(0xf0f0), _mm512_shuffle_f32x4(x, x, 0xb1));
+    if (size > 8) x = _mm512_fmadd_ps(x, sign(0xff00), _mm512_shuffle_f32x4(x, x, 0x4e));
+    return x;
+}
 // bf16 pairs in 32-bit words: the low (0) or the high (1) ones.
 template <int lanes, int half>
 KVC_INLINE vf vload_bf16_pairs(const uint8_t *p) {
     const vi x = lanes == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(0xff, p);
     if (half == 0) return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
     return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-65536)));
+}
+// 16-bit and 32-bit words as int32 lanes.
+template <int lanes>
+KVC_INLINE vi vload_words16(const uint8_t *p) {
+    if constexpr (lanes == W)
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)));
+    return _mm512_zextsi256_si512(
+        _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+}
+template <int lanes>
+KVC_INLINE vi vload_words(const uint8_t *p) {
+    return lanes == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(0xff, p);
+}
+KVC_INLINE vi vleft(vi x, int bits) {
+    return _mm512_slli_epi32(x, static_cast<unsigned>(bits));
+}
+KVC_INLINE vi vright(vi x, int bits) {
+    return _mm512_srli_epi32(x, static_cast<unsigned>(bits));
+}
+KVC_INLINE vi vright_signed(vi x, int bits) {
+    return _mm512_srai_epi32(x, static_cast<unsigned>(bits));
+}
+KVC_INLINE vi vand(vi x, int32_t mask) {
+    return _mm512_and_si512(x, _mm512_set1_epi32(mask));
+}
+KVC_INLINE vf to_float(vi x) {
+    return _mm512_cvtepi32_ps(x);
+}
+// To nearest even.
+KVC_INLINE vi to_int(vf x) {
+    return _mm512_cvtps_epi32(x);
+}
+KVC_INLINE vi vor(vi a, vi b) {
+    return _mm512_or_si512(a, b);
+}
+KVC_INLINE void vstore_words(void *p, vi x) {
+    _mm512_storeu_si512(p, x);
+}
+// The low halves of the lanes.
+KVC_INLINE void vstore_words16(void *p, vi x) {
+    _mm256_storeu_si256(static_cast<__m256i *>(p), _mm512_cvtepi32_epi16(x));
 }
 template <int lanes>
 KVC_INLINE vf vload_half(const uint8_t *p) {
@@ -243,11 +298,57 @@ KVC_INLINE vf vexp2(vf x) {
     y = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
     return _mm256_and_ps(alive, y);
 }
+KVC_INLINE vf vhadamard(vf x, int size) {
+    const vf first = _mm256_setr_ps(1, -1, 1, -1, 1, -1, 1, -1);
+    const vf second = _mm256_setr_ps(1, 1, -1, -1, 1, 1, -1, -1);
+    const vf third = _mm256_setr_ps(1, 1, 1, 1, -1, -1, -1, -1);
+    x = _mm256_fmadd_ps(x, first, _mm256_permute_ps(x, 0xb1));
+    if (size > 2) x = _mm256_fmadd_ps(x, second, _mm256_permute_ps(x, 0x4e));
+    if (size > 4) x = _mm256_fmadd_ps(x, third, _mm256_permute2f128_ps(x, x, 1));
+    return x;
+}
 template <int lanes, int half>
 KVC_INLINE vf vload_bf16_pairs(const uint8_t *p) {
     const vi x = _mm256_loadu_si256(reinterpret_cast<const vi *>(p));
     if (half == 0) return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
     return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-65536)));
+}
+template <int lanes>
+KVC_INLINE vi vload_words16(const uint8_t *p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
+}
+template <int lanes>
+KVC_INLINE vi vload_words(const uint8_t *p) {
+    return _mm256_loadu_si256(reinterpret_cast<const vi *>(p));
+}
+KVC_INLINE vi vleft(vi x, int bits) {
+    return _mm256_slli_epi32(x, bits);
+}
+KVC_INLINE vi vright(vi x, int bits) {
+    return _mm256_srli_epi32(x, bits);
+}
+KVC_INLINE vi vright_signed(vi x, int bits) {
+    return _mm256_srai_epi32(x, bits);
+}
+KVC_INLINE vi vand(vi x, int32_t mask) {
+    return _mm256_and_si256(x, _mm256_set1_epi32(mask));
+}
+KVC_INLINE vf to_float(vi x) {
+    return _mm256_cvtepi32_ps(x);
+}
+KVC_INLINE vi to_int(vf x) {
+    return _mm256_cvtps_epi32(x);
+}
+KVC_INLINE vi vor(vi a, vi b) {
+    return _mm256_or_si256(a, b);
+}
+KVC_INLINE void vstore_words(void *p, vi x) {
+    _mm256_storeu_si256(static_cast<vi *>(p), x);
+}
+KVC_INLINE void vstore_words16(void *p, vi x) {
+    const vi low = _mm256_and_si256(x, _mm256_set1_epi32(65535));
+    const vi packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    _mm_storeu_si128(static_cast<__m128i *>(p), _mm256_castsi256_si128(packed));
 }
 template <int lanes>
 KVC_INLINE vf vload_half(const uint8_t *p) {
@@ -335,11 +436,67 @@ KVC_INLINE vf vexp2(vf x) {
     y = (vf)((vi)y + exponent);
     return x > low ? y : vzero();
 }
+KVC_INLINE vf vhadamard(vf x, int size) {
+    for (int half = 1; half < size; half *= 2)
+        for (int i = 0; i < W; ++i)
+            if ((i & half) == 0) {
+                const float a = x[i], b = x[i + half];
+                x[i] = a + b;
+                x[i + half] = a - b;
+            }
+    return x;
+}
 template <int lanes, int half>
 KVC_INLINE vf vload_bf16_pairs(const uint8_t *p) {
     vu x;
     std::memcpy(&x, p, sizeof x);
     return half == 0 ? (vf)(x << 16) : (vf)(x & 0xffff0000u);
+}
+template <int lanes>
+KVC_INLINE vi vload_words16(const uint8_t *p) {
+    vi x;
+    for (int i = 0; i < W; ++i) {
+        uint16_t word;
+        std::memcpy(&word, p + 2 * i, 2);
+        x[i] = word;
+    }
+    return x;
+}
+template <int lanes>
+KVC_INLINE vi vload_words(const uint8_t *p) {
+    vi x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+KVC_INLINE vi vleft(vi x, int bits) {
+    return (vi)((vu)x << bits);
+}
+KVC_INLINE vi vright(vi x, int bits) {
+    return (vi)((vu)x >> bits);
+}
+KVC_INLINE vi vright_signed(vi x, int bits) {
+    return x >> bits;
+}
+KVC_INLINE vi vand(vi x, int32_t mask) {
+    return x & mask;
+}
+KVC_INLINE vf to_float(vi x) {
+    return __builtin_convertvector(x, vf);
+}
+KVC_INLINE vi to_int(vf x) {
+    return __builtin_convertvector(vround(x), vi);
+}
+KVC_INLINE vi vor(vi a, vi b) {
+    return a | b;
+}
+KVC_INLINE void vstore_words(void *p, vi x) {
+    std::memcpy(p, &x, sizeof x);
+}
+KVC_INLINE void vstore_words16(void *p, vi x) {
+    for (int i = 0; i < W; ++i) {
+        const uint16_t word = static_cast<uint16_t>(x[i]);
+        std::memcpy(static_cast<uint8_t *>(p) + 2 * i, &word, 2);
+    }
 }
 template <int lanes>
 KVC_INLINE vf vload_half(const uint8_t *p) {
@@ -353,5 +510,34 @@ KVC_INLINE vf vload_half(const uint8_t *p) {
 }
 
 #endif
+
+// to[16 * c + r] = row[r][c] of 16 rows of words.
+KVC_INLINE void transpose(const uint32_t *const *row, int columns, uint32_t *to) {
+    int c = 0;
+#if defined(__AVX2__)
+    for (; c + 8 <= columns; c += 8)
+        for (int half = 0; half < 16; half += 8) {
+            __m256 a[8], b[8];
+            for (int r = 0; r < 8; ++r)
+                a[r] = _mm256_loadu_ps(reinterpret_cast<const float *>(row[half + r] + c));
+            for (int r = 0; r < 8; r += 2) {
+                b[r] = _mm256_unpacklo_ps(a[r], a[r + 1]);
+                b[r + 1] = _mm256_unpackhi_ps(a[r], a[r + 1]);
+            }
+            for (int r = 0; r < 8; r += 4)
+                for (int k = 0; k < 2; ++k) {
+                    a[r + 2 * k] = _mm256_shuffle_ps(b[r + k], b[r + k + 2], 0x44);
+                    a[r + 2 * k + 1] = _mm256_shuffle_ps(b[r + k], b[r + k + 2], 0xee);
+                }
+            for (int r = 0; r < 4; ++r) {
+                float *out = reinterpret_cast<float *>(to + 16 * (c + r) + half);
+                _mm256_storeu_ps(out, _mm256_permute2f128_ps(a[r], a[r + 4], 0x20));
+                _mm256_storeu_ps(out + 64, _mm256_permute2f128_ps(a[r], a[r + 4], 0x31));
+            }
+        }
+#endif
+    for (; c < columns; ++c)
+        for (int r = 0; r < 16; ++r) to[16 * c + r] = row[r][c];
+}
 
 }  // namespace kvc::KVC_NAMESPACE

@@ -17,8 +17,8 @@ struct Strip {
 };
 
 struct Tile {
-    int codec, strips;
-    bool bias;
+    int codec = KVC_RAW, strips = 0;
+    bool bias = false;
     Strip strip[kTileStrips];
     const uint8_t *k[kTileStrips], *v[kTileStrips];
 };
@@ -131,10 +131,10 @@ class Tiles {
     int64_t left_;
     int32_t entry_ = 0, end_ = 0;
     // The next strip.
-    int codec_, place_, tokens_, tail_;
-    const PageLayout *at_;
-    const uint8_t *group_, *k_;
-    const float *bias_;
+    int codec_ = KVC_RAW, place_ = 0, tokens_ = 0, tail_ = -1;
+    const PageLayout *at_ = nullptr;
+    const uint8_t *group_ = nullptr, *k_ = nullptr;
+    const float *bias_ = nullptr;
 };
 
 }  // namespace kvc::KVC_NAMESPACE

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_kvcrush import pages
+from vllm_kvcrush import ops, pages, policies
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import pages_reference as reference
 
@@ -570,6 +570,129 @@ def test_reading_slots_across_pages(isa: str, draw: random.Random) -> None:
         want = cache.positions[0][head].clone()
         want[-70:] = torch.arange(5, 75)
         assert torch.equal(where, want[first : first + count])
+
+
+# -- scoring and choosing -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("window", [1, 8, 33])
+def test_window_scores(isa: str, draw: random.Random, group: int, window: int) -> None:
+    cache = Cache(draw, group, 64, 64, draw.choice(DTYPES))
+    codecs = draw.choice([[], ["int8", "int4", "exact", "raw"]])
+    cache.put(codecs, draw.randrange(60, 150))
+    layer, tail = cache.layer, cache.lengths[0]
+    request = cpu.Request(
+        cache.directory() if codecs else None,
+        torch.tensor(cache.tails[0], dtype=torch.int32),
+        tail,
+        0,
+        cache.block_size,
+    )
+    wide = torch.randn(window, layer.heads, 64).to(draw.choice(DTYPES))
+    queries = wide.transpose(0, 1)  # as an observation window stores them
+    fewest = min(len(k) for k in cache.keys[0])
+    for candidates in (fewest, draw.randrange(1, fewest)):
+        weights = torch.zeros(layer.heads, candidates)
+        for head in range(layer.heads):
+            key = cache.keys[0][head // group].unsqueeze(0)
+            own = ops.window_attention(queries[head : head + 1], key, layer.scale)
+            weights[head] = own.sum(1)[0, :candidates]
+        options: list[tuple[bool, int, str, str | None]] = [
+            (False, 1, "max", None),
+            (True, 7, "max", "mean"),
+            (True, 5, "avg", "max"),
+            (False, 1, "avg", "mean"),
+        ]
+        for mean, pool, kind, reduce in options:
+            got = cpu.window_scores(
+                layer,
+                request,
+                queries,
+                candidates,
+                mean=mean,
+                pool=pool,
+                pool_kind=kind,
+                reduce=reduce,
+            )
+            want = ops.pool_scores(weights / (window if mean else 1), pool, kind)
+            if reduce is not None:
+                want = ops.reduce_groups(want, layer.kv_heads, reduce)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def coarse(rows: int, n: int, draw: random.Random) -> Tensor:
+    """Scores with ties, both zeros, infinities and NaN."""
+    values = [0.0, -0.0, 1.0, -1.0, 1e-40, float("inf"), -float("inf"), float("nan"), 0.5, 2.0]
+    return torch.tensor([[draw.choice(values) for _ in range(n)] for _ in range(rows)])
+
+
+@pytest.mark.parametrize("n", [1, 7, 100, 3000])
+def test_top_mask_chooses_as_the_reference(draw: random.Random, n: int) -> None:
+    for scores in (coarse(3, n, draw), torch.randn(3, n), torch.randn(3, n).half().float()):
+        for keep in {0, n, n // 2, draw.randrange(n + 1)}:
+            got = cpu.top_mask(scores, keep)
+            assert torch.equal(got, ops.top_mask(scores, keep))
+            assert torch.equal(cpu.mask_slots(got, keep), ops.mask_slots(got, keep))
+
+
+@pytest.mark.parametrize("anchor", ops.ANCHORS)
+@pytest.mark.parametrize("level", ["token", "page"])
+def test_representatives_are_those_of_the_policy(
+    draw: random.Random, anchor: str, level: str
+) -> None:
+    page, m, heads = 8, 8 * draw.randrange(10, 60), draw.randrange(1, 5)
+    policy = policies.get("kvcrush", {"anchor": anchor, "level": level, "ratio": 0.4})
+    scores = torch.randn(heads, m).half().float()
+    keep, unit = draw.randrange(2, m // page - 1) * page, page if level == "page" else 1
+    view = policies.View(
+        keys=torch.zeros(heads, m, 8),
+        values=None,
+        queries=None,
+        scale=1.0,
+        candidates=m,
+        sinks=0,
+        page_size=page,
+        running=None,
+        layer=0,
+        all_heads=lambda x: x,
+    )
+    want = policy.select(view, scores, keep)
+    units, kept = m // unit, keep // unit
+    count = max(0, min(max(int(level == "page"), round(0.4 * kept)), kept - 1))
+    totals = scores.view(heads, units, unit).sum(-1)
+    important = cpu.top_mask(totals, kept - count)
+    bits = cpu.top_mask(scores, round(0.5 * m))
+    vectors = bits.view(heads, units, unit).transpose(0, 1).flatten(1)
+    fixed = None if anchor == "mean" else ops.anchor_bits(anchor, vectors, 0)
+    mask = cpu.represent(bits, important, count, fixed, unit)
+    slots = cpu.mask_slots(mask, kept)
+    if level == "page":
+        slots = (slots.unsqueeze(-1) * page + torch.arange(page)).flatten(1)
+    assert torch.equal(slots, want)
+
+
+def test_choosing_refuses_what_cannot_be(draw: random.Random) -> None:
+    with pytest.raises(ValueError, match="cannot keep 4 of 3"):
+        cpu.top_mask(torch.zeros(1, 3), 4)
+    with pytest.raises(ValueError, match="marks 3 slots, not 2"):
+        cpu.mask_slots(torch.ones(1, 3, dtype=torch.bool), 2)
+    with pytest.raises(ValueError, match="cannot pick 2 representatives"):
+        bits = torch.zeros(1, 3, dtype=torch.bool)
+        cpu.represent(bits, torch.tensor([[True, True, False]]), 2, torch.zeros(1).bool())
+    cache = Cache(draw, 1, 64, 64)
+    cache.put([], 20)
+    request = cpu.Request(None, torch.tensor(cache.tails[0], dtype=torch.int32), 20, 0, 32)
+    with pytest.raises(ValueError, match="a window of 21 queries"):
+        cpu.window_scores(cache.layer, request, torch.zeros(2, 21, 64), 10)
+    with pytest.raises(ValueError, match="21 candidates among the 20 slots"):
+        cpu.window_scores(cache.layer, request, torch.zeros(2, 4, 64), 21)
+
+
+def test_huge_pages_keep_the_contents() -> None:
+    tensor = torch.arange(3 * 2**20, dtype=torch.float32)
+    cpu.huge_pages(tensor)
+    assert torch.equal(tensor, torch.arange(3 * 2**20, dtype=torch.float32))
 
 
 # -- refusals -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vllm_kvcrush.pages import GROUP
 
-CLIPS = (1.0, 0.92, 0.84, 0.76, 0.68)
+CLIPS = (1.0, 0.88, 0.76, 0.66)
 HALF_MAX = 65504.0
 
 
@@ -93,16 +93,13 @@ def int4_values(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     y = (x.double() @ rotation(x.shape[1]).T).float()
     peak = y.abs().amax(-1, keepdim=True)
-    best_error = torch.full_like(peak, torch.inf)
-    scale = torch.zeros_like(peak)
+    best, scale = torch.zeros_like(peak), torch.zeros_like(peak)
     for clip in CLIPS:
-        step = peak * clip / 7.5
-        levels = (y * _inverse(step) + 7.5).clamp(0, 15).round() - 7.5
-        error = (y - step * levels).square().sum(-1, keepdim=True)
+        levels = (y * _inverse(peak * clip / 7.5) + 7.5).clamp(0, 15).round() - 7.5
         fitted = (y * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
-        better = (error < best_error) & (step > 0)
-        scale = torch.where(better, fitted, scale)
-        best_error = torch.where(better, error, best_error)
+        gain = fitted * (y * levels).sum(-1, keepdim=True)
+        scale = torch.where(gain > best, fitted, scale)
+        best = torch.maximum(best, gain)
     scale = _half(scale)
     return (y * _inverse(scale) + 7.5).clamp(0, 15).round(), scale
 

@@ -1,0 +1,103 @@
+// How much attention the newest queries pay to every token held: what policies score with.
+#pragma once
+
+#include "attention.h"
+
+namespace kvc::KVC_NAMESPACE {
+namespace {
+
+// Working memory of one query head over n slots.
+struct WindowMemory {
+    Memory shared;
+    float *weights;  // [tiles][rows][kTile], relative to a row's maximum when the tile came
+    float *tops;     // [tiles][rows], those maxima
+    float *factors;  // [rows]
+
+    static int64_t lay_out(const Layer &layer, int rows, int64_t tiles, uint8_t *base,
+                           WindowMemory &m) {
+        const int64_t first = Memory::lay_out(layer, rows, base, m.shared);
+        const int64_t padded = (rows + kItemPad - 1) / kItemPad * kItemPad;
+        Arena arena(base + (first + 63) / 64 * 64);
+        m.weights = arena.take<float>(tiles * padded * kTile);
+        m.tops = arena.take<float>(tiles * padded);
+        m.factors = arena.take<float>(padded);
+        return arena.end() - base;
+    }
+};
+
+int64_t count_tiles(const Layer &layer, const kvc_batch &batch, int head) {
+    Tiles tiles(layer, batch, 0, head, batch.tail_length[0], 0, INT64_MAX);
+    Tile tile;
+    int64_t count = 0;
+    while (tiles.next(tile)) ++count;
+    return count;
+}
+
+size_t window_scratch(const Layer &layer, const kvc_batch &batch, int window) {
+    int64_t tiles = 0;
+    for (int h = 0; h < layer.num_kv_heads; ++h) tiles = most(tiles, count_tiles(layer, batch, h));
+    WindowMemory unused;
+    return static_cast<size_t>(
+        WindowMemory::lay_out(layer, window, tiles, reinterpret_cast<uint8_t *>(64), unused));
+}
+
+// Sums, over a window of queries of one query head, of their attention weights times `factor`:
+// out[slot] for every slot that the head's KV head holds.
+void window_weights(const Layer &layer, const kvc_batch &batch, const void *query, int dtype,
+                    int64_t row_stride, int window, int query_head, float factor, float *out,
+                    uint8_t *scratch) {
+    const int head = query_head / layer.group, tail = batch.tail_length[0];
+    WindowMemory m;
+    WindowMemory::lay_out(layer, window, count_tiles(layer, batch, head), scratch, m);
+    Rows &rows = m.shared.rows;
+    rows.count = (window + kItemPad - 1) / kItemPad * kItemPad;
+    for (int i = 0; i < rows.count; ++i) rows.top[i] = kNever, rows.total[i] = 0;
+    std::memset(m.shared.query, 0, sizeof(float) * rows.count * layer.k_size);
+    for (int i = 0; i < window; ++i) {
+        float *to = m.shared.query + int64_t{i / kItemPad} * kItemPad * layer.k_size + i % kItemPad;
+        for (int c = 0; c < layer.k_size; ++c)
+            to[c * kItemPad] =
+                load_scalar(query, i * row_stride + c, dtype) * (layer.scale * kLog2e);
+    }
+    Tile tile;
+    int64_t index = 0;
+    for (Tiles tiles(layer, batch, 0, head, tail, 0, INT64_MAX); tiles.next(tile); ++index) {
+        float *weights = m.weights + index * rows.count * kTile;
+        expand_keys(layer, tile, m.shared);
+        block_scores(tile, m.shared.query, rows.count, layer.k_size, weights);
+        for (int i = 0; i < window; ++i) {
+            float *s = weights + i * kTile;
+            mask_row(s, tile, tail - window + 1 + i);
+            if (tile.bias) bias_row(s, tile);
+            softmax_row(s, tile.strips * kStrip, rows.top[i], rows.total[i], rows.decay[i]);
+            m.tops[index * rows.count + i] = rows.top[i];
+        }
+    }
+    index = 0;
+    for (Tiles tiles(layer, batch, 0, head, tail, 0, INT64_MAX); tiles.next(tile); ++index) {
+        const float *weights = m.weights + index * rows.count * kTile;
+        for (int i = 0; i < window; ++i)
+            m.factors[i] = rows.total[i] > 0 && m.tops[index * rows.count + i] != kNever
+                               ? factor / rows.total[i] *
+                                     __builtin_exp2f(m.tops[index * rows.count + i] - rows.top[i])
+                               : 0.0f;
+        for (int i = 0; i < tile.strips; ++i) {
+            vf sum[kStrip / W];
+            repeat<kStrip / W>(KVC_LAMBDA(v) { sum[v] = vzero(); });
+            for (int row = 0; row < window; ++row) {
+                const vf by = vset(m.factors[row]);
+                repeat<kStrip / W>(KVC_LAMBDA(v) {
+                    sum[v] = vfma(vload(weights + row * kTile + i * kStrip + v * W), by, sum[v]);
+                });
+            }
+            float lanes[kStrip];
+            repeat<kStrip / W>(KVC_LAMBDA(v) { vstore(lanes + v * W, sum[v]); });
+            const int count = tile.strip[i].count;
+            std::memcpy(out, lanes, sizeof(float) * count);
+            out += count;
+        }
+    }
+}
+
+}  // namespace
+}  // namespace kvc::KVC_NAMESPACE
