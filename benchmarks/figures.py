@@ -20,7 +20,7 @@ from benchmarks.report import RESULTS, ROOT, Row, read, table
 
 FIGURES = ROOT / "docs" / "figures"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-OURS = ("streaming", "snapkv", "h2o", "kvcrush")
+OURS = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4")
 MODE_NAMES = {"question_before": "question seen before", "question_after": "question after"}
 
 
@@ -96,7 +96,7 @@ def _quality(result: pathlib.Path) -> Any:
         axis.set_title(f"{context} tokens, {MODE_NAMES[mode]} compaction")
         axis.set_xlabel("KV bytes held, % of raw (metadata counted)")
     axes[0].set_ylabel("gold NLL lost, nats a token")
-    axes[-1].legend(fontsize=7, frameon=False, loc="upper right")
+    figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     return figure
 
 
