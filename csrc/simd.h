@@ -422,8 +422,9 @@ KVC_INLINE vf vround(vf a) {
     return (a + big) - big;
 }
 KVC_INLINE vf vexp2(vf x) {
-    const vf low = vset(-126.0f);
-    const vf clamped = x > low ? x : low;
+    const vf low = vset(-126.0f), high = vzero();
+    vf clamped = x > low ? x : low;
+    clamped = clamped < high ? clamped : high;  // NaN somewhere can leave x above 0
     const vf n = vround(clamped), f = clamped - n;
     vf y = vset(1.5353362e-4f);
     y = y * f + 1.3398874e-3f;
@@ -432,8 +433,8 @@ KVC_INLINE vf vexp2(vf x) {
     y = y * f + 2.4022648e-1f;
     y = y * f + 6.9314720e-1f;
     y = y * f + 1.0f;
-    const vi exponent = __builtin_convertvector(n, vi) << 23;
-    y = (vf)((vi)y + exponent);
+    const vu exponent = (vu) __builtin_convertvector(n, vi) << 23;
+    y = (vf)((vu)y + exponent);
     return x > low ? y : vzero();
 }
 KVC_INLINE vf vhadamard(vf x, int size) {
