@@ -165,8 +165,9 @@ def _table(
     from vllm_kvcrush.capacity import show_bytes
 
     block_bytes = model.token_bytes * block_size
+    how = f"Policy {settings.policy}, budget {settings.budget}"
     lines = [
-        f"Policy {settings.policy}, budget {settings.budget}; {model.layers} layers × "
+        f"{'Plain vLLM' if settings.policy == 'none' else how}; {model.layers} layers × "
         f"{model.kv_heads} KV heads × {model.head_size} channels in {model.dtype}: "
         f"{show_bytes(model.token_bytes)} a token, {show_bytes(block_bytes)} a block of "
         f"{block_size}.",

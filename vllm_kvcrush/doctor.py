@@ -19,6 +19,9 @@ def report() -> tuple[str, bool]:
     """The report, and whether this machine can run the plugin as far as can be told without
     starting vLLM."""
     ok, sentence = gate.verdict()
+    runs, kernels = gate.kernels()
+    if ok and not runs:
+        ok, sentence = False, f"{kernels}."
     rows = [
         ("vllm-kvcrush", __version__),
         ("vLLM", " ".join(gate.distribution() or ("not installed",))),
@@ -29,6 +32,7 @@ def report() -> tuple[str, bool]:
         ("device", _device()),
         ("CPU", f"{_cpu_model()}, {_cpus()} CPUs usable"),
         ("instruction sets", _instruction_sets()),
+        ("our kernels", kernels if runs else "none"),
         ("environment", _environment()),
     ]
     lines = ["| what | value |", "|---|---|"]
@@ -133,6 +137,7 @@ def _environment() -> str:
         "VLLM_CPU_KVCACHE_SPACE",
         "VLLM_CPU_OMP_THREADS_BIND",
         "OMP_NUM_THREADS",
+        "KVCRUSH_ISA",
     )
     found = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     return ", ".join(found) or "no setting of note"

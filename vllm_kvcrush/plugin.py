@@ -44,39 +44,43 @@ def _wrap_flags(engine_args: Any) -> None:
 
     @functools.wraps(add_cli_args)
     def with_group(parser: Any) -> Any:
+        from vllm_kvcrush import policies
+
         parser = add_cli_args(parser)
         group = parser.add_argument_group(
             "KVPolicy", "KV-cache compression (vllm-kvcrush); inactive without --kv-policy."
         )
         # No defaults: a flag that was not given must not override --additional-config.
-        group.add_argument(
+        add = functools.partial(group.add_argument, default=argparse.SUPPRESS)
+        add(
             "--kv-policy",
             dest="kv_policy",
-            help="Policy of requests that name none: streaming, snapkv, h2o, kvcrush, int8, "
-            "int4, or none (active only for requests that ask).",
+            help=f"Policy of requests that name none: {', '.join(policies.names())}, or none "
+            "(active only for requests that ask).",
         )
-        group.add_argument(
+        add(
             "--kv-budget",
             dest="kv_budget",
             help="KV a request may hold: a fraction of its raw size (0.25) or a number of tokens "
             "(4096). Default 0.25.",
         )
-        group.add_argument(
+        add(
             "--kv-budget-max",
             dest="kv_budget_max",
             help="Largest kv_budget that a client may ask for; opting out counts as 1.0.",
         )
-        group.add_argument(
+        add(
             "--kv-policy-allow",
             dest="kv_policy_allow",
             help="Comma-separated policies that clients may ask for. Default: all.",
         )
-        group.add_argument(
+        add(
             "--kv-policy-config",
             dest="kv_policy_config",
             type=_json_object,
-            help="JSON, or dotted as --kv-policy-config.kvcrush.anchor=mean: sinks, window, "
-            "prefill_interval, decode_interval (tokens), and options by policy.",
+            metavar="JSON",
+            help="sinks, window, prefill_interval, decode_interval (in tokens), and options by "
+            'policy, {"window": 32, "kvcrush": {"anchor": "mean"}}; or dotted, as all of vLLM\'s.',
         )
         return parser
 
@@ -161,9 +165,10 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     """Activates the plugin on a finished `VllmConfig`, or raises with everything against it."""
     from vllm.logger import init_logger
 
-    from vllm_kvcrush.ops import cpu
-
     offenders = gate.refusals(vllm_config)
+    runs, kernels = gate.kernels()
+    if not runs:
+        offenders.append(f"kernels that do not load ({kernels})")
     worker = vllm_config.parallel_config.worker_cls
     if worker not in _WORKERS and worker not in _WORKERS.values():
         offenders.append(f"worker class {worker}: start without --worker-cls")
@@ -196,7 +201,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         settings.prefill_interval,
         settings.decode_interval,
         vllm_config.cache_config.block_size,
-        cpu.isa(),
+        kernels,
     )
 
 

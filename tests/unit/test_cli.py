@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from vllm_kvcrush import capacity, cli, gate
 from vllm_kvcrush.config import RequestParams, Settings
+from vllm_kvcrush.ops import cpu
 
 LLAMA = {
     "num_hidden_layers": 32,
@@ -199,10 +201,31 @@ def test_doctor_reports_and_judges(
     assert "OK: vllm 0.32.1 is supported." in out
     for row in gate.REFUSED:
         assert row.feature in out
+    assert f"| our kernels | {cpu.isa()} |" in out
+
+    with monkeypatch.context() as broken:
+        broken.setattr(gate, "kernels", lambda: (False, "the kernels cannot be loaded: build them"))
+        assert run("doctor") == 1
+        assert "Refused: the kernels cannot be loaded: build them." in capsys.readouterr().out
 
     monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.33.0"))
     assert run("doctor") == 1
     assert "Refused: vllm 0.33.0 was not verified" in capsys.readouterr().out
+
+
+def test_doctor_says_which_kernels() -> None:
+    found = {}
+    for name in ("baseline", "nonsense"):
+        found[name] = subprocess.run(
+            [sys.executable, "-m", "vllm_kvcrush.cli", "doctor"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"KVCRUSH_ISA": name},
+        )
+    assert found["baseline"].returncode == 0
+    assert "| our kernels | baseline |" in found["baseline"].stdout
+    assert found["nonsense"].returncode == 1
+    assert "Refused: KVCRUSH_ISA=nonsense names no kernels" in found["nonsense"].stdout
 
 
 @pytest.mark.parametrize(
