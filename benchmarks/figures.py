@@ -87,13 +87,13 @@ def _quality(result: pathlib.Path) -> Any:
             if not points:
                 continue
             x, y = [p for p, _ in points], [r["value"] for _, r in points]
-            style = {"linewidth": 1.8, "marker": "o"} if name in OURS else PEER_STYLE
+            style = PEER_STYLE if "/" in name else {"linewidth": 1.8, "marker": "o"}
             (line,) = axis.plot(x, y, label=name, markersize=4, **style)
-            if name in OURS and all(r["low"] is not None for _, r in points):
+            if "/" not in name and all(r["low"] is not None for _, r in points):
                 low, high = [r["low"] for _, r in points], [r["high"] for _, r in points]
                 axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
         axis.axhline(0, color="#444", linewidth=1, label="full cache")
-        axis.set_title(f"{context} tokens, {MODE_NAMES[mode]} compaction")
+        axis.set_title(f"{context} tokens, {MODE_NAMES[mode]} compaction", fontsize=8)
         axis.set_xlabel("KV bytes held, % of raw (metadata counted)")
     axes[0].set_ylabel("gold NLL lost, nats a token")
     figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
@@ -103,8 +103,9 @@ def _quality(result: pathlib.Path) -> Any:
 PEER_STYLE = {"linewidth": 0.9, "linestyle": "--", "marker": "."}
 
 
-def _ours_first(name: str) -> tuple[int, str]:
-    return (OURS.index(name) if name in OURS else len(OURS), name)
+def _ours_first(name: str) -> tuple[bool, int, str]:
+    # Peers' names are PROJECT/METHOD.
+    return ("/" in name, OURS.index(name) if name in OURS else len(OURS), name)
 
 
 def _serving(result: pathlib.Path) -> Any:
@@ -163,10 +164,14 @@ def _kernels(result: pathlib.Path) -> Any:
             mine = sorted((r for r in here if r["policy"] == name), key=lambda r: r["context"])
             x, y = [r["context"] for r in mine], [r["value"] for r in mine]
             axis.plot(x, y, marker="o", markersize=4, label=name)
-        axis.set(title=mode, xlabel="context tokens", xscale="log")
-        axis.set_yscale("log")
+        axis.set(xlabel="context tokens", xscale="log", yscale="log")
+        axis.set_title(mode.replace(",", ", "), fontsize=8)
+        contexts = sorted({r["context"] for r in here})
+        axis.set_xticks(contexts, [str(c) for c in contexts])
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel("× faster than vLLM's bf16 kernel")
-    axes[-1].legend(fontsize=7, frameon=False)
+    figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     return figure
 
 
