@@ -10,6 +10,7 @@ import torch
 from benchmarks.kernels.cases import PAGE, Case
 from benchmarks.kernels.timing import Parts, now, since
 from vllm_kvcrush import policies
+from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.plan import Plan
 from vllm_kvcrush.policies.base import View
 
@@ -24,37 +25,54 @@ def plan(context: int) -> Plan:
 
 
 class Layers:
-    """Keys and queries of `sets` layers of one request whose prompt, `case.lengths[0]` tokens,
-    has just ended. All in float32, as the engine hands them to a policy on the CPU."""
+    """The cache, in float32, of `sets` layers of one request whose prompt, `case.lengths[0]`
+    tokens, has just ended, and its queries."""
 
     def __init__(self, case: Case, working_set: int):
         (held,) = case.lengths
-        self._plan, self._scale = plan(held), case.shape.scale
+        shape = case.shape
+        self._plan, self._held = plan(held), held
         _, tail = self._plan.shape(held, held)
         self.candidates = held - tail
         self.keep = self._plan.held_after(held, held) - tail
-        self.sets = math.ceil(working_set / (case.float32_bytes // 2))
-        # [kv_heads, held, head_size] each
-        self.keys = [
-            case.tokens(case.keys, contents[0], held).clone()
-            for contents in case.contents(self.sets)
+        self.sets = math.ceil(working_set / (case.float32_bytes // 2))  # only keys are read
+        table = torch.arange(math.ceil(held / PAGE), dtype=torch.int32)
+        pool = torch.empty(len(table), self.sets, shape.kv_heads, PAGE, 2 * shape.head_size)
+        self._layers = [
+            cpu.Layer(
+                pool,
+                index=index,
+                layers=self.sets,
+                heads=shape.heads,
+                kv_heads=shape.kv_heads,
+                k_size=shape.head_size,
+                v_size=shape.head_size,
+                block_size=PAGE,
+                dtype=pool.dtype,
+                scale=shape.scale,
+            )
+            for index in range(self.sets)
         ]
+        self._request = cpu.Request(None, table, held, 0, PAGE)
+        for layer, contents in zip(self._layers, case.contents(self.sets), strict=True):
+            rows = case.tokens(case.keys, contents[0], held).transpose(0, 1).contiguous()
+            cpu.store(layer, rows, rows, torch.arange(held))
         # [heads, window, head_size]
         self._queries = case.queries[-self._plan.window :].transpose(0, 1).contiguous()
 
     def view(self, index: int, needs: frozenset[str]) -> View:
         """What a policy with these needs sees of layer `index`."""
-        keys = self.keys[index]
+        layer = self._layers[index]
         assert needs <= {"queries", "running"}
+        running = torch.zeros(layer.kv_heads, self.candidates) if "running" in needs else None
         return View(
-            keys=keys,
-            values=None,
+            held=cpu.Held(layer, self._request, self._held),
             queries=self._queries if "queries" in needs else None,
-            scale=self._scale,
+            scale=layer.scale,
             candidates=self.candidates,
             sinks=self._plan.sinks,
             page_size=PAGE,
-            running=keys.new_zeros(len(keys), self.candidates) if "running" in needs else None,
+            running=running,
             layer=index,
             all_heads=lambda x: x,
         )

@@ -18,6 +18,7 @@ from torch import Tensor
 from vllm_kvcrush import ops, pages, policies
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import pages_reference as reference
+from vllm_kvcrush.ops import reference as oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Query heads of a KV head, K and V head size.
@@ -632,44 +633,59 @@ def test_top_mask_chooses_as_the_reference(draw: random.Random, n: int) -> None:
     for scores in (coarse(3, n, draw), torch.randn(3, n), torch.randn(3, n).half().float()):
         for keep in {0, n, n // 2, draw.randrange(n + 1)}:
             got = cpu.top_mask(scores, keep)
-            assert torch.equal(got, ops.top_mask(scores, keep))
-            assert torch.equal(cpu.mask_slots(got, keep), ops.mask_slots(got, keep))
+            assert torch.equal(got, oracle.top_mask(scores, keep))
+            assert torch.equal(cpu.mask_slots(got, keep), oracle.mask_slots(got, keep))
 
 
 @pytest.mark.parametrize("anchor", ops.ANCHORS)
-@pytest.mark.parametrize("level", ["token", "page"])
-def test_representatives_are_those_of_the_policy(
-    draw: random.Random, anchor: str, level: str
+@pytest.mark.parametrize("unit", [1, 8])
+def test_represent_chooses_as_the_reference(draw: random.Random, anchor: str, unit: int) -> None:
+    units, heads, rows = draw.randrange(10, 600), draw.randrange(1, 5), draw.randrange(1, 9)
+    important = cpu.top_mask(torch.randn(heads, units), draw.randrange(units))
+    others = units - int(important[0].sum())
+    bits = torch.rand(rows, units * unit) < 0.5
+    fixed = ops.anchor_bits(anchor, rows * unit, 0, bits.device)
+    for count in {0, others, draw.randrange(others + 1)}:
+        got = cpu.represent(bits, important, count, fixed, unit)
+        assert torch.equal(got, oracle.represent(bits, important, count, fixed, unit))
+
+
+@pytest.mark.parametrize("name", policies.names())
+def test_policies_choose_alike_on_the_cache_and_on_tensors(
+    draw: random.Random, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    page, m, heads = 8, 8 * draw.randrange(10, 60), draw.randrange(1, 5)
-    policy = policies.get("kvcrush", {"anchor": anchor, "level": level, "ratio": 0.4})
-    scores = torch.randn(heads, m).half().float()
-    keep, unit = draw.randrange(2, m // page - 1) * page, page if level == "page" else 1
-    view = policies.View(
-        keys=torch.zeros(heads, m, 8),
-        values=None,
-        queries=None,
-        scale=1.0,
-        candidates=m,
-        sinks=0,
-        page_size=page,
-        running=None,
-        layer=0,
-        all_heads=lambda x: x,
-    )
-    want = policy.select(view, scores, keep)
-    units, kept = m // unit, keep // unit
-    count = max(0, min(max(int(level == "page"), round(0.4 * kept)), kept - 1))
-    totals = scores.view(heads, units, unit).sum(-1)
-    important = cpu.top_mask(totals, kept - count)
-    bits = cpu.top_mask(scores, round(0.5 * m))
-    vectors = bits.view(heads, units, unit).transpose(0, 1).flatten(1)
-    fixed = None if anchor == "mean" else ops.anchor_bits(anchor, vectors, 0)
-    mask = cpu.represent(bits, important, count, fixed, unit)
-    slots = cpu.mask_slots(mask, kept)
-    if level == "page":
-        slots = (slots.unsqueeze(-1) * page + torch.arange(page)).flatten(1)
-    assert torch.equal(slots, want)
+    cache = Cache(draw, 3, 64, 64, draw.choice(DTYPES))
+    held, page = draw.randrange(60, 400), 8
+    cache.put([], held)
+    table = torch.tensor(cache.tails[0], dtype=torch.int32)
+    request = cpu.Request(None, table, held, 0, cache.block_size)
+    plain = ops.Held(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
+    paged = cpu.Held(cache.layer, request, held)
+    assert torch.equal(paged.keys, plain.keys) and torch.equal(paged.values, plain.values)
+    m = (held - 16) // page * page
+    views = [
+        policies.View(
+            held=tokens,
+            queries=torch.randn(16, cache.layer.heads, 64, generator=generator).transpose(0, 1),
+            scale=cache.layer.scale,
+            candidates=m,
+            sinks=4,
+            page_size=page,
+            running=torch.rand(2, m, generator=generator),
+            layer=0,
+            all_heads=lambda x: x,
+        )
+        for tokens, generator in ((t, torch.Generator().manual_seed(m)) for t in (paged, plain))
+    ]
+    policy, keep = policies.get(name), m // page // 2 * page
+    scores = [policy.score(view) for view in views]
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-6)
+    # Of the same scores exactly the same choice, ties among them too.
+    for same in (scores[0], scores[0].half().float(), (9 * scores[0]).round()):
+        chosen = policy.select(views[0], same, keep)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "_in_cpp", lambda tensor: False)
+            assert torch.equal(policy.select(views[1], same, keep), chosen)
 
 
 def test_choosing_refuses_what_cannot_be(draw: random.Random) -> None:

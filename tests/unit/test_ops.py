@@ -1,9 +1,10 @@
-"""The reference operations against slow loops written from their definitions."""
+"""The operations behind the names of `ops` against slow loops written from their definitions."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,16 @@ from vllm_kvcrush import ops
 
 SIZES = [1, 3, 5, 7]
 GROUPS = [1, 3, 4, 8]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True, params=["reference", "cpu"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What stands behind the names: plain torch, then C++."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "reference":
+            patch.setattr(ops, "_in_cpp", lambda tensor: False)
+        yield
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -210,71 +221,81 @@ def test_keep_bits_mark_the_top_share(m: int, share: float, seed: int) -> None:
 
 
 def test_fixed_anchors() -> None:
-    matrix = torch.zeros(3, 5, dtype=torch.bool)
-    assert ops.anchor_bits("zeros", matrix, 0).tolist() == [False] * 5
-    assert ops.anchor_bits("ones", matrix, 0).tolist() == [True] * 5
-    assert ops.anchor_bits("alternate", matrix, 0).int().tolist() == [0, 1, 0, 1, 0]
+    got = {kind: ops.anchor_bits(kind, 5, 0, CPU) for kind in ("zeros", "ones", "alternate")}
+    bits = {kind: anchor.int().tolist() for kind, anchor in got.items() if anchor is not None}
+    assert bits == {"zeros": [0] * 5, "ones": [1] * 5, "alternate": [0, 1, 0, 1, 0]}
+    assert ops.anchor_bits("mean", 5, 0, CPU) is None
 
 
-def test_mean_anchor_is_a_strict_majority() -> None:
-    matrix = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 1]]).bool()
-    assert ops.anchor_bits("mean", matrix, 0).int().tolist() == [1, 0, 0]
-    stacked = torch.stack((matrix, ~matrix))
-    assert ops.anchor_bits("mean", stacked, 0).int().tolist() == [[1, 0, 0], [0, 0, 1]]
-    assert ops.anchor_bits("mean", torch.ones(200, 2).bool(), 0).tolist() == [True, True]
+def random_anchor(width: int, seed: int) -> torch.Tensor:
+    anchor = ops.anchor_bits("random", width, seed, CPU)
+    assert anchor is not None
+    return anchor
 
 
 def test_random_anchor_is_pinned() -> None:
     # Literal bits: a request that moves to another machine or torch must keep its selection.
-    matrix = torch.zeros(4, 24, dtype=torch.bool)
-    got = "".join(str(b) for b in ops.anchor_bits("random", matrix, 7).int().tolist())
+    got = "".join(str(b) for b in random_anchor(24, 7).int().tolist())
     assert got == "101011110101010000100011"
 
 
 def test_random_anchor_depends_on_seed_and_width_only() -> None:
-    zeros, ones = torch.zeros(4, 64).bool(), torch.ones(9, 64).bool()
     torch.manual_seed(1)
-    first = ops.anchor_bits("random", zeros, 3)
+    first = random_anchor(64, 3)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert torch.equal(first, ops.anchor_bits("random", ones, 3))
+    assert torch.equal(first, random_anchor(64, 3))
     assert torch.equal(state, torch.get_rng_state())  # sampling's generator is not touched
-    assert not torch.equal(first, ops.anchor_bits("random", ones, 4))
+    assert not torch.equal(first, random_anchor(64, 4))
 
 
 def test_anchor_bits_refuse_other_kinds() -> None:
     with pytest.raises(ValueError, match="kind='median' is not one of random, zeros, ones, mean"):
-        ops.anchor_bits("median", torch.zeros(1, 1).bool(), 0)
+        ops.anchor_bits("median", 1, 0, CPU)
 
 
-def test_hamming() -> None:
-    rng = random.Random(0)
-    vectors = [[rng.random() < 0.5 for _ in range(9)] for _ in range(7)]
-    anchor = [rng.random() < 0.5 for _ in range(9)]
-    got = ops.hamming(torch.tensor(vectors), torch.tensor(anchor))
-    assert got.dtype == torch.int32
-    assert got.tolist() == [sum(a != b for a, b in zip(v, anchor, strict=True)) for v in vectors]
-    both = torch.tensor([anchor, [not b for b in anchor]])
-    assert ops.hamming(torch.tensor(vectors), both)[1].tolist() == [9 - d for d in got.tolist()]
+def slow_represent(
+    vectors: list[list[bool]], important: list[bool], count: int, anchor: list[bool] | None
+) -> list[bool]:
+    """One head's units; a vector for each."""
+    rest = [u for u, taken in enumerate(important) if not taken]
+    if anchor is None:
+        columns = zip(*(vectors[u] for u in rest), strict=True)
+        anchor = [2 * sum(column) > len(rest) for column in columns]
+    wanted = anchor or [False] * len(vectors[0])
+    far = {u: sum(a != b for a, b in zip(vectors[u], wanted, strict=True)) for u in rest}
+    rest.sort(key=lambda u: (far[u], u))
+    chosen = {rest[i * len(rest) // count] for i in range(count)}
+    return [taken or u in chosen for u, taken in enumerate(important)]
 
 
-def test_hamming_counts_beyond_a_byte() -> None:
-    assert ops.hamming(torch.ones(1, 1000).bool(), torch.zeros(1000).bool()).tolist() == [1000]
+@settings(deadline=None)
+@given(st.integers(0, 2**31), st.booleans(), st.data())
+def test_represent(seed: int, mean: bool, data: st.DataObject) -> None:
+    b, heads, units, unit = (data.draw(st.integers(1, n)) for n in (5, 3, 30, 4))
+    rng = random.Random(seed)
+    bits = torch.rand(b, units * unit, generator=torch.Generator().manual_seed(seed)) < 0.4
+    taken = data.draw(st.integers(0, units))
+    count = data.draw(st.integers(0, units - taken))
+    important = torch.zeros(heads, units, dtype=torch.bool)
+    for row in important:
+        row[rng.sample(range(units), taken)] = True
+    anchor = None if mean else random_anchor(b * unit, seed)
+    before = important.clone()
+    got = ops.represent(bits, important, count, anchor, unit)
+    vectors = [
+        [bool(bit) for head in bits for bit in head[u * unit : u * unit + unit]]
+        for u in range(units)
+    ]
+    given_bits = None if anchor is None else anchor.tolist()
+    want = [slow_represent(vectors, row, count, given_bits) for row in important.tolist()]
+    assert got.tolist() == want and torch.equal(important, before)
 
 
-@given(st.integers(0, 60), st.data())
-def test_spread_is_even_and_starts_with_the_first(x: int, data: st.DataObject) -> None:
-    count = data.draw(st.integers(0, x))
-    order = list(range(100, 100 + x))
-    random.Random(x).shuffle(order)
-    got = ops.spread(torch.tensor(order, dtype=torch.int64), count).tolist()
-    assert got == [order[i * x // count] for i in range(count)]
-    assert len(set(got)) == count
-    assert not count or got[0] == order[0]
-
-
-def test_spread_of_rows_and_of_too_few() -> None:
-    rows = torch.tensor([[5, 6, 7, 8, 9], [4, 3, 2, 1, 0]])
-    assert ops.spread(rows, 2).tolist() == [[5, 7], [4, 2]]
-    with pytest.raises(ValueError, match="cannot pick 6 of 5"):
-        ops.spread(rows, 6)
+def test_distances_count_beyond_a_byte() -> None:
+    # One token differs from the anchor in 1000 bits, the other in 744: 256 less.
+    bits = torch.ones(1000, 2, dtype=torch.bool)
+    bits[:256, 1] = False
+    anchor = torch.zeros(1000, dtype=torch.bool)
+    got = ops.represent(bits, torch.zeros(1, 2, dtype=torch.bool), 1, anchor)
+    assert got.tolist() == [[False, True]]

@@ -42,6 +42,15 @@ every_policy = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(scope="module", autouse=True, params=["reference", "cpu"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the policies' operations are made of: plain torch, then C++."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "reference":
+            patch.setattr(ops, "_in_cpp", lambda tensor: False)
+        yield
+
+
 def make_view(
     pages: int = 6,
     page: int = 8,
@@ -62,8 +71,7 @@ def make_view(
         return torch.randn(*shape, generator=generator).to(dtype)
 
     return View(
-        keys=3 * randn(heads, m + tail, 16),
-        values=randn(heads, m + tail, 16),
+        held=ops.Held(3 * randn(heads, m + tail, 16), randn(heads, m + tail, 16)),
         queries=randn(heads * group, window, 16),
         scale=0.25,
         candidates=m,
@@ -109,7 +117,7 @@ def test_sinks_stay(name: str, options: dict[str, Any], sinks: int, page: int) -
     keys, queries = view.keys.clone(), view.queries
     assert queries is not None
     keys[:, :sinks] = -3 * queries.mean(1, keepdim=True)
-    view = replace(view, keys=keys, running=torch.zeros(3, 48))
+    view = replace(view, held=ops.Held(keys), running=torch.zeros(3, 48))
     policy = policies.get(name, options)
     check_slots(policy.select(view, policy.score(view), 16), 3, 48, 16, sinks)
 
@@ -129,9 +137,9 @@ def test_same_view_same_choice_and_untouched(name: str, options: dict[str, Any])
 @every_policy
 def test_takes_only_what_it_says_it_needs(name: str, options: dict[str, Any]) -> None:
     policy, view = policies.get(name, options), make_view()
-    assert policy.needs <= {"queries", "values", "running"}
-    unused: dict[str, Any] = dict.fromkeys({"queries", "values", "running"} - policy.needs)
-    view = replace(view, **unused)
+    assert policy.needs <= {"queries", "running"}
+    unused: dict[str, Any] = dict.fromkeys({"queries", "running"} - policy.needs)
+    view = replace(view, held=ops.Held(view.keys), **unused)
     scores = policy.score(view)
     policy.select(view, scores, 16)
     running = policy.running(view, scores)
@@ -145,7 +153,7 @@ def test_broken_numbers_do_not_break_the_count(name: str, options: dict[str, Any
     keys = view.keys.clone()
     keys[0, 20] = torch.nan
     keys[1, 21] = torch.inf
-    policy, view = policies.get(name, options), replace(view, keys=keys)
+    policy, view = policies.get(name, options), replace(view, held=ops.Held(keys))
     check_slots(policy.select(view, policy.score(view), 16), 3, 48, 16, view.sinks)
 
 
@@ -153,8 +161,8 @@ def test_broken_numbers_do_not_break_the_count(name: str, options: dict[str, Any
 def test_stays_on_the_device_of_the_view(name: str, options: dict[str, Any]) -> None:
     # "meta" refuses to mix with the CPU and has no data: a copy from or to the device would fail.
     view, policy = make_view(), policies.get(name, options)
-    moved = {f: getattr(view, f).to("meta") for f in ("keys", "values", "queries", "running")}
-    view = replace(view, **moved)
+    moved = {f: getattr(view, f).to("meta") for f in ("queries", "running")}
+    view = replace(view, held=ops.Held(view.keys.to("meta")), **moved)
     slots = policy.select(view, policy.score(view), 16)
     assert slots.device.type == "meta" and slots.shape == (3, 16)
 
@@ -212,7 +220,7 @@ def test_snapkv_keeps_what_the_window_looks_at() -> None:
     keys = torch.zeros_like(view.keys)
     keys[0, 20] = 5 * view.queries[0].mean(0)
     keys[1, 33] = 5 * view.queries[1].mean(0)
-    view = replace(view, keys=keys)
+    view = replace(view, held=ops.Held(keys))
     policy = SnapKV(pool=3)
     slots = policy.select(view, policy.score(view), 8).tolist()
     assert {19, 20, 21} <= set(slots[0]) and {32, 33, 34} <= set(slots[1])
@@ -417,7 +425,7 @@ def test_tensor_parallel_ranks_choose_as_one_would(anchor: str, level: str) -> N
     halves = [
         replace(
             whole,
-            keys=whole.keys[2 * rank : 2 * rank + 2],
+            held=ops.Held(whole.keys[2 * rank : 2 * rank + 2]),
             queries=whole.queries[6 * rank : 6 * rank + 6],
             running=whole.running[2 * rank : 2 * rank + 2],
         )

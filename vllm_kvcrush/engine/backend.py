@@ -229,12 +229,6 @@ class CacheLayer:
         directory = None if region is None else region.directory(self.index)
         return cpu.Request(directory, tail, tokens, position, self.block_size)
 
-    def read(self, request: cpu.Request, held: int) -> tuple[Tensor, Tensor]:
-        """Its keys and values, float32 `[heads, held, head_size]`."""
-        parts = [cpu.read(self.pages, request, h, 0, held)[:2] for h in range(self.heads)]
-        keys, values = zip(*parts, strict=True)
-        return torch.stack(keys), torch.stack(values)
-
     def compact(self, request: cpu.Request, kept: Tensor, target: Region) -> None:
         """Moves the slots `kept` `[heads, k]` (int64, ascending) into the pages of `target`, which
         may be among the request's own."""

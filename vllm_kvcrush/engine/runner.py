@@ -22,6 +22,7 @@ from vllm_kvcrush.engine import backend
 from vllm_kvcrush.engine.backend import CacheLayer, QueryTap, Region
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction, StepCommands
+from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.plan import Plan
 from vllm_kvcrush.policies.base import Policy, View
 
@@ -236,16 +237,14 @@ class KVCrushCPUModelRunner(CPUModelRunner):
                     self.on_select(command, index, everything)
                 layer.compact(request, everything, target)
                 continue
-            keys, values = layer.read(request, held)
             running = None
             if "running" in needs:
-                running = keys.new_zeros(layer.heads, candidates, dtype=torch.float32)
+                running = torch.zeros(layer.heads, candidates)
                 if state.running is not None:
                     known = state.running[index]
                     running[:, : known.shape[1]] = known
             view = View(
-                keys=keys,
-                values=values if "values" in needs else None,
+                held=cpu.Held(layer.pages, request, held),
                 queries=None if queries is None else queries[index],
                 scale=layer.scale,
                 candidates=candidates,

@@ -9,10 +9,14 @@ be queued one after the other.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FAR = torch.iinfo(torch.int64).max
 ANCHORS = ("random", "zeros", "ones", "mean", "alternate")
 
 
@@ -89,6 +93,63 @@ def pool_scores(scores: Tensor, size: int, kind: str) -> Tensor:
     raise ValueError(f"kind={kind!r} is not one of avg, max")
 
 
+def window_scores(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    candidates: int,
+    *,
+    mean: bool = True,
+    pool: int = 1,
+    pool_kind: str = "max",
+    reduce: str = "mean",
+) -> Tensor:
+    """Attention that each candidate receives from the newest queries.
+
+    Args:
+        queries, keys, scale: of `window_attention`.
+        candidates: m; scores are wanted, and pooled, for slots [0, m).
+        mean: the mean over the window instead of the sum.
+        pool, pool_kind: of `pool_scores`; 1 leaves the scores as they are.
+        reduce: of `reduce_groups`.
+
+    Returns:
+        [H, m].
+    """
+    weights = window_attention(queries, keys, scale)[..., :candidates]
+    votes = weights.mean(1) if mean else weights.sum(1)
+    return reduce_groups(pool_scores(votes, pool, pool_kind), keys.shape[0], reduce)
+
+
+@dataclass
+class Held:
+    """What a request holds in one layer, in plain tensors.
+
+    Attributes:
+        keys: [H, n, D], with RoPE.
+        values: [H, n, D], or None if nobody asks for them.
+    """
+
+    keys: Tensor
+    values: Tensor | None = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H."""
+        return self.keys.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where policies compute."""
+        return self.keys.device
+
+    def window_scores(
+        self, queries: Tensor, scale: float, candidates: int, **options: Any
+    ) -> Tensor:
+        """`window_scores` over these keys."""
+        return window_scores(queries, self.keys, scale, candidates, **options)
+
+
 def top_mask(scores: Tensor, keep: int) -> Tensor:
     """Marks each head's `keep` best slots.
 
@@ -127,49 +188,21 @@ def mask_slots(mask: Tensor, count: int) -> Tensor:
     return torch.nonzero_static(mask, size=heads * count)[:, 1].view(heads, count)
 
 
-def top_slots(scores: Tensor, keep: int) -> Tensor:
-    """Each head's `keep` best slots.
-
-    Args:
-        scores: [H, m]; NaN counts as the worst.
-        keep: 0 <= keep <= m.
-
-    Returns:
-        int64 [H, keep], ascending.
-    """
-    return mask_slots(top_mask(scores, keep), keep)
-
-
-def keep_bits(scores: Tensor, share: float) -> Tensor:
-    """KVCrush's binary features: would this head keep this token (arXiv 2503.00022)?
-
-    Args:
-        scores: [H, m].
-        share: part of a head's tokens that get a one; round(share·m) of them.
-
-    Returns:
-        bool [H, m].
-    """
-    return top_mask(scores, round(share * scores.shape[-1]))
-
-
-def anchor_bits(kind: str, bits_matrix: Tensor, seed: int) -> Tensor:
+def anchor_bits(kind: str, width: int, seed: int, device: torch.device) -> Tensor | None:
     """The vector that KVCrush measures distances from (arXiv 2503.00022; the kinds are those of
     OpenVINO GenAI's `KVCrushAnchorPointMode`).
 
     Args:
-        kind: "random" (fixed by `seed` and b alone), "zeros", "ones", "mean" (the majority of
-            each column, zero at a tie) or "alternate" (0, 1, 0, 1, ...).
-        bits_matrix: bool [..., m, b], the vectors; only "mean" reads their content.
+        kind: "random" (fixed by `seed` and `width` alone), "zeros", "ones", "alternate"
+            (0, 1, 0, 1, ...) or "mean".
+        width: b, its bits.
         seed: of "random".
 
     Returns:
-        bool [..., b] for "mean", else [b].
+        bool [b], or None for "mean", which depends on the vectors: see `represent`.
     """
-    count, width = bits_matrix.shape[-2:]
-    device = bits_matrix.device
     if kind == "mean":
-        return 2 * bits_matrix.sum(-2, dtype=torch.int32) > count
+        return None
     if kind == "random":
         # Drawn on the CPU, whose generator gives the same bits next to every kind of device.
         generator = torch.Generator().manual_seed(seed)
@@ -181,31 +214,31 @@ def anchor_bits(kind: str, bits_matrix: Tensor, seed: int) -> Tensor:
     raise ValueError(f"kind={kind!r} is not one of {', '.join(ANCHORS)}")
 
 
-def hamming(vectors: Tensor, anchor: Tensor) -> Tensor:
-    """Number of bits in which each vector differs from the anchor.
+def represent(
+    bits: Tensor, important: Tensor, count: int, anchor: Tensor | None, unit: int = 1
+) -> Tensor:
+    """KVCrush's choice (arXiv 2503.00022): adds to each head's important units `count` evenly
+    spaced ones of its others, in the order of their Hamming distance to the anchor, then of their
+    index.
 
     Args:
-        vectors: bool [..., m, b].
-        anchor: bool [..., b]; leading dimensions broadcast.
+        bits: bool [b, u·unit], a row for each head that describes tokens.
+        important: bool [H, u].
+        count: representatives wanted of each head; no more than it has others.
+        anchor: bool [b·unit], or None for the majority of each head's others, zero at a tie.
+        unit: tokens of a unit; its vector is the bits of its tokens, head after head.
 
     Returns:
-        int32 [..., m].
+        bool [H, u].
     """
-    return (vectors ^ anchor.unsqueeze(-2)).sum(-1, dtype=torch.int32)
-
-
-def spread(order: Tensor, count: int) -> Tensor:
-    """Evenly spaced picks from an ordered list (KVCrush, arXiv 2503.00022).
-
-    Args:
-        order: [..., x], candidates in order.
-        count: 0 <= count <= x.
-
-    Returns:
-        [..., count], the elements at floor(i·x / count); the first one is always among them.
-    """
-    x = order.shape[-1]
-    if not 0 <= count <= x:
-        raise ValueError(f"cannot pick {count} of {x}")
-    steps = torch.arange(count, device=order.device) * x // max(count, 1)
-    return order[..., steps]
+    vectors = bits.view(len(bits), -1, unit).transpose(0, 1).flatten(1)  # [u, b·unit]
+    others = ~important
+    available = others.sum(-1, keepdim=True)
+    if anchor is None:
+        ones = (others.unsqueeze(-1) & vectors).sum(-2)
+        anchor = (2 * ones > available).unsqueeze(-2)  # [H, 1, b·unit]
+    distance = (vectors ^ anchor).sum(-1)
+    order = torch.where(important, FAR, distance).argsort(stable=True)
+    # Those at floor(i·x / count) of x others; the first one is always among them.
+    places = torch.arange(count, device=bits.device) * available // max(count, 1)
+    return important.scatter(-1, order.gather(-1, places), True)

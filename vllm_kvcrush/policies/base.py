@@ -10,12 +10,28 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_kvcrush import ops
+
+
+class Held(Protocol):
+    """A layer's held keys and values, wherever they lie; `ops.Held` has them in plain tensors."""
+
+    @property
+    def keys(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor | None: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def window_scores(
+        self, queries: Tensor, scale: float, candidates: int, **options: Any
+    ) -> Tensor: ...
 
 
 @dataclass
@@ -25,9 +41,11 @@ class View:
     H KV heads, Hq query heads, n held slots, m candidates, w window queries, head size D. Under
     tensor parallelism H and Hq count this rank's heads.
 
+    `keys` and `values` of every held slot, [H, n, D], keys with RoPE, are copies where the cache is
+    not made of plain tensors. A policy that gets by with `window_scores` costs a fraction.
+
     Attributes:
-        keys: [H, n, D], keys of every held slot, with RoPE.
-        values: [H, n, D], or None unless the policy needs "values".
+        held: what the request holds in this layer.
         queries: [Hq, w, D], the last w queries, with RoPE, unscaled, or None unless the policy
             needs "queries".
         scale: factor of q·k.
@@ -41,8 +59,7 @@ class View:
             without tensor parallelism. A collective: every rank must make the same calls.
     """
 
-    keys: Tensor
-    values: Tensor | None
+    held: Held
     queries: Tensor | None
     scale: float
     candidates: int
@@ -53,9 +70,53 @@ class View:
     all_heads: Callable[[Tensor], Tensor]
 
     @property
+    def keys(self) -> Tensor:
+        """[H, n, D], with RoPE, of any float dtype."""
+        return self.held.keys
+
+    @property
+    def values(self) -> Tensor | None:
+        """[H, n, D], of any float dtype; None where a view without values was made by hand."""
+        return self.held.values
+
+    @property
     def num_kv_heads(self) -> int:
         """H."""
-        return self.keys.shape[0]
+        return self.held.num_kv_heads
+
+    @property
+    def device(self) -> torch.device:
+        """Of every tensor that a policy returns."""
+        return self.held.device
+
+    def window_scores(
+        self,
+        *,
+        mean: bool = True,
+        pool: int = 1,
+        pool_kind: str = "max",
+        reduce: str = "mean",
+    ) -> Tensor:
+        """Attention that each candidate receives from the window's queries: float32 [H, m].
+
+        The weights of `ops.window_attention`, added up over the window (or their mean), pooled
+        along the candidates and then merged over the query heads of a KV head.
+
+        Args:
+            mean: the mean over the window instead of the sum.
+            pool, pool_kind: of `ops.pool_scores`; 1 leaves the scores as they are.
+            reduce: of `ops.reduce_groups`.
+        """
+        assert self.queries is not None, 'the policy does not need "queries"'
+        return self.held.window_scores(
+            self.queries,
+            self.scale,
+            self.candidates,
+            mean=mean,
+            pool=pool,
+            pool_kind=pool_kind,
+            reduce=reduce,
+        )
 
 
 class OptionError(ValueError):
@@ -73,7 +134,7 @@ class Policy(ABC):
     checks them in `__post_init__` with `require`."""
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "queries", "values", "running"
+    needs: ClassVar[frozenset[str]] = frozenset()  # of "queries", "running"
     codec: ClassVar[str] = "raw"  # of the pages of the compressed region: a name in pages.CODECS
 
     @abstractmethod

@@ -34,10 +34,8 @@ class H2O(Policy):
         self.require("recent", share, "a number from 0 to 1")
 
     def score(self, view: View) -> Tensor:
-        assert view.queries is not None and view.running is not None
-        weights = ops.window_attention(view.queries, view.keys, view.scale)
-        received = weights.sum(1)[:, : view.candidates]
-        return ops.reduce_groups(received, view.num_kv_heads) + view.running
+        assert view.running is not None
+        return view.window_scores(mean=False) + view.running
 
     def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
         recent = min(int(self.recent * keep), max(0, keep - view.sinks))

@@ -19,8 +19,6 @@ from vllm_kvcrush.policies.base import (
     protect,
 )
 
-FAR = torch.iinfo(torch.int32).max
-
 
 @dataclass
 class KVCrush(Policy):
@@ -114,22 +112,6 @@ class KVCrush(Policy):
         if representatives:
             # Every rank gets here or none does: the counts are the same on all of them.
             bits = view.all_heads(ops.keep_bits(scores, self.share))
-            vectors = bits.view(bits.shape[0], -1, unit).transpose(0, 1).flatten(1)
-            chosen = self._represent(vectors, important, keep - representatives, representatives)
-            important = important.scatter(-1, chosen, True)
+            anchor = ops.anchor_bits(self.anchor, len(bits) * unit, self.seed, bits.device)
+            important = ops.represent(bits, important, representatives, anchor, unit)
         return ops.mask_slots(important, keep)
-
-    def _represent(self, vectors: Tensor, important: Tensor, taken: int, count: int) -> Tensor:
-        """Picks `count` units outside each head's `taken` important ones: int64 [H, count].
-
-        Args:
-            vectors: bool [u, b], one for each unit.
-            important: bool [H, u].
-        """
-        rest = vectors.shape[0] - taken
-        members = vectors
-        if self.anchor == "mean":  # the only anchor that depends on a head's list
-            members = vectors[ops.mask_slots(~important, rest)]
-        anchor = ops.anchor_bits(self.anchor, members, self.seed)
-        distance = torch.where(important, FAR, ops.hamming(vectors, anchor))
-        return ops.spread(distance.argsort(stable=True)[:, :rest], count)

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vllm_kvcrush import ops
 from vllm_kvcrush.policies.base import Policy, View, is_whole
 
 
@@ -38,8 +37,4 @@ class SnapKV(Policy):
         self.require_one_of("reduce", ("mean", "max"))
 
     def score(self, view: View) -> Tensor:
-        assert view.queries is not None
-        weights = ops.window_attention(view.queries, view.keys, view.scale)
-        votes = weights.mean(1)[:, : view.candidates]
-        pooled = ops.pool_scores(votes, self.pool, self.pool_kind)
-        return ops.reduce_groups(pooled, view.num_kv_heads, self.reduce)
+        return view.window_scores(pool=self.pool, pool_kind=self.pool_kind, reduce=self.reduce)

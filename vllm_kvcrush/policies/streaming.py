@@ -23,12 +23,12 @@ class Streaming(Policy):
 
     def score(self, view: View) -> Tensor:
         # Slots are in position order, so the index is the age; the sinks are protected by select.
-        slots = torch.arange(view.candidates, dtype=torch.float32, device=view.keys.device)
+        slots = torch.arange(view.candidates, dtype=torch.float32, device=view.device)
         return slots.expand(view.num_kv_heads, -1)
 
     def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
         # What the base class would choose, without the search: sorted scores are its slow case.
-        sinks, device = min(view.sinks, keep), view.keys.device
+        sinks, device = min(view.sinks, keep), view.device
         first = torch.arange(sinks, device=device)
         newest = torch.arange(view.candidates - keep + sinks, view.candidates, device=device)
         return torch.cat((first, newest)).repeat(view.num_kv_heads, 1)
