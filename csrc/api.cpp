@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 #include <vector>
@@ -85,9 +86,10 @@ int check_layer(const kvc_layer *given, Layer &layer) {
         layer.num_heads % layer.num_kv_heads != 0 || layer.num_heads > 65536)
         return fail("%d query heads do not divide over %d KV heads", layer.num_heads,
                     layer.num_kv_heads);
-    if (layer.first_page < 0 || layer.block_pages - layer.first_page < layer.num_kv_heads)
-        return fail("pages %d to %d of a block of %d pages", layer.first_page,
-                    layer.first_page + layer.num_kv_heads, layer.block_pages);
+    if (layer.first_page < 0 || layer.block_pages < layer.num_kv_heads ||
+        layer.block_pages - layer.first_page < layer.num_kv_heads)
+        return fail("%d pages from page %d of a block of %d pages", layer.num_kv_heads,
+                    layer.first_page, layer.block_pages);
     const int64_t bytes =
         int64_t{layer.block_size} * (layer.k_size + layer.v_size) * dtype_bytes(layer.dtype);
     if (layer.page_bytes != bytes)
@@ -96,6 +98,9 @@ int check_layer(const kvc_layer *given, Layer &layer) {
     if (layer.pool == nullptr || layer.num_blocks < 0 ||
         reinterpret_cast<uintptr_t>(layer.pool) % 64 != 0)
         return fail("the pool is missing or not aligned to 64 bytes");
+    if (layer.num_blocks > INT64_MAX / (layer.page_bytes * layer.block_pages))
+        return fail("%lld blocks are more than any memory holds",
+                    static_cast<long long>(layer.num_blocks));
     layer.group = layer.num_heads / layer.num_kv_heads;
     layer.v_padded = (layer.v_size + 15) / 16 * 16;
     for (int codec = 0; codec < KVC_CODECS; ++codec) {
@@ -208,6 +213,7 @@ int attention(const Layer &layer, const kvc_batch &batch, const void *query, int
     const Kernels &kernel = *kernels();
     const int64_t heads = layer.num_kv_heads;
     const int block_rows = kernel.attention_rows(layer);
+    if (batch.num_seqs < 0) return fail("a batch of %d sequences", batch.num_seqs);
     items_memory.resize(2 * static_cast<size_t>(batch.num_seqs) + 1);
     int64_t *first_item = items_memory.data(), *first_partial = first_item + batch.num_seqs + 1;
     int64_t items = 0, partial = 0, work = 0;
@@ -225,7 +231,7 @@ int attention(const Layer &layer, const kvc_batch &batch, const void *query, int
         int64_t each_head = rows == 0 ? 0 : (rows + block_rows - 1) / block_rows, most_strips = 0;
         if (rows > 0) {
             for (int64_t h = 0; h < heads; ++h) {
-                int64_t strips = (tail + kStrip - 1) / kStrip;
+                int64_t strips = (int64_t{tail} + kStrip - 1) / kStrip;
                 if (batch.directory.begin != nullptr) {
                     const int64_t at = s * batch.directory.stride + h;
                     for (int e = batch.directory.begin[at]; e < batch.directory.end[at]; ++e)
@@ -456,7 +462,7 @@ void pool_row(const float *in, int64_t n, int64_t size, bool maximum, float *out
         return;
     }
     for (int64_t i = 0; i < n; ++i) out[i] = in[i];
-    for (int64_t shift = 1; shift <= half; ++shift) {
+    for (int64_t shift = 1; shift <= half && shift < n; ++shift) {
         for (int64_t i = 0; i + shift < n; ++i)
             out[i] = in[i + shift] > out[i] ? in[i + shift] : out[i];
         for (int64_t i = shift; i < n; ++i)
@@ -525,7 +531,7 @@ template <class F>
 static int guarded(F &&work) {
     try {
         return work();
-    } catch (const std::bad_alloc &) {
+    } catch (const std::exception &) {  // of the library only those that lack memory
         return no_memory();
     }
 }
@@ -556,6 +562,7 @@ KVC_EXPORT int64_t kvc_capacity(int32_t codec, int64_t page_bytes, int32_t k_siz
     if (codec < 0 || codec >= KVC_CODECS || !good_heads(k_size) || !good_heads(v_size) ||
         dtype < KVC_F32 || dtype > KVC_F16)
         return -1;
+    if (page_bytes <= 0) return 0;
     return page_capacity(codec, page_bytes, k_size, v_size, dtype);
 }
 
@@ -634,9 +641,8 @@ KVC_EXPORT int kvc_read(const kvc_layer *given, const kvc_request *source, int32
         if (head < 0 || head >= layer.num_kv_heads) return fail("KV head %d does not exist", head);
         const Source from{layer, *source};
         if (first < 0 || n < 0 || first > from.tokens(head) - n)
-            return fail("slots %lld to %lld of %lld", static_cast<long long>(first),
-                        static_cast<long long>(first + n),
-                        static_cast<long long>(from.tokens(head)));
+            return fail("%lld slots from slot %lld of %lld", static_cast<long long>(n),
+                        static_cast<long long>(first), static_cast<long long>(from.tokens(head)));
         if (!read_slots(from, head, nullptr, first, n, key, value, positions))
             return fail("raw compressed pages have no positions");
         return 0;
@@ -680,6 +686,10 @@ KVC_EXPORT int kvc_top_mask(int64_t rows, int64_t n, const float *scores, int64_
 KVC_EXPORT int kvc_represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bits,
                              const uint8_t *anchor, int64_t heads, uint8_t *mask, int64_t count) {
     return guarded([&] {
+        if (bit_heads < 0 || units < 0 || unit < 0 || heads < 0)
+            return fail("%lld units of %lld tokens in %lld and %lld heads",
+                        static_cast<long long>(units), static_cast<long long>(unit),
+                        static_cast<long long>(bit_heads), static_cast<long long>(heads));
         if (!represent(bit_heads, units, unit, bits, anchor, heads, mask, count))
             return fail("cannot pick %lld representatives beside the important ones of %lld units",
                         static_cast<long long>(count), static_cast<long long>(units));

@@ -1,6 +1,10 @@
 // Paged attention: decode by ranges of strips, prefill by blocks of query rows.
 #pragma once
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "codecs.h"
 #include "internal.h"
 #include "panel.h"
@@ -154,7 +158,16 @@ class Arena {
     template <class T>
     T *take(int64_t count) {
         T *result = reinterpret_cast<T *>(at_);
-        at_ += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
+        const int64_t bytes = count * int64_t{sizeof(T)}, whole = (bytes + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+        // A gap that nothing may touch, unless the address is made up and only sizes count.
+        if (reinterpret_cast<uintptr_t>(at_) >> 40 != 0) {
+            __asan_unpoison_memory_region(at_, static_cast<size_t>(bytes));
+            __asan_poison_memory_region(at_ + bytes, static_cast<size_t>(whole - bytes + 64));
+        }
+        at_ += 64;
+#endif
+        at_ += whole;
         return result;
     }
     const uint8_t *end() const {

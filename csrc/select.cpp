@@ -20,6 +20,7 @@ uint32_t ordered(float x) {
 
 // Finds the least score that stays, digit by digit, then takes from the left among its equals.
 void top_row(const float *scores, int64_t n, int64_t keep, uint8_t *mask) {
+    if (n == 0) return;
     if (keep == 0 || keep == n) {
         std::memset(mask, keep != 0 ? 1 : 0, static_cast<size_t>(n));
         return;

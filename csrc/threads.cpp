@@ -65,10 +65,16 @@ struct Scratch {
         std::free(data);
     }
     uint8_t *get(size_t wanted) {
+#if defined(__SANITIZE_ADDRESS__)
+        constexpr size_t kUnit = 64;
+        size = 0;  // anew each time, and no more: then a use of anything beyond is noticed
+#else
+        constexpr size_t kUnit = 4096;
+#endif
         if (wanted > size) {
             std::free(data);
-            size = (wanted + 4095) / 4096 * 4096;
-            data = static_cast<uint8_t *>(std::aligned_alloc(4096, size));
+            size = (wanted + kUnit - 1) / kUnit * kUnit;
+            data = static_cast<uint8_t *>(std::aligned_alloc(kUnit, size));
             if (data == nullptr) size = 0;
         }
         return data;
