@@ -109,10 +109,9 @@ class Bench:
 
     def stop(self) -> None:
         """Gives the engine's memory back."""
-        import gc
-
-        self._engine = None
-        gc.collect()
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     def settings(self) -> Iterator[tuple[str, float | int]]:
         """Policies and budgets to measure."""

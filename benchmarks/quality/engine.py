@@ -176,6 +176,13 @@ class Engine:
             results[job.name] = result
         return results
 
+    def close(self) -> None:
+        """Gives the memory back. vLLM keeps its models and caches in globals that outlive an
+        engine, so the tensors themselves are emptied; nothing may run here afterwards."""
+        tensors = [*self._runner.kv_caches, *self._runner.get_model().parameters()]
+        for tensor in tensors:
+            tensor.untyped_storage().resize_(0)
+
     @staticmethod
     def forget() -> None:
         """Drops all records; references are large (a float per word of the vocabulary a token)."""
