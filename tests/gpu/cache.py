@@ -1,0 +1,220 @@
+"""A poisoned cache of a few layers in GPU layout, and what has been put into one of them."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from tests.gpu import oracle
+from vllm_kvcrush.ops import pages_reference as reference
+from vllm_kvcrush.ops.triton import attention
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request
+from vllm_kvcrush.pages import CODECS
+
+
+class Cache:
+    """Attributes:
+    keys, values, positions: by sequence and KV head, what the pages give back, float64.
+    """
+
+    def __init__(
+        self, draw: random.Random, device: str, group: int, k_size: int, v_size: int,
+        dtype: torch.dtype = torch.float16, kv_heads: int = 2, block_size: int = 32,
+        blocks: int = 24,
+    ):  # fmt: skip
+        self.draw, self.device, self.dtype, self.block_size = draw, device, dtype, block_size
+        layers = draw.randrange(1, 4)
+        page_bytes = block_size * (k_size + v_size) * dtype.itemsize
+        # All bits set: NaN as a float of any width.
+        pool = torch.full((blocks * layers * kv_heads * page_bytes,), 255, dtype=torch.uint8)
+        self.layer = Layer(
+            pool.to(device), index=draw.randrange(layers), layers=layers, heads=group * kv_heads,
+            kv_heads=kv_heads, k_size=k_size, v_size=v_size, block_size=block_size, dtype=dtype,
+            scale=k_size**-0.5,
+        )  # fmt: skip
+        self.free = list(range(blocks))
+        draw.shuffle(self.free)
+        self.pages: list[int] = []
+        self.entries: list[tuple[int, int, int]] = []  # page, count, codec
+        self.begin: list[list[int]] = []
+        self.end: list[list[int]] = []
+        self.tails: list[list[int]] = []
+        self.lengths: list[int] = []
+        self.starts: list[int] = []
+        self.keys: list[list[Tensor]] = []
+        self.values: list[list[Tensor]] = []
+        self.positions: list[list[Tensor]] = []
+
+    def bytes_of(self, page: int) -> Tensor:
+        """A page's bytes, on the CPU."""
+        size = self.layer.geometry.page_bytes
+        return self.layer.pool[page * size : (page + 1) * size].cpu()
+
+    def write(self, page: int, content: Tensor) -> None:
+        size = self.layer.geometry.page_bytes
+        self.layer.pool[page * size : (page + 1) * size] = content.to(self.device)
+
+    def page(self) -> int:
+        """Any unused page: compressed pages may come from anywhere in their block."""
+        if not self.pages:
+            block = self.free.pop()
+            self.pages = [block * self.layer.block_pages + i for i in range(self.layer.block_pages)]
+            self.draw.shuffle(self.pages)
+        return self.pages.pop()
+
+    def content(self, n: int) -> tuple[Tensor, Tensor]:
+        """Keys with outlier channels and a sink, as models have them."""
+        key, value = torch.randn(n, self.layer.k_size), torch.randn(n, self.layer.v_size)
+        key[:, self.draw.randrange(self.layer.k_size)] += 4
+        key[:, self.draw.randrange(self.layer.k_size)] *= 6
+        if n:
+            key[0] *= 4
+            value[0] *= 0.02
+        return key, value
+
+    def fill(self, page: int, codec: str, key: Tensor, value: Tensor, where: Tensor | None) -> None:
+        content = self.bytes_of(page)
+        oracle.encode(content, codec, self.layer.geometry, key, value, where, self.dtype)
+        self.write(page, content)
+
+    def put(self, codecs: list[str], tail: int, counts: list[int] | None = None) -> None:
+        """A sequence: for each head pages of the codecs, then `tail` raw tokens.
+
+        Args:
+            counts: tokens of each page; None: full, partly filled and empty ones by chance.
+        """
+        layer, step = self.layer, self.block_size
+        blocks = [self.free.pop() for _ in range(-(-tail // step))]
+        keys, values, positions, begin, end = [], [], [], [], []
+        start = self.draw.randrange(1000)
+        for head in range(layer.kv_heads):
+            begin.append(len(self.entries))
+            k_parts, v_parts, p_parts = [], [], []
+            at = self.draw.randrange(1000)
+            order = list(enumerate(codecs))
+            for i, codec in order if head % 2 == 0 else order[::-1]:
+                full = layer.capacity(codec)
+                some = [full, self.draw.randrange(full + 1), min(full, 5), 0]
+                count = counts[i] if counts else self.draw.choice(some)
+                key, value = self.content(count)
+                where = (at + torch.randint(1, 9, (count,)).cumsum(0)).int()
+                at += 9 * count
+                page = self.page()
+                self.fill(page, codec, key, value, None if codec == "raw" else where)
+                self.entries.append((page, count, CODECS[codec]))
+                k_kept, v_kept = oracle.kept(codec, key, value, self.dtype)
+                k_parts.append(k_kept)
+                v_parts.append(v_kept)
+                p_parts.append(where)
+            end.append(len(self.entries))
+            key, value = self.content(tail)
+            for i, block in enumerate(blocks):
+                part = slice(i * step, (i + 1) * step)
+                self.fill(layer.page(block, head), "raw", key[part], value[part], None)
+            k_parts.append(key.to(self.dtype).double())
+            v_parts.append(value.to(self.dtype).double())
+            p_parts.append(torch.arange(start, start + tail, dtype=torch.int32))
+            keys.append(torch.cat(k_parts))
+            values.append(torch.cat(v_parts))
+            positions.append(torch.cat(p_parts))
+        self.begin.append(begin)
+        self.end.append(end)
+        self.tails.append(blocks)
+        self.lengths.append(tail)
+        self.starts.append(start)
+        self.keys.append(keys)
+        self.values.append(values)
+        self.positions.append(positions)
+
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        columns = zip(*self.entries, strict=True) if self.entries else ([], [], [])
+        page, count, codec = (torch.tensor(list(x), dtype=torch.int32) for x in columns)
+        return page, count.to(torch.uint16), codec.to(torch.uint8)
+
+    def directory(self, bias: bool = False) -> Directory:
+        page, count, codec = self._entries()
+        offsets = log_bias = None
+        if bias:
+            # Every third page has none.
+            total, starts = 0, []
+            for i, n in enumerate(count.tolist()):
+                starts.append(-1 if i % 3 == 2 else total)
+                total += 0 if i % 3 == 2 else n
+            offsets, log_bias = torch.tensor(starts), torch.randn(total + 1)
+        self.log_bias = (offsets, log_bias)
+        begin, end = (torch.tensor(x, dtype=torch.int32) for x in (self.begin, self.end))
+        return Directory.of(begin, end, page, count, codec, offsets, log_bias, self.device)
+
+    def request(self, seq: int) -> Request:
+        page, count, codec = (x.to(self.device) for x in self._entries())
+        first, last = self.begin[seq][0], self.end[seq][-1]
+        begin, end = (
+            (torch.tensor([x[seq]], dtype=torch.int32) - first).to(self.device)
+            for x in (self.begin, self.end)
+        )
+        own = slice(first, last)
+        return Request.of(
+            begin, end, page[own], count[own], codec[own],
+            torch.tensor(self.tails[seq], dtype=torch.int32, device=self.device),
+            self.lengths[seq], self.starts[seq],
+        )  # fmt: skip
+
+    def biases(self, seq: int) -> list[Tensor]:
+        """What `directory(bias=True)` adds to each token's logit, by KV head."""
+        offsets, log_bias = self.log_bias
+        assert offsets is not None and log_bias is not None
+        result = []
+        for head in range(self.layer.kv_heads):
+            parts = []
+            for i in range(self.begin[seq][head], self.end[seq][head]):
+                n, start = self.entries[i][1], int(offsets[i])
+                parts.append(torch.zeros(n) if start < 0 else log_bias[start : start + n])
+            result.append(torch.cat([*parts, torch.zeros(self.lengths[seq])]))
+        return result
+
+    def batch(self, rows: list[int], bias: bool = False) -> Batch:
+        columns = max(1, *(len(t) for t in self.tails)) + 1
+        table = torch.full((len(rows), columns), -1, dtype=torch.int32)
+        for row, blocks in zip(table, self.tails, strict=True):
+            row[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        starts = torch.tensor([0, *rows]).cumsum(0).int()
+        return Batch(
+            starts.to(self.device),
+            torch.tensor(self.lengths, dtype=torch.int32, device=self.device),
+            table.to(self.device),
+            self.directory(bias) if self.entries else None,
+            max(rows),
+        )
+
+    def check(
+        self, rows: list[int], tolerance: float, bias: bool = False, parts: int | None = None
+    ) -> None:
+        """Attends with `rows` fresh queries of each sequence, against the float64 oracle."""
+        layer, total = self.layer, sum(rows)
+        batch = self.batch(rows, bias)
+        query = torch.randn(total, layer.heads, layer.k_size).to(self.dtype)
+        # Rows beyond the batch's, as in a padded graph, and strides must not be touched or matter.
+        wide = torch.full((total + 3, layer.heads + 1, layer.v_size), torch.nan, device=self.device)
+        out = wide[:, : layer.heads]
+        lse = torch.full((total + 3, layer.heads), torch.nan, device=self.device)
+        padded = torch.cat([query, torch.full((3, *query.shape[1:]), torch.nan).to(query)])
+        attention.attention(layer, batch, padded.to(self.device), out, lse, parts)
+        wide, lse = wide.cpu(), lse.cpu()
+        out = wide[:, : layer.heads]
+        assert (
+            wide[total:].isnan().all() and wide[:, -1].isnan().all() and lse[total:].isnan().all()
+        )
+        first = 0
+        for seq, count in enumerate(rows):
+            part = slice(first, first + count)
+            want, want_lse = reference.attention(
+                query[part], self.keys[seq], self.values[seq], layer.scale, self.lengths[seq],
+                self.biases(seq) if bias else None,
+            )  # fmt: skip
+            largest = max([1e-3, *(float(v.abs().max()) for v in self.values[seq] if len(v))])
+            error = (out[part] - want).abs().max() if count else 0
+            assert error <= tolerance * largest, f"sequence {seq}: {error} of {largest}"
+            torch.testing.assert_close(lse[part].double(), want_lse, rtol=1e-3, atol=tolerance)
+            first += count

@@ -1,0 +1,96 @@
+"""Paged attention over mixed pages against the float64 oracle.
+
+Inputs are drawn anew in each run; a failing test prints the seed, and KVCRUSH_TEST_SEED repeats it.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tests.gpu.cache import Cache
+from vllm_kvcrush.ops.triton import attention
+
+SIZES = [64, 80, 96, 128, 256]
+GROUPS = [1, 3, 4, 8]
+# Relative to the largest value held: products of float16 operands, summed in float32.
+TOLERANCE = {torch.float16: 4e-3, torch.float32: 1e-4}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("codec", ["raw", "exact", "int8", "int4"])
+def test_decode(draw: random.Random, device: str, codec: str, size: int, group: int) -> None:
+    """Every codec x GQA x head size: full, partial and empty pages, tails of any length."""
+    cache = Cache(draw, device, group, size, size, kv_heads=2 if group == 3 else 1)
+    full = cache.layer.capacity(codec)
+    cache.put([codec] * 3, draw.randrange(1, 40), [full, draw.randrange(1, full), 0])
+    cache.put([], draw.randrange(1, 70))
+    cache.check([1, 1], TOLERANCE[torch.float16], parts=draw.choice([1, 2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_mixed_pages(draw: random.Random, device: str, dtype: torch.dtype) -> None:
+    """Codecs in any order, many sequences, sequences that hold nothing, splits without work."""
+    cache = Cache(draw, device, 4, 64, 96, dtype, block_size=draw.choice([16, 32, 48, 64]))
+    several = ["int8", "int4", "raw", "int4", "int8"]
+    several += ["exact"] * (cache.layer.capacity("exact") > 0)
+    cache.put(draw.sample(several, 4), 21)
+    cache.put([], 0)
+    cache.put(draw.sample(several, 2), 0)
+    cache.put([], 33)
+    cache.check([1, 1, 1, 1], TOLERANCE[dtype], parts=4)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("size", [64, 80])
+def test_prefill(draw: random.Random, device: str, group: int, size: int) -> None:
+    """Ragged chunks: compressed pages without a mask, the tail up to the row's own token."""
+    cache = Cache(draw, device, group, size, 64)
+    for rows in (0, 1, draw.randrange(2, 60), 150 // group):
+        cache.put(draw.sample(["int8", "int4", "raw", "int4"], 2), rows + draw.randrange(30))
+    rows = [
+        min(length, n) for length, n in zip(cache.lengths, (0, 1, 60, 150 // group), strict=True)
+    ]
+    cache.check(rows, TOLERANCE[torch.float16], parts=draw.choice([1, 2]))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_log_bias(draw: random.Random, device: str, group: int) -> None:
+    cache = Cache(draw, device, group, 64, 64)
+    for tail in (5, 50):
+        cache.put(["int8", "int4", "exact", "raw", "int8"], tail)
+    cache.check([1, 5], TOLERANCE[torch.float16], bias=True, parts=2)
+
+
+def test_rows_of_equal_number(draw: random.Random, device: str) -> None:
+    """A few rows of each sequence (speculative decoding), of which a padded one has none."""
+    cache = Cache(draw, device, 4, 64, 64)
+    for tail in (7, 40, 3, 9):
+        cache.put(["int4"], tail)
+    rows = [4, 3, 0, 1]
+    assert max(rows) <= attention.tiles_for(cache.layer, 4).queries
+    cache.check(rows, TOLERANCE[torch.float16], parts=1)
+
+
+def test_only_the_log_sum(draw: random.Random, device: str) -> None:
+    cache = Cache(draw, device, 3, 64, 64)
+    cache.put(["int8", "int4", "raw"], 20)
+    batch, query = cache.batch([4]), torch.randn(4, 6, 64).half().to(device)
+    out, lse = torch.empty(4, 6, 64, device=device), torch.empty(4, 6, device=device)
+    attention.attention(cache.layer, batch, query, out, lse)
+    alone = torch.full_like(lse, torch.nan)
+    attention.attention(cache.layer, batch, query, None, alone, parts=2)
+    torch.testing.assert_close(alone, lse, rtol=1e-5, atol=1e-5)
+
+
+def test_misfits_are_refused(draw: random.Random, device: str) -> None:
+    cache = Cache(draw, device, 2, 64, 64)
+    cache.put([], 3)
+    query = torch.zeros(1, 4, 64).half().to(device)
+    with pytest.raises(ValueError, match=r"query \(1, 4, 32\) does not fit"):
+        attention.attention(cache.layer, cache.batch([1]), query[..., :32], query)
+    with pytest.raises(ValueError, match=r"out \(1, 3, 64\) does not fit"):
+        attention.attention(cache.layer, cache.batch([1]), query, query[:, :3])

@@ -1,0 +1,135 @@
+"""Paged attention over mixed pages: what a step calls."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from vllm_kvcrush.ops.triton.attention_kernel import attention_kernel, merge_kernel
+from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Layer
+from vllm_kvcrush.ops.triton.config import Tiles, attention_tiles, splits
+
+
+def tiles_for(layer: Layer, longest: int) -> Tiles:
+    """The tiles of a step whose sequences have up to `longest` query rows."""
+    geometry = layer.geometry
+    room = (layer.capacity("raw"), layer.capacity("int8"), layer.capacity("int4"))
+    return attention_tiles(
+        layer.group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, longest
+    )
+
+
+def attention(
+    layer: Layer,
+    batch: Batch,
+    query: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None = None,
+    parts: int | None = None,
+) -> None:
+    """Paged attention of decode and prefill rows, into `out`.
+
+    A row sees all of its sequence's compressed pages and the tail up to its own token. Nothing
+    waits for the device, and the grid depends on the shapes of the arguments alone, so the launch
+    can be captured in a graph; rows of no sequence stay as they are.
+
+    Args:
+        query: [rows, heads, k_size], unscaled, rows may be strided.
+        out: [rows, heads, v_size], rows may be strided; None: only `lse` is wanted.
+        lse: None, or float32 [rows, heads]: receives log Σ exp(logit).
+        parts: programs that share a row's context; None: as many as fill the device.
+    """
+    rows, geometry = len(query), layer.geometry
+    if query.shape[1:] != (layer.heads, layer.k_size) or query.stride()[1:] != (layer.k_size, 1):
+        raise ValueError(f"query {tuple(query.shape)} does not fit the layer")
+    if out is not None and (
+        out.shape != (rows, layer.heads, layer.v_size) or out.stride()[1:] != (layer.v_size, 1)
+    ):
+        raise ValueError(f"out {tuple(out.shape)} does not fit the layer")
+    if rows == 0 or batch.seqs == 0:
+        return
+    tiles = tiles_for(layer, batch.longest)
+    uniform = batch.longest <= tiles.queries
+    blocks = batch.seqs if uniform else rows // tiles.queries + batch.seqs
+    if parts is None:
+        parts = splits(blocks, layer.kv_heads, _processors(query.device))
+    shape = (rows, layer.heads, parts)
+    device, directory = query.device, batch.directory
+    if lse is None:
+        lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
+    to, sums = out, lse
+    if parts > 1:
+        sums = torch.empty(shape, dtype=torch.float32, device=device)
+        if out is not None:
+            to = torch.empty((*shape, layer.v_size), dtype=torch.float32, device=device)
+    present = (False,) * 3 if directory is None else directory.present
+    bias = None if directory is None else directory.bias
+    attention_kernel[(blocks, layer.kv_heads, parts)](
+        to if to is not None else lse,
+        sums,
+        query,
+        layer.raw,
+        layer.grid,
+        layer.half,
+        layer.words,
+        batch.query_start,
+        batch.tail_length,
+        batch.tail_table,
+        # Arguments that a variant does not read still need an address.
+        batch.query_start if directory is None else directory.runs,
+        batch.query_start if directory is None else directory.page,
+        batch.query_start if directory is None else directory.count,
+        batch.query_start if bias is None else bias,
+        lse if directory is None or directory.log_bias is None else directory.log_bias,
+        layer.scale,
+        batch.seqs,
+        layer.block_pages,
+        layer.first_page,
+        query.stride(0),
+        layer.heads * layer.v_size if out is None else out.stride(0),
+        batch.tail_table.stride(0),
+        0 if directory is None else directory.runs.stride(0),
+        HEADS=layer.heads,
+        GROUP=layer.group,
+        G=geometry,
+        TILES=tiles,
+        DTYPE=DTYPES[layer.dtype],
+        UNIFORM=uniform,
+        SPLITS=parts,
+        INT4=present[0],
+        INT8=present[1],
+        RAW=present[2],
+        BIAS=bias is not None,
+        VALUES=out is not None,
+        PTX=layer.ptx,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    if parts > 1:
+        merge_kernel[(rows, layer.heads)](
+            out if out is not None else lse,
+            lse,
+            to if to is not None else lse,
+            sums,
+            batch.query_start,
+            batch.seqs,
+            0 if out is None else out.stride(0),
+            HEADS=layer.heads,
+            SIZE=layer.v_size,
+            PAD=geometry.v_pad,
+            SPLITS=parts,
+            VALUES=out is not None,
+            num_warps=1,
+        )
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU, statement by statement."""
+    return bool(triton.knobs.runtime.interpret)

@@ -1,0 +1,223 @@
+"""What the GPU kernels are called with: a layer's cache, a directory, a step's batch, a request.
+
+Shapes and meanings are those of `vllm_kvcrush.ops.cpu`, so an engine can use either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from vllm_kvcrush.ops.triton.layout import CODECS, Geometry
+from vllm_kvcrush.pages import CODECS as NUMBERS
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+# Runs of a directory, in the order in which they are read; exact pages are read as raw ones.
+RUNS = ("int4", "int8", "raw")
+_RANK = torch.zeros(256, dtype=torch.int64)
+for _codec in CODECS:
+    _RANK[NUMBERS[_codec]] = RUNS.index("raw" if _codec == "exact" else _codec)
+
+
+class Layer:
+    """One layer of a cache whose storage is blocks x layers x KV heads equal pages (vLLM's layout
+    BLHNC).
+
+    Args:
+        pool: the whole cache, any dtype, contiguous, 16-byte aligned.
+        index: of this layer among `layers`.
+        dtype: of raw pages: float32, bfloat16 or float16.
+        scale: factor of q·k.
+    """
+
+    def __init__(
+        self,
+        pool: Tensor,
+        *,
+        index: int,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        k_size: int,
+        v_size: int,
+        block_size: int,
+        dtype: torch.dtype,
+        scale: float,
+    ):
+        self.geometry = Geometry.of(block_size, k_size, v_size, dtype.itemsize)
+        block_bytes = layers * kv_heads * self.geometry.page_bytes
+        storage = pool.view(-1).view(torch.uint8)
+        if not pool.is_contiguous() or len(storage) % block_bytes or storage.data_ptr() % 16:
+            raise ValueError(
+                f"a pool of {len(storage)} bytes is not aligned blocks of {block_bytes} bytes"
+            )
+        self.pool, self.dtype, self.scale = storage, dtype, scale
+        self.heads, self.kv_heads, self.k_size, self.v_size = heads, kv_heads, k_size, v_size
+        self.group, self.block_size = heads // kv_heads, block_size
+        self.block_pages, self.first_page = layers * kv_heads, index * kv_heads
+        self.num_blocks = len(storage) // block_bytes
+        self.grid_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+        self.raw, self.grid = storage.view(dtype), storage.view(self.grid_dtype)
+        self.half, self.words = storage.view(torch.float16), storage.view(torch.int16)
+        # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.
+        self.ptx = bool(
+            storage.is_cuda and torch.version.hip is None and not knobs.runtime.interpret
+        )
+
+    def page(self, block: int, head: int) -> int:
+        """Index of the page of a block and KV head of this layer."""
+        return block * self.block_pages + self.first_page + head
+
+    def capacity(self, codec: str) -> int:
+        """Tokens that a page holds."""
+        return self.geometry.section(codec).capacity
+
+
+@dataclass
+class Directory:
+    """Which pages each (row, KV head) owns, ordered by codec.
+
+    Attributes:
+        runs: int32 [rows, kv_heads, 4]: where the int4, int8 and raw (with exact) entries of a head
+            begin, and where its last ones end.
+        page, count: int32 [entries].
+        bias, log_bias: int64 [entries] and float32, as in `cpu.Directory`, or both None.
+        present: for each of RUNS whether any head may have such pages. What is absent here is
+            compiled out, so a captured graph needs a directory that allows all that may come.
+    """
+
+    runs: Tensor
+    page: Tensor
+    count: Tensor
+    bias: Tensor | None = None
+    log_bias: Tensor | None = None
+    present: tuple[bool, bool, bool] = (True, True, True)
+
+    @classmethod
+    def of(
+        cls,
+        begin: Tensor,
+        end: Tensor,
+        page: Tensor,
+        count: Tensor,
+        codec: Tensor,
+        bias: Tensor | None = None,
+        log_bias: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Directory:
+        """Orders the entries [begin, end) of each (row, KV head) by codec, on the host, and copies
+        them to `device`. Arguments as `cpu.Directory` takes them."""
+        lengths = (end - begin).flatten().long()
+        owner = torch.arange(len(lengths)).repeat_interleave(lengths)
+        shift = begin.flatten().long() - (lengths.cumsum(0) - lengths)
+        entry = torch.arange(len(owner)) + shift[owner]
+        key = owner * len(RUNS) + _RANK[codec[entry].long()]
+        order = key.argsort(stable=True)
+        entry, sizes = entry[order], key.bincount(minlength=len(lengths) * len(RUNS))
+        runs = torch.zeros(len(lengths), len(RUNS) + 1, dtype=torch.int32)
+        ends = sizes.cumsum(0).view(-1, len(RUNS))
+        runs[:, 1:] = ends
+        runs[:, 0] = ends[:, 0] - sizes.view(-1, len(RUNS))[:, 0]
+        present = sizes.view(-1, len(RUNS)).any(0).tolist()
+
+        def put(x: Tensor, dtype: torch.dtype) -> Tensor:
+            return x.to(dtype).to(device, non_blocking=True)
+
+        return cls(
+            put(runs.view(*begin.shape, -1), torch.int32),
+            # One more: an empty tensor has no address.
+            put(torch.cat([page[entry].int(), torch.zeros(1).int()]), torch.int32),
+            put(torch.cat([count.int()[entry], torch.zeros(1).int()]), torch.int32),
+            None if bias is None else put(bias[entry], torch.int64),
+            None if log_bias is None else put(log_bias, torch.float32),
+            (present[0], present[1], present[2]),
+        )
+
+
+@dataclass
+class Batch:
+    """The sequences of one step, as every layer sees them.
+
+    Attributes:
+        query_start: int32 [seqs + 1], rows of the query that belong to each sequence.
+        tail_length: int32 [seqs], tokens in the raw tail, this step's included.
+        tail_table: int32 [seqs, columns], block ids of the tail; rows may be strided.
+        directory: compressed pages, or None if no sequence has any.
+        longest: no sequence has more query rows than this; 1: a decode step.
+    """
+
+    query_start: Tensor
+    tail_length: Tensor
+    tail_table: Tensor
+    directory: Directory | None
+    longest: int
+
+    @property
+    def seqs(self) -> int:
+        """Number of sequences."""
+        return len(self.query_start) - 1
+
+
+@dataclass
+class Request:
+    """One request's tokens in a layer: its pages in position order, then its tail. Slots are
+    numbered per head: tokens of the pages in order, then the tail's.
+
+    Attributes:
+        begin, end: int32 [kv_heads], entries of each head.
+        page, count, codec: int32 [entries].
+        first: int32 [entries], slot of an entry's first token within its head.
+        tail_slot: int32 [kv_heads], slot of the tail's first token.
+        tail_table: int32 [blocks].
+        tail_length, tail_position: tokens in the tail, and position of its first.
+    """
+
+    begin: Tensor
+    end: Tensor
+    page: Tensor
+    count: Tensor
+    codec: Tensor
+    first: Tensor
+    tail_slot: Tensor
+    tail_table: Tensor
+    tail_length: int
+    tail_position: int
+
+    @classmethod
+    def of(
+        cls,
+        begin: Tensor,
+        end: Tensor,
+        page: Tensor,
+        count: Tensor,
+        codec: Tensor,
+        tail_table: Tensor,
+        tail_length: int,
+        tail_position: int,
+    ) -> Request:
+        """From a directory's row 0; entries of a head lie together. Runs on the tensors' device,
+        without waiting for it."""
+        begin, end = (x.reshape(-1, begin.shape[-1])[0].int() for x in (begin, end))
+        count = count.int()
+        # Slots before each entry, over all heads, and with a zero in front for empty heads.
+        before = torch.zeros(len(count) + 1, dtype=torch.int32, device=count.device)
+        torch.cumsum(count, 0, dtype=torch.int32, out=before[1:])
+        index = torch.arange(len(count), device=count.device).unsqueeze(1)
+        mine = (index >= begin) & (index < end)  # [entries, kv_heads]
+        base = (mine * before[begin.long()]).sum(1, dtype=torch.int32)
+        return cls(
+            begin,
+            end,
+            page.int(),
+            count,
+            codec.int(),
+            before[:-1] - base,
+            before[end.long()] - before[begin.long()],
+            tail_table.int(),
+            tail_length,
+            tail_position,
+        )

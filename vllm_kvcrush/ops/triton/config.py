@@ -1,0 +1,83 @@
+"""Sizes of tiles, warps, stages and splits: everything that is a choice, not a format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_kvcrush.pages import GROUP
+
+SLACK = 1.15  # slots of a page's tiles over its capacity that are worth larger tiles
+
+
+def tile_tokens(capacity: int, most: int) -> int:
+    """Tokens of the tiles that a page is read in: the largest power of two up to `most` whose tiles
+    do not reach far past the page's end. 16 where nothing fits."""
+    tokens = most
+    while tokens > 16 and -(-capacity // tokens) * tokens > SLACK * max(capacity, 1):
+        tokens //= 2
+    return tokens
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the attention kernel cuts its work: a compile-time constant.
+
+    Attributes:
+        rows: query rows times query heads of a KV head in a program, a power of two.
+        queries: query rows in a program.
+        raw, int8, int4: tokens of a tile of each codec.
+        warps, stages: of the compiled kernel.
+    """
+
+    rows: int
+    queries: int
+    raw: int
+    int8: int
+    int4: int
+    warps: int
+    stages: int
+
+
+def attention_tiles(
+    group: int,
+    k_pad: int,
+    v_pad: int,
+    itemsize: int,
+    capacities: tuple[int, int, int],
+    decode_rows: int,
+) -> Tiles:
+    """Tiles of the attention kernel.
+
+    Args:
+        group: query heads of a KV head.
+        k_pad, v_pad: padded head sizes.
+        itemsize: bytes of the model's dtype.
+        capacities: tokens of raw, int8 and int4 pages.
+        decode_rows: query rows of every sequence, or 0 if they differ or are many (prefill).
+    """
+    size = max(k_pad, v_pad)
+    rows = max(16, 1 << (group - 1).bit_length())
+    if decode_rows:
+        rows = max(rows, 1 << (group * decode_rows - 1).bit_length())
+    else:
+        rows = max(rows, 64 if size * itemsize > 256 else 128)
+    most = 64 if size <= 128 and itemsize == 2 else 32
+    raw, int8, int4 = (tile_tokens(c, most) for c in capacities)
+    return Tiles(
+        rows=rows,
+        queries=rows // group,
+        raw=raw,
+        int8=int8,
+        int4=min(int4, GROUP),
+        warps=4 if rows < 128 else 8,
+        stages=3 if size * itemsize <= 256 else 2,
+    )
+
+
+def splits(sequences: int, kv_heads: int, processors: int) -> int:
+    """Programs that share one decode row's context: enough to fill the processors about twice.
+
+    Depends on nothing that changes between steps of a captured graph.
+    """
+    wanted = 2 * processors // max(1, sequences * kv_heads)
+    return max(1, min(64, 1 << max(0, wanted.bit_length() - 1)))
