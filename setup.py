@@ -24,19 +24,30 @@ FLAGS = [
     *("-Wall", "-Wextra", "-Wno-psabi"),
 ]
 # The kernels are compiled once for each instruction set; the library chooses when it is loaded.
-ISAS = {"baseline": ("kBaseline", "")}
-if platform.machine() in ("x86_64", "AMD64"):
-    ISAS["avx2"] = ("kAvx2", "-mavx2 -mfma -mf16c")
-    ISAS["avx512"] = (
-        "kAvx512",
-        # GCC warns about its own AVX-512 headers.
-        "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni"
-        " -Wno-uninitialized -Wno-maybe-uninitialized",
-    )
+ISAS = {
+    "x86_64": {
+        "avx2": ("kAvx2", "-mavx2 -mfma -mf16c"),
+        "avx512": (
+            "kAvx512",
+            # GCC warns about its own AVX-512 headers.
+            "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni"
+            " -Wno-uninitialized -Wno-maybe-uninitialized",
+        ),
+    },
+    "aarch64": {"neon": ("kNeon", "-DKVC_NEON")},
+}
+ISAS["arm64"] = ISAS["aarch64"]
+
+
+def target() -> str:
+    """Machine that the compiler makes code for, which need not be the one that it runs on."""
+    asked = subprocess.run([*compiler(), "-dumpmachine"], capture_output=True, text=True)
+    return asked.stdout.partition("-")[0] or platform.machine()
 
 
 def units() -> list[tuple[pathlib.Path, str, list[str]]]:
     """Translation units: source, name of the object file, flags of its own."""
+    isas = {"baseline": ("kBaseline", ""), **ISAS.get(target(), {})}
     plain = [(SOURCE / f"{name}.cpp", name, []) for name in ("api", "select", "threads")]
     return plain + [
         (
@@ -44,7 +55,7 @@ def units() -> list[tuple[pathlib.Path, str, list[str]]]:
             f"kernels-{isa}",
             [f"-DKVC_NAMESPACE={isa}", f"-DKVC_TABLE={table}", *flags.split()],
         )
-        for isa, (table, flags) in ISAS.items()
+        for isa, (table, flags) in isas.items()
     ]
 
 
@@ -100,7 +111,7 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-sources = [str(unit[0]) for unit in units()]
+sources = [str(path) for path in sorted(SOURCE.glob("*.cpp"))]
 headers = [str(path) for path in sorted(SOURCE.glob("*.h"))]
 setup(
     ext_modules=[Extension("vllm_kvcrush._kernels", sources, depends=headers)],

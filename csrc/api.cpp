@@ -43,6 +43,8 @@ const Kernels *find(const char *name) {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
     if (avx2 && std::strcmp(name, "avx2") == 0) return &kAvx2;
     if (avx512 && std::strcmp(name, "avx512") == 0) return &kAvx512;
+#elif defined(__aarch64__)
+    if (std::strcmp(name, "neon") == 0) return &kNeon;
 #endif
     return nullptr;
 }
@@ -57,7 +59,7 @@ const Kernels *kernels() {
     if (wanted != nullptr && *wanted != '\0') {
         known = find(wanted);
     } else {
-        for (const char *name : {"baseline", "avx2", "avx512"})
+        for (const char *name : {"baseline", "avx2", "avx512", "neon"})
             if (const Kernels *better = find(name)) known = better;
     }
     chosen.store(known, std::memory_order_release);
@@ -73,8 +75,9 @@ bool good_heads(int32_t size) {
 int check_layer(const kvc_layer *given, Layer &layer) {
     static_cast<kvc_layer &>(layer) = *given;
     if (kernels() == nullptr)
-        return fail("KVCRUSH_ISA=%s is not one of baseline, avx2 and avx512 that this CPU has",
-                    std::getenv("KVCRUSH_ISA"));
+        return fail(
+            "KVCRUSH_ISA=%s is not one of baseline, avx2, avx512 and neon that this CPU has",
+            std::getenv("KVCRUSH_ISA"));
     if (!good_heads(layer.k_size) || !good_heads(layer.v_size))
         return fail("head sizes %d and %d: both must be multiples of 8, at most %d", layer.k_size,
                     layer.v_size, kMaxHead);

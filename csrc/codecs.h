@@ -27,6 +27,12 @@ constexpr int panels_at_once(int heads) {
 constexpr int code_panels_at_once(int heads) {
     return heads == 1 ? 4 : heads == 2 ? 2 : 1;
 }
+#elif defined(KVC_NEON)
+// GCC keeps the factors of all rows in registers too.
+constexpr int kMostHeads = 5, kItemPad = 5, kItemPanels = 1;
+constexpr int panels_at_once(int heads) {
+    return heads == 1 ? 4 : heads <= 3 ? 2 : 1;
+}
 #else
 constexpr int kMostHeads = 3, kItemPad = 4, kItemPanels = 1;
 constexpr int panels_at_once(int) {
@@ -287,7 +293,7 @@ KVC_INLINE void each_heads(int heads, F use) {
             case 3:
                 use(Heads<3>{}, first);
                 break;
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(KVC_NEON)
             case 4:
                 use(Heads<4>{}, first);
                 break;

@@ -73,7 +73,7 @@ typedef struct {
 
 int kvc_version(void);
 const char *kvc_error(void);
-/* "baseline", "avx2" or "avx512": the best that this CPU runs, or what KVCRUSH_ISA names. */
+/* "baseline", "avx2", "avx512" or "neon": the best that this CPU runs, or what KVCRUSH_ISA names. */
 const char *kvc_isa(void);
 /* Makes later calls use the named kernels; for tests. */
 int kvc_use_isa(const char *name);

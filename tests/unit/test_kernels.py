@@ -30,7 +30,7 @@ TOLERANCE = {"raw": 1e-5, "exact": 1e-5, "int8": 1e-3, "int4": 3e-2, "mixed": 3e
 
 def _isas() -> list[str]:
     found = []
-    for name in ("baseline", "avx2", "avx512"):
+    for name in ("baseline", "avx2", "avx512", "neon"):
         try:
             cpu.use_isa(name)
             found.append(name)

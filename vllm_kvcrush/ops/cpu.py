@@ -147,8 +147,8 @@ def _address(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | N
 
 
 def isa() -> str:
-    """Instruction set in use: "baseline", "avx2" or "avx512". KVCRUSH_ISA, read at the first call,
-    overrides the choice."""
+    """Instruction set in use: "baseline", "avx2", "avx512" or "neon". KVCRUSH_ISA, read at the
+    first call, overrides the choice."""
     return str(_library.kvc_isa().decode())
 
 
