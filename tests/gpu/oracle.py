@@ -38,7 +38,7 @@ def _planes(x: Tensor, planes: int) -> Tensor:
 
 
 def _natural(x: Tensor, planes: int) -> Tensor:
-    parts = x.view(*x.shape[:-1], planes, -1)
+    parts = x.view(*x.shape[:-1], planes, x.shape[-1] // planes)
     return parts.transpose(-1, -2).reshape(x.shape)
 
 
@@ -46,7 +46,8 @@ def key_grids(key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [n, D] of int4 keys, and the half scales and middles [n, D] that are stored."""
     codes, scales, zeros = reference.int4_keys(key)
     half = (0.5 * scales).to(grid_dtype(dtype))
-    return codes, half, (zeros + 7.5 * scales).to(grid_dtype(dtype))
+    middle = (zeros + 7.5 * scales).clamp(-reference.HALF_MAX, reference.HALF_MAX)
+    return codes, half, middle.to(grid_dtype(dtype))
 
 
 def kept(codec: str, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

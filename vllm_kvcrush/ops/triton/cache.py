@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
@@ -63,6 +64,8 @@ class Layer:
         self.grid_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         self.raw, self.grid = storage.view(dtype), storage.view(self.grid_dtype)
         self.half, self.words = storage.view(torch.float16), storage.view(torch.int16)
+        self.wide = storage.view(torch.int32)
+        self.most = max(self.capacity(codec) for codec in CODECS)
         # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.
         self.ptx = bool(
             storage.is_cuda and torch.version.hip is None and not knobs.runtime.interpret
@@ -130,11 +133,27 @@ class Directory:
         return cls(
             put(runs.view(*begin.shape, -1), torch.int32),
             # One more: an empty tensor has no address.
-            put(torch.cat([page[entry].int(), torch.zeros(1).int()]), torch.int32),
-            put(torch.cat([count.int()[entry], torch.zeros(1).int()]), torch.int32),
+            put(F.pad(page.int()[entry], (0, 1)), torch.int32),
+            put(F.pad(count.int()[entry], (0, 1)), torch.int32),
             None if bias is None else put(bias[entry], torch.int64),
             None if log_bias is None else put(log_bias, torch.float32),
             (present[0], present[1], present[2]),
+        )
+
+    @classmethod
+    def ordered(cls, request: Request) -> Directory:
+        """A request's pages as the directory of a batch of one, without waiting for the device."""
+        kinds = len(RUNS)
+        key = request.head * kinds + _RANK.to(request.codec.device)[request.codec.long()]
+        order = key.argsort(stable=True)
+        starts = torch.arange(len(request.begin) + 1, device=key.device) * kinds
+        bounds = starts[:-1, None] + torch.arange(kinds + 1, device=key.device)
+        runs = (key < bounds.unsqueeze(-1)).sum(-1, dtype=torch.int32)
+        return cls(
+            runs.unsqueeze(0),
+            F.pad(request.page[order], (0, 1)),
+            F.pad(request.count[order], (0, 1)),
+            present=(request.ints, request.ints, True),
         )
 
 
@@ -168,16 +187,18 @@ class Request:
     numbered per head: tokens of the pages in order, then the tail's.
 
     Attributes:
-        begin, end: int32 [kv_heads], entries of each head.
-        page, count, codec: int32 [entries].
+        begin, end: int32 [kv_heads], entries of each head; heads follow each other.
+        head, page, count, codec: int32 [entries].
         first: int32 [entries], slot of an entry's first token within its head.
         tail_slot: int32 [kv_heads], slot of the tail's first token.
         tail_table: int32 [blocks].
         tail_length, tail_position: tokens in the tail, and position of its first.
+        ints: there may be int8 and int4 pages.
     """
 
     begin: Tensor
     end: Tensor
+    head: Tensor
     page: Tensor
     count: Tensor
     codec: Tensor
@@ -186,6 +207,7 @@ class Request:
     tail_table: Tensor
     tail_length: int
     tail_position: int
+    ints: bool = True
 
     @classmethod
     def of(
@@ -198,9 +220,10 @@ class Request:
         tail_table: Tensor,
         tail_length: int,
         tail_position: int,
+        ints: bool = True,
     ) -> Request:
-        """From a directory's row 0; entries of a head lie together. Runs on the tensors' device,
-        without waiting for it."""
+        """From a directory's first row (begin and end [1, kv_heads] or [kv_heads]), on the tensors'
+        device and without waiting for it."""
         begin, end = (x.reshape(-1, begin.shape[-1])[0].int() for x in (begin, end))
         count = count.int()
         # Slots before each entry, over all heads, and with a zero in front for empty heads.
@@ -209,9 +232,11 @@ class Request:
         index = torch.arange(len(count), device=count.device).unsqueeze(1)
         mine = (index >= begin) & (index < end)  # [entries, kv_heads]
         base = (mine * before[begin.long()]).sum(1, dtype=torch.int32)
+        heads = torch.arange(len(begin), device=count.device)
         return cls(
             begin,
             end,
+            (mine * heads).sum(1, dtype=torch.int32),
             page.int(),
             count,
             codec.int(),
@@ -220,4 +245,5 @@ class Request:
             tail_table.int(),
             tail_length,
             tail_position,
+            ints,
         )

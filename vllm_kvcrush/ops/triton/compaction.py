@@ -1,0 +1,81 @@
+"""Reading a request's tokens and encoding them into new pages: what a compaction calls.
+
+Nothing here waits for the device, so the layers of a compaction can be queued one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from vllm_kvcrush.ops.triton.cache import Layer, Request
+from vllm_kvcrush.ops.triton.compaction_kernels import encode_kernel, gather_kernel
+from vllm_kvcrush.pages import GROUP
+
+SLOTS = 32  # of a program that gathers
+
+
+def gather(
+    layer: Layer, source: Request, slots: Tensor, *, values: bool = True, positions: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Keys, values and positions of slots.
+
+    Args:
+        slots: int64 [kv_heads, n]; negative ones are skipped, their rows stay undefined.
+
+    Returns:
+        float32 K [kv_heads, n, k_size], V, and int32 positions (-1 in raw pages); None if not
+        asked for.
+    """
+    count, device = slots.shape[1], layer.pool.device
+    shape = (layer.kv_heads, count)
+    key = torch.empty(*shape, layer.k_size, device=device)
+    value = torch.empty(*shape, layer.v_size, device=device) if values else None
+    where = torch.empty(shape, dtype=torch.int32, device=device) if positions else None
+    if count:
+        gather_kernel[(triton.cdiv(count, SLOTS), layer.kv_heads)](
+            key, key if value is None else value, key if where is None else where, slots,
+            layer.raw, layer.grid, layer.half, layer.words, layer.wide, layer.pool,
+            source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
+            source.tail_table, count, slots.stride(0), layer.block_pages, layer.first_page,
+            source.tail_position, T=SLOTS, STEPS=len(source.page).bit_length(),
+            INTS=source.ints, VALUES=values, POSITIONS=positions, G=layer.geometry,
+        )  # fmt: skip
+    return key, value, where
+
+
+def encode(
+    layer: Layer, target: Request, key: Tensor, value: Tensor, positions: Tensor | None
+) -> None:
+    """Fills pages.
+
+    Args:
+        target: its entries say which pages each head fills, each with the next `count` rows.
+        key, value: float32 [kv_heads, n, size], contiguous.
+        positions: int32 [kv_heads, n], ascending, or None if only raw pages are filled.
+    """
+    geometry = layer.geometry
+    most = max(layer.capacity(codec) for codec in ("raw", "exact", "int8", "int4"))
+    if len(target.page) and key.shape[1]:
+        encode_kernel[(len(target.page), triton.cdiv(most, GROUP))](
+            key, value, key if positions is None else positions,
+            layer.raw, layer.grid, layer.half, layer.words, layer.wide, layer.pool,
+            target.head, target.page, target.count, target.codec, target.first, key.shape[1],
+            T=GROUP, POSITIONS=positions is not None, G=geometry,
+            num_warps=8 if max(geometry.k_pad, geometry.v_pad) > 128 else 4,
+        )  # fmt: skip
+
+
+def compact(layer: Layer, source: Request, slots: Tensor, target: Request) -> None:
+    """Moves chosen tokens of a request into new pages, decoding and encoding on the way.
+
+    All is read before anything is written: targets may be among this layer's sources.
+
+    Args:
+        slots: int64 [kv_heads, n], ascending in each row.
+        target: its entries say which pages each head fills, each with as many as its count says.
+    """
+    key, value, where = gather(layer, source, slots, positions=True)
+    assert value is not None
+    encode(layer, target, key, value, where)

@@ -1,0 +1,320 @@
+"""Gathering a request's tokens out of pages of any codec, and encoding tokens into pages.
+
+Between the two the tokens lie in a scratch buffer, because target pages may be among the sources.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
+
+import triton
+import triton.language as tl
+
+from vllm_kvcrush.ops.triton.layout import NEVER, STEPS
+from vllm_kvcrush.ops.triton.tiles import hadamard, rotation_sign
+
+EXACT, INT8, INT4 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+STEP_COUNT, NO_STEP = tl.constexpr(STEPS), tl.constexpr(NEVER)
+HALF_MAX = tl.constexpr(65504.0)
+
+
+@triton.jit
+def rounded(x):
+    """float32 to the nearest whole number, ties to even; |x| below 2^22."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def to_half(x):
+    """float32 rounded to float16, saturated."""
+    return tl.minimum(tl.maximum(x, -HALF_MAX), HALF_MAX).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def inverse(x):
+    """1 / x, and 0 of zero and of less."""
+    return tl.where(x > 0, 1.0 / tl.where(x > 0, x, 1.0), 0.0)
+
+
+@triton.jit
+def rotate(x, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Orthonormal Hadamard transforms over blocks of channels: [ROWS, SIZE]."""
+    rows: tl.constexpr = ROWS * SIZE // BLOCK
+    y = hadamard(tl.reshape(x, [rows, BLOCK]), rows, BLOCK)
+    return tl.reshape(y, [ROWS, SIZE]) / tl.sqrt(float(BLOCK))
+
+
+@triton.jit
+def locate(slots, begin, end, firsts, STEPS: tl.constexpr):
+    """Entry of each slot: the last of [begin, end) whose first slot is not after it. int32 [T]."""
+    low = tl.zeros_like(slots) + begin
+    high = tl.zeros_like(slots) + end
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        inside = high - low > 1
+        before = tl.load(firsts + middle, mask=inside, other=0) <= slots
+        low = tl.where(inside & before, middle, low)
+        high = tl.where(inside & (before == 0), middle, high)
+    return low
+
+
+@triton.jit
+def any_keys(
+    raw, grid, half, codes, page, index, codec, mask, INTS: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """float32 [T, k_pad], keys of tokens of any pages.
+
+    Args:
+        codes: the pool as uint8. page: int64 [T]; index: place in the page; codec: a number in
+            pages.CODECS; mask: bool [T], the others are 0.
+        INTS: there may be int8 and int4 pages.
+    """
+    c = tl.arange(0, G.k_pad)[None, :]
+    mask = mask[:, None] & (c < G.k_size)
+    page, index, codec = page[:, None], index[:, None], codec[:, None]
+    row: tl.constexpr = G.k_size + G.v_size
+    at = raw + page * (G.page_bytes // G.itemsize) + index * row + c
+    x = tl.load(at, mask=mask & (codec <= EXACT), other=0.0).to(tl.float32)
+    if INTS:
+        is8, is4 = mask & (codec == INT8), mask & (codec == INT4)
+        base = codes + page * G.page_bytes
+        at = tl.where(
+            is8, G.int8.k + index * G.int8.k_row + c, G.int4.k + index * G.int4.k_row + c // 2
+        )
+        byte = tl.load(base + at, mask=is8 | is4, other=0).to(tl.int32)
+        scale_at = tl.where(
+            is8,
+            G.int8.k_scale // 2 + index,
+            G.int4.k_scale // 2 + index // 64 * G.k_size + c % 4 * (G.k_size // 4) + c // 4,
+        )
+        base = page * (G.page_bytes // 2) + scale_at
+        scale = tl.load(half + base, mask=is8, other=0.0).to(tl.float32)
+        x += ((byte << 24) >> 24).to(tl.float32) * scale
+        steps = tl.load(grid + base, mask=is4, other=0.0).to(tl.float32)
+        more: tl.constexpr = (G.int4.k_middle - G.int4.k_scale) // 2
+        middle = tl.load(grid + base + more, mask=is4, other=0.0).to(tl.float32)
+        nibble = (byte >> (c % 2 * 4)) & 15
+        x += (2 * nibble - 15).to(tl.float32) * steps + middle
+    return x
+
+
+@triton.jit
+def any_values(
+    raw, half, codes, page, index, codec, mask, T: tl.constexpr, INTS: tl.constexpr,
+    G: tl.constexpr,
+):  # fmt: skip
+    """float32 [T, v_pad], values of tokens of any pages; arguments as `any_keys`."""
+    channel = tl.arange(0, G.v_pad)
+    c = channel[None, :]
+    mask = mask[:, None] & (c < G.v_size)
+    page, index, codec = page[:, None], index[:, None], codec[:, None]
+    row: tl.constexpr = G.k_size + G.v_size
+    at = raw + page * (G.page_bytes // G.itemsize) + index * row + G.k_size + c
+    x = tl.load(at, mask=mask & (codec <= EXACT), other=0.0).to(tl.float32)
+    if INTS:
+        is8, is4 = mask & (codec == INT8), mask & (codec == INT4)
+        base = codes + page * G.page_bytes
+        at = tl.where(
+            is8, G.int8.v + index * G.int8.v_row + c, G.int4.v + index * G.int4.v_row + c // 2
+        )
+        byte = tl.load(base + at, mask=is8 | is4, other=0).to(tl.int32)
+        at = tl.where(is8, G.int8.v_scale // 2, G.int4.v_scale // 2) + index
+        scale = tl.load(half + page * (G.page_bytes // 2) + at, mask=is8 | is4, other=0.0)
+        nibble = (byte >> (c % 2 * 4)) & 15
+        code = tl.where(is8, ((byte << 24) >> 24).to(tl.float32), nibble.to(tl.float32) - 7.5)
+        x += code * scale.to(tl.float32)
+        back = rotate(x, T, G.v_pad, G.rotation) * rotation_sign(channel)[None, :]
+        x = tl.where(codec == INT4, back, x)
+    return x
+
+
+@triton.jit
+def any_positions(words, wide, page, index, codec, mask, G: tl.constexpr):
+    """int32 [T], positions of tokens of any pages but raw ones; `wide` is the pool as int32."""
+    at = tl.where(codec == INT8, G.int8.positions // 2, G.int4.positions // 2)
+    at = tl.where(codec == EXACT, G.exact.positions // 2, at) + index
+    low = tl.load(words + page * (G.page_bytes // 2) + at, mask=mask, other=0)
+    base = tl.load(wide + page * (G.page_bytes // 4) + G.header // 4, mask=mask, other=0)
+    steps = tl.zeros_like(base)
+    for j in tl.static_range(STEP_COUNT):
+        first = words + page * (G.page_bytes // 2) + (G.header + 4) // 2 + j
+        first = tl.load(first, mask=mask, other=-1).to(tl.int32) & 0xFFFF
+        steps += (first <= index).to(tl.int32)
+    return base + (low.to(tl.int32) & 0xFFFF) + 65536 * steps
+
+
+@triton.jit(do_not_specialize=["count", "block_pages", "first_page", "tail_position"])
+def gather_kernel(
+    key, value, position, slots, raw, grid, half, words, wide, codes,
+    begins, ends, pages, codecs, firsts, tail_slot, tail_table,
+    count, slot_stride, block_pages, first_page, tail_position,
+    T: tl.constexpr, STEPS: tl.constexpr, INTS: tl.constexpr, VALUES: tl.constexpr,
+    POSITIONS: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of T slots, KV heads). Writes float32 key [heads, count, k_size], value likewise
+    and int32 position [heads, count] of slots int64 [heads, count]; -1 skips."""
+    head = tl.program_id(1)
+    i = tl.program_id(0) * T + tl.arange(0, T)
+    slot = tl.load(slots + head * slot_stride + i, mask=i < count, other=-1).to(tl.int32)
+    mask = slot >= 0
+    before = tl.load(tail_slot + head)
+    in_tail = slot >= before
+    entry = locate(slot, tl.load(begins + head), tl.load(ends + head), firsts, STEPS)
+    paged = mask & (in_tail == 0)
+    index = slot - tl.load(firsts + entry, mask=paged, other=0)
+    page = tl.load(pages + entry, mask=paged, other=0).to(tl.int64)
+    codec = tl.load(codecs + entry, mask=paged, other=0)
+    place = slot - before
+    block = tl.load(tail_table + place // G.block_size, mask=mask & in_tail, other=0).to(tl.int64)
+    page = tl.where(in_tail, block * block_pages + first_page + head, page)
+    index = tl.where(in_tail, place % G.block_size, index)
+    row = (head.to(tl.int64) * count + i)[:, None]
+    c = tl.arange(0, G.k_pad)[None, :]
+    x = any_keys(raw, grid, half, codes, page, index, codec, mask, INTS, G)
+    tl.store(key + row * G.k_size + c, x, mask=mask[:, None] & (c < G.k_size))
+    if VALUES:
+        c = tl.arange(0, G.v_pad)[None, :]
+        x = any_values(raw, half, codes, page, index, codec, mask, T, INTS, G)
+        tl.store(value + row * G.v_size + c, x, mask=mask[:, None] & (c < G.v_size))
+    if POSITIONS:
+        kept = any_positions(words, wide, page, index, codec, paged & (codec >= EXACT), G)
+        kept = tl.where(paged & (codec < EXACT), -1, kept)
+        kept = tl.where(in_tail, tail_position + place, kept)
+        tl.store(position + head.to(tl.int64) * count + i, kept, mask=mask)
+
+
+@triton.jit
+def _pack(codes, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    """Codes 0..15, float32 [ROWS, SIZE], as bytes [ROWS, SIZE / 2]."""
+    low, high = tl.split(tl.reshape(codes.to(tl.uint8), [ROWS, SIZE // 2, 2]))
+    return low | (high << 4)
+
+
+@triton.jit
+def _encode_int8(
+    x, codes, half, at, scale_at, n, T: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr
+):
+    t, c = tl.arange(0, T), tl.arange(0, PAD)[None, :]
+    scale = to_half(tl.max(tl.abs(x), 1) / 127.0)
+    levels = tl.minimum(tl.maximum(x * inverse(scale)[:, None], -127.0), 127.0)
+    at = codes + at + t[:, None] * SIZE + c
+    mask = (t < n)[:, None] & (c < SIZE)
+    tl.store(at, rounded(levels).to(tl.int8).to(tl.uint8, bitcast=True), mask=mask)
+    tl.store(half + scale_at + t, scale.to(tl.float16), mask=t < n)
+
+
+@triton.jit
+def _encode_int4_keys(x, grid, codes, page, group, n, T: tl.constexpr, G: tl.constexpr):
+    t, c = tl.arange(0, T), tl.arange(0, G.k_pad)
+    least = tl.min(tl.where((t < n)[:, None], x, float("inf")), 0)
+    most = tl.max(tl.where((t < n)[:, None], x, float("-inf")), 0)
+    zero = to_half(least)
+    scale = to_half((most - zero) / 15.0)
+    levels = (x - zero[None, :]) * inverse(scale)[None, :]
+    levels = rounded(tl.minimum(tl.maximum(levels, 0.0), 15.0))
+    b = tl.arange(0, G.k_pad // 2)[None, :]
+    row: tl.constexpr = G.k_size // 2
+    at = codes + page * G.page_bytes + G.int4.k + (group * T + t)[:, None] * row + b
+    tl.store(at, _pack(levels, T, G.k_pad), mask=(t < n)[:, None] & (b < row))
+    at = page * (G.page_bytes // 2) + group * G.k_size + c % 4 * (G.k_size // 4) + c // 4
+    kind = grid.dtype.element_ty
+    tl.store(grid + at + G.int4.k_scale // 2, (0.5 * scale).to(kind), mask=c < G.k_size)
+    middle = tl.minimum(tl.maximum(zero + 7.5 * scale, -HALF_MAX), HALF_MAX)
+    tl.store(grid + at + G.int4.k_middle // 2, middle.to(kind), mask=c < G.k_size)
+
+
+@triton.jit
+def _encode_int4_values(x, half, codes, page, group, n, T: tl.constexpr, G: tl.constexpr):
+    t, c = tl.arange(0, T), tl.arange(0, G.v_pad)
+    y = rotate(x * rotation_sign(c)[None, :], T, G.v_pad, G.rotation)
+    peak = tl.max(tl.abs(y), 1)
+    best = tl.zeros([T], tl.float32)
+    scale = tl.zeros([T], tl.float32)
+    for k in tl.static_range(4):
+        # The fractions of the peak that csrc/encode.h tries.
+        clip: tl.constexpr = 1.0 if k == 0 else 0.88 if k == 1 else 0.76 if k == 2 else 0.66
+        levels = y * inverse(peak * clip / 7.5)[:, None] + 7.5
+        levels = rounded(tl.minimum(tl.maximum(levels, 0.0), 15.0)) - 7.5
+        levels = tl.where((c < G.v_size)[None, :], levels, 0.0)
+        product = tl.sum(y * levels, 1)
+        fitted = product / tl.sum(levels * levels, 1)
+        gain = fitted * product
+        scale = tl.where(gain > best, fitted, scale)
+        best = tl.maximum(gain, best)
+    scale = to_half(scale)
+    levels = y * inverse(scale)[:, None] + 7.5
+    levels = rounded(tl.minimum(tl.maximum(levels, 0.0), 15.0))
+    b = tl.arange(0, G.v_pad // 2)[None, :]
+    row: tl.constexpr = G.v_size // 2
+    at = codes + page * G.page_bytes + G.int4.v + (group * T + t)[:, None] * row + b
+    tl.store(at, _pack(levels, T, G.v_pad), mask=(t < n)[:, None] & (b < row))
+    at = half + page * (G.page_bytes // 2) + G.int4.v_scale // 2 + group * T + t
+    tl.store(at, scale.to(tl.float16), mask=t < n)
+
+
+@triton.jit
+def _encode_positions(
+    position, words, wide, page, first, n, codec, group, T: tl.constexpr, G: tl.constexpr
+):  # fmt: skip
+    """Low halves of a group's positions; the first group also writes the page's header."""
+    t = tl.arange(0, T)
+    base = tl.load(position + first) // 65536 * 65536
+    at = tl.where(codec == INT8, G.int8.positions // 2, G.int4.positions // 2)
+    at = tl.where(codec == EXACT, G.exact.positions // 2, at)
+    page_at = page * (G.page_bytes // 2)
+    i = group * T + t
+    mine = tl.load(position + first + i, mask=i < n, other=0)
+    tl.store(words + page_at + at + i, mine.to(tl.int16), mask=i < n)
+    if group == 0:
+        j = tl.arange(0, 16)
+        before = tl.zeros([16], tl.int32)
+        for start in range(0, n, T):
+            i = start + t
+            steps = (tl.load(position + first + i, mask=i < n, other=0) - base) // 65536
+            counted = (i < n)[:, None] & (steps[:, None] <= j[None, :])
+            before += tl.sum(counted.to(tl.int32), 0)
+        before = tl.where(before == n, NO_STEP, before).to(tl.int16)
+        tl.store(wide + page * (G.page_bytes // 4) + G.header // 4, base)
+        at = words + page_at + (G.header + 4) // 2 + j
+        tl.store(at, before, mask=j < STEP_COUNT)
+
+
+@triton.jit
+def encode_kernel(
+    key, value, position, raw, grid, half, words, wide, codes,
+    heads, pages, counts, codecs, firsts, count,
+    T: tl.constexpr, POSITIONS: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Grid (entries, groups of T = 64 tokens of the largest page). Fills each entry's page with
+    counts[entry] rows of its head, from row firsts[entry], of float32 key [heads, count, k_size],
+    value likewise and int32 position [heads, count]."""
+    entry, group = tl.program_id(0), tl.program_id(1)
+    total = tl.load(counts + entry)
+    n = total - group * T
+    if n <= 0:
+        return
+    page, codec = tl.load(pages + entry).to(tl.int64), tl.load(codecs + entry)
+    t = tl.arange(0, T)
+    first = tl.load(heads + entry).to(tl.int64) * count + tl.load(firsts + entry)
+    row = (first + group * T + t)[:, None]
+    c = tl.arange(0, G.k_pad)[None, :]
+    k_mask = (t < n)[:, None] & (c < G.k_size)
+    k = tl.load(key + row * G.k_size + c, mask=k_mask, other=0.0).to(tl.float32)
+    d = tl.arange(0, G.v_pad)[None, :]
+    v_mask = (t < n)[:, None] & (d < G.v_size)
+    v = tl.load(value + row * G.v_size + d, mask=v_mask, other=0.0).to(tl.float32)
+    if codec == INT4:
+        _encode_int4_keys(k, grid, codes, page, group, n, T, G)
+        _encode_int4_values(v, half, codes, page, group, n, T, G)
+    elif codec == INT8:
+        at, scale_at = page * G.page_bytes, page * (G.page_bytes // 2) + group * T
+        k_at, v_at = at + G.int8.k + group * T * G.k_size, at + G.int8.v + group * T * G.v_size
+        k_scale, v_scale = scale_at + G.int8.k_scale // 2, scale_at + G.int8.v_scale // 2
+        _encode_int8(k, codes, half, k_at, k_scale, n, T, G.k_size, G.k_pad)
+        _encode_int8(v, codes, half, v_at, v_scale, n, T, G.v_size, G.v_pad)
+    else:
+        size: tl.constexpr = G.k_size + G.v_size
+        at = raw + page * (G.page_bytes // G.itemsize) + (group * T + t)[:, None] * size
+        tl.store(at + c, k.to(raw.dtype.element_ty), mask=k_mask)
+        tl.store(at + G.k_size + d, v.to(raw.dtype.element_ty), mask=v_mask)
+    if POSITIONS:  # noqa: SIM102 (one is known to the compiler, the other is not)
+        if codec >= EXACT:
+            _encode_positions(position, words, wide, page, first, total, codec, group, T, G)

@@ -1,0 +1,61 @@
+"""How much attention a window of queries pays to each slot."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
+
+import triton
+import triton.language as tl
+
+from vllm_kvcrush.ops.triton.compaction_kernels import any_keys
+from vllm_kvcrush.ops.triton.tiles import LOG2E, dot
+
+
+@triton.jit(do_not_specialize=["candidates", "tail_length", "block_pages", "first_page"])
+def scores_kernel(
+    out, query, lse, raw, grid, half, codes,
+    heads, pages, counts, codecs, firsts, tail_slot, tail_table,
+    tail_length, candidates, scale, window, block_pages, first_page,
+    T: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
+    TAIL: tl.constexpr, INTS: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    """Grid (entries, tiles of the largest page), or with TAIL (tiles of the tail, KV heads).
+
+    Args:
+        out: float32 [HEADS, candidates], receives the sum over the window of softmax weights.
+        query: [window, HEADS, k_size], rows of the newest tokens. lse: float32 [window, HEADS].
+        heads, pages, counts, codecs, firsts: int32 [entries]. W: query rows of a product.
+    """
+    t = tl.arange(0, T)
+    if TAIL:
+        head = tl.program_id(1)
+        place = tl.program_id(0) * T + t
+        n = tail_length - tl.program_id(0) * T
+        slot = tl.load(tail_slot + head) + place
+        block = tl.load(tail_table + place // G.block_size, mask=t < n, other=0).to(tl.int64)
+        page = block * block_pages + first_page + head
+        index = place % G.block_size
+        codec = tl.zeros([T], tl.int32)
+    else:
+        entry = tl.program_id(0)
+        head = tl.load(heads + entry)
+        index = tl.program_id(1) * T + t
+        n = tl.load(counts + entry) - tl.program_id(1) * T
+        slot = tl.load(firsts + entry) + index
+        place = tl.zeros([T], tl.int32) - 1
+        page = tl.zeros([T], tl.int64) + tl.load(pages + entry)
+        codec = tl.zeros([T], tl.int32) + tl.load(codecs + entry)
+    mask = (t < n) & (slot < candidates)
+    k = tl.trans(any_keys(raw, grid, half, codes, page, index, codec, mask, INTS, G).to(DTYPE))
+    c = tl.arange(0, G.k_pad)[None, :]
+    for g in range(GROUP):
+        q_head = head * GROUP + g
+        sums = tl.zeros([T], tl.float32)
+        for start in range(0, window, W):
+            row = start + tl.arange(0, W)
+            at = (row * HEADS + q_head)[:, None] * G.k_size + c
+            inside = row < window
+            q = tl.load(query + at, mask=inside[:, None] & (c < G.k_size), other=0.0).to(DTYPE)
+            logits = dot(q, k, tl.zeros([W, T], tl.float32)) * (scale * LOG2E)
+            total = tl.load(lse + row * HEADS + q_head, mask=inside, other=float("inf")) * LOG2E
+            seen = place[None, :] <= (tail_length - window + row)[:, None]
+            sums += tl.sum(tl.where(seen, tl.exp2(logits - total[:, None]), 0.0), 0)
+        tl.store(out + q_head.to(tl.int64) * candidates + slot, sums, mask=mask)
