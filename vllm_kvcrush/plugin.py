@@ -93,14 +93,15 @@ def _wrap_flags(engine_args: Any) -> None:
             for short, name in zip(_FLAGS, names, strict=True)
             if getattr(args, name, None) is not None
         }
+        extra = result.additional_config
+        before = extra.get("kvcrush") if isinstance(extra, dict) else None
         if given:
-            extra = dict(result.additional_config or {})
-            before = extra.get("kvcrush")
-            extra["kvcrush"] = {**(before if isinstance(before, dict) else {}), **given}
-            result.additional_config = extra
+            before = {**(before if isinstance(before, dict) else {}), **given}
+            result.additional_config = {**(extra or {}), "kvcrush": before}
+        if before is not None:
             result._kvcrush_from_cli = True
             try:
-                _settings(extra)
+                _settings(result.additional_config)
             except ConfigError as error:
                 _exit(error)
         return result

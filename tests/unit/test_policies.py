@@ -515,7 +515,7 @@ def test_kvcrush_passes_the_base_on() -> None:
 def test_bad_options_are_named(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         policies.get(name, options)
-    assert str(caught.value).startswith(f"kv-policy-config {message}")
+    assert str(caught.value).startswith(f"--kv-policy-config.{message}")
 
 
 def test_get_builds_with_options_and_with_none() -> None:

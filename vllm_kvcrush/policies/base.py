@@ -123,7 +123,7 @@ class OptionError(ValueError):
     """A bad hyperparameter; the message is one sentence for the operator who set it."""
 
     def __init__(self, path: str, problem: str):
-        super().__init__(f"kv-policy-config {path}{problem}")
+        super().__init__(f"--kv-policy-config.{path}{problem}.")
         self.path = path
         self.problem = problem
 
