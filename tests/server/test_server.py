@@ -207,7 +207,10 @@ def test_bad_flags_are_one_sentence(model_path: str, tmp_path: pathlib.Path) -> 
         "--kv-policy=h3o": "--kv-policy='h3o' is not a policy",
         "--kv-policy=kvcrush --kv-budget=2.5": "--kv-budget='2.5' is not a KV budget",
         "--kv-budget=0.5": "add --kv-policy=kvcrush",
-        "--kv-policy=kvcrush --kv-policy-config.kvcrush.anchor=up": "anchor",
+        "--kv-policy=kvcrush --kv-policy-config.kvcrush.anchor=up": (
+            "--kv-policy-config.kvcrush.anchor='up' is not one of"
+        ),
+        '--additional-config={"kvcrush":{"policy":"kvcrush","bugdet":0.5}}': "no key 'bugdet'",
         "--kv-policy=kvcrush --kv-cache-dtype=fp8 --enable-dbo": "quantised KV cache",
     }
     running = {}
