@@ -14,7 +14,7 @@ import sys
 import time
 
 from benchmarks import figures
-from benchmarks.report import RESULTS, ROOT, environment, say, sources
+from benchmarks.report import RESULTS, ROOT, environment, interruptible, say, sources
 
 NAMES = ("quality", "serving", "overhead", "kernels")
 FOLDER = RESULTS / "quick"
@@ -59,4 +59,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible("benchmarks"):
+        main()

@@ -4,6 +4,8 @@ and the statistics behind each figure."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +13,7 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -110,7 +112,14 @@ class Run:
         header = {"settings": settings, "sources": sources(), "cores": environment()["cores"]}
         self._known: dict[str, Any] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self._parts.exists() and not args.restart:
+        # Held until this run is finished or gone. A killed `make bench` can leave the benchmark
+        # that it had started, and two would measure each other.
+        self._lock = self._parts.open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SystemExit(f"{name}: another run writes {self.path}: end it first") from None
+        if self._parts.stat().st_size and not args.restart:
             self._resume(header)
         if not self._known:
             self._parts.write_text(json.dumps(header) + "\n")
@@ -153,6 +162,7 @@ class Run:
         """Writes the result file, with `extra` beside its rows."""
         write(self.path, self.rows, **extra)
         self._parts.unlink(missing_ok=True)
+        self._lock.close()
         say(f"wrote {self.path}")
 
 
@@ -188,6 +198,15 @@ def _module() -> str:
 def _portable(argv: Iterable[str]) -> list[str]:
     # Committed results name no paths of the machine they were made on.
     return [a.replace(str(ROOT) + os.sep, "") for a in argv]
+
+
+@contextlib.contextmanager
+def interruptible(name: str) -> Iterator[None]:
+    """Ends an interrupted run with one sentence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"{name}: stopped; the next run goes on from here") from None
 
 
 def say(line: str) -> None:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.report import Run, arguments, interval, progress, say, table
+from benchmarks.report import Run, arguments, interruptible, interval, progress, say, table
 
 TASKS = ("needle_single", "needle_multikey", "copy", "repeat", "text")
 METRICS = (
@@ -235,4 +235,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible("codecs"):
+        main()

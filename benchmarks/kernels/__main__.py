@@ -29,7 +29,7 @@ from benchmarks.kernels.compaction import BUDGET, STAGES, plan
 from benchmarks.kernels.registry import BASELINE, CANDIDATES, CODECS
 from benchmarks.kernels.timing import CLOCKS, quartiles, ratios
 from benchmarks.overhead.child import Child
-from benchmarks.report import Run, arguments, progress, say, table
+from benchmarks.report import Run, arguments, interruptible, progress, say, table
 
 PREFILL_CONTEXT, PREFILL_CHUNK = 4096, 512
 BURST = 0.05  # seconds
@@ -237,4 +237,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible("kernels"):
+        main()

@@ -14,7 +14,7 @@ Offline engines with the demo model (SmolLM2-135M, float32), each in a process o
 from __future__ import annotations
 
 from benchmarks.overhead import idle, share
-from benchmarks.report import Run, arguments, say
+from benchmarks.report import Run, arguments, interruptible, say
 
 OUTPUT = 64
 
@@ -59,4 +59,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible("overhead"):
+        main()

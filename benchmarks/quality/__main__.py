@@ -30,7 +30,7 @@ from benchmarks.quality.summary import (
     verdict_rows,
     verdict_table,
 )
-from benchmarks.report import Run, arguments, environment, progress, say
+from benchmarks.report import Run, arguments, environment, interruptible, progress, say
 
 POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4")
 FULL = "none"
@@ -358,4 +358,5 @@ def _run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible("quality"):
+        main()

@@ -26,6 +26,9 @@ def test_a_killed_run_goes_on_after_its_last_finished_step(tmp_path: pathlib.Pat
     first = report.Run("test", namespace(path))
     for step in ("a", "b"):
         first.step(step, lambda step=step: measured(log, step))
+    with pytest.raises(SystemExit, match="another run writes"):
+        report.Run("test", namespace(path))
+    del first
     with (tmp_path / "result.partial.jsonl").open("a") as out:
         out.write('{"step": "c", "resu')  # killed while it wrote
     second = report.Run("test", namespace(path))
