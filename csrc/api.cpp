@@ -106,23 +106,76 @@ int check_layer(const kvc_layer *given, Layer &layer) {
                     static_cast<long long>(layer.num_blocks));
     layer.group = layer.num_heads / layer.num_kv_heads;
     layer.v_padded = (layer.v_size + 15) / 16 * 16;
-    for (int codec = 0; codec < KVC_CODECS; ++codec) {
-        layer.capacity[codec] =
+    for (int codec = 0; codec < KVC_FIRST_FITTED; ++codec) {
+        layer.flat_capacity[codec] =
             page_capacity(codec, layer.page_bytes, layer.k_size, layer.v_size, layer.dtype);
-        layer.layout[codec] =
-            page_layout(codec, layer.capacity[codec], layer.k_size, layer.v_size, layer.dtype);
+        layer.flat[codec] =
+            page_layout(codec, layer.flat_capacity[codec], layer.k_size, layer.v_size, layer.dtype);
     }
     return 0;
 }
 
-int check_page(const Layer &layer, int64_t page, int codec, int64_t count) {
+constexpr int kMostExceptions = 128;
+
+// What kernels trust of a fitted codec.
+int check_table(const Layer &layer, const kvc_table &table) {
+    if (table.v_bits != 2 && table.v_bits != 4)
+        return fail("a table with %d bits a value: 2 or 4", table.v_bits);
+    if (!(table.v_step > 0) || table.positions <= 0 || table.heads == nullptr)
+        return fail("a table without value step, positions or heads");
+    if (table.unrotated != 0 &&
+        (table.coarse == nullptr || table.fine == nullptr || table.steps == nullptr))
+        return fail("a table for keys without rotary embedding needs its angles");
+    for (int h = 0; h < layer.num_kv_heads; ++h) {
+        const kvc_head_table &head = table.heads[h];
+        if (head.piece == nullptr || head.mean == nullptr || head.forward == nullptr ||
+            head.inverse == nullptr || head.cost == nullptr)
+            return fail("the table of head %d is not complete", h);
+        if (head.components < 0 || head.components % 4 != 0 || head.components > layer.k_size ||
+            head.stride < head.components || head.stride % 16 != 0 ||
+            head.stride > (kMaxHead + 15) / 16 * 16)
+            return fail("%d components in rows of %d for head %d", head.components, head.stride, h);
+        if (head.words < 0 || head.words > kMaxHead / 4 || head.pieces < 0 ||
+            head.pieces > 3 * kMaxHead / 4)
+            return fail("%d pieces in %d words for head %d", head.pieces, head.words, h);
+        int bits[kMaxHead / 4] = {};
+        for (int i = 0; i < head.pieces; ++i) {
+            const kvc_piece &piece = head.piece[i];
+            const bool width = piece.bits == 1 || piece.bits == 2 || piece.bits == 4;
+            if (!width || 4 * piece.quad >= head.components || piece.word >= head.words ||
+                piece.first % piece.bits != 0 || piece.first + piece.bits > 8 || piece.weight > 7)
+                return fail("piece %d of head %d lies outside its codes", i, h);
+            bits[piece.quad] += piece.bits;
+            if (bits[piece.quad] > 8) return fail("a component of head %d has over 8 bits", h);
+        }
+        if (head.capacity < 0 || head.capacity % kStrip != 0 || head.capacity > 65520 ||
+            head.exceptions < 0 || head.exceptions > head.capacity ||
+            head.exceptions > kMostExceptions)
+            return fail("%d tokens and %d exceptions in a page of head %d", head.capacity,
+                        head.exceptions, h);
+        const PageLayout at = fitted_layout(head, table.v_bits, layer.k_size, layer.v_size);
+        if (at.end > layer.page_bytes - int64_t{sizeof(PageHeader)})
+            return fail("%d tokens of head %d do not fit a page of %lld bytes", head.capacity, h,
+                        static_cast<long long>(layer.page_bytes));
+    }
+    return 0;
+}
+
+int check_head(const Layer &layer, int head) {
+    if (head < 0 || head >= layer.num_kv_heads) return fail("KV head %d does not exist", head);
+    return 0;
+}
+
+int check_page(const Layer &layer, int head, int64_t page, int codec, int64_t count) {
     if (codec < 0 || codec >= KVC_CODECS) return fail("codec %d does not exist", codec);
+    if (fitted(codec) && layer.table(codec) == nullptr)
+        return fail("codec %d needs tables, which this layer has none of", codec);
     if (page < 0 || page >= layer.pages())
         return fail("page %lld is outside the cache of %lld pages", static_cast<long long>(page),
                     static_cast<long long>(layer.pages()));
-    if (count < 0 || count > layer.capacity[codec])
+    if (count < 0 || count > layer.capacity(codec, head))
         return fail("%lld tokens in a page that holds %lld", static_cast<long long>(count),
-                    static_cast<long long>(layer.capacity[codec]));
+                    static_cast<long long>(layer.capacity(codec, head)));
     return 0;
 }
 
@@ -136,7 +189,8 @@ int check_directory(const Layer &layer, const kvc_directory &directory, int64_t 
             return fail("directory entries %lld to %lld of %lld", static_cast<long long>(begin),
                         static_cast<long long>(end), static_cast<long long>(directory.size));
         for (int64_t e = begin; e < end; ++e) {
-            if (check_page(layer, directory.page[e], directory.codec[e], directory.count[e]) != 0)
+            if (check_page(layer, h, directory.page[e], directory.codec[e], directory.count[e]) !=
+                0)
                 return -1;
             if (directory.bias == nullptr || directory.bias[e] < 0) continue;
             if (directory.bias[e] > directory.log_bias_size - directory.count[e])
@@ -161,38 +215,34 @@ int check_tail(const Layer &layer, const int32_t *table, int64_t columns, int32_
 
 // ------------------------------------------------------------------------------------ positions
 
-// False if they do not ascend or span too much.
-bool put_positions(const Layer &layer, int codec, uint8_t *page, int count,
+// False if they do not ascend, or span too much, or go beyond what the codec's tables know.
+bool put_positions(const Layer &layer, int codec, int head, uint8_t *page, int count,
                    const int32_t *positions) {
-    const PageLayout &at = layer.layout[codec];
-    uint16_t *low = reinterpret_cast<uint16_t *>(page + at.positions);
+    uint8_t *low = page + layer.layout(codec, head).positions;
     PageHeader header;
     header.base = count != 0 ? positions[0] : 0;
     for (uint16_t &first : header.first) first = 65535;
+    if (fitted(codec) && count != 0 &&
+        (positions[0] < 0 || positions[count - 1] >= layer.table(codec)->positions))
+        return false;
     int64_t steps = 0;
     for (int i = 0; i < count; ++i) {
         if (i != 0 && positions[i] <= positions[i - 1]) return false;
         const int64_t offset = int64_t{positions[i]} - header.base;
         if (offset >> 16 > PageHeader::kSteps) return false;
         for (; steps < offset >> 16; ++steps) header.first[steps] = static_cast<uint16_t>(i);
-        low[i] = static_cast<uint16_t>(offset);
+        const uint16_t own = static_cast<uint16_t>(offset);
+        std::memcpy(low + 2 * i, &own, sizeof own);
     }
     std::memcpy(page + layer.page_bytes - sizeof header, &header, sizeof header);
     return true;
 }
 
-void get_positions(const Layer &layer, int codec, const uint8_t *page, int first, int count,
-                   int32_t *positions) {
-    const uint16_t *low = reinterpret_cast<const uint16_t *>(page + layer.layout[codec].positions);
-    PageHeader header;
-    std::memcpy(&header, page + layer.page_bytes - sizeof header, sizeof header);
-    int steps = 0;
-    for (int i = first; i < first + count; ++i) {
-        while (steps < PageHeader::kSteps && header.first[steps] <= i) ++steps;
-        // Unsigned: what a wrong directory finds here may be anything.
-        positions[i - first] = static_cast<int32_t>(static_cast<uint32_t>(header.base) + low[i] +
-                                                    (static_cast<uint32_t>(steps) << 16));
-    }
+int bad_positions(const Layer &layer, int codec) {
+    if (fitted(codec))
+        return fail("positions within a page do not ascend from 0 on below %d, which its tables know",
+                    layer.table(codec)->positions);
+    return fail("positions within a page do not ascend, or span 983040 or more");
 }
 
 // Calls work(item, scratch) for every item; one function object stands for all of them.
@@ -238,7 +288,8 @@ int attention(const Layer &layer, const kvc_batch &batch, const void *query, int
                 if (batch.directory.begin != nullptr) {
                     const int64_t at = s * batch.directory.stride + h;
                     for (int e = batch.directory.begin[at]; e < batch.directory.end[at]; ++e)
-                        strips += (batch.directory.count[e] + kStrip - 1) / kStrip;
+                        strips += layer.strips(batch.directory.codec[e], static_cast<int>(h),
+                                               batch.directory.count[e]);
                 }
                 most_strips = strips > most_strips ? strips : most_strips;
             }
@@ -353,7 +404,7 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
             ++batch;
         }
         const uint8_t *page = layer.page(index);
-        kernel.decode(layer, codec, page, batch, places,
+        kernel.decode(layer, codec, head, page, static_cast<int>(count), batch, places,
                       key != nullptr ? key + done * layer.k_size : nullptr,
                       value != nullptr ? value + done * layer.v_size : nullptr);
         if (positions != nullptr) {
@@ -364,8 +415,9 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
             } else if (!positions_kept(codec)) {
                 return false;
             } else {
+                const PageLayout at = layer.layout(codec, head);
                 for (int i = 0; i < batch; ++i)
-                    get_positions(layer, codec, page, places[i], 1, positions + done + i);
+                    get_positions(at, layer.page_bytes, page, places[i], 1, positions + done + i);
             }
         }
         done += batch;
@@ -387,16 +439,31 @@ struct Moved {
 };
 thread_local Moved moved_memory;
 
+// The source entry whose tokens are slots [first, first + count) of a head, all of them and in the
+// page's own codec; -1 if there is none.
+int64_t whole_page(const Source &source, int head, const int64_t *slots, int64_t count, int codec) {
+    if (!positions_kept(codec) || count == 0 || slots[count - 1] - slots[0] != count - 1) return -1;
+    const kvc_directory &directory = source.request.directory;
+    int64_t start = 0;
+    for (int64_t e = source.begin(head); e < source.end(head); ++e) {
+        if (start == slots[0] && directory.count[e] == count && directory.codec[e] == codec)
+            return e;
+        if (start > slots[0]) break;
+        start += directory.count[e];
+    }
+    return -1;
+}
+
 int compact(const Layer &layer, const kvc_request &request, const int64_t *slots,
-            const int64_t *slot_start, const kvc_directory &target) {
+            const int64_t *slot_start, const kvc_directory &target, uint8_t *staged) {
     const Source source{layer, request};
     const int heads = layer.num_kv_heads;
     struct Piece {
         int head;
         int64_t entry, first, count;  // first: among all slots of the call
+        int64_t copied;               // source entry, or -1
     };
     std::vector<Piece> pieces;
-    bool wants_positions = false;
     for (int h = 0; h < heads; ++h) {
         const int64_t n = slot_start[h + 1] - slot_start[h], held = source.tokens(h);
         const int64_t *own = slots + slot_start[h];
@@ -406,47 +473,72 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
                             static_cast<long long>(held));
         int64_t used = 0;
         for (int64_t e = target.begin[h]; e < target.end[h]; ++e) {
-            pieces.push_back({h, e, slot_start[h] + used, target.count[e]});
+            pieces.push_back({h, e, slot_start[h] + used, target.count[e], -1});
             used += target.count[e];
-            wants_positions |= positions_kept(target.codec[e]);
         }
         if (used != n)
             return fail("head %d keeps %lld slots, its pages take %lld", h,
                         static_cast<long long>(n), static_cast<long long>(used));
     }
-    const size_t total = static_cast<size_t>(slot_start[heads] - slot_start[0]);
-    const int64_t base = slot_start[0];
+    // Each piece takes floats for its tokens, or bytes for a page that is copied as it is.
+    const size_t page_floats = static_cast<size_t>(layer.page_bytes) / sizeof(float);
+    const size_t token_floats = static_cast<size_t>(layer.k_size + layer.v_size) + 1;
+    std::vector<size_t> place(pieces.size() + 1, 0);
+    for (size_t i = 0; i < pieces.size(); ++i) {
+        Piece &piece = pieces[i];
+        piece.copied = whole_page(source, piece.head, slots + piece.first, piece.count,
+                                  target.codec[piece.entry]);
+        place[i + 1] = place[i] + (piece.copied >= 0
+                                       ? page_floats
+                                       : token_floats * static_cast<size_t>(piece.count));
+    }
     // All is read before anything is written, so that targets may be sources.
-    if (!moved_memory.reserve(total * (static_cast<size_t>(layer.k_size + layer.v_size) + 1)))
-        return no_memory();
-    float *key = moved_memory.data.get(), *value = key + total * layer.k_size;
-    int32_t *positions = reinterpret_cast<int32_t *>(value + total * layer.v_size);
+    if (!moved_memory.reserve(place.back())) return no_memory();
+    float *moved = moved_memory.data.get();
     std::atomic<int> bad{0};
     const int64_t n = static_cast<int64_t>(pieces.size());
-    bool done = each(n, 0, total < 256, [&](int64_t i, uint8_t *) {
+    const bool alone = slot_start[heads] - slot_start[0] < 256;
+    bool done = each(n, 0, alone, [&](int64_t i, uint8_t *) {
         const Piece &piece = pieces[static_cast<size_t>(i)];
-        const int64_t at = piece.first - base;
+        float *key = moved + place[static_cast<size_t>(i)];
+        if (piece.copied >= 0) {
+            std::memcpy(key, layer.page(request.directory.page[piece.copied]),
+                        static_cast<size_t>(layer.page_bytes));
+            return;
+        }
+        float *value = key + piece.count * layer.k_size;
+        int32_t *positions = reinterpret_cast<int32_t *>(value + piece.count * layer.v_size);
         const bool wanted = positions_kept(target.codec[piece.entry]);
-        if (!read_slots(source, piece.head, slots + piece.first, 0, piece.count,
-                        key + at * layer.k_size, value + at * layer.v_size,
-                        wanted ? positions + at : nullptr))
+        if (!read_slots(source, piece.head, slots + piece.first, 0, piece.count, key, value,
+                        wanted ? positions : nullptr))
             bad = 1;
     });
     if (!done) return no_memory();
     if (bad != 0) return fail("raw compressed pages have no positions, which their targets keep");
-    done = each(n, 0, total < 256, [&](int64_t i, uint8_t *) {
+    std::atomic<int> bad_codec{KVC_RAW};
+    done = each(n, 0, alone, [&](int64_t i, uint8_t *) {
         const Piece &piece = pieces[static_cast<size_t>(i)];
-        const int64_t at = piece.first - base;
+        const float *key = moved + place[static_cast<size_t>(i)];
+        uint8_t *page = staged != nullptr ? staged + piece.entry * layer.page_bytes
+                                          : layer.pool + target.page[piece.entry] * layer.page_bytes;
+        if (piece.copied >= 0) {
+            std::memcpy(page, key, static_cast<size_t>(layer.page_bytes));
+            return;
+        }
         const int codec = target.codec[piece.entry], count = static_cast<int>(piece.count);
-        uint8_t *page = layer.pool + target.page[piece.entry] * layer.page_bytes;
-        if (positions_kept(codec) && !put_positions(layer, codec, page, count, positions + at))
+        const float *value = key + piece.count * layer.k_size;
+        const int32_t *positions =
+            reinterpret_cast<const int32_t *>(value + piece.count * layer.v_size);
+        if (positions_kept(codec) &&
+            !put_positions(layer, codec, piece.head, page, count, positions)) {
             bad = 2;
-        kernels()->encode(layer, codec, page, count, key + at * layer.k_size,
-                          value + at * layer.v_size);
+            bad_codec = codec;
+            return;
+        }
+        kernels()->encode(layer, codec, piece.head, page, count, key, value);
     });
     if (!done) return no_memory();
-    if (bad != 0) return fail("positions within a page do not ascend, or span 983040 or more");
-    return 0;
+    return bad != 0 ? bad_positions(layer, bad_codec) : 0;
 }
 
 // out[i] = mean or maximum of in[i - half ... i + half], cut at the edges.
@@ -592,47 +684,63 @@ KVC_EXPORT int kvc_store(const kvc_layer *given, int64_t rows, const void *key, 
     });
 }
 
-KVC_EXPORT int kvc_encode(const kvc_layer *given, int32_t codec, int64_t page, int32_t count,
-                          const float *key, const float *value, const int32_t *positions) {
+KVC_EXPORT int kvc_check_layer(const kvc_layer *given) {
+    Layer layer;
+    if (check_layer(given, layer) != 0) return -1;
+    for (int codec = KVC_FIRST_FITTED; codec < KVC_CODECS; ++codec) {
+        const kvc_table *table = layer.table(codec);
+        if (table != nullptr && check_table(layer, *table) != 0) return -1;
+    }
+    return 0;
+}
+
+KVC_EXPORT int kvc_encode(const kvc_layer *given, int32_t codec, int32_t head, int64_t page,
+                          int32_t count, const float *key, const float *value,
+                          const int32_t *positions) {
     return guarded([&] {
         Layer layer;
-        if (check_layer(given, layer) != 0 || check_page(layer, page, codec, count) != 0) return -1;
+        if (check_layer(given, layer) != 0 || check_head(layer, head) != 0 ||
+            check_page(layer, head, page, codec, count) != 0)
+            return -1;
         uint8_t *to = layer.pool + page * layer.page_bytes;
         if (positions_kept(codec)) {
             if (positions == nullptr && count != 0)
                 return fail("codec %d keeps positions; none given", codec);
-            if (!put_positions(layer, codec, to, count, positions))
-                return fail("positions within a page do not ascend, or span 983040 or more");
+            if (!put_positions(layer, codec, head, to, count, positions))
+                return bad_positions(layer, codec);
         }
-        kernels()->encode(layer, codec, to, count, key, value);
+        kernels()->encode(layer, codec, head, to, count, key, value);
         return 0;
     });
 }
 
-KVC_EXPORT int kvc_decode(const kvc_layer *given, int32_t codec, int64_t page, int32_t count,
-                          float *key, float *value, int32_t *positions) {
+KVC_EXPORT int kvc_decode(const kvc_layer *given, int32_t codec, int32_t head, int64_t page,
+                          int32_t count, float *key, float *value, int32_t *positions) {
     return guarded([&] {
         Layer layer;
-        if (check_layer(given, layer) != 0 || check_page(layer, page, codec, count) != 0) return -1;
+        if (check_layer(given, layer) != 0 || check_head(layer, head) != 0 ||
+            check_page(layer, head, page, codec, count) != 0)
+            return -1;
         const uint8_t *from = layer.page(page);
         if (positions != nullptr) {
             if (!positions_kept(codec)) return fail("raw pages have no positions");
-            get_positions(layer, codec, from, 0, count, positions);
+            get_positions(layer.layout(codec, head), layer.page_bytes, from, 0, count, positions);
         }
         if (key != nullptr || value != nullptr)
-            kernels()->decode(layer, codec, from, count, nullptr, key, value);
+            kernels()->decode(layer, codec, head, from, count, count, nullptr, key, value);
         return 0;
     });
 }
 
 KVC_EXPORT int kvc_compact(const kvc_layer *given, const kvc_request *source, const int64_t *slots,
-                           const int64_t *slot_start, const kvc_directory *target) {
+                           const int64_t *slot_start, const kvc_directory *target,
+                           uint8_t *staged) {
     return guarded([&] {
         Layer layer;
         if (check_layer(given, layer) != 0 || check_request(layer, *source) != 0) return -1;
         if (target->begin == nullptr) return fail("a compaction needs target pages");
         if (check_directory(layer, *target, 0) != 0) return -1;
-        return compact(layer, *source, slots, slot_start, *target);
+        return compact(layer, *source, slots, slot_start, *target, staged);
     });
 }
 
@@ -641,7 +749,7 @@ KVC_EXPORT int kvc_read(const kvc_layer *given, const kvc_request *source, int32
     return guarded([&] {
         Layer layer;
         if (check_layer(given, layer) != 0 || check_request(layer, *source) != 0) return -1;
-        if (head < 0 || head >= layer.num_kv_heads) return fail("KV head %d does not exist", head);
+        if (check_head(layer, head) != 0) return -1;
         const Source from{layer, *source};
         if (first < 0 || n < 0 || first > from.tokens(head) - n)
             return fail("%lld slots from slot %lld of %lld", static_cast<long long>(n),

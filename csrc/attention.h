@@ -72,34 +72,44 @@ KVC_INLINE void softmax_row(float *s, int width, float &top, float &total, float
     top = new_top;
 }
 
-// Hides lanes that hold no token, or one that `visible` tail tokens do not reach.
+// Hides lanes that hold no token, one that is an exception, or one that `visible` tail tokens do not
+// reach.
 KVC_INLINE void mask_row(float *s, const Tile &tile, int64_t visible) {
     for (int i = 0; i < tile.strips; ++i) {
         const Strip &strip = tile.strip[i];
         int64_t count = strip.count;
         if (strip.tail >= 0) count = least<int64_t>(count, most<int64_t>(visible - strip.tail, 0));
         for (int64_t lane = count; lane < kStrip; ++lane) s[i * kStrip + lane] = kNever;
+        for (int bits = strip.hidden; bits != 0; bits &= bits - 1)
+            s[i * kStrip + __builtin_ctz(static_cast<unsigned>(bits))] = kNever;
     }
 }
 
-KVC_INLINE void bias_row(float *s, const Tile &tile) {
+KVC_INLINE void bias_row(const Layer &layer, float *s, const Tile &tile) {
     for (int i = 0; i < tile.strips; ++i) {
         const Strip &strip = tile.strip[i];
         if (strip.bias == nullptr) continue;
+        if (tile.codec == kExceptions) {
+            each_lane(layer, strip, [&](int lane, int token) {
+                s[i * kStrip + lane] += strip.bias[token] * kLog2e;
+            });
+            continue;
+        }
         for (int lane = 0; lane < strip.count; ++lane)
             s[i * kStrip + lane] += strip.bias[lane] * kLog2e;
     }
 }
 
+// Whether some lanes of some strip do not count.
 bool has_partial_strip(const Tile &tile) {
     for (int i = 0; i < tile.strips; ++i)
-        if (tile.strip[i].count < kStrip) return true;
+        if (tile.strip[i].count < kStrip || tile.strip[i].hidden != 0) return true;
     return false;
 }
 
 // V rows that nobody wrote may be NaN, which a weight of 0 does not silence.
 void complete_strips(const Layer &layer, Tile &tile, uint8_t *spare) {
-    const int64_t bytes = layer.layout[KVC_RAW].strip - layer.layout[KVC_RAW].v;
+    const int64_t bytes = layer.flat[KVC_RAW].strip - layer.flat[KVC_RAW].v;
     for (int i = 0; i < tile.strips; ++i) {
         const Strip &strip = tile.strip[i];
         if (strip.count == kStrip) continue;
@@ -111,10 +121,10 @@ void complete_strips(const Layer &layer, Tile &tile, uint8_t *spare) {
 
 // Scales are few, but waiting for them costs as much as for codes.
 KVC_INLINE void prefetch_scales(const Layer &layer, const Tile &tile) {
-    const int64_t bytes = layer.layout[tile.codec].header;
+    const int64_t bytes = fitted(tile.codec) ? 1 : layer.flat[tile.codec].header;
     for (int i = 0; i < tile.strips; ++i)
-        if (i == 0 || tile.strip[i].group != tile.strip[i - 1].group)
-            for (int64_t at = 0; at < bytes; at += 64) prefetch(tile.strip[i].group + at);
+        if (i == 0 || tile.strip[i].scales != tile.strip[i - 1].scales)
+            for (int64_t at = 0; at < bytes; at += 64) prefetch(tile.strip[i].scales + at);
 }
 
 // Undoes the rotation of V in what was gathered from rotated codecs and adds it to the rest.
@@ -146,7 +156,7 @@ int64_t strips_of(const Attention &call, int seq, int head, int64_t tail_tokens)
     if (directory.begin != nullptr) {
         const int64_t at = seq * directory.stride + head;
         for (int e = directory.begin[at]; e < directory.end[at]; ++e)
-            strips += (directory.count[e] + kStrip - 1) / kStrip;
+            strips += call.layer->strips(directory.codec[e], head, directory.count[e]);
     }
     return strips;
 }
@@ -196,7 +206,7 @@ struct Memory {
         m.rows.decay = arena.take<float>(padded);
         m.query = arena.take<float>(padded * kMaxHead);
         m.scores = arena.take<float>(padded * kTile);
-        m.spare = arena.take<uint8_t>(kTileStrips * layer.layout[KVC_RAW].strip);
+        m.spare = arena.take<uint8_t>(kTileStrips * layer.flat[KVC_RAW].strip);
         m.keys = arena.take<float>(int64_t{kTile} * layer.k_size);
         m.values = arena.take<float>(int64_t{kTile} * layer.v_padded + 16);
         m.prepared.take(arena, layer);
@@ -281,7 +291,7 @@ void attend_one(const Attention &call, int seq, int head, int64_t first, int64_t
         for (int g = 0; g < group; ++g) {
             float *s = m.scores + g * kTile;
             if (partial) mask_row(s, current, tail);
-            if (current.bias) bias_row(s, current);
+            if (current.bias) bias_row(layer, s, current);
             softmax_row(s, current.strips * kStrip, rows.top[g], rows.total[g], rows.decay[g]);
         }
         const bool rotated = rotates_v(current.codec);
@@ -384,7 +394,7 @@ void prefill_item(const Attention &call, int seq, int64_t item, int64_t blocks, 
         for (int i = 0; i < count * group; ++i) {
             float *s = m.scores + i * kTile;
             if (mask) mask_row(s, tile, seen + i / group);
-            if (tile.bias) bias_row(s, tile);
+            if (tile.bias) bias_row(layer, s, tile);
             softmax_row(s, tile.strips * kStrip, rows.top[i], rows.total[i], rows.decay[i]);
         }
         for (int i = count * group; i < rows.count; ++i) rows.decay[i] = 0;

@@ -1,6 +1,7 @@
 // What each codec knows how to do with a tile: score it, add up its values, or turn it into floats.
 #pragma once
 
+#include "fitted.h"
 #include "integer.h"
 #include "internal.h"
 #include "panel.h"
@@ -41,7 +42,7 @@ constexpr int panels_at_once(int) {
 #endif
 
 constexpr bool rotates_v(int codec) {
-    return codec == KVC_INT4;
+    return codec == KVC_INT4 || (fitted(codec) && codec != kExceptions);
 }
 
 // Signs of the rotation of V, channel by channel.
@@ -76,11 +77,6 @@ inline void rotate(float *x, int size) {
     hadamard(x, size);
 }
 
-// Lanes of panel `panel` of a strip of V.
-KVC_INLINE int panel_lanes(int v_size, int panel) {
-    return v_size - panel * 16 >= 16 ? 16 : 8;
-}
-
 // Calls use(panel, channel, lanes) for every panel of V.
 template <class F>
 KVC_INLINE void each_panel(int v_size, F use) {
@@ -89,7 +85,7 @@ KVC_INLINE void each_panel(int v_size, F use) {
 
 // Scales of a strip: of its tokens, and of its group's channels (int4: scales, then zeros).
 KVC_INLINE const uint16_t *k_scales(const Strip &strip) {
-    return reinterpret_cast<const uint16_t *>(strip.group);
+    return reinterpret_cast<const uint16_t *>(strip.scales);
 }
 KVC_INLINE const uint16_t *v_scales(const Layer &layer, int codec, const Strip &strip) {
     const int first = codec == KVC_INT8 ? kStrip : 2 * layer.k_size + strip.place * kStrip;
@@ -174,6 +170,15 @@ KVC_INLINE void each_int4_row(const uint8_t *panel, int rows, F use) {
 // A vector of the last 8 channels of V may write 8 floats more.
 inline void expand_codec(const Layer &layer, int codec, const Strip &strip, float *keys,
                          float *values) {
+    if (codec == kExceptions) {
+        expand_exceptions(layer, strip, keys, values);
+        return;
+    }
+    if (fitted(codec)) {
+        if (keys != nullptr) expand_fitted_keys(layer, strip, keys);
+        if (values != nullptr) expand_fitted_values(layer, strip, values);
+        return;
+    }
     const int k_size = layer.k_size, v_size = layer.v_size;
     const uint16_t *k_scale = k_scales(strip);
     if (keys != nullptr && codec == KVC_INT8) {
@@ -222,6 +227,9 @@ struct Prepared {
     float *q_step, *p_step;            // [group][kBlocks]
     float *q_shift, *p_shift;          // [group]
     bool has_int8;
+#if defined(__AVX2__)
+    FittedQuery fitted;
+#endif
 
     template <class Arena>
     void take(Arena &arena, const Layer &layer) {
@@ -240,9 +248,15 @@ struct Prepared {
         p_step = floats(group * kMaxHead / 32);
         q_shift = floats(group);
         p_shift = floats(group);
+#if defined(__AVX2__)
+        fitted.take(arena, group);
+#endif
     }
     void begin() {
         has_int8 = false;
+#if defined(__AVX2__)
+        fitted.codec = -1;
+#endif
     }
 };
 
@@ -371,6 +385,10 @@ KVC_INLINE void each_v_run(int v_size, int heads, F use) {
 // V scales of a tile; 0 where there is no token, since what lies there may be NaN.
 KVC_INLINE void load_v_scales(const Layer &layer, const Tile &tile, float *to) {
     for (int i = 0; i < tile.strips; ++i) {
+        if (fitted(tile.codec)) {
+            token_scales(tile.strip[i].scales, tile.strip[i].count, to + i * kStrip);
+            continue;
+        }
         load_halves(v_scales(layer, tile.codec, tile.strip[i]), kStrip, to + i * kStrip);
         for (int l = tile.strip[i].count; l < kStrip; ++l) to[i * kStrip + l] = 0;
     }
@@ -459,8 +477,8 @@ inline void int4_query(const Layer &layer, const uint16_t *scales, Prepared &pre
 inline void int4_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
                         int group, float *s, const uint8_t *const *ahead) {
     for (int first = 0, end; first < tile.strips; first = end) {
-        const uint8_t *own = tile.strip[first].group;
-        for (end = first + 1; end < tile.strips && tile.strip[end].group == own;) ++end;
+        const uint8_t *own = tile.strip[first].scales;
+        for (end = first + 1; end < tile.strips && tile.strip[end].scales == own;) ++end;
         int4_query(layer, k_scales(tile.strip[first]), prepared, q, group);
         each_k_run(end - first, group, [&](auto heads, auto panels, int strip, int head) {
             strip += first;
@@ -472,7 +490,9 @@ inline void int4_scores(const Layer &layer, const Tile &tile, Prepared &prepared
     }
 }
 
-inline void int4_values(const Layer &layer, const Tile &tile, Prepared &prepared, float *p,
+// Values in codes of `bits` bits, scaled by token.
+template <int bits>
+inline void code_values(const Layer &layer, const Tile &tile, Prepared &prepared, float *p,
                         const float *decay, int group, float *sums, const uint8_t *const *ahead) {
     const int n = tile.strips * kStrip;
     load_v_scales(layer, tile, prepared.v_scale);
@@ -493,18 +513,37 @@ inline void int4_values(const Layer &layer, const Tile &tile, Prepared &prepared
             shift = vfma(sum, vset(step), shift);
             prepared.p_step[g * kBlocks + block] = step;
         }
-        prepared.p_shift[g] = 7.5f * vhsum(shift);
+        prepared.p_shift[g] = middle(bits) * vhsum(shift);
     }
     each_v_run(
         layer.v_size, group, [&](auto heads, auto panels, auto lanes, int channel, int head) {
-            int4_v<decltype(lanes)::count, decltype(heads)::count, decltype(panels)::count>(
-                tile.v, tile.strips, int64_t{channel} * kStrip / 2, prepared.p_int4 + head * kTile,
-                prepared.p_step + head * kBlocks, prepared.p_shift + head, decay + head,
+            code_v<bits, decltype(lanes)::count, decltype(heads)::count, decltype(panels)::count>(
+                tile.v, tile.strips, int64_t{channel} * kStrip * bits / 8,
+                prepared.p_int4 + head * kTile, prepared.p_step + head * kBlocks,
+                prepared.p_shift + head, decay + head,
                 sums + int64_t{head} * layer.v_padded + channel, layer.v_padded, ahead);
         });
 }
 
+// Keys that are coded as they are.
+inline void fitted_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
+                          int group, float *s, const uint8_t *const *ahead) {
+    const int own = tile.strip[0].head;
+    FittedQuery &query = prepared.fitted;
+    fitted_query(layer, tile.codec, own, q, group, query);
+    each_k_run(tile.strips, group, [&](auto heads, auto panels, int strip, int head) {
+        fitted_k<decltype(heads)::count, decltype(panels)::count>(
+            tile.k + strip, head_table(layer, tile.codec, own),
+            query.code + head * FittedQuery::kStride, query.step + head * kMostBlocks,
+            query.shift + head, s + head * kTile + strip * kStrip, ahead + strip);
+    });
+}
+
 #endif
+
+KVC_INLINE bool four_bit_values(const Layer &layer, const Tile &tile) {
+    return layer.table(tile.codec)->v_bits == 4;
+}
 
 // s[g][token] of a tile for one query token, while the next tile comes from memory.
 inline void tile_scores(const Layer &layer, const Tile &tile, const Tile &next, Prepared &prepared,
@@ -526,12 +565,17 @@ inline void tile_scores(const Layer &layer, const Tile &tile, const Tile &next, 
         return;
     }
 #if defined(__AVX2__)
-    (void)keys;
+    bool expand = tile.codec == kExceptions;
     if (tile.codec == KVC_INT8)
         int8_scores(layer, tile, prepared, q, group, s, ahead);
-    else
+    else if (tile.codec == KVC_INT4)
         int4_scores(layer, tile, prepared, q, group, s, ahead);
-#else
+    else if (!expand && layer.table(tile.codec)->unrotated == 0)
+        fitted_scores(layer, tile, prepared, q, group, s, ahead);
+    else
+        expand = true;
+    if (!expand) return;
+#endif
     (void)prepared;
     const uint8_t *expanded[kTileStrips];
     for (int i = 0; i < tile.strips; ++i) {
@@ -540,7 +584,6 @@ inline void tile_scores(const Layer &layer, const Tile &tile, const Tile &next, 
         expanded[i] = reinterpret_cast<const uint8_t *>(at);
     }
     float_scores<F32>(expanded, tile.strips, layer.k_size, q, group, s, expanded);
-#endif
 }
 
 // sums[g][channel] = sums * decay + weights times V, likewise. Overwrites p.
@@ -563,13 +606,19 @@ inline void tile_values(const Layer &layer, const Tile &tile, const Tile &next, 
         return;
     }
 #if defined(__AVX2__)
-    (void)values;
     if (tile.codec == KVC_INT8) {
         int8_values(layer, tile, prepared, p, decay, group, sums, ahead);
-    } else {
-        int4_values(layer, tile, prepared, p, decay, group, sums, ahead);
+        return;
     }
-#else
+    if (tile.codec == KVC_INT4 || (tile.codec != kExceptions && four_bit_values(layer, tile))) {
+        code_values<4>(layer, tile, prepared, p, decay, group, sums, ahead);
+        return;
+    }
+    if (tile.codec != kExceptions) {
+        code_values<2>(layer, tile, prepared, p, decay, group, sums, ahead);
+        return;
+    }
+#endif
     (void)prepared;
     const uint8_t *expanded[kTileStrips];
     for (int i = 0; i < tile.strips; ++i) {
@@ -579,7 +628,6 @@ inline void tile_values(const Layer &layer, const Tile &tile, const Tile &next, 
     }
     float_values<F32>(expanded, tile.strips, layer.v_size, p, decay, group, sums, layer.v_padded,
                       expanded);
-#endif
 }
 
 // The same for kItemPad query rows side by side, q[row block][channel][row], over float32 strips.

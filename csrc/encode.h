@@ -62,7 +62,7 @@ void store_strip(const T *const *key, const T *const *value, int k_size, int v_s
 template <int dtype, class T>
 void store_rows(const Layer &layer, int64_t first, int64_t last, const T *key, int64_t key_stride,
                 const T *value, int64_t value_stride, const int64_t *slots) {
-    const PageLayout &at = layer.layout[KVC_RAW];
+    const PageLayout &at = layer.flat[KVC_RAW];
     // bfloat16 pairs are read as words, which odd strides would misplace.
     const bool words = key_stride * static_cast<int64_t>(sizeof(T)) % 4 == 0 &&
                        reinterpret_cast<uintptr_t>(key) % 4 == 0;
@@ -245,12 +245,8 @@ void encode_int4_keys(const float *const *key, int k_size, const float *low, con
         }
 }
 
-// V of 16 tokens, lanes being tokens, on the grids scale * (-7.5, -6.5, ..., 7.5): for each token
-// the best of a few clipping points, its scale then fitted by least squares.
-void encode_int4_values(const float *const *value, int v_size, uint16_t *scale, uint8_t *v) {
-    constexpr float kClips[] = {1.0f, 0.88f, 0.76f, 0.66f};
-    constexpr int N = kStrip / W;
-    alignas(64) float turned[kMaxHead * kStrip];
+// V of 16 tokens, rotated, as [channel][token].
+void rotate_strip(const float *const *value, int v_size, float *turned) {
     const uint32_t *row[kStrip];
     for (int t = 0; t < kStrip; ++t) row[t] = reinterpret_cast<const uint32_t *>(value[t]);
     transpose(row, v_size, reinterpret_cast<uint32_t *>(turned));
@@ -268,6 +264,49 @@ void encode_int4_values(const float *const *value, int v_size, uint16_t *scale, 
                 vstore(turned + at, vadd(a, b));
                 vstore(turned + at + half * kStrip, vsub(a, b));
             }
+}
+
+// Codes of a strip of rotated V, which `level` gives for channel and lane, into panels of 4 bits.
+template <class F>
+void store_nibbles(int v_size, uint8_t *v, F level) {
+    for (int c = 0; c < v_size; ++c) {
+        const int lanes = panel_lanes(v_size, c / 16);
+        alignas(64) uint16_t code[kStrip];
+        for (int l = 0; l < kStrip; l += W) vstore_words16(code + l, to_int(level(c, l)));
+        uint8_t *to = v + c / 16 * 8 * kStrip + c % 16 * 4;
+        for (int t = 0; t < kStrip; t += 8, to += 4 * lanes) {
+            // Four codes and the four after them become the halves of four bytes.
+            uint64_t low, high;
+            std::memcpy(&low, code + t, 8);
+            std::memcpy(&high, code + t + 4, 8);
+            uint64_t bytes = low | high << 4;
+            bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffu;
+            const uint32_t word = static_cast<uint32_t>(bytes | bytes >> 16);
+            std::memcpy(to, &word, 4);
+        }
+    }
+}
+
+// The same of 2 bits.
+template <class F>
+void store_pairs(int v_size, uint8_t *v, F level) {
+    for (int c = 0; c < v_size; ++c) {
+        alignas(64) uint16_t code[kStrip];
+        for (int l = 0; l < kStrip; l += W) vstore_words16(code + l, to_int(level(c, l)));
+        uint32_t word = 0;
+        for (int t = 0; t < kStrip; ++t)
+            word |= uint32_t{code[t]} << (8 * (t % 4) + 2 * (t / 4));
+        std::memcpy(v + c / 16 * 4 * kStrip + c % 16 * 4, &word, 4);
+    }
+}
+
+// V of 16 tokens, lanes being tokens, on the grids scale * (-7.5, -6.5, ..., 7.5): for each token
+// the best of a few clipping points, its scale then fitted by least squares.
+void encode_int4_values(const float *const *value, int v_size, uint16_t *scale, uint8_t *v) {
+    constexpr float kClips[] = {1.0f, 0.88f, 0.76f, 0.66f};
+    constexpr int N = kStrip / W;
+    alignas(64) float turned[kMaxHead * kStrip];
+    rotate_strip(value, v_size, turned);
     alignas(64) float best[kStrip] = {}, gain[kStrip] = {}, peaks[kStrip], inverses[kStrip];
     for (int l = 0; l < kStrip; l += W) {
         vf peak = vzero();
@@ -306,32 +345,185 @@ void encode_int4_values(const float *const *value, int v_size, uint16_t *scale, 
         const float rounded = half_to_float(scale[t]);
         inverses[t] = rounded > 0 ? 1 / rounded : 0;
     }
-    for (int c = 0; c < v_size; ++c) {
-        const int lanes = panel_lanes(v_size, c / 16);
-        alignas(64) uint16_t code[kStrip];
+    store_nibbles(v_size, v, [&](int c, int l) {
+        const vf y = vmul(vload(turned + c * kStrip + l), vload(inverses + l));
+        return vclamp(vadd(y, vset(7.5f)), 0, 15);
+    });
+}
+
+// ------------------------------------------------------------------------------------ fitted pages
+
+constexpr int kMostExceptions = 128;  // of a page; so many that their codes' loss says little
+
+// The tokens of a page that lose most, the first of equal ones: kept in order of their loss.
+struct Worst {
+    int count = 0, most;
+    float loss[kMostExceptions];
+    int32_t token[kMostExceptions];
+
+    explicit Worst(int limit) : most(limit) {}
+    void offer(float own, int32_t t) {
+        if (count == most && (most == 0 || !(own > loss[most - 1]))) return;
+        int i = count < most ? count++ : most - 1;
+        for (; i > 0 && own > loss[i - 1]; --i) loss[i] = loss[i - 1], token[i] = token[i - 1];
+        loss[i] = own;
+        token[i] = t;
+    }
+};
+
+// Codes of 16 keys, given as [channel][token] without what `table` takes off first; adds up what
+// each token loses.
+void encode_fitted_keys(const kvc_head_table &head, int k_size, float *keys, float *loss,
+                        uint8_t *k) {
+    alignas(64) float x[kMaxHead * kStrip];
+    for (int c = 0; c < k_size; ++c)
         for (int l = 0; l < kStrip; l += W) {
-            const vf y = vmul(vload(turned + c * kStrip + l), vload(inverses + l));
-            vstore_words16(code + l, to_int(vclamp(vadd(y, vset(7.5f)), 0, 15)));
+            float *at = keys + c * kStrip + l;
+            vstore(at, vsub(vload(at), vset(head.mean[c])));
         }
-        uint8_t *to = v + c / 16 * 8 * kStrip + c % 16 * 4;
-        for (int t = 0; t < kStrip; t += 8, to += 4 * lanes) {
-            // Four codes and the four after them become the halves of four bytes.
-            uint64_t low, high;
-            std::memcpy(&low, code + t, 8);
-            std::memcpy(&high, code + t + 4, 8);
-            uint64_t bytes = low | high << 4;
-            bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffffu;
-            const uint32_t word = static_cast<uint32_t>(bytes | bytes >> 16);
-            std::memcpy(to, &word, 4);
+    multiply_rows(head.forward, k_size, nullptr, k_size, k_size, keys, x);
+    int bits[kMaxHead / 4] = {};
+    for (int i = 0; i < head.pieces; ++i) bits[head.piece[i].quad] += head.piece[i].bits;
+    alignas(64) int32_t code[kMaxHead * kStrip], words[kStrip * kMaxHead / 4] = {};
+    for (int c = 0; c < k_size; ++c) {
+        const float centre = middle(bits[c / 4]), top = 2 * centre;
+        for (int l = 0; l < kStrip; l += W) {
+            const vf own = vload(x + c * kStrip + l);
+            const vf level = vround(vclamp(vadd(own, vset(centre)), 0, top));
+            const vf error = vsub(own, vsub(level, vset(centre)));
+            vstore(loss + l, vfma(vmul(error, error), vset(head.cost[c]), vload(loss + l)));
+            vstore_words(code + c * kStrip + l, to_int(level));
         }
     }
+    for (int i = 0; i < head.pieces; ++i) {
+        const kvc_piece piece = head.piece[i];
+        for (int j = 0; j < 4; ++j)
+            for (int l = 0; l < kStrip; l += W) {
+                const uint8_t *from =
+                    reinterpret_cast<const uint8_t *>(code + (4 * piece.quad + j) * kStrip + l);
+                int32_t *to = words + piece.word * kStrip + l;
+                const vi field =
+                    vand(vright(vload_words<W>(from), piece.weight), (1 << piece.bits) - 1);
+                vstore_words(to, vor(vload_words<W>(reinterpret_cast<const uint8_t *>(to)),
+                                     vleft(field, 8 * j + piece.first)));
+            }
+    }
+    std::memcpy(k, words, size_t{4} * kStrip * head.words);
+}
+
+// V of 16 tokens with a scale each that loses least with the codes of a unit variance.
+void encode_fitted_values(const kvc_table &table, const float *const *value, int v_size,
+                          TokenScales &scales, uint8_t *v) {
+    alignas(64) float turned[kMaxHead * kStrip];
+    alignas(64) float inverse[kStrip], dots[kStrip], norms[kStrip];
+    rotate_strip(value, v_size, turned);
+    const float centre = middle(table.v_bits), top = 2 * centre;
+    const auto level = [&](int c, int l) {
+        const vf y = vmul(vload(turned + c * kStrip + l), vload(inverse + l));
+        return vround(vclamp(vadd(y, vset(centre)), 0, top));
+    };
+    for (int l = 0; l < kStrip; l += W) {
+        vf square = vzero(), dot = vzero(), norm = vzero();
+        for (int c = 0; c < v_size; ++c) {
+            const vf y = vload(turned + c * kStrip + l);
+            square = vfma(y, y, square);
+        }
+        vstore(norms + l, square);
+        for (int t = l; t < l + W; ++t) {
+            const float rms = __builtin_sqrtf(norms[t] / static_cast<float>(v_size));
+            inverse[t] = rms > 1e-30f && rms < 1e30f ? 1 / (rms * table.v_step) : 0.0f;
+        }
+        for (int c = 0; c < v_size; ++c) {
+            const vf code = vsub(level(c, l), vset(centre));
+            dot = vfma(vload(turned + c * kStrip + l), code, dot);
+            norm = vfma(code, code, norm);
+        }
+        vstore(dots + l, dot);
+        vstore(norms + l, norm);
+    }
+    for (int t = 0; t < kStrip; ++t) {
+        const float scale = inverse[t] > 0 ? dots[t] / norms[t] : 0.0f;
+        const float byte = scale > 0 ? 128 + 16 * __builtin_log2f(scale) : 0.0f;
+        scales.v[t] = scale > 0 ? static_cast<uint8_t>(clamp(byte + 0.5f, 1, 255)) : 0;
+    }
+    if (table.v_bits == 4)
+        store_nibbles(v_size, v, level);
+    else
+        store_pairs(v_size, v, level);
+}
+
+KVC_INLINE float int8_row(const float *x, int size, uint16_t &scale, uint8_t *to) {
+    const float inverse = int8_scale(x, size, scale);
+    for (int c = 0; c < size; ++c)
+        to[c] = static_cast<uint8_t>(
+            static_cast<int8_t>(__builtin_rintf(clamp(x[c] * inverse, -127, 127))));
+    return inverse;
+}
+
+// The first tokens of a request draw attention whatever the query.
+constexpr int kSinks = 4;
+
+void encode_fitted(const Layer &layer, int codec, int own, uint8_t *page, int count,
+                   const float *key, const float *value) {
+    const kvc_table &table = *layer.table(codec);
+    const kvc_head_table &head = table.heads[own];
+    const PageLayout at = layer.layout(codec, own);
+    const int k_size = layer.k_size, v_size = layer.v_size;
+    alignas(64) const float zeros[kMaxHead] = {};
+    Worst worst(layer.exceptions(codec, own, count));
+    for (int first = 0; first < count; first += kStrip) {
+        const int n = least(kStrip, count - first);
+        const float *v_rows[kStrip];
+        const uint32_t *k_rows[kStrip];
+        for (int t = 0; t < kStrip; ++t) {
+            const float *k_row = t < n ? key + int64_t{first + t} * k_size : zeros;
+            k_rows[t] = reinterpret_cast<const uint32_t *>(k_row);
+            v_rows[t] = t < n ? value + int64_t{first + t} * v_size : zeros;
+        }
+        alignas(64) float turned[kMaxHead * kStrip], loss[kStrip] = {};
+        transpose(k_rows, k_size, reinterpret_cast<uint32_t *>(turned));
+        int32_t position[kStrip];
+        get_positions(at, layer.page_bytes, page, first, n, position);
+        for (int t = n; t < kStrip; ++t) position[t] = position[t - 1] + 1;
+        if (table.unrotated) turn_strip(table, k_size, position, true, turned);
+        uint8_t *k = page + at.strip_at(first / kStrip);
+        encode_fitted_keys(head, k_size, turned, loss, k);
+        TokenScales scales{};
+        encode_fitted_values(table, v_rows, v_size, scales, k + at.v);
+        std::memcpy(page + at.scales + first / kStrip * int64_t{sizeof scales}, &scales,
+                    sizeof scales);
+        for (int t = 0; t < n; ++t)
+            worst.offer(position[t] < kSinks ? __builtin_inff() : loss[t], first + t);
+    }
+    for (int i = 0; i < worst.count; ++i) {
+        const int32_t t = worst.token[i];
+        uint8_t *bits = page + at.scales + t / kStrip * int64_t{sizeof(TokenScales)} +
+                        offsetof(TokenScales, exceptions);
+        uint16_t word;
+        std::memcpy(&word, bits, sizeof word);
+        word = static_cast<uint16_t>(word | 1u << t % kStrip);
+        std::memcpy(bits, &word, sizeof word);
+    }
+    uint8_t *scales = page + at.exceptions;
+    uint8_t *k = scales + int64_t{head.exceptions} * 4;
+    uint8_t *v = k + int64_t{head.exceptions} * k_size;
+    each_exception(at, page, count, worst.count, [&](int number, int token) {
+        uint16_t scale[2];
+        int8_row(key + int64_t{token} * k_size, k_size, scale[0], k + int64_t{number} * k_size);
+        int8_row(value + int64_t{token} * v_size, v_size, scale[1], v + int64_t{number} * v_size);
+        std::memcpy(scales + 4 * number, scale, sizeof scale);
+    });
 }
 
 // ------------------------------------------------------------------------------------ any page
 
-void encode(const Layer &layer, int codec, uint8_t *page, int count, const float *key,
+void encode(const Layer &layer, int codec, int head, uint8_t *page, int count, const float *key,
             const float *value) {
-    const PageLayout &at = layer.layout[codec];
+    if (fitted(codec)) {
+        encode_fitted(layer, codec, head, page, count, key, value);
+        return;
+    }
+    const PageLayout at = layer.layout(codec, head);
     const int k_size = layer.k_size, v_size = layer.v_size;
     alignas(64) const float zeros[kMaxHead] = {};
     float low[kMaxHead], inverse[kMaxHead];
@@ -360,9 +552,9 @@ void encode(const Layer &layer, int codec, uint8_t *page, int count, const float
 }
 
 // Reads tokens of a page strip by strip; places ascend, null: 0, 1, ...
-void decode(const Layer &layer, int codec, const uint8_t *page, int n, const int32_t *places,
-            float *key, float *value) {
-    const PageLayout &at = layer.layout[codec];
+void decode(const Layer &layer, int codec, int head, const uint8_t *page, int held, int n,
+            const int32_t *places, float *key, float *value) {
+    const PageLayout at = layer.layout(codec, head);
     const int k_size = layer.k_size, v_size = layer.v_size;
     const bool quantised = codec > KVC_EXACT, floats = !quantised && layer.dtype == KVC_F32;
     alignas(64) float keys[kMaxHead * kStrip], values[kMaxHead * kStrip + 16];
@@ -375,9 +567,13 @@ void decode(const Layer &layer, int codec, const uint8_t *page, int n, const int
             Strip strip{};
             strip.k = page + at.strip_at(open);
             strip.v = strip.k + at.v;
-            strip.group = page + at.group_at(open);
+            strip.scales = fitted(codec) ? page + at.scales + open * int64_t{sizeof(TokenScales)}
+                                         : page + at.group_at(open);
             strip.place = open % at.group_strips;
-            strip.count = kStrip;
+            strip.count = fitted(codec) ? least(kStrip, held - open * kStrip) : kStrip;
+            strip.page = page;
+            strip.codec = codec;
+            strip.head = head;
             if (quantised) {
                 expand_codec(layer, codec, strip, key != nullptr ? keys : nullptr,
                              value != nullptr ? values : nullptr);
@@ -406,6 +602,23 @@ void decode(const Layer &layer, int codec, const uint8_t *page, int n, const int
             std::memcpy(value + int64_t{i} * v_size, row, sizeof(float) * v_size);
         }
     }
+    if (!fitted(codec)) return;
+    // Exceptions among them, in the order of their tokens.
+    const int all = head_table(layer, codec, head).exceptions;
+    int i = 0;
+    each_exception(at, page, held, layer.exceptions(codec, head, held), [&](int number, int token) {
+        while (i < n && (places != nullptr ? places[i] : i) < token) ++i;
+        if (i == n || (places != nullptr ? places[i] : i) != token) return;
+        uint16_t scale[2];
+        std::memcpy(scale, page + at.exceptions + 4 * number, sizeof scale);
+        const int8_t *k = reinterpret_cast<const int8_t *>(page + at.exceptions) + int64_t{4} * all;
+        const int8_t *v = k + int64_t{all} * k_size + int64_t{number} * v_size;
+        k += int64_t{number} * k_size;
+        for (int c = 0; c < k_size && key != nullptr; ++c)
+            key[int64_t{i} * k_size + c] = static_cast<float>(k[c]) * half_to_float(scale[0]);
+        for (int c = 0; c < v_size && value != nullptr; ++c)
+            value[int64_t{i} * v_size + c] = static_cast<float>(v[c]) * half_to_float(scale[1]);
+    });
 }
 
 }  // namespace

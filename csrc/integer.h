@@ -46,6 +46,16 @@ KVC_INLINE void load_nibbles(const uint8_t *p, vi &low, vi &high) {
     low = _mm512_and_si512(x, mask);
     high = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
 }
+// Fields of two bits of each byte, from the low ones up.
+template <int lanes>
+KVC_INLINE void load_pairs(const uint8_t *p, vi (&to)[4]) {
+    const vi x = lanes == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(0xff, p);
+    const vi mask = _mm512_set1_epi8(3);
+    to[0] = _mm512_and_si512(x, mask);
+    to[1] = _mm512_and_si512(_mm512_srli_epi16(x, 2), mask);
+    to[2] = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
+    to[3] = _mm512_and_si512(_mm512_srli_epi16(x, 6), mask);
+}
 KVC_INLINE void store_int16(int16_t *to, vf x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(to),
                         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
@@ -83,6 +93,15 @@ KVC_INLINE void load_nibbles(const uint8_t *p, vi &low, vi &high) {
     const vi mask = _mm256_set1_epi8(15);
     low = _mm256_and_si256(x, mask);
     high = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
+}
+template <int lanes>
+KVC_INLINE void load_pairs(const uint8_t *p, vi (&to)[4]) {
+    const vi x = _mm256_loadu_si256(reinterpret_cast<const vi *>(p));
+    const vi mask = _mm256_set1_epi8(3);
+    to[0] = _mm256_and_si256(x, mask);
+    to[1] = _mm256_and_si256(_mm256_srli_epi16(x, 2), mask);
+    to[2] = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
+    to[3] = _mm256_and_si256(_mm256_srli_epi16(x, 6), mask);
 }
 KVC_INLINE void store_int16(int16_t *to, vf x) {
     const vi code = _mm256_cvtps_epi32(x);
@@ -273,12 +292,33 @@ KVC_APART void int4_k(const uint8_t *const *strip, int channels, const int8_t *q
         KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { vstore(s + g * kTile + v * W, acc[g][v]); }); });
 }
 
+// Adds a strip of NP panels of V codes to sums of bytes.
+template <int bits, int lanes, int G, int NP, int stride>
+KVC_INLINE void multiply_strip(vi (&sum)[G][NP * vectors(lanes)], const uint8_t *const (&panel)[NP],
+                               const int8_t *w) {
+    if constexpr (bits == 4) {
+        multiply_eight<lanes, G, NP, stride>(sum, panel, 0, w);
+        multiply_eight<lanes, G, NP, stride>(sum, panel, 4 * lanes, w + 8);
+    } else {
+        constexpr int NV = vectors(lanes), N = NP * NV, width = lanes < W ? lanes : W;
+        repeat<N>(KVC_LAMBDA(v) {
+            vi x[4];
+            load_pairs<width>(panel[v / NV] + v % NV * 4 * W, x);
+            repeat<G>(KVC_LAMBDA(g) {
+                repeat<4>(KVC_LAMBDA(k) {
+                    dot_bytes(sum[g][v], x[k], broadcast_word(w + g * stride + 4 * k));
+                });
+            });
+        });
+    }
+}
+
 // out[g * out_stride + lane] = out * decay[g] + sums - shift[g].
-template <int lanes, int G, int NP>
-KVC_APART void int4_v(const uint8_t *const *strip, int strips, int64_t offset, const int8_t *p,
+template <int bits, int lanes, int G, int NP>
+KVC_APART void code_v(const uint8_t *const *strip, int strips, int64_t offset, const int8_t *p,
                       const float *step, const float *shift, const float *decay, float *out,
                       int64_t out_stride, const uint8_t *const *next) {
-    constexpr int N = NP * vectors(lanes), panel_bytes = kStrip / 2 * lanes;
+    constexpr int N = NP * vectors(lanes), panel_bytes = kStrip * bits / 8 * lanes;
     vf acc[G][N];
     repeat<G>(KVC_LAMBDA(g) {
         const vf start = vset(-shift[g]), old = vset(decay[g]);
@@ -294,10 +334,9 @@ KVC_APART void int4_v(const uint8_t *const *strip, int strips, int64_t offset, c
                 panel[j] = strip[k] + offset + j * panel_bytes;
                 ahead[j] = next[k] + offset + j * panel_bytes;
                 prefetch(ahead[j]);
-                if constexpr (lanes == 16) prefetch(ahead[j] + 64);
+                if constexpr (panel_bytes > 64) prefetch(ahead[j] + 64);
             });
-            multiply_eight<lanes, G, NP, kTile>(sum, panel, 0, p + k * kStrip);
-            multiply_eight<lanes, G, NP, kTile>(sum, panel, 4 * lanes, p + k * kStrip + 8);
+            multiply_strip<bits, lanes, G, NP, kTile>(sum, panel, p + k * kStrip);
         }
         repeat<G>(KVC_LAMBDA(g) {
             const vf factor = vset(step[g * kBlocks]);

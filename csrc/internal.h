@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "layout.h"
 
@@ -12,11 +13,36 @@ namespace kvc {
 struct Layer : kvc_layer {
     int group;     // query heads of a KV head
     int v_padded;  // v_size up to a multiple of 16
-    int64_t capacity[KVC_CODECS];
-    PageLayout layout[KVC_CODECS];
+    // Of codecs that need no tables.
+    int64_t flat_capacity[KVC_FIRST_FITTED];
+    PageLayout flat[KVC_FIRST_FITTED];
 
     const uint8_t *page(int64_t index) const {
         return pool + index * page_bytes;
+    }
+    // Null: a codec without tables here.
+    KVC_OWN const kvc_table *table(int codec) const {
+        return tables != nullptr ? tables[codec - KVC_FIRST_FITTED] : nullptr;
+    }
+    KVC_OWN int64_t capacity(int codec, int head) const {
+        if (!fitted(codec)) return flat_capacity[codec];
+        return table(codec) != nullptr ? table(codec)->heads[head].capacity : 0;
+    }
+    KVC_OWN PageLayout layout(int codec, int head) const {
+        if (!fitted(codec)) return flat[codec];
+        const kvc_table &own = *table(codec);
+        return fitted_layout(own.heads[head], own.v_bits, k_size, v_size);
+    }
+    // Of the first `count` tokens of a page, those that are int8.
+    KVC_OWN int exceptions(int codec, int head, int count) const {
+        if (!fitted(codec)) return 0;
+        const int most = table(codec)->heads[head].exceptions;
+        return most < count ? most : count;
+    }
+    // Strips that attention walks through in a page: exceptions have strips of their own.
+    KVC_OWN int64_t strips(int codec, int head, int count) const {
+        const int int8 = exceptions(codec, head, count);
+        return (count + kStrip - 1) / kStrip + (int8 + kStrip - 1) / kStrip;
     }
     int64_t pages() const {
         return num_blocks * block_pages;
@@ -57,12 +83,12 @@ struct Kernels {
 
     void (*store)(const Layer &, int64_t first, int64_t last, const void *key, int64_t key_stride,
                   const void *value, int64_t value_stride, const int64_t *slots);
-    // Writes `count` tokens into an empty page, without their positions.
-    void (*encode)(const Layer &, int codec, uint8_t *page, int count, const float *key,
+    // Writes `count` tokens into an empty page; their positions are there already.
+    void (*encode)(const Layer &, int codec, int head, uint8_t *page, int count, const float *key,
                    const float *value);
-    // Reads tokens places[0..n) of a page, or the first n if places is null.
-    void (*decode)(const Layer &, int codec, const uint8_t *page, int n, const int32_t *places,
-                   float *key, float *value);
+    // Reads tokens places[0..n) of a page that holds `count`, or the first n if places is null.
+    void (*decode)(const Layer &, int codec, int head, const uint8_t *page, int count, int n,
+                   const int32_t *places, float *key, float *value);
 
     size_t (*window_scratch)(const Layer &, const kvc_batch &, int window);
     void (*window_weights)(const Layer &, const kvc_batch &, const void *query, int dtype,
@@ -77,6 +103,23 @@ extern const Kernels kAvx512;
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
 #endif
+
+// Positions of tokens first ... first + count of a page.
+KVC_OWN void get_positions(const PageLayout &at, int64_t page_bytes, const uint8_t *page, int first,
+                          int count, int32_t *positions) {
+    const uint8_t *low = page + at.positions;
+    PageHeader header;
+    std::memcpy(&header, page + page_bytes - sizeof header, sizeof header);
+    int steps = 0;
+    for (int i = first; i < first + count; ++i) {
+        while (steps < PageHeader::kSteps && header.first[steps] <= i) ++steps;
+        uint16_t own;
+        std::memcpy(&own, low + 2 * i, sizeof own);
+        // Unsigned: what a wrong directory finds here may be anything.
+        positions[i - first] = static_cast<int32_t>(static_cast<uint32_t>(header.base) + own +
+                                                    (static_cast<uint32_t>(steps) << 16));
+    }
+}
 
 // select.cpp
 void top_row(const float *scores, int64_t n, int64_t keep, uint8_t *mask);

@@ -20,13 +20,55 @@
 extern "C" {
 #endif
 
-#define KVC_VERSION 1
+#define KVC_VERSION 2
 
 enum { KVC_F32 = 0, KVC_BF16 = 1, KVC_F16 = 2 };
 
 /* How a page is filled. Raw pages hold block_size tokens and no positions; exact pages are raw
  * pages with positions. Numbers are stored in directories: only ever add. */
-enum { KVC_RAW = 0, KVC_EXACT = 1, KVC_INT8 = 2, KVC_INT4 = 3, KVC_CODECS = 4 };
+enum { KVC_RAW = 0, KVC_EXACT = 1, KVC_INT8 = 2, KVC_INT4 = 3, KVC_TC4 = 4, KVC_TC8 = 5 };
+#define KVC_CODECS 6
+/* Codecs from here on are fitted to a model and need tables. */
+#define KVC_FIRST_FITTED KVC_TC4
+
+/* Four components of a key that share a field of bits in every token's codes. */
+typedef struct {
+    uint8_t quad;   /* components 4 * quad ... 4 * quad + 3, one in each byte of the word */
+    uint8_t weight; /* the field counts 2^weight times */
+    uint8_t word;   /* of the token's codes */
+    uint8_t first;  /* lowest bit, in each byte */
+    uint8_t bits;   /* 1, 2 or 4 */
+} kvc_piece;
+
+/* How the keys of one KV head become codes, and where a page keeps them. */
+typedef struct {
+    int32_t capacity;   /* tokens of a page, a multiple of 16 */
+    int32_t exceptions; /* of them, kept as int8 */
+    int32_t words;      /* 32-bit words of a token's key codes */
+    int32_t pieces;
+    int32_t components; /* that have bits: a multiple of 4; the others are 0 */
+    int32_t stride;     /* floats of a row of `inverse`: components up to a multiple of 16 */
+    const kvc_piece *piece; /* widest first */
+    const float *mean;      /* [k_size] */
+    const float *forward;   /* [k_size, k_size]: component = forward . (key - mean) */
+    const float *inverse;   /* [k_size, stride]: key = mean + inverse . component */
+    const float *cost;      /* [k_size]: what an error of 1 in a component costs */
+} kvc_head_table;
+
+/* One fitted codec in one layer. A component of b bits has the codes 0 ... 2^b - 1, which stand
+ * for code - (2^b - 1) / 2. */
+typedef struct {
+    int32_t v_bits;    /* 2 or 4 */
+    int32_t unrotated; /* keys are coded without their rotary embedding */
+    float v_step;      /* between the levels of a value of unit variance */
+    int32_t positions; /* below which tokens must stand */
+    const kvc_head_table *heads;
+    /* Rotary embedding: cosines, then sines, of each pair (c, c + k_size / 2), at 256 * i and at
+     * i < 256; rows of k_size floats. Null unless `unrotated`. */
+    const float *coarse;
+    const float *fine;
+    const float *steps; /* [k_size / 2, 2, 16]: cosines and sines of each pair at 0 ... 15 */
+} kvc_table;
 
 /* One layer of a cache. */
 typedef struct {
@@ -43,7 +85,7 @@ typedef struct {
     int32_t dtype; /* of raw pages */
     float scale;   /* of q.k */
     int32_t reserved;
-    const void *tables; /* of codecs that are fitted to a model; none yet */
+    const kvc_table *const *tables; /* of fitted codecs, KVC_FIRST_FITTED first; each may be null */
 } kvc_layer;
 
 /* Which pages a (sequence, KV head) owns: entries [begin, end) of page, count and codec, where
@@ -97,13 +139,17 @@ int kvc_attention(const kvc_layer *layer, const kvc_batch *batch, const void *qu
 int kvc_store(const kvc_layer *layer, int64_t rows, const void *key, int64_t key_stride,
               const void *value, int64_t value_stride, const int64_t *slots);
 
-/* Fills one page from float K [count, k_size], V [count, v_size] and ascending positions (may be
- * null for raw). */
-int kvc_encode(const kvc_layer *layer, int32_t codec, int64_t page, int32_t count, const float *key,
-               const float *value, const int32_t *positions);
+/* Checks everything that `layer` says, tables included: once, when they are made. Calls check only
+ * what changes between them. */
+int kvc_check_layer(const kvc_layer *layer);
+
+/* Fills one page of a KV head from float K [count, k_size], V [count, v_size] and ascending
+ * positions (may be null for raw). */
+int kvc_encode(const kvc_layer *layer, int32_t codec, int32_t head, int64_t page, int32_t count,
+               const float *key, const float *value, const int32_t *positions);
 /* Reads one page back; each output may be null. Raw pages have no positions. */
-int kvc_decode(const kvc_layer *layer, int32_t codec, int64_t page, int32_t count, float *key,
-               float *value, int32_t *positions);
+int kvc_decode(const kvc_layer *layer, int32_t codec, int32_t head, int64_t page, int32_t count,
+               float *key, float *value, int32_t *positions);
 
 /* One request's tokens: its entry 0 of a directory, then its tail. Slots are numbered per head:
  * the directory's tokens in order, then the tail's. */
@@ -116,9 +162,12 @@ typedef struct {
 
 /* Compaction of one layer: head h's slots slots[slot_start[h]] ... slots[slot_start[h + 1] - 1],
  * ascending, are decoded and encoded into the pages of `target`, each taking as many as its count
- * says. All is read before anything is written, so targets may be sources. */
+ * says. A source page whose tokens fill a page of the same codec is copied. All is read before
+ * anything is written, so targets may be sources. With `staged`, entry e of `target` is written at
+ * staged + e * page_bytes instead of its page, for the caller to copy there: pages of one layer may
+ * then lie where other layers have not been read yet. */
 int kvc_compact(const kvc_layer *layer, const kvc_request *source, const int64_t *slots,
-                const int64_t *slot_start, const kvc_directory *target);
+                const int64_t *slot_start, const kvc_directory *target, uint8_t *staged);
 
 /* Reads a request's slots in order as float K [n, k_size] and V [n, v_size] and positions of one
  * head, n tokens from slot `first`; each output may be null. */

@@ -29,6 +29,15 @@
 //           V: H S v = scale * (code - 7.5), one scale per token, S the signs of rotation_sign(),
 //              H orthonormal Hadamard transforms over blocks of rotation_block(v_size) channels
 //
+//   tc4, tc8 (fitted: see kvc_table)
+//           page = strip | strip | ... | TokenScales of each strip | exceptions | positions | ...
+//           K: [words][lanes][4 bytes]: byte j of a word holds component j of several quads
+//              (kvc_piece), in fields of 4, 2 or 1 bits
+//           V: as in int4 in 4 bits; in 2 bits one word a lane: byte j holds rows j, j + 4, j + 8
+//              and j + 12, from the low bits up. H S v = scale * (code - (2^bits - 1) / 2)
+//           exceptions: tokens that are int8 instead: [K scale, V scale float16] of each, then
+//              their K rows, then their V rows; in the order of the bits in TokenScales
+//
 // positions: uint16 per token; PageHeader is the page's last 32 bytes.
 #pragma once
 
@@ -36,6 +45,10 @@
 #include <cstdint>
 
 #include "kvcrush.h"
+
+// Functions that units of several instruction sets share must leave no copy of their own behind: the
+// linker would keep any one, perhaps with instructions that this CPU lacks.
+#define KVC_OWN inline __attribute__((always_inline))
 
 namespace kvc {
 
@@ -51,6 +64,17 @@ struct PageHeader {
 };
 static_assert(sizeof(PageHeader) == 32);
 
+// Of a strip in a fitted codec: 2^((scale - 128) / 16) for each value, 0: the value is 0.
+struct TokenScales {
+    uint8_t v[kStrip];
+    uint16_t exceptions;  // a bit for each token
+};
+static_assert(sizeof(TokenScales) == 18);
+
+constexpr bool fitted(int codec) {
+    return codec >= KVC_FIRST_FITTED;
+}
+
 constexpr int dtype_bytes(int dtype) {
     return dtype == KVC_F32 ? 4 : 2;
 }
@@ -64,6 +88,8 @@ struct PageLayout {
     int64_t header;        // bytes of a group before its strips
     int64_t v;             // of a strip before its V
     int64_t strip;         // bytes
+    int64_t scales;        // of a page before its TokenScales
+    int64_t exceptions;    // of a page before them
     int64_t positions;     // of a page before them
     int64_t end;           // bytes of everything but the PageHeader
 
@@ -89,6 +115,20 @@ constexpr PageLayout page_layout(int codec, int64_t capacity, int k_size, int v_
     const int64_t strips = capacity / kStrip;
     at.positions = strips != 0 ? at.strip_at(strips - 1) + at.strip : 0;
     at.end = at.positions + (positions_kept(codec) ? 2 * capacity : 0);
+    return at;
+}
+
+// A page of a fitted codec.
+KVC_OWN PageLayout fitted_layout(const kvc_head_table &head, int v_bits, int k_size, int v_size) {
+    PageLayout at{};
+    at.group_strips = 1;
+    at.v = int64_t{kStrip} * 4 * head.words;
+    at.strip = at.v + int64_t{kStrip} * v_size * v_bits / 8;
+    const int64_t strips = head.capacity / kStrip;
+    at.scales = strips * at.strip;
+    at.exceptions = at.scales + strips * int64_t{sizeof(TokenScales)};
+    at.positions = at.exceptions + int64_t{head.exceptions} * (k_size + v_size + 4);
+    at.end = at.positions + 2 * int64_t{head.capacity};
     return at;
 }
 

@@ -39,6 +39,11 @@ struct F16 {
     }
 };
 
+// Lanes of panel `panel` of a strip of V.
+KVC_INLINE int panel_lanes(int v_size, int panel) {
+    return v_size - panel * 16 >= 16 ? 16 : 8;
+}
+
 constexpr int vectors(int lanes) {
     return lanes < W ? 1 : lanes / W;
 }

@@ -68,7 +68,7 @@ void window_weights(const Layer &layer, const kvc_batch &batch, const void *quer
         for (int i = 0; i < window; ++i) {
             float *s = weights + i * kTile;
             mask_row(s, tile, tail - window + 1 + i);
-            if (tile.bias) bias_row(s, tile);
+            if (tile.bias) bias_row(layer, s, tile);
             softmax_row(s, tile.strips * kStrip, rows.top[i], rows.total[i], rows.decay[i]);
             m.tops[index * rows.count + i] = rows.top[i];
         }
@@ -92,9 +92,12 @@ void window_weights(const Layer &layer, const kvc_batch &batch, const void *quer
             }
             float lanes[kStrip];
             repeat<kStrip / W>(KVC_LAMBDA(v) { vstore(lanes + v * W, sum[v]); });
-            const int count = tile.strip[i].count;
-            std::memcpy(out, lanes, sizeof(float) * count);
-            out += count;
+            const Strip &strip = tile.strip[i];
+            if (tile.codec == kExceptions)
+                each_lane(layer, strip,
+                          [&](int lane, int token) { out[strip.slot + token] = lanes[lane]; });
+            else
+                std::memcpy(out + strip.slot, lanes, sizeof(float) * strip.count);
         }
     }
 }

@@ -7,13 +7,20 @@
 
 namespace kvc::KVC_NAMESPACE {
 
+// Tiles of exceptions: rows of int8 with scales of their own, outside any panel.
+constexpr int kExceptions = KVC_CODECS;
+
 struct Strip {
-    const uint8_t *k, *v;
-    const uint8_t *group;  // header of its group
-    int place;             // in the group
-    int count;             // tokens; the other lanes of K are not to be trusted
-    int tail;              // tail token of lane 0, -1 in the compressed region
-    const float *bias;     // or null
+    const uint8_t *k, *v;   // exceptions: the first's scales, and null
+    const uint8_t *scales;  // of its group, or its TokenScales
+    int place;              // in the group; exceptions: the first's number
+    int count;              // tokens; the other lanes of K are not to be trusted
+    int hidden;             // lanes that are exceptions, a bit for each
+    int tail;               // tail token of lane 0, -1 in the compressed region
+    int64_t slot;           // of lane 0; exceptions: of their page's first token
+    const float *bias;      // or null
+    const uint8_t *page;    // in the compressed region
+    int codec, head;        // of the page
 };
 
 struct Tile {
@@ -23,7 +30,39 @@ struct Tile {
     const uint8_t *k[kTileStrips], *v[kTileStrips];
 };
 
-// Walks strips [first, last) of a (sequence, head).
+// Bits of the tokens of a strip that are exceptions.
+KVC_INLINE int exception_bits(const uint8_t *scales) {
+    uint16_t bits;
+    std::memcpy(&bits, scales + offsetof(TokenScales, exceptions), sizeof bits);
+    return bits;
+}
+
+// Calls use(number, token) for the exceptions of a page that holds `count` tokens.
+template <class F>
+KVC_INLINE void each_exception(const PageLayout &at, const uint8_t *page, int count, int most,
+                               F use) {
+    int number = 0;
+    for (int first = 0; first < count; first += kStrip) {
+        int bits =
+            exception_bits(page + at.scales + first / kStrip * int64_t{sizeof(TokenScales)});
+        if (count - first < kStrip) bits &= (1 << (count - first)) - 1;
+        for (; bits != 0 && number < most; bits &= bits - 1)
+            use(number++, first + __builtin_ctz(static_cast<unsigned>(bits)));
+    }
+}
+
+// The same for the lanes of a strip of exceptions: use(lane, token of the page).
+template <class F>
+KVC_INLINE void each_lane(const Layer &layer, const Strip &strip, F use) {
+    const PageLayout at = layer.layout(strip.codec, strip.head);
+    const int capacity = static_cast<int>(layer.capacity(strip.codec, strip.head));
+    each_exception(at, strip.page, capacity, strip.place + strip.count, [&](int number, int token) {
+        if (number >= strip.place) use(number - strip.place, token);
+    });
+}
+
+// Walks strips [first, last) of a (sequence, head): the pages of its directory, its tail, and then
+// all exceptions, so that they make few tiles.
 class Tiles {
    public:
     Tiles(const Layer &layer, const kvc_batch &batch, int seq, int head, int tail_tokens,
@@ -35,16 +74,37 @@ class Tiles {
           tail_tokens_(tail_tokens),
           left_(last - first) {
         if (directory_.begin != nullptr) {
-            entry_ = directory_.begin[seq * directory_.stride + head];
+            begin_ = entry_ = directory_.begin[seq * directory_.stride + head];
             end_ = directory_.end[seq * directory_.stride + head];
+            for (int e = begin_; e < end_; ++e) held_ += directory_.count[e];
         }
         // Skip `first` strips, whole pages at a time.
         for (; entry_ < end_; ++entry_) {
-            const int strips = (directory_.count[entry_] + kStrip - 1) / kStrip;
+            const int64_t strips = strips_of(entry_);
             if (first < strips) break;
             first -= strips;
+            slot_ += directory_.count[entry_];
         }
-        open(first);
+        if (entry_ < end_) {
+            open_page(static_cast<int>(first));
+            return;
+        }
+        part_ = kTail;
+        const int64_t strips = (int64_t{tail_tokens_} + kStrip - 1) / kStrip;
+        if (first < strips) {
+            open_tail(static_cast<int>(first) * kStrip);
+            return;
+        }
+        first -= strips;
+        part_ = kInt8;
+        slot_ = 0;
+        for (entry_ = begin_; entry_ < end_; ++entry_) {
+            const int64_t own = exception_strips(entry_);
+            if (first < own) break;
+            first -= own;
+            slot_ += directory_.count[entry_];
+        }
+        if (entry_ < end_) open_exceptions(static_cast<int>(first));
     }
 
     // False when there are no more tokens.
@@ -53,13 +113,8 @@ class Tiles {
         tile.bias = false;
         while (tile.strips < kTileStrips && left_ > 0) {
             if (tokens_ <= 0) {  // the page is at its end
-                if (entry_ < end_) {
-                    ++entry_;
-                    open(0);
-                    continue;
-                }
-                if (tail_ >= tail_tokens_) break;
-                open(tail_ / kStrip);
+                if (!advance()) break;
+                continue;
             }
             if (tile.strips == 0)
                 tile.codec = codec_;
@@ -67,12 +122,17 @@ class Tiles {
                 break;
             Strip &strip = tile.strip[tile.strips];
             strip.k = k_;
-            strip.v = k_ + at_->v;
-            strip.group = group_;
+            strip.v = codec_ == kExceptions ? nullptr : k_ + at_.v;
+            strip.scales = scales_;
             strip.place = place_;
             strip.count = tokens_ < kStrip ? tokens_ : kStrip;
+            strip.hidden = fitted(codec_) && codec_ != kExceptions ? exception_bits(scales_) : 0;
             strip.tail = tail_;
+            strip.slot = slot_;
             strip.bias = bias_;
+            strip.page = page_;
+            strip.codec = part_ == kTail ? int{KVC_RAW} : int{directory_.codec[entry_]};
+            strip.head = head_;
             tile.k[tile.strips] = strip.k;
             tile.v[tile.strips] = strip.v;
             tile.bias |= bias_ != nullptr;
@@ -84,42 +144,114 @@ class Tiles {
     }
 
    private:
-    // At strip `first` of the entry, or of the tail after the last one.
-    void open(int64_t first) {
-        const uint8_t *page;
+    enum Part { kPages, kTail, kInt8 };
+
+    int64_t strips_of(int entry) const {
+        return (directory_.count[entry] + kStrip - 1) / kStrip;
+    }
+    int64_t exception_strips(int entry) const {
+        const int codec = directory_.codec[entry], count = directory_.count[entry];
+        return (layer_.exceptions(codec, head_, count) + kStrip - 1) / kStrip;
+    }
+
+    // To the next page, or block of the tail. False: there is none.
+    bool advance() {
+        if (part_ == kPages) {
+            slot_ = page_slot_ + directory_.count[entry_];
+            if (++entry_ < end_) {
+                open_page(0);
+                return true;
+            }
+            part_ = kTail;
+            tail_ = 0;
+        }
+        if (part_ == kTail) {
+            if (tail_ < tail_tokens_) {
+                open_tail(tail_);
+                return true;
+            }
+            part_ = kInt8;
+            slot_ = 0;
+            for (entry_ = begin_; entry_ < end_; ++entry_) {
+                if (exception_strips(entry_) != 0) break;
+                slot_ += directory_.count[entry_];
+            }
+        } else if (entry_ < end_) {
+            slot_ += directory_.count[entry_++];
+        }
+        if (entry_ >= end_) return false;
+        open_exceptions(0);
+        return true;
+    }
+
+    const uint8_t *open_entry() {
+        codec_ = directory_.codec[entry_];
+        page_ = layer_.page(directory_.page[entry_]);
+        at_ = layer_.layout(codec_, head_);
         bias_ = nullptr;
         tail_ = -1;
-        if (entry_ < end_) {
-            codec_ = directory_.codec[entry_];
-            page = layer_.page(directory_.page[entry_]);
-            tokens_ = directory_.count[entry_] - static_cast<int>(first) * kStrip;
-            if (directory_.bias != nullptr && directory_.bias[entry_] >= 0)
-                bias_ = directory_.log_bias + directory_.bias[entry_] + first * kStrip;
-        } else {
-            codec_ = KVC_RAW;
-            tail_ = static_cast<int>(first) * kStrip;
-            tokens_ = 0;
-            if (tail_ >= tail_tokens_) return;
-            const int block = tail_ / layer_.block_size, place = tail_ % layer_.block_size;
-            page = layer_.page(layer_.tail_page(table_[block], head_));
-            tokens_ = least(layer_.block_size - place, tail_tokens_ - tail_);
-            first = place / kStrip;
-        }
-        at_ = &layer_.layout[codec_];
-        group_ = page + at_->group_at(first);
-        k_ = page + at_->strip_at(first);
-        place_ = static_cast<int>(first % at_->group_strips);
+        return page_;
+    }
+
+    // At strip `first` of the entry.
+    void open_page(int first) {
+        const uint8_t *page = open_entry();
+        tokens_ = directory_.count[entry_] - first * kStrip;
+        page_slot_ = slot_;
+        slot_ += int64_t{first} * kStrip;
+        if (directory_.bias != nullptr && directory_.bias[entry_] >= 0)
+            bias_ = directory_.log_bias + directory_.bias[entry_] + int64_t{first} * kStrip;
+        open_strip(page, first);
+    }
+
+    // At token `token` of the tail, the first of a strip.
+    void open_tail(int token) {
+        codec_ = KVC_RAW;
+        at_ = layer_.layout(codec_, head_);
+        bias_ = nullptr;
+        page_ = nullptr;
+        slot_ = held_ + token;
+        tail_ = token;
+        const int block = token / layer_.block_size, place = token % layer_.block_size;
+        tokens_ = least(layer_.block_size - place, tail_tokens_ - token);
+        open_strip(layer_.page(layer_.tail_page(table_[block], head_)), place / kStrip);
+    }
+
+    void open_strip(const uint8_t *page, int strip) {
+        k_ = page + at_.strip_at(strip);
+        place_ = strip % at_.group_strips;
+        scales_ = fitted(codec_) ? page + at_.scales + strip * int64_t{sizeof(TokenScales)}
+                                 : page + at_.group_at(strip);
+    }
+
+    // At strip `first` of the entry's exceptions; they have no strips to step through.
+    void open_exceptions(int first) {
+        open_entry();
+        const int codec = codec_, count = directory_.count[entry_];
+        if (directory_.bias != nullptr && directory_.bias[entry_] >= 0)
+            bias_ = directory_.log_bias + directory_.bias[entry_];
+        codec_ = kExceptions;
+        k_ = scales_ = page_ + at_.exceptions;
+        place_ = first * kStrip;
+        tokens_ = layer_.exceptions(codec, head_, count) - place_;
     }
 
     void step() {
         tokens_ -= kStrip;
+        if (codec_ == kExceptions) {
+            place_ += kStrip;
+            return;
+        }
+        slot_ += kStrip;
         if (tail_ >= 0) tail_ += kStrip;
         if (bias_ != nullptr) bias_ += kStrip;
-        k_ += at_->strip;
-        if (++place_ == at_->group_strips) {
+        k_ += at_.strip;
+        if (fitted(codec_)) {
+            scales_ += sizeof(TokenScales);
+        } else if (++place_ == at_.group_strips) {
             place_ = 0;
-            group_ = k_;
-            k_ += at_->header;
+            scales_ = k_;
+            k_ += at_.header;
         }
     }
 
@@ -128,12 +260,14 @@ class Tiles {
     const int head_;
     const int32_t *table_;
     const int tail_tokens_;
-    int64_t left_;
-    int32_t entry_ = 0, end_ = 0;
+    int64_t left_, held_ = 0;  // strips to go; slots of the directory's pages
+    int32_t begin_ = 0, entry_ = 0, end_ = 0;
+    Part part_ = kPages;
     // The next strip.
     int codec_ = KVC_RAW, place_ = 0, tokens_ = 0, tail_ = -1;
-    const PageLayout *at_ = nullptr;
-    const uint8_t *group_ = nullptr, *k_ = nullptr;
+    int64_t slot_ = 0, page_slot_ = 0;
+    PageLayout at_{};
+    const uint8_t *page_ = nullptr, *scales_ = nullptr, *k_ = nullptr;
     const float *bias_ = nullptr;
 };
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import pydoc_data.topics
 import sys
+from typing import Any
 
 # Two engines share two cores: OpenMP threads that wait for a preempted one would spin. Must be
 # set before torch is imported.
@@ -28,3 +30,20 @@ def text() -> str:
     """Real English prose that every Python ships."""
     topics = pydoc_data.topics.topics
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+@pytest.fixture(scope="session")
+def tables(model_path: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Transform tables of the demo model by codec, where the plugin looks for them. Made once."""
+    from vllm_kvcrush import calibrate, pages, transform
+
+    config = json.loads(pathlib.Path(model_path, "config.json").read_text())
+    path = transform.default_path(config)
+    try:
+        return {codec: transform.load(path, config, codec) for codec in pages.FITTED}
+    except transform.TablesError:
+        prose = tmp_path_factory.mktemp("prose") / "text.txt"
+        prose.write_text(text[:20000], encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        calibrate.calibrate(model_path, path, prose)
+    return {codec: transform.load(path, config, codec) for codec in pages.FITTED}

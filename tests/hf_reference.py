@@ -4,16 +4,16 @@ them: what a compacted request must reproduce."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from vllm_kvcrush.ops import pages_reference
-
-# At n tokens: how many slots, from the first, lie in pages of a codec with so many tokens each.
+# At n tokens: how many slots, from the first, lie in compressed pages.
 Packed = Mapping[int, int]
+# Turns keys and values [k, D] of these slots of (layer, head), in place, into what pages give back.
+Rounding = Callable[[int, int, Tensor, Tensor], None]
 
 
 class Reference:
@@ -28,13 +28,12 @@ class Reference:
         prompt: list[int],
         new_tokens: int,
         kept: Mapping[int, list[Tensor]],
-        codec: str = "raw",
-        capacity: int = 0,
+        rounding: Rounding | None = None,
         packed: Packed | None = None,
     ) -> list[int]:
         """Greedy tokens after `prompt`. `kept[n][layer]`, `[heads, k]`: cache slots that stay,
         ascending, when n tokens have KV; every slot that it does not name is dropped. The first
-        `packed[n]` of them then are what pages of `codec` give back, `capacity` tokens a page."""
+        `packed[n]` of them then are rounded."""
         cache = DynamicCache()
         tokens = list(prompt)
         done = 0
@@ -45,7 +44,7 @@ class Reference:
             done = stop
             if stop in kept and stop < len(prompt):
                 self._gather(cache, kept[stop])
-                self._round(cache, codec, capacity, (packed or {}).get(stop, 0))
+                self._round(cache, rounding, (packed or {}).get(stop, 0))
         output = []
         for _ in range(new_tokens):
             token = int(logits[-1].argmax())
@@ -53,7 +52,7 @@ class Reference:
             tokens.append(token)
             if done in kept:
                 self._gather(cache, kept[done])
-                self._round(cache, codec, capacity, (packed or {}).get(done, 0))
+                self._round(cache, rounding, (packed or {}).get(done, 0))
             logits = self._forward(tokens, done, done + 1, cache)
             done += 1
         return output
@@ -80,10 +79,11 @@ class Reference:
             layer.values = layer.values.gather(2, index)
 
     @staticmethod
-    def _round(cache: DynamicCache, codec: str, capacity: int, packed: int) -> None:
-        for layer in cache.layers:
-            for head in range(layer.keys.shape[1] if packed else 0):
-                for start in range(0, packed, capacity):
-                    page = slice(start, min(start + capacity, packed))
-                    keys, values = layer.keys[0, head, page], layer.values[0, head, page]
-                    keys[:], values[:] = pages_reference.kept(codec, keys, values, torch.float32)
+    def _round(cache: DynamicCache, rounding: Rounding | None, packed: int) -> None:
+        if rounding is None or not packed:
+            return
+        for index, layer in enumerate(cache.layers):
+            for head in range(layer.keys.shape[1]):
+                rounding(
+                    index, head, layer.keys[0, head, :packed], layer.values[0, head, :packed]
+                )

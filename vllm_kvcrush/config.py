@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcrush.plan import Plan, min_blocks
+from vllm_kvcrush.plan import Packing, Plan, min_blocks
 
 if TYPE_CHECKING:
     from vllm_kvcrush.policies.base import Policy
@@ -69,11 +69,14 @@ def _whole(options: Mapping[str, Any], name: str, default: int, low: int, high: 
     return value
 
 
-# What the policies' own `codec` says, for those who plan without loading torch.
-_BUILT_IN_CODECS = {
-    **dict.fromkeys(("streaming", "snapkv", "h2o", "kvcrush"), "raw"),
-    **{"int8": "int8", "int4": "int4"},
+# What the policies' own `codecs` say, for those who plan without loading torch.
+_BUILT_IN_CODECS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("streaming", "snapkv", "h2o", "kvcrush"), ()),
+    **{name: (name,) for name in ("int8", "int4", "tc4", "tc8")},
+    "auto": ("int8", "tc4", "tc8"),
 }
+# What stands for codecs that need tables, where there are none.
+_WITHOUT_TABLES = {"tc4": "int4"}
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,11 @@ class Settings:
         allow: policies that clients may ask for; the default policy is always allowed.
         options: per-policy hyperparameters, `{"kvcrush": {"anchor": "mean"}, ...}`.
         sinks, window, prefill_interval, decode_interval: see `plan.Plan`.
+        tables: file of the model's transform tables, None for the default place.
         page: what the model's pages are made of, (K head size, V head size, bytes of a channel);
-            None until it is known. Policies whose codec is not raw need it for their plans.
+            None until it is known. Policies whose pages are not raw need it for their plans.
+        fitted: `plan.Packing.pages` of the codecs for which the model has tables; what the plugin
+            found in `tables`.
     """
 
     policy: str
@@ -112,16 +118,18 @@ class Settings:
     prefill_interval: int = 2048
     decode_interval: int = 128
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tables: str | None = None
     page: tuple[int, int, int] | None = None
+    fitted: Mapping[str, tuple[tuple[tuple[int, int], ...], ...]] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Settings:
         """Builds and validates settings from `additional_config["kvcrush"]`: keys `policy`,
-        `budget`, `budget_max`, `allow`, `config`, and `page`, which the plugin fills in. Raises
-        ConfigError."""
+        `budget`, `budget_max`, `allow`, `config`, and `page` and `fitted`, which the plugin fills
+        in. Raises ConfigError."""
         from vllm_kvcrush import policies
 
-        known = {"policy", "budget", "budget_max", "allow", "config", "page"}
+        known = {"policy", "budget", "budget_max", "allow", "config", "page", "fitted"}
         for key in raw:
             if key not in known:
                 raise ConfigError(
@@ -155,7 +163,7 @@ class Settings:
                 '{"window": 16, "kvcrush": {"anchor": "mean"}}.',
                 "--kv-policy-config",
             )
-        common = ("sinks", "window", "prefill_interval", "decode_interval")
+        common = ("sinks", "window", "prefill_interval", "decode_interval", "tables")
         options: dict[str, Mapping[str, Any]] = {}
         for key, value in config.items():
             if key in common:
@@ -172,6 +180,13 @@ class Settings:
                     f"--kv-policy-config.{key}",
                 )
             options[key] = dict(value)
+        tables = config.get("tables")
+        if tables is not None and not isinstance(tables, str):
+            raise ConfigError(
+                f"--kv-policy-config.tables={tables!r} is not a path: give the file that "
+                "`vllm-kvcrush calibrate` wrote.",
+                "--kv-policy-config.tables",
+            )
         for name in policies.names():
             if name in options or name == policy:
                 try:
@@ -188,7 +203,12 @@ class Settings:
             prefill_interval=_whole(config, "prefill_interval", 2048, 16, 2**24),
             decode_interval=_whole(config, "decode_interval", 128, 1, 2**24),
             options=options,
+            tables=tables,
             page=None if raw.get("page") is None else tuple(raw["page"]),
+            fitted={
+                codec: tuple(tuple((room, heads) for room, heads in rank) for rank in ranks)
+                for codec, ranks in (raw.get("fitted") or {}).items()
+            },
         )
         return settings
 
@@ -197,7 +217,7 @@ class Settings:
         config: dict[str, Any] = {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name in ("sinks", "window", "prefill_interval", "decode_interval")
+            if f.name in ("sinks", "window", "prefill_interval", "decode_interval", "tables")
         }
         config.update({name: dict(value) for name, value in self.options.items()})
         return {
@@ -207,6 +227,10 @@ class Settings:
             "allow": list(self.allow),
             "config": config,
             "page": None if self.page is None else list(self.page),
+            "fitted": {
+                codec: [[list(pair) for pair in rank] for rank in ranks]
+                for codec, ranks in self.fitted.items()
+            },
         }
 
     def smallest_budget(self, block_size: int) -> int:
@@ -295,30 +319,51 @@ class Settings:
             sinks=self.sinks,
             prefill_interval=self.prefill_interval,
             decode_interval=self.decode_interval,
-            capacity=self.capacity(params.policy, block_size) if params.active else None,
+            packings=self.packings(params.policy, block_size) if params.active else (),
         )
 
-    def capacity(self, policy: str, block_size: int) -> int | None:
-        """Tokens that a block holds in the pages of `policy`, None for raw ones."""
+    def packings(self, policy: str, block_size: int) -> tuple[Packing, ...]:
+        """How the compressed regions of `policy` may be packed, for `plan.Plan`; empty: raw."""
         from vllm_kvcrush import pages
 
-        codec = _BUILT_IN_CODECS.get(policy)
-        if codec is None:
-            from vllm_kvcrush import policies
-
-            codec = policies.codec(policy)
-        if codec == "raw":
-            return None
+        codecs = _codecs(policy)
+        if len(codecs) > 1:
+            # Without tables the next best; what packs no closer than raw is of no use.
+            known = [c if self._known(c) else _WITHOUT_TABLES.get(c) for c in codecs]
+            codecs = tuple(c for c in known if c is not None)
+        if not codecs:
+            return ()
         if self.page is None:
             raise ValueError(f"the plan of {policy} needs the model's head sizes and dtype")
         k_size, v_size, itemsize = self.page
         page_bytes = block_size * (k_size + v_size) * itemsize
-        return pages.capacity(codec, page_bytes, k_size, v_size, itemsize)
+        found = []
+        for codec in codecs:
+            if codec in pages.FITTED:
+                found.append(Packing(codec, self.fitted[codec]))
+            else:
+                room = pages.capacity(codec, page_bytes, k_size, v_size, itemsize)
+                ranks = len(next(iter(self.fitted.values()), ((),)))
+                found.append(Packing(codec, (((room, 1),),) * ranks))
+        close = [p for p in found if _packs(p, block_size)]
+        return tuple(close or found[-1:])
+
+    def _known(self, codec: str) -> bool:
+        from vllm_kvcrush import pages
+
+        return codec not in pages.FITTED or codec in self.fitted
 
     def _unpackable(self, policy: str, block_size: int) -> str | None:
         """What is wrong with the pages of `policy` in blocks of this size, if anything."""
-        room = None if policy == NONE or self.page is None else self.capacity(policy, block_size)
-        if room is None or room > block_size:
+        if policy == NONE or self.page is None:
+            return None
+        missing = [c for c in _codecs(policy) if not self._known(c)]
+        if missing and len(_codecs(policy)) == 1:
+            return (
+                f"{policy} needs transform tables of the model, which are not there: make them "
+                "with `vllm-kvcrush calibrate MODEL`, or use int8, int4 or auto."
+            )
+        if all(_packs(packing, block_size) for packing in self.packings(policy, block_size)):
             return None
         return (
             f"{policy} does not pack more than {block_size} tokens into a block of "
@@ -344,6 +389,21 @@ class Settings:
         if type(asked) is type(self.budget_max):
             return asked <= self.budget_max
         return in_tokens(asked) <= in_tokens(self.budget_max)
+
+
+def _codecs(policy: str) -> tuple[str, ...]:
+    codecs = _BUILT_IN_CODECS.get(policy)
+    if codecs is None:
+        from vllm_kvcrush import policies
+
+        codecs = policies.codecs(policy)
+    return codecs
+
+
+def _packs(packing: Packing, block_size: int) -> bool:
+    """Whether a codec holds more than raw pages do, in the long run."""
+    many = 1024
+    return packing.tokens(many) > many * block_size
 
 
 def _policy_name(value: Any, key: str, names: tuple[str, ...]) -> str:

@@ -7,6 +7,7 @@ whether the two descriptions agree.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 STRIP = 16  # tokens that lie together
@@ -17,7 +18,12 @@ MAX_SPAN = 15 * 65536  # positions that one page can span
 
 # Names and numbers of the codecs. "raw" is the model's dtype without positions, as in the tail;
 # "exact" is the same with positions.
-CODECS = {"raw": 0, "exact": 1, "int8": 2, "int4": 3}
+CODECS = {"raw": 0, "exact": 1, "int8": 2, "int4": 3, "tc4": 4, "tc8": 5}
+# Codecs that are fitted to a model: pages of each head hold a number of tokens of their own.
+FITTED = ("tc4", "tc8")
+TOKEN_SCALES = 18  # bytes of a strip's value scales and exception bits
+MOST_EXCEPTIONS = 128
+FEWEST_EXCEPTIONS = 4  # a request's first tokens
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,9 @@ def capacity(codec: str, page_bytes: int, k_size: int, v_size: int, itemsize: in
         k_size, v_size: head sizes, multiples of 8 up to 256.
         itemsize: bytes of an element of the model's dtype.
     """
-    if codec not in CODECS:
-        raise ValueError(f"codec {codec!r} is not one of {', '.join(CODECS)}")
+    if codec not in CODECS or codec in FITTED:
+        flat = [name for name in CODECS if name not in FITTED]
+        raise ValueError(f"codec {codec!r} is not one of {', '.join(flat)}")
     for size in (k_size, v_size):
         if size % 8 or not 0 < size <= MAX_HEAD_SIZE:
             raise ValueError(f"head size {size} is not a multiple of 8 up to {MAX_HEAD_SIZE}")
@@ -88,3 +95,75 @@ def capacity(codec: str, page_bytes: int, k_size: int, v_size: int, itemsize: in
         else:
             high = middle - 1
     return low * STRIP
+
+
+@dataclass(frozen=True)
+class FittedLayout:
+    """Where a page of a fitted codec keeps its tokens; bytes, as in `Layout`.
+
+    Attributes:
+        v: of a strip before its V.
+        strip: of a strip.
+        scales: of the page before the strips' scales and exception bits.
+        exceptions: of the page before the int8 tokens.
+        positions: of the page before the positions.
+        end: of everything but the page's header.
+    """
+
+    v: int
+    strip: int
+    scales: int
+    exceptions: int
+    positions: int
+    end: int
+
+
+def fitted_layout(
+    tokens: int, exceptions: int, words: int, v_bits: int, k_size: int, v_size: int
+) -> FittedLayout:
+    """A page of `tokens` tokens, a multiple of 16, of which `exceptions` are int8.
+
+    Args:
+        words: 32-bit words of a key's codes.
+        v_bits: bits of a value's channel.
+        k_size, v_size: head sizes.
+    """
+    v = STRIP * 4 * words
+    strip = v + STRIP * v_size * v_bits // 8
+    scales = tokens // STRIP * strip
+    first = scales + tokens // STRIP * TOKEN_SCALES
+    positions = first + exceptions * _exception_bytes(k_size, v_size)
+    return FittedLayout(v, strip, scales, first, positions, positions + 2 * tokens)
+
+
+def _exception_bytes(k_size: int, v_size: int) -> int:
+    return k_size + v_size + 4
+
+
+def fitted_capacity(
+    page_bytes: int, words: int, v_bits: int, k_size: int, v_size: int, share: float
+) -> tuple[int, int]:
+    """Tokens that a page of a fitted codec holds, a multiple of 16, and how many of them are int8.
+
+    At least `share` of them, and the sinks; what the strips leave over is filled with more, so that
+    a page has no unused bytes. (0, 0) if none fit.
+    """
+
+    def least(tokens: int) -> int:
+        wanted = max(FEWEST_EXCEPTIONS, math.ceil(share * tokens))
+        return min(tokens, MOST_EXCEPTIONS, wanted)
+
+    def end(tokens: int) -> int:
+        return fitted_layout(tokens, least(tokens), words, v_bits, k_size, v_size).end
+
+    room = page_bytes - HEADER
+    low, high = 0, 65520 // STRIP
+    while low < high:
+        middle = (low + high + 1) // 2
+        if end(middle * STRIP) <= room:
+            low = middle
+        else:
+            high = middle - 1
+    tokens = low * STRIP
+    more = (room - end(tokens)) // _exception_bytes(k_size, v_size) if tokens else 0
+    return tokens, min(tokens, MOST_EXCEPTIONS, least(tokens) + more)

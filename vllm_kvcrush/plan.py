@@ -8,6 +8,7 @@ read again is compacted at the same positions with the same result.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +23,58 @@ class Shape(NamedTuple):
 
     compressed: int
     tail_tokens: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How many tokens the pages of a codec hold.
+
+    A block is one page for each (layer, KV head); in the compressed region a request's pages go to
+    whichever layer and head needs them, so that heads whose tokens take more bits get more pages.
+
+    Args:
+        codec: its name in `pages.CODECS`.
+        pages: for each tensor-parallel rank, which has the same number of blocks: (tokens that a
+            page holds, how many pairs of layer and KV head have such pages), ...
+    """
+
+    codec: str
+    pages: tuple[tuple[tuple[int, int], ...], ...]
+
+    def blocks(self, tokens: int, other: Packing | None = None, more: int = 0) -> int:
+        """Blocks that hold `tokens` tokens in this codec, and `more` in another one."""
+        most = 0
+        for rank, pages in enumerate(self.pages):
+            needed = sum(heads * cdiv(tokens, room) for room, heads in pages)
+            if other is not None:
+                needed += sum(heads * cdiv(more, room) for room, heads in other.pages[rank])
+            most = max(most, cdiv(needed, sum(heads for _, heads in pages)))
+        return most
+
+    def tokens(self, blocks: int) -> int:
+        """The most tokens that `blocks` blocks hold."""
+        most = min(max(room for room, _ in pages) for pages in self.pages)
+        return _last(lambda t: self.blocks(t) <= blocks, blocks * most)
+
+
+def _last(holds: Callable[[int], bool], limit: int) -> int:
+    """The largest of 0 ... limit for which `holds`, which holds for 0 and never again once it does
+    not."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class Part(NamedTuple):
+    """Neighbouring tokens of a compressed region, in pages of one codec."""
+
+    codec: str
+    tokens: int
 
 
 def min_blocks(block_size: int, window: int, sinks: int) -> int:
@@ -43,7 +96,8 @@ class Plan:
         sinks: leading tokens that always stay.
         prefill_interval: tokens by which a prompt may outgrow its budget while it is read.
         decode_interval: decoded tokens between two compactions.
-        capacity: tokens that a block of the compressed region holds; None: `block_size`, raw.
+        packings: codecs that the compressed region may have, those that lose least first; empty:
+            raw tokens.
 
     All positions are counts of computed tokens, `n`; "at n" means tokens [0, n) have KV.
     """
@@ -55,7 +109,7 @@ class Plan:
     sinks: int = 4
     prefill_interval: int = 2048
     decode_interval: int = 128
-    capacity: int | None = None
+    packings: tuple[Packing, ...] = ()
 
     @property
     def never(self) -> bool:
@@ -75,9 +129,26 @@ class Plan:
         floor = min_blocks(self.block_size, self.window, self.sinks)
         return max(floor, self.tokens(n) // self.block_size)
 
-    def keep(self, compressed: int, candidates: int) -> int:
-        """Tokens that stay, of `candidates` before the tail, in `compressed` blocks."""
-        return min(candidates, compressed * (self.capacity or self.block_size))
+    def parts(self, compressed: int, candidates: int) -> tuple[Part, ...]:
+        """What `compressed` blocks hold of `candidates` tokens before the tail, in slot order.
+
+        The first codec in which all of them fit; where that leaves room, as many of the newest as
+        possible in the codec before it. If they fit in none, as many as the last one holds."""
+        if not self.packings:
+            return (Part("raw", min(candidates, compressed * self.block_size)),)
+        better: Packing | None = None
+        for packing in self.packings:
+            if packing.blocks(candidates) <= compressed:
+                break
+            better = packing
+        else:
+            return (Part(packing.codec, packing.tokens(compressed)),)
+        if better is None:
+            return (Part(packing.codec, candidates),)
+        own, finer = packing, better
+        newest = _last(lambda t: own.blocks(candidates - t, finer, t) <= compressed, candidates)
+        parts = (Part(own.codec, candidates - newest), Part(finer.codec, newest))
+        return tuple(part for part in parts if part.tokens)
 
     def shape(self, n: int, held: int) -> Shape:
         """Blocks and tail after a compaction at n of a request that holds `held` tokens' slots.
@@ -85,9 +156,9 @@ class Plan:
         The tail starts on a block boundary, so its blocks stay where they are."""
         tail = held - max(0, held - self.window) // self.block_size * self.block_size
         compressed = self.blocks(n) - cdiv(tail, self.block_size)
-        if self.capacity is not None:
+        if self.packings:
             # Blocks that all tokens together would not fill are not taken.
-            compressed = min(compressed, cdiv(n - tail, self.capacity))
+            compressed = min(compressed, self.packings[0].blocks(n - tail))
         return Shape(compressed, tail)
 
     def held_after(self, n: int, held: int) -> int:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import sys
 from typing import Any
 
@@ -182,7 +183,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         raise Refused("--kv-policy cannot run with: " + "; ".join(offenders) + ".")
     head_size = vllm_config.model_config.get_head_size()
     page = (head_size, head_size, vllm_config.model_config.dtype.itemsize)
-    settings = dataclasses.replace(settings, page=page)
+    settings = _with_tables(dataclasses.replace(settings, page=page), vllm_config)
     vllm_config.additional_config["kvcrush"] = settings.to_dict()
     settings.check(vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len)
     choose_scheduler(vllm_config)
@@ -191,7 +192,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     init_logger("vllm.kvcrush").info(
         "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s clients may ask for %s; "
         "sinks=%d window=%d prefill_interval=%d decode_interval=%d, blocks of %d tokens, "
-        "read by our own CPU kernels (%s).",
+        "transform tables: %s, read by our own CPU kernels (%s).",
         __version__,
         settings.policy,
         settings.budget,
@@ -202,8 +203,35 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         settings.prefill_interval,
         settings.decode_interval,
         vllm_config.cache_config.block_size,
+        settings.tables if settings.fitted else "none (vllm-kvcrush calibrate makes them)",
         kernels,
     )
+
+
+def _with_tables(settings: Settings, vllm_config: Any) -> Settings:
+    """Adds what the model's transform tables say about pages, if there are any."""
+    from vllm_kvcrush import transform
+
+    config, parallel = vllm_config.model_config, vllm_config.parallel_config
+    described = config.hf_text_config.to_dict()
+    path = settings.tables
+    if path is None:
+        try:
+            path = str(transform.default_path(described))
+        except transform.TablesError:  # a model that transform coding does not fit
+            return settings
+        if not os.path.exists(path):
+            return settings
+    assert settings.page is not None
+    k_size, v_size, itemsize = settings.page
+    page_bytes = vllm_config.cache_config.block_size * (k_size + v_size) * itemsize
+    try:
+        fitted = transform.packings(
+            path, described, page_bytes, v_size, parallel.tensor_parallel_size
+        )
+    except transform.TablesError as error:
+        raise ConfigError(f"--kv-policy-config.tables: {error}", "--kv-policy-config") from None
+    return dataclasses.replace(settings, tables=path, fitted=fitted)
 
 
 def choose_scheduler(vllm_config: Any) -> None:

@@ -1,11 +1,11 @@
 """Transform-coded pages: keys in unequal bits per component, values in equal ones.
 
-The codec in one paragraph. A key is taken back to a frame in which keys of one head look alike
-(`FRAMES`), centred, and turned by a transform whose components are uncorrelated and count equally
-for the queries. Each component gets 0 to 7 bits; the bits are pooled over
-all layers and heads. A value is turned by random signs and a Hadamard matrix, which makes its
-channels alike, and stored in equal bits with one 8-bit scale. `Tables` holds what a model needs
-for it, `encode_keys` ... `decode_values` are the plain-torch oracle of every faster implementation.
+The codec in one paragraph. A key is, where the point says so, taken back to before its rotary
+embedding, centred, and turned by a transform whose components are uncorrelated and count equally
+for the queries. Each four components share 0 to 8 bits; the bits are pooled over all layers and
+heads. A value is turned by random signs and a Hadamard matrix, which makes its channels alike, and
+stored in equal bits with one 8-bit scale. `Tables` holds what a model needs for it,
+`encode_keys` ... `decode_values` are the plain-torch oracle of csrc/fitted.h and csrc/encode.h.
 
 Shapes use L layers, H KV heads, n tokens, and key and value sizes D and Dv. Pure torch.
 """
@@ -18,22 +18,25 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vllm_kvcrush import pages
+from vllm_kvcrush.demo_model import cache_root
+
 FORMAT = "vllm-kvcrush-tables"
-VERSION = 1
-# Tokens of a tile: the codes of one component of a tile are one word per bit.
-TILE = 32
-# A few components carry most of the logits: capped at 4 bits they would lose as much as all others.
-MAX_BITS = 7
-# Kernels look levels up in tables of 16; a code of more bits is the sum of two such levels.
-PIECE_BITS = 4
+VERSION = 2
+# Components that share a field of bits: one in each byte of a word.
+QUAD = 4
+# Bits of a quad's components that fill a word of 32 bits.
+WORD_BITS = 32 // QUAD
+MAX_BITS = 8
 MAX_INT8 = 127
 # A request's first tokens draw attention whatever the query: they are always exceptions.
 SINKS = 4
@@ -45,8 +48,6 @@ SCALE_ZERO = 128  # the byte that means 1
 # only some of the queries that will come.
 RIDGE = 1e-3
 
-FRAMES = ("rotated", "tile", "unrotated")
-
 
 class TablesError(ValueError):
     """Tables that cannot be used; the message is one sentence for a user."""
@@ -55,20 +56,20 @@ class TablesError(ValueError):
 # -- quantisers -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Quantiser:
-    """A scalar quantiser for a unit Gaussian, with levels that fit int8.
+class Quantiser(NamedTuple):
+    """A uniform scalar quantiser of a unit Gaussian: code c stands for step * (c - middle).
+
+    Uniform levels cost a few percent more error than Lloyd-Max ones (Max 1960) and let kernels
+    multiply codes instead of looking levels up.
 
     Attributes:
-        levels: int8 [2**bits], ascending; `step * levels` are the values.
-        step: factor of `levels`.
-        thresholds: float64 [2**bits - 1], halfway between levels.
+        step: distance of levels.
+        middle: (2**bits - 1) / 2.
         distortion: mean squared error on a unit Gaussian.
     """
 
-    levels: Tensor
     step: float
-    thresholds: Tensor
+    middle: float
     distortion: float
 
 
@@ -80,69 +81,64 @@ def _cumulative(x: Tensor) -> Tensor:
     return 0.5 * torch.erfc(-x / math.sqrt(2))
 
 
-@functools.cache
-def quantiser(bits: int) -> Quantiser:
-    """The quantiser of a component with 0 to MAX_BITS bits.
-
-    Up to PIECE_BITS it is the Lloyd-Max one (Max 1960, Lloyd 1982), its levels rounded to int8.
-    Beyond, levels are evenly spaced, so that they split into `pieces`.
-    """
-    if not 0 <= bits <= MAX_BITS:
-        raise ValueError(f"bits={bits!r} is not one of 0..{MAX_BITS}")
-    if bits <= PIECE_BITS:
-        x = _lloyd_max(bits)
-        step = float(x.max()) / MAX_INT8 if bits else 1.0
-        levels = (x / step).round()
-    else:
-        levels = torch.arange(1 - 2**bits, 2**bits, 2, dtype=torch.float64)
-        # The error has one minimum between overload and granularity.
-        steps = torch.linspace(0.5, 1.5, 401, dtype=torch.float64) * 3.3 / 2**bits
-        step = float(steps[int(torch.stack([_error(levels * s) for s in steps]).argmin())])
-    x = levels * step
-    return Quantiser(levels.to(torch.int8), step, (x[1:] + x[:-1]) / 2, float(_error(x)))
-
-
-@functools.cache
-def pieces(bits: int) -> tuple[tuple[int, Tensor, float], ...]:
-    """A component's code as kernels hold it: bits, int8 levels and step of each piece, from the
-    high bits to the low ones. The steps times the levels that the pieces' codes name add up to
-    the component; the pieces' bits, one after the other, are the quantiser's code."""
-    whole = quantiser(bits)
-    if bits <= PIECE_BITS:
-        return ((bits, whole.levels, whole.step),) if bits else ()
-    low = bits - PIECE_BITS
-
-    def even(width: int) -> Tensor:
-        return torch.arange(1 - 2**width, 2**width, 2).to(torch.int8)
-
-    high = PIECE_BITS, even(PIECE_BITS), whole.step * 2**low
-    return high, (low, even(low), whole.step)
-
-
-def _cells(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mass and first moment of a unit Gaussian over the cells nearest to `x`, ascending."""
+def _error(x: Tensor) -> Tensor:
+    """Mean squared error of a unit Gaussian, rounded to the nearest of `x`, ascending."""
     edge = torch.tensor([math.inf], dtype=torch.float64)
     cuts = torch.cat([-edge, (x[1:] + x[:-1]) / 2, edge])
-    return _cumulative(cuts).diff(), -_density(cuts).diff()
-
-
-def _error(x: Tensor) -> Tensor:
-    """Mean squared error of a unit Gaussian, rounded to `x`."""
-    mass, first = _cells(x)
+    mass, first = _cumulative(cuts).diff(), -_density(cuts).diff()
     return 1.0 + (x * x * mass - 2 * x * first).sum()
 
 
-def _lloyd_max(bits: int) -> Tensor:
+@functools.cache
+def quantiser(bits: int) -> Quantiser:
+    """The quantiser of a component with 0 to MAX_BITS bits; without bits everything is 0."""
+    if not 0 <= bits <= MAX_BITS:
+        raise ValueError(f"bits={bits!r} is not one of 0..{MAX_BITS}")
     if not bits:
-        return torch.zeros(1, dtype=torch.float64)
-    x = torch.linspace(-1, 1, 2**bits, dtype=torch.float64) * (1.0 + bits / 2)
-    for _ in range(100 * 4**bits):
-        mass, first = _cells(x)
-        old, x = x, first / mass
-        x = (x - x.flip(0)) / 2
-        if (x - old).abs().max() < 1e-9:
-            break
-    return x
+        return Quantiser(1.0, 0.0, 1.0)
+    levels = torch.arange(1 - 2**bits, 2**bits, 2, dtype=torch.float64) / 2
+    # The error has one minimum between overload and granularity.
+    low, high = 0.0, 4.0
+    for _ in range(80):
+        third = (high - low) / 3
+        if _error(levels * (low + third)) < _error(levels * (high - third)):
+            high -= third
+        else:
+            low += third
+    return Quantiser(low, (2**bits - 1) / 2, float(_error(levels * low)))
+
+
+class Piece(NamedTuple):
+    """A field of the codes of one quad, as csrc/kvcrush.h has it."""
+
+    quad: int
+    weight: int  # the field counts 2**weight times
+    word: int
+    first: int  # lowest bit in each byte of the word
+    bits: int
+
+
+def pieces(bits: Tensor) -> list[Piece]:
+    """Where a token's key codes lie: fields of 4, 2 and 1 bits, widest first, that fill words.
+
+    Args:
+        bits: [D], equal within quads; the sum over quads is a multiple of WORD_BITS.
+    """
+    wanted: list[tuple[int, int, int]] = []
+    for quad, width in enumerate(bits.view(-1, QUAD)[:, 0].tolist()):
+        left = int(width)
+        for size in (4, 4, 2, 1):
+            if left >= size:
+                left -= size
+                wanted.append((size, left, quad))
+    # Fields of equal weight are neighbours: kernels round the weights of a few together.
+    wanted.sort(key=lambda w: (-w[0], -w[1], w[2]))
+    found, used = [], 0
+    for size, weight, quad in wanted:
+        found.append(Piece(quad, weight, used // WORD_BITS, used % WORD_BITS, size))
+        used += size
+    assert used % WORD_BITS == 0, "key codes do not fill words"
+    return found
 
 
 # -- rotary embedding -----------------------------------------------------------------------------
@@ -243,24 +239,6 @@ def _scaled(frequencies: Tensor, kind: str, settings: Mapping[str, Any]) -> Tens
     return (1 - blend) * slow + blend * frequencies
 
 
-def origins(frame: str, positions: Tensor) -> Tensor:
-    """The position to which each key's frame belongs, by which it is turned back.
-
-    Args:
-        frame: "rotated": none, keys stay as the cache holds them; "tile": that of the first token
-            of each tile, so that a query is turned once for 32 keys; "unrotated": the key's own.
-        positions: [n], slot order.
-    """
-    if frame == "rotated":
-        return torch.zeros_like(positions)
-    if frame == "tile":
-        starts = torch.arange(len(positions), device=positions.device) // TILE * TILE
-        return positions[starts]
-    if frame == "unrotated":
-        return positions
-    raise ValueError(f"frame={frame!r} is not one of {', '.join(FRAMES)}")
-
-
 # -- what a model needs ---------------------------------------------------------------------------
 
 
@@ -270,14 +248,15 @@ class Point:
 
     Attributes:
         name: as policies and files call it.
-        frame: in which keys are transformed, one of FRAMES.
+        unrotated: whether keys are coded without their rotary embedding: fewer bits say as much,
+            and every key must be turned before a query can meet it.
         key_bits: bits per key component, the mean over all layers and heads.
         value_bits: bits per value channel; the scale comes on top.
         exceptions: share of a page's tokens that are int8 instead.
     """
 
     name: str
-    frame: str
+    unrotated: bool
     key_bits: float
     value_bits: int
     exceptions: float
@@ -329,16 +308,17 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Tables:
-    """What encoding and decoding at one point needs, float32 unless said otherwise.
+    """What encoding and decoding at one point needs, float32 unless said otherwise. Components are
+    in units of their codes.
 
     Attributes:
         point: the point.
         rope: the model's rotary embedding.
-        key_mean: [L, H, D], in the frame of the point.
-        forward: [L, H, D, D]; row i gives component i of a centred key, with unit variance.
+        key_mean: [L, H, D], of keys as the point codes them.
+        forward: [L, H, D, D]; row i gives component i of a centred key.
         inverse: [L, H, D, D], the inverse of `forward`; column i belongs to component i.
-        sigma: [L, H, D]; an error of 1 in component i costs sigma_i² in the squared logit.
-        bits: uint8 [L, H, D], descending.
+        cost: [L, H, D]: what an error of 1 in a component costs in the squared logit.
+        bits: uint8 [L, H, D], descending, equal within quads.
     """
 
     point: Point
@@ -346,42 +326,69 @@ class Tables:
     key_mean: Tensor
     forward: Tensor
     inverse: Tensor
-    sigma: Tensor
+    cost: Tensor
     bits: Tensor
 
-    def lost(self, horizon: int) -> Tensor:
-        """E[e eᵀ] of the keys' errors e, [L, H, D, D], for `mass_bias`: for queries with RoPE in
-        the frame "rotated", else for queries without, at distances up to `horizon`."""
-        errors = torch.tensor([quantiser(b).distortion for b in range(MAX_BITS + 1)])
-        scaled = self.inverse * errors[self.bits.long()].sqrt()[..., None, :]
-        second = scaled @ scaled.mT
-        if self.point.frame == "rotated":
-            return second
-        # Averaged over the distances at which queries see a key.
-        _, second = self.rope.spread(self.key_mean, second, -torch.arange(horizon))
-        return second.float()
+    @property
+    def words(self) -> Tensor:
+        """[L, H], 32-bit words of a key's codes."""
+        return self.bits.long().sum(-1) // 32
+
+    @classmethod
+    def of(
+        cls,
+        point: Point,
+        rope: Rope,
+        mean: Tensor,
+        forward: Tensor,
+        inverse: Tensor,
+        weight: Tensor,
+        bits: Tensor,
+    ) -> Tables:
+        """From transforms whose components have unit variance; `weight` [L, H, D] is what their
+        squared error costs."""
+        steps = torch.tensor([quantiser(b).step for b in range(MAX_BITS + 1)], dtype=torch.float64)
+        step = steps[bits.long()]
+        return cls(
+            point,
+            rope,
+            mean.float(),
+            (forward / step[..., :, None]).float(),
+            (inverse * step[..., None, :]).float(),
+            (weight * step.square()).float(),
+            bits,
+        )
 
 
 def pooled_bits(variances: Tensor, mean_bits: float, most: int = MAX_BITS) -> Tensor:
-    """Gives `mean_bits` per component, on average, to those where they lower the error most.
+    """Gives `mean_bits` per component, on average, to those where they lower the error most:
+    quads of neighbours alike, whole words to each head, pooled over all leading dimensions.
 
     Args:
-        variances: [..., D]; bits are pooled over all leading dimensions.
+        variances: [..., D], descending.
         mean_bits: 0 <= mean_bits <= most.
         most: no component gets more.
 
     Returns:
-        uint8, of the same shape. The first of equal components get the bits.
+        uint8, of the same shape. The first of equal ones get the bits.
     """
     if not 0 <= mean_bits <= most:
         raise ValueError(f"mean_bits={mean_bits!r} is not between 0 and {most}")
     errors = torch.tensor([quantiser(b).distortion for b in range(most + 1)], dtype=torch.float64)
-    # Errors fall convexly with bits, so that a component's bits come in order.
-    gains = (variances.double()[..., None] * -errors.diff()).flatten()
-    order = gains.sort(descending=True, stable=True).indices
-    given = torch.zeros_like(gains)
-    given[order[: round(mean_bits * variances.numel())]] = 1
-    return given.view(*variances.shape, most).sum(-1).to(torch.uint8)
+    size = variances.shape[-1]
+    quads = variances.double().reshape(-1, size // QUAD, QUAD).sum(-1)
+    # Errors fall convexly with bits, so that a quad's bits, a head's words and all words come in
+    # order of what they gain.
+    gains = (quads[..., None] * -errors.diff()).flatten(1)
+    order = gains.sort(dim=-1, descending=True, stable=True)
+    whole = gains.shape[1] // WORD_BITS * WORD_BITS
+    words = order.values[:, :whole].view(len(gains), -1, WORD_BITS).sum(-1)
+    given = torch.zeros_like(words)
+    chosen = words.flatten().sort(descending=True, stable=True).indices
+    given.view(-1)[chosen[: round(mean_bits * variances.numel() / 32)]] = 1
+    rank = order.indices.argsort(-1)
+    held = (rank < given.sum(-1, keepdim=True) * WORD_BITS).view(*quads.shape, most).sum(-1)
+    return held.to(torch.uint8).repeat_interleave(QUAD, -1).view(variances.shape)
 
 
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -401,25 +408,26 @@ def fit(
 
     The transform is the Karhunen-Loeve transform of W(k - mean) with W = E[q qᵀ]^½: of all
     transforms with these bits it loses least in E[(q·k - q·k̂)²]. Queries are taken at all
-    distances up to `horizon` from the key, and in the frame "rotated" keys at all positions up to
-    it.
+    distances up to `horizon` from the key, and keys with their rotary embedding at all positions
+    up to it.
     """
     far = torch.arange(horizon)
-    near = {"rotated": far, "tile": torch.arange(TILE), "unrotated": torch.zeros(1)}[point.frame]
+    near = torch.zeros(1) if point.unrotated else far
     mean, second = rope.spread(statistics.key_mean, statistics.key_second, near)
     _, query = rope.spread(statistics.key_mean, statistics.query_second, far)
     weight, back = _root(query)
     spread = weight @ (second - mean[..., :, None] * mean[..., None, :]) @ weight
     variances, vectors = torch.linalg.eigh((spread + spread.mT) / 2)
     variances, vectors = variances.flip(-1).clamp(min=0), vectors.flip(-1)
-    sigma = (variances + 1e-9 * variances.mean(-1, keepdim=True)).sqrt()
-    return Tables(
+    variances = variances + 1e-9 * variances.mean(-1, keepdim=True)
+    sigma = variances.sqrt()
+    return Tables.of(
         point,
         rope,
-        mean.float(),
-        (vectors.mT @ weight / sigma[..., :, None]).float(),
-        (back @ vectors * sigma[..., None, :]).float(),
-        sigma.float(),
+        mean,
+        vectors.mT @ weight / sigma[..., :, None],
+        back @ vectors * sigma[..., None, :],
+        variances,
         pooled_bits(variances, point.key_bits, most),
     )
 
@@ -441,73 +449,28 @@ def online(
         positions, query_positions: [n] and [w].
     """
     layers, heads, _, size = keys.shape
-    x = rope.rotate(keys.double(), -origins(point.frame, positions))
+    x, q = keys.double(), queries.double()
+    if point.unrotated:
+        x, q = rope.rotate(x, -positions), rope.rotate(q, -query_positions)
     later = positions >= SINKS if bool((positions >= SINKS).sum() > 1) else positions >= 0
     mean, sigma = x[:, :, later].mean(2), x[:, :, later].std(2)
     sigma = sigma.clamp(min=1e-6 * float(sigma.max()) + torch.finfo(torch.float32).tiny)
-    q = queries.double()
-    if point.frame != "rotated":
-        q = rope.rotate(q, -query_positions)
     square = q.square().mean(2).view(layers, heads, -1, size).sum(2)
     # A query meets a key at any angle: both channels of a pair weigh the same.
     pair = (square[..., : size // 2] + square[..., size // 2 :]) / 2
-    weight = torch.cat([pair, pair], -1).sqrt()
-    variances = (sigma * weight) ** 2
+    variances = sigma**2 * torch.cat([pair, pair], -1)
+    variances, order = variances.sort(dim=-1, descending=True, stable=True)
     bits = torch.stack(
         [pooled_bits(head, point.key_bits) for head in variances.flatten(0, 1)]
     ).view(layers, heads, size)
-    order = bits.long().sort(dim=-1, descending=True, stable=True).indices
     turn = torch.eye(size, dtype=torch.float64)[order]  # row i picks component i's channel
     s = sigma.gather(-1, order)
-    return Tables(
-        point,
-        rope,
-        mean.float(),
-        (turn / s[..., None]).float(),
-        (turn.mT * s[..., None, :]).float(),
-        (s * weight.gather(-1, order)).float(),
-        bits.gather(-1, order),
+    return Tables.of(
+        point, rope, mean, turn / s[..., None], turn.mT * s[..., None, :], variances, bits
     )
 
 
 # -- keys -----------------------------------------------------------------------------------------
-
-
-def quantise(x: Tensor, bits: Tensor) -> Tensor:
-    """Codes of unit Gaussian components.
-
-    Args:
-        x: [n, D].
-        bits: [D], descending.
-
-    Returns:
-        uint8 [n, D]; 0 where a component has no bits.
-    """
-    codes = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-    for b, here in _runs(bits):
-        cuts = quantiser(b).thresholds.to(x)
-        codes[:, here] = torch.bucketize(x[:, here].contiguous(), cuts).to(torch.uint8)
-    return codes
-
-
-def values_of(codes: Tensor, bits: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The components that codes stand for; arguments as in `quantise`, codes [n, D]."""
-    x = torch.zeros(codes.shape, dtype=dtype, device=codes.device)
-    for b, here in _runs(bits):
-        table = quantiser(b).levels.to(codes.device, dtype) * quantiser(b).step
-        x[:, here] = table[codes[:, here].long()]
-    return x
-
-
-def _runs(bits: Tensor) -> list[tuple[int, slice]]:
-    """Components with equal bits, as slices, from most bits to 1."""
-    runs, start = [], 0
-    counts = torch.bincount(bits.long(), minlength=1).tolist()
-    for b in range(len(counts) - 1, 0, -1):
-        if counts[b]:
-            runs.append((b, slice(start, start + counts[b])))
-            start += counts[b]
-    return runs
 
 
 def encode_keys(
@@ -517,19 +480,18 @@ def encode_keys(
 
     Args:
         keys: [n, D] with RoPE.
-        positions: [n] of the tokens, in slot order.
+        positions: [n] of the tokens.
 
     Returns:
-        Codes, uint8 [n, D], components in the order of the tables; and each token's loss [n], the
-        squared error of its logit expected over queries.
+        Codes, uint8 [n, D], components in the order of the tables, 0 where one has no bits; and
+        each token's loss [n], the squared error of its logit expected over queries.
     """
-    bits = tables.bits[layer, head]
-    origin = origins(tables.point.frame, positions)
-    x = tables.rope.rotate(keys, -origin) - tables.key_mean[layer, head].to(keys)
-    x = x @ tables.forward[layer, head].to(keys).mT
-    codes = quantise(x, bits)
-    loss = (x - values_of(codes, bits, x.dtype)) * tables.sigma[layer, head].to(x)
-    return codes, loss.square().sum(-1)
+    x = tables.rope.rotate(keys, -positions) if tables.point.unrotated else keys
+    x = (x - tables.key_mean[layer, head].to(x)) @ tables.forward[layer, head].to(x).mT
+    top = (2 ** tables.bits[layer, head].long() - 1).to(x)
+    codes = (x + top / 2).round().clamp(torch.zeros_like(top), top)
+    loss = (x - (codes - top / 2)).square() @ tables.cost[layer, head].to(x)
+    return codes.to(torch.uint8), loss
 
 
 def decode_keys(
@@ -541,9 +503,10 @@ def decode_keys(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The keys [n, D], with RoPE, that codes stand for."""
-    x = values_of(codes, tables.bits[layer, head], dtype)
-    x = x @ tables.inverse[layer, head].to(x).mT + tables.key_mean[layer, head].to(x)
-    return tables.rope.rotate(x, origins(tables.point.frame, positions))
+    middle = (2 ** tables.bits[layer, head].long() - 1).to(dtype) / 2
+    x = (codes.to(dtype) - middle) @ tables.inverse[layer, head].to(dtype).mT
+    x = x + tables.key_mean[layer, head].to(x)
+    return tables.rope.rotate(x, positions) if tables.point.unrotated else x
 
 
 # -- values ---------------------------------------------------------------------------------------
@@ -580,15 +543,15 @@ def encode_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         values: [n, Dv].
 
     Returns:
-        Codes, uint8 [n, Dv], and scales, uint8 [n]: byte b > 0 means 2^((b - 128) / 16), and 0
-        means a value of nothing but zeros.
+        Codes, uint8 [n, Dv], and scales, uint8 [n]: byte b > 0 means 2^((b - 128) / 16) between
+        two codes, and 0 means a value of nothing but zeros.
     """
     y = hadamard(values * signs(values.shape[-1]).to(values))
     norm = y.square().mean(-1, keepdim=True).sqrt()
     tiny = torch.finfo(values.dtype).tiny
     q = quantiser(bits)
-    codes = torch.bucketize(y / norm.clamp(min=tiny), q.thresholds.to(y))
-    c = (q.levels.to(y) * q.step)[codes]
+    codes = (y / (norm.clamp(min=tiny) * q.step) + q.middle).round().clamp(0, 2 * q.middle)
+    c = codes - q.middle
     # The scale that loses least with these codes.
     scale = (y * c).sum(-1) / c.square().sum(-1).clamp(min=tiny)
     byte = SCALE_ZERO + (SCALE_STEPS * scale.clamp(min=tiny).log2()).round()
@@ -600,9 +563,8 @@ def decode_values(
     codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The values [n, Dv] that codes stand for."""
-    q = quantiser(bits)
     scale = torch.exp2((scales.to(dtype) - SCALE_ZERO) / SCALE_STEPS) * (scales > 0)
-    y = (q.levels.to(codes.device, dtype) * q.step)[codes.long()] * scale[:, None]
+    y = (codes.to(dtype) - quantiser(bits).middle) * scale[:, None]
     return hadamard(y) * signs(codes.shape[-1]).to(y)
 
 
@@ -678,160 +640,6 @@ def decode_page(
     return keys, values
 
 
-def mass_bias(queries: Tensor, lost: Tensor, scale: float) -> Tensor:
-    """What to add to the logits of tokens that are not exceptions.
-
-    A code stands for the mean of the keys that it is the code of; the exponential of a mean is
-    less than the mean of exponentials, by half the variance. Without this a query gives exact
-    tokens (the tail, exceptions) more weight than they have.
-
-    Args:
-        queries: [..., m, D], unscaled, with RoPE or without as `lost` wants them.
-        lost: [..., D, D], `Tables.lost` of the head.
-        scale: factor of q·k.
-
-    Returns:
-        [..., m].
-    """
-    return scale * scale / 2 * ((queries @ lost.to(queries)) * queries).sum(-1)
-
-
-# -- how many pages -------------------------------------------------------------------------------
-
-HEADER_BYTES = 32  # of a page: base position and counts
-DIRECTORY_BYTES = 7  # of a page in its request's directory: page, codec, count
-
-
-def exceptions(share: float, capacity: int) -> int:
-    """Least exceptions of a page of `capacity` tokens; the sinks are among the first page's."""
-    return max(SINKS, math.ceil(share * capacity))
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How many bytes a page's parts take, for one (layer, head).
-
-    A page is tiles of 32 tokens, then the exceptions, then a header. A tile is one 32-bit word per
-    bit and component for keys, the same for values, and 32 value scales. Tokens of a page are a
-    run of consecutive positions; where tokens are evicted in between, each takes two bytes more.
-
-    Attributes:
-        key_bits: bits of all components of a key together.
-        value_bits: bits of a value channel.
-        key_size, value_size: D and Dv.
-        exceptions: share of the tokens that are exceptions.
-        listed: whether positions are kept per token.
-    """
-
-    key_bits: int
-    value_bits: int
-    key_size: int
-    value_size: int
-    exceptions: float
-    listed: bool = False
-
-    @property
-    def tile_bytes(self) -> int:
-        planes = self.key_bits + self.value_bits * self.value_size
-        return planes * TILE // 8 + TILE + 2 * TILE * self.listed
-
-    @property
-    def exception_bytes(self) -> int:
-        """int8 key and value, their float16 scales, and the slot."""
-        return self.key_size + self.value_size + 4 + 2
-
-    def capacity(self, page_bytes: int) -> int:
-        """The most tokens, a multiple of 32, that fit. Raises TablesError if none do."""
-        tiles = page_bytes // self.tile_bytes + 1
-        while tiles and self._bytes(tiles) > page_bytes:
-            tiles -= 1
-        if not tiles:
-            raise TablesError(
-                f"a page of {page_bytes} bytes is too small for {TILE} transform-coded tokens: "
-                "use a larger --block-size."
-            )
-        return tiles * TILE
-
-    def slots(self, page_bytes: int) -> int:
-        """Exceptions that fit a page of `capacity` tokens: what the tiles leave over is theirs,
-        so that a page has no unused bytes."""
-        tiles = self.capacity(page_bytes) // TILE
-        left = page_bytes - HEADER_BYTES - tiles * self.tile_bytes
-        return min(tiles * TILE, left // self.exception_bytes)
-
-    def _bytes(self, tiles: int) -> int:
-        used = HEADER_BYTES + tiles * self.tile_bytes
-        return used + exceptions(self.exceptions, tiles * TILE) * self.exception_bytes
-
-
-@dataclass(frozen=True)
-class Capacities:
-    """Tokens that a page of each (layer, head) holds; what the scheduler plans with.
-
-    Attributes:
-        tokens: [L·H], heads of a layer together.
-        page_bytes: size of a page.
-        slots: [L·H], how many of a page's tokens are exceptions.
-    """
-
-    tokens: tuple[int, ...]
-    page_bytes: int
-    slots: tuple[int, ...]
-
-    @functools.cached_property
-    def _counts(self) -> tuple[tuple[int, int], ...]:
-        return tuple(sorted(Counter(self.tokens).items()))
-
-    def pages(self, tokens: int) -> int:
-        """Pages that `tokens` tokens of one request fill, over all layers and heads."""
-        return sum(heads * -(-tokens // held) for held, heads in self._counts)
-
-    def blocks(self, tokens: int) -> int:
-        """Blocks that hold these pages; a block is one page for each (layer, head)."""
-        return -(-self.pages(tokens) // len(self.tokens))
-
-    def bytes(self, tokens: int) -> int:
-        """Bytes that these tokens take: whole blocks, and the directory."""
-        pages = self.blocks(tokens) * len(self.tokens)
-        return pages * self.page_bytes + self.pages(tokens) * DIRECTORY_BYTES
-
-    def ratio(self, tokens: int, token_bytes: int) -> float:
-        """Raw bytes, `token_bytes` a token in all layers, over `bytes`."""
-        return tokens * token_bytes / self.bytes(tokens)
-
-
-def capacities(
-    tables: Tables, value_size: int, page_bytes: int, listed: bool = False
-) -> Capacities:
-    """What pages hold with these tables. Raises TablesError if a page is too small."""
-    sums = tables.bits.long().sum(-1).flatten().tolist()
-    size, point = tables.rope.size, tables.point
-    layouts = [
-        Layout(bits, point.value_bits, size, value_size, point.exceptions, listed) for bits in sums
-    ]
-    return _capacities(layouts, page_bytes)
-
-
-def _capacities(layouts: Sequence[Layout], page_bytes: int) -> Capacities:
-    held = {x: (x.capacity(page_bytes), x.slots(page_bytes)) for x in set(layouts)}
-    tokens, slots = zip(*(held[x] for x in layouts), strict=True)
-    return Capacities(tokens, page_bytes, slots)
-
-
-def online_capacities(
-    point: Point, heads: int, key_size: int, value_size: int, page_bytes: int, listed: bool = False
-) -> Capacities:
-    """What pages hold with tables from `online`; `heads` counts all layers' together."""
-    bits = round(point.key_bits * key_size)
-    layout = Layout(bits, point.value_bits, key_size, value_size, point.exceptions, listed)
-    return _capacities([layout] * heads, page_bytes)
-
-
-def pages_needed(tokens: int, capacities: Capacities) -> int:
-    """Pages that `tokens` tokens of one request fill, over all layers and heads."""
-    return capacities.pages(tokens)
-
-
 # -- file -----------------------------------------------------------------------------------------
 
 
@@ -884,7 +692,66 @@ class Model:
         return ""
 
 
-_TENSORS = ("key_mean", "forward", "inverse", "sigma", "bits")
+def default_path(config: Mapping[str, Any]) -> pathlib.Path:
+    """Where the tables of a model are looked for and written to unless a path is given: a name that
+    the model's shape decides. Raises TablesError for a model that transform coding does not fit.
+
+    Args:
+        config: content of the model's config.json.
+    """
+    model = Model.from_config(config)
+    described = json.dumps([getattr(model, f.name) for f in fields(model)[1:]])
+    name = hashlib.sha256(described.encode()).hexdigest()[:16]
+    return cache_root() / "tables" / f"{name}.safetensors"
+
+
+def packings(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    page_bytes: int,
+    value_size: int,
+    ranks: int,
+) -> dict[str, tuple[tuple[tuple[int, int], ...], ...]]:
+    """`plan.Packing.pages` of each fitted codec that the file has tables for. Raises TablesError.
+
+    Args:
+        path, config: as in `load`.
+        page_bytes: bytes of a page.
+        value_size: head size of values.
+        ranks: tensor-parallel ranks, which share the KV heads out.
+    """
+    found = {}
+    for codec in pages.FITTED:
+        tables = load(path, config, codec)
+        point, words = tables.point, tables.words
+        heads = words.shape[1] // ranks
+        if heads * ranks != words.shape[1]:
+            raise TablesError(
+                f"{words.shape[1]} KV heads do not divide over {ranks} ranks: use int8 or int4."
+            )
+        rooms = {}
+        for width in set(words.flatten().tolist()):
+            rooms[width], _ = pages.fitted_capacity(
+                page_bytes,
+                width,
+                point.value_bits,
+                tables.rope.size,
+                value_size,
+                point.exceptions,
+            )
+        if not all(rooms.values()):
+            raise TablesError(
+                f"a page of {page_bytes} bytes is too small for {codec}: use a larger --block-size."
+            )
+        counts = [
+            Counter(rooms[w] for w in words[:, r * heads : (r + 1) * heads].flatten().tolist())
+            for r in range(ranks)
+        ]
+        found[codec] = tuple(tuple(sorted(c.items())) for c in counts)
+    return found
+
+
+_TENSORS = ("key_mean", "forward", "inverse", "cost", "bits")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -151,7 +151,9 @@ def plain(model_path: str) -> Iterator[Plain]:
 
 
 @pytest.fixture(scope="session")
-def _engine(model_path: str, plain: Plain) -> Engine:  # plain starts meanwhile
+def _engine(
+    model_path: str, plain: Plain, tables: dict[str, Any]
+) -> Engine:  # plain starts meanwhile
     os.environ.update(ENVIRONMENT)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return Engine(model_path)

@@ -9,7 +9,8 @@ import torch
 
 from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL_INTERVAL, Engine
 from vllm_kvcrush import policies
-from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.ops import cpu, pages_reference
+from vllm_kvcrush.pages import FITTED
 
 pytestmark = pytest.mark.engine
 
@@ -126,18 +127,46 @@ def test_tokens_equal_transformers_with_the_same_kept_tokens(
     assert (positions[:, :4] == torch.arange(4)).all(), "sinks were dropped"
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4"])
-@pytest.mark.parametrize("budget", [0.5, 128])
+def rounding_of(engine: Engine, codec: str, tables: Any) -> Any:
+    """What pages of `codec` make of a head's first tokens, by the oracle."""
+
+    def apply(layer: int, head: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        pages = engine.runner._layers[layer].pages
+        room = pages.capacity(codec, head)
+        for start in range(0, len(keys), room):
+            own = slice(start, start + room)
+            if codec in FITTED:
+                kept = pages_reference.kept_fitted(
+                    keys[own],
+                    values[own],
+                    torch.arange(len(keys))[own],  # nothing was evicted
+                    tables[codec],
+                    layer,
+                    head,
+                    pages.tables[codec].exceptions[head],
+                )
+            else:
+                kept = pages_reference.kept(codec, keys[own], values[own], torch.float32)
+            keys[own], values[own] = kept
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("codec", "budget"),
+    [("int8", 0.5), ("int4", 0.5), ("int8", 128), ("int4", 128), ("tc4", 0.25), ("tc8", 0.25)],
+)
 def test_tokens_equal_transformers_with_the_same_rounded_cache(
     engine: Engine,
     ids: list[int],
     reference: Any,
+    tables: Any,
     codec: str,
     budget: float | int,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Half of the bytes hold every token in fewer bits; 128 tokens' worth is compacted again and
-    again from packed pages, and evicts too where int8 needs more. With the portable kernels, which
+    """A fraction holds every token in fewer bits; 128 tokens' worth is compacted again and again
+    from packed pages, and evicts too where int8 needs more. With the portable kernels, which
     compute in floats: the integer ones round by some 1e-3, enough to turn a near tie."""
     best = cpu.isa()
     cpu.use_isa("baseline")
@@ -156,9 +185,9 @@ def test_tokens_equal_transformers_with_the_same_rounded_cache(
     engine.runner.on_select = record
     prompt, new = ids[3100:3500], DECODE_INTERVAL + 8
     (output,) = engine.generate([prompt], engine.params(new, kv_policy=codec, kv_budget=budget))
-    capacity = engine.runner._layers[0].capacity(codec)
     tokens = list(output.outputs[0].token_ids)
-    assert tokens == reference.generate(prompt, new, kept, codec, capacity, packed)
+    rounding = rounding_of(engine, codec, tables)
+    assert tokens == reference.generate(prompt, new, kept, rounding, packed)
     details = output.kv_tokens_details
     held, raw = details["held"], details["raw"]
     if budget == 128:

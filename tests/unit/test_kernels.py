@@ -5,6 +5,7 @@ Inputs are drawn anew in each run; a failing test prints the seed, and KVCRUSH_T
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import subprocess
@@ -18,6 +19,8 @@ from torch import Tensor
 from vllm_kvcrush import ops, pages, policies
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import pages_reference as reference
+from vllm_kvcrush.ops.fitted import Angles, LayerTable
+from vllm_kvcrush.transform import Point, Rope, Statistics, Tables, fit
 from vllm_kvcrush.ops import reference as oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,7 +28,10 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 64, 64), (3, 64, 64), (4, 128, 128), (8, 96, 96), (3, 80, 80), (4, 256, 256)]
 ODD = [(5, 72, 40), (2, 8, 24), (17, 64, 128), (7, 128, 8), (6, 192, 128)]
 # Error of an output relative to the largest value held: integers of 16 bits, else float32.
-TOLERANCE = {"raw": 1e-5, "exact": 1e-5, "int8": 1e-3, "int4": 3e-2, "mixed": 3e-2}
+TOLERANCE = {
+    **{"raw": 1e-5, "exact": 1e-5, "int8": 1e-3},
+    **dict.fromkeys(("int4", "tc4", "tc8", "mixed"), 3e-2),
+}
 
 
 def _isas() -> list[str]:
@@ -58,6 +64,18 @@ def draw() -> random.Random:
     return random.Random(seed)
 
 
+@functools.cache
+def random_tables(name: str, layers: int, heads: int, k_size: int, v_size: int) -> Tables:
+    """Tables of keys whose channels hang together, some far from 0."""
+    rope = Rope(10000.0 ** (-torch.arange(0, k_size, 2, dtype=torch.float64) / k_size))
+    mix = torch.randn(layers, heads, k_size, k_size) * torch.rand(k_size) ** 3 * k_size**-0.5
+    keys = 3 * torch.randn(layers, heads, 600, k_size) @ mix + torch.randn(layers, heads, 1, k_size)
+    queries = torch.randn(layers, 2 * heads, 300, k_size)
+    moments = Statistics.of(keys, queries, torch.randn(layers, heads, 8, v_size))
+    point = Point(name, name == "tc8", *((3.25, 4) if name == "tc4" else (1.5, 2)), 0.02)
+    return fit(moments, point, rope, 512)
+
+
 class Cache:
     """A poisoned cache of a few layers, and what has been put into one of them.
 
@@ -84,8 +102,16 @@ class Cache:
         pool = torch.full((size + 64,), 255, dtype=torch.uint8)
         start = -pool.data_ptr() % 64
         self.pool = pool[start : start + size]
+        self.tables = {
+            name: random_tables(name, 1, kv_heads, k_size, v_size) for name in pages.FITTED
+        }
+        angles = Angles(self.tables["tc8"].rope, 1 << 17)
         self.layer = cpu.Layer(
             self.pool,
+            tables={
+                name: LayerTable(tables, 0, range(kv_heads), page_bytes, v_size, angles)
+                for name, tables in self.tables.items()
+            },
             index=draw.randrange(layers),
             layers=layers,
             heads=group * kv_heads,
@@ -108,9 +134,26 @@ class Cache:
         self.values: list[list[Tensor]] = []
         self.positions: list[list[Tensor]] = []
 
-    def capacity(self, codec: str) -> int:
-        layer = self.layer
-        return cpu.capacity(codec, layer.page_bytes, layer.k_size, layer.v_size, self.dtype)
+    def capacity(self, codec: str, head: int = 0) -> int:
+        return self.layer.capacity(codec, head)
+
+    def kept(
+        self, codec: str, key: Tensor, value: Tensor, where: Tensor | None, head: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """What the oracle says that a page gives back."""
+        if codec not in pages.FITTED:
+            return reference.kept(codec, key, value, self.dtype)
+        assert where is not None
+        tables, layer = self.tables[codec], self.layer
+        _, exceptions = pages.fitted_capacity(
+            layer.page_bytes,
+            int(tables.words[0, head]),
+            tables.point.value_bits,
+            layer.k_size,
+            layer.v_size,
+            tables.point.exceptions,
+        )
+        return reference.kept_fitted(key, value, where.long(), tables, 0, head, exceptions)
 
     def page(self) -> int:
         """Any unused page: compressed pages may come from anywhere in their block."""
@@ -141,16 +184,17 @@ class Cache:
             k_parts, v_parts, p_parts = [], [], []
             at = self.draw.randrange(1000)
             for codec in codecs if head % 2 == 0 else codecs[::-1]:
-                full = self.capacity(codec)
+                full = self.capacity(codec, head)
                 count = self.draw.choice([full, self.draw.randrange(full + 1), min(full, 5), 0])
                 key, value = self.content(count)
-                where = (at + torch.randint(1, 9, (count,)).cumsum(0)).int()
+                apart = self.draw.choice([2, 9])  # neighbours, or what eviction left of them
+                where = (at + torch.randint(1, apart, (count,)).cumsum(0)).int()
                 at += 9 * count
                 page = self.page()
                 raw = codec == "raw"
-                cpu.encode(layer, codec, page, key, value, None if raw else where)
+                cpu.encode(layer, codec, page, key, value, None if raw else where, head)
                 self.entries.append((page, count, pages.CODECS[codec]))
-                k_kept, v_kept, _ = cpu.decode(layer, codec, page, count)
+                k_kept, v_kept, _ = cpu.decode(layer, codec, page, count, head)
                 k_parts.append(k_kept.double())
                 v_parts.append(v_kept.double())
                 p_parts.append(where)
@@ -279,15 +323,15 @@ def test_raw_tails(
     cache.check([1, draw.randrange(2, 9), 1, min(40, lengths[3])], TOLERANCE["raw"])
 
 
-@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "mixed"])
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc8", "mixed"])
 @pytest.mark.parametrize(("group", "k_size", "v_size"), SHAPES + ODD)
 def test_compressed_pages(
     isa: str, draw: random.Random, group: int, k_size: int, v_size: int, codec: str
 ) -> None:
     dtype = draw.choice(DTYPES)
     cache = Cache(draw, group, k_size, v_size, dtype, block_size=draw.choice([32, 64]))
-    several = ["int8", "int4", "raw", "exact", "int4", "int8"]
-    codecs = draw.sample(several, 5) if codec == "mixed" else [codec] * 3
+    several = ["int8", "int4", "raw", "exact", "int4", "int8", "tc4", "tc8", "tc8"]
+    codecs = draw.sample(several, 6) if codec == "mixed" else [codec] * 3
     for tail in (1, 0, draw.randrange(1, 100), 40):
         cache.put(codecs, tail)
     cache.put([], 30)
@@ -298,7 +342,7 @@ def test_compressed_pages(
 def test_log_bias(isa: str, draw: random.Random, group: int) -> None:
     cache = Cache(draw, group, 64, 64)
     for tail in (5, 50):
-        cache.put(["int8", "int4", "exact", "raw", "int8"], tail)
+        cache.put(["int8", "int4", "tc4", "exact", "tc8", "raw", "int8", "tc4"], tail)
     cache.check([1, 7], TOLERANCE["mixed"], bias=True)
 
 
@@ -382,7 +426,7 @@ def test_pages_keep_what_their_codec_says(
         page = cache.page()
         cpu.encode(cache.layer, codec, page, key, value, where)
         got_k, got_v, got_where = cpu.decode(cache.layer, codec, page, count)
-        want_k, want_v = reference.kept(codec, key, value, dtype)
+        want_k, want_v = cache.kept(codec, key, value, where)
         assert (where is None and got_where is None) or torch.equal(got_where, where)
         for got, want, original in ((got_k, want_k, key), (got_v, want_v, value)):
             assert got.isfinite().all()
@@ -480,8 +524,8 @@ def test_store_takes_strided_rows(isa: str, draw: random.Random) -> None:
         assert torch.equal(got_v, both[:32, 3 + head].float())
 
 
-@pytest.mark.parametrize("target", ["exact", "int8", "int4"])
-@pytest.mark.parametrize("codecs", [["exact", "int8"], ["int4", "exact", "int8"], []])
+@pytest.mark.parametrize("target", ["exact", "int8", "int4", "tc4", "tc8"])
+@pytest.mark.parametrize("codecs", [["exact", "int8"], ["int4", "tc8", "int8"], ["tc4"], []])
 def test_compaction_keeps_the_chosen_tokens(
     isa: str, draw: random.Random, codecs: list[str], target: str
 ) -> None:
@@ -503,7 +547,7 @@ def test_compaction_keeps_the_chosen_tokens(
         begin.append(len(entries))
         left = len(slots[head])
         while left:
-            count = min(left, cache.capacity(target), draw.randrange(1, 150))
+            count = min(left, cache.capacity(target, head), draw.randrange(1, 150))
             entries.append((cache.page(), count, pages.CODECS[target]))
             left -= count
         end.append(len(entries))
@@ -524,8 +568,8 @@ def test_compaction_keeps_the_chosen_tokens(
             own = slots[head][at : at + count[entry]]
             at += len(own)
             key, value = cache.keys[0][head][own].float(), cache.values[0][head][own].float()
-            want_k, want_v = reference.kept(target, key, value, cache.dtype)
-            got_k, got_v, got_where = cpu.decode(layer, target, page[entry], len(own))
+            want_k, want_v = cache.kept(target, key, value, where[own], head)
+            got_k, got_v, got_where = cpu.decode(layer, target, page[entry], len(own), head)
             assert torch.equal(got_where, where[own])
             for got, want in ((got_k, want_k), (got_v, want_v)):
                 close = (got - want).abs() <= 1e-5 * want.abs().amax()

@@ -3,7 +3,7 @@ kernels see it, and the queries of the last tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,8 +13,10 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_kvcrush.engine import region
+from vllm_kvcrush.engine.region import Region
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.pages import CODECS
+from vllm_kvcrush.ops.fitted import LayerTable
 
 
 class KVCrushAttentionBackend(CPUAttentionBackend):
@@ -36,49 +38,6 @@ class KVCrushAttentionBackend(CPUAttentionBackend):
 
 
 @dataclass
-class Region:
-    """A request's compressed region: in each layer and head the pages of `blocks` blocks.
-
-    Attributes:
-        blocks: number of blocks.
-        page: int32 [layers, kv_heads, blocks], page index in the pool.
-        count: uint16, as `page`: tokens in it.
-        codec: uint8, as `page`.
-    """
-
-    blocks: int
-    page: Tensor
-    count: Tensor
-    codec: Tensor
-
-    @classmethod
-    def of(cls, blocks: Sequence[int], codec: str, tokens: int, layer: CacheLayer) -> Region:
-        """`tokens` in pages of `codec` that fill `blocks` one after the other."""
-        pages, room = layer.pages.block_pages, layer.capacity(codec)
-        first = torch.tensor(blocks, dtype=torch.int32) * pages
-        page = torch.arange(pages, dtype=torch.int32).view(-1, layer.heads, 1) + first
-        count = (tokens - torch.arange(len(blocks)) * room).clamp(0, room).to(torch.uint16)
-        return cls(
-            len(blocks),
-            page,
-            count.expand(page.shape).contiguous(),
-            torch.full(page.shape, CODECS[codec], dtype=torch.uint8),
-        )
-
-    def directory(self, layer: int) -> cpu.Directory:
-        """The pages of one layer."""
-        heads = self.page.shape[1]
-        begin = (torch.arange(heads, dtype=torch.int32) * self.blocks).unsqueeze(0)
-        return cpu.Directory(
-            begin,
-            begin + self.blocks,
-            self.page[layer].flatten(),
-            self.count[layer].flatten(),
-            self.codec[layer].flatten(),
-        )
-
-
-@dataclass
 class Metadata:
     """What the layers need to know of a step. `batches` has one for each layer, or a single one
     for all if no request has compressed pages."""
@@ -96,7 +55,7 @@ class KVCrushMetadataBuilder(AttentionMetadataBuilder[Metadata]):
     """The kernels need no plan of their own: vLLM's lengths and block table are enough, and the
     regions of the requests in the batch, which the runner leaves here."""
 
-    regions: ClassVar[list[Region | None]] = []
+    regions: ClassVar[list[region.Region | None]] = []
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any):
         super().__init__(kv_cache_spec, layer_names, config, device)
@@ -111,35 +70,11 @@ class KVCrushMetadataBuilder(AttentionMetadataBuilder[Metadata]):
         start, length = common.query_start_loc[: n + 1], common.seq_lens[:n]
         table = common.block_table_tensor[:n]
         if any(self.regions[:n]):
-            batches = _with_regions(start, length, table, self.regions[:n], self.kv_cache_spec)
+            size = self.kv_cache_spec.block_size
+            batches = region.batches(start, length, table, self.regions[:n], size)
         else:
             batches = [cpu.Batch(start, length, table)]
         return Metadata(common.num_actual_tokens, common.slot_mapping, batches)
-
-
-def _with_regions(
-    start: Tensor, length: Tensor, table: Tensor, regions: Sequence[Region | None], spec: Any
-) -> list[cpu.Batch]:
-    """One batch a layer. vLLM's table and lengths count compressed blocks like any others; for
-    the kernels the tail begins after them."""
-    known = [r for r in regions if r is not None]
-    layers, heads, _ = known[0].page.shape
-    blocks = torch.tensor([r.blocks if r else 0 for r in regions], dtype=torch.int32)
-    columns = (torch.arange(table.shape[1]) + blocks.unsqueeze(1)).clamp_(max=table.shape[1] - 1)
-    tails = table.gather(1, columns)
-    entries = blocks * layers * heads
-    first = (entries.cumsum(0) - entries).view(-1, 1, 1)
-    place = torch.arange(layers * heads).view(1, layers, heads) * blocks.view(-1, 1, 1)
-    begin = (first + place).to(torch.int32)
-    end = begin + blocks.view(-1, 1, 1)
-    page = torch.cat([r.page.flatten() for r in known])
-    count = torch.cat([r.count.flatten() for r in known])
-    codec = torch.cat([r.codec.flatten() for r in known])
-    lengths = length - blocks * spec.block_size
-    return [
-        cpu.Batch(start, lengths, tails, cpu.Directory(begin[:, i], end[:, i], page, count, codec))
-        for i in range(layers)
-    ]
 
 
 class KVCrushAttentionImpl(CPUAttentionBackendImpl):
@@ -188,9 +123,10 @@ class CacheLayer:
     Args:
         layer: vLLM's attention layer, whose cache is laid out block-outermost.
         layers: number of layers that share its storage.
+        tables: of fitted codecs for this layer, by name.
     """
 
-    def __init__(self, layer: Any, layers: int):
+    def __init__(self, layer: Any, layers: int, tables: Mapping[str, LayerTable]):
         cache, impl = layer.kv_cache, layer.impl
         _, self.heads, block_size, double = cache.shape
         storage = torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage())
@@ -214,12 +150,8 @@ class CacheLayer:
             block_size=block_size,
             dtype=cache.dtype,
             scale=impl.scale,
+            tables=tables,
         )
-
-    def capacity(self, codec: str) -> int:
-        """Tokens in a page of `codec`."""
-        pages = self.pages
-        return cpu.capacity(codec, pages.page_bytes, pages.k_size, pages.v_size, pages.dtype)
 
     def request(
         self, region: Region | None, tail: Tensor, tokens: int, position: int
@@ -229,10 +161,12 @@ class CacheLayer:
         directory = None if region is None else region.directory(self.index)
         return cpu.Request(directory, tail, tokens, position, self.block_size)
 
-    def compact(self, request: cpu.Request, kept: Tensor, target: Region) -> None:
+    def compact(
+        self, request: cpu.Request, kept: Tensor, target: Region, staged: Tensor | None
+    ) -> None:
         """Moves the slots `kept` `[heads, k]` (int64, ascending) into the pages of `target`, which
-        may be among the request's own."""
-        cpu.compact(self.pages, request, kept, target.directory(self.index))
+        may be among the request's own, or into `staged`."""
+        cpu.compact(self.pages, request, kept, target.directory(self.index), staged)
 
 
 class QueryTap:

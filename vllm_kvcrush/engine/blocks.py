@@ -175,8 +175,8 @@ class KVCrushManager(FullAttentionManager):
         self.evicted[job.request_id] = evicted
         compressed, tokens = self.regions.get(job.request_id, (0, 0))
         candidates = tokens + (len(region) - compressed) * self.block_size
-        keep = self.plans[job.request_id].keep(need, candidates)
-        self.regions[job.request_id] = need, keep
+        parts = self.plans[job.request_id].parts(need, candidates)
+        self.regions[job.request_id] = need, sum(part.tokens for part in parts)
         return Compaction(
             request_id=job.request_id,
             computed=job.computed,
@@ -184,7 +184,7 @@ class KVCrushManager(FullAttentionManager):
             compressed=compressed,
             compressed_tokens=tokens,
             target=tuple(b.block_id for b in target),
-            keep=keep,
+            parts=parts,
             tail=tuple(b.block_id for b in tail),
             tail_tokens=job.shape.tail_tokens,
             evicted=evicted,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vllm_kvcrush.plan import Part
+
 
 @dataclass(frozen=True)
 class Compaction:
@@ -18,7 +20,7 @@ class Compaction:
         compressed_tokens: tokens in those, the same number in every layer and head.
         target: ids of the blocks of the new compressed region, in slot order. May contain ids of
             `source` (compaction in place).
-        keep: tokens that fill them, in every layer and head.
+        parts: tokens that fill them, in every layer and head, by codec in slot order.
         tail: ids of the blocks after them, which stay as they are.
         tail_tokens: tokens in `tail`.
         evicted: what the slots of later tokens differ from their positions by: the tokens gone
@@ -31,10 +33,15 @@ class Compaction:
     compressed: int
     compressed_tokens: int
     target: tuple[int, ...]
-    keep: int
+    parts: tuple[Part, ...]
     tail: tuple[int, ...]
     tail_tokens: int
     evicted: int
+
+    @property
+    def keep(self) -> int:
+        """Tokens that stay, of those before the tail."""
+        return sum(part.tokens for part in self.parts)
 
 
 @dataclass(frozen=True)

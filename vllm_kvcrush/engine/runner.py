@@ -11,18 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+)
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from vllm_kvcrush import transform
 from vllm_kvcrush.config import RequestParams, Settings
 from vllm_kvcrush.engine import backend
-from vllm_kvcrush.engine.backend import CacheLayer, QueryTap, Region
+from vllm_kvcrush.engine.backend import CacheLayer, QueryTap
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction, StepCommands
+from vllm_kvcrush.engine.region import Region, Stage
 from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.ops.fitted import Angles, LayerTable
 from vllm_kvcrush.plan import Plan
 from vllm_kvcrush.policies.base import Policy, View
 
@@ -90,9 +98,36 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         context = self.compilation_config.static_forward_context
         (group,) = kv_cache_config.kv_cache_groups
         attention = [context[name] for name in group.layer_names]
-        self._layers = [CacheLayer(layer, len(attention)) for layer in attention]
+        tables = self._tables(group.layer_names)
+        self._layers = [
+            CacheLayer(layer, len(attention), own)
+            for layer, own in zip(attention, tables, strict=True)
+        ]
+        self._layers.sort(key=lambda layer: layer.index)
         if self._tap is None:
             self._tap = QueryTap(attention)
+
+    def _tables(self, names: list[str]) -> list[dict[str, LayerTable]]:
+        """Tables of the model's fitted codecs for each of its layers, for this rank's heads."""
+        settings, config = self._settings, self.model_config
+        found: list[dict[str, LayerTable]] = [{} for _ in names]
+        if not settings.fitted:
+            return found
+        assert settings.page is not None and settings.tables is not None
+        k_size, v_size, itemsize = settings.page
+        page_bytes = self.cache_config.block_size * (k_size + v_size) * itemsize
+        heads = config.get_num_kv_heads(self.parallel_config)
+        first = get_tensor_model_parallel_rank() * heads
+        angles: Angles | None = None
+        for codec in settings.fitted:
+            tables = transform.load(settings.tables, config.hf_text_config.to_dict(), codec)
+            angles = angles or Angles(tables.rope, config.max_model_len)
+            for own, name in zip(found, names, strict=True):
+                layer = extract_layer_index(name)
+                own[codec] = LayerTable(
+                    tables, layer, range(first, first + heads), page_bytes, v_size, angles
+                )
+        return found
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -218,14 +253,15 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         began = time.perf_counter()
         state = self._crushed[command.request_id]
         policy, needs = state.policy, state.policy.needs
-        size, codec, region = self.cache_config.block_size, policy.codec, state.region
+        size, region = self.cache_config.block_size, state.region
         # Raw blocks, among them a raw compressed region, are read as one tail: slots are in order.
         raw = command.source[command.compressed if region else 0 :] + command.tail
         tail = torch.tensor(raw, dtype=torch.int32)
         tail_tokens = (len(raw) - len(command.tail)) * size + command.tail_tokens
         held = tail_tokens + (command.compressed_tokens if region else 0)
         candidates, keep = held - command.tail_tokens, command.keep
-        target = Region.of(command.target, codec, keep, self._layers[0])
+        target = Region.of(command.target, command.parts, [layer.pages for layer in self._layers])
+        stage = Stage(target, region, self._layers[0].pages)
         everything = torch.arange(keep).expand(self._layers[0].heads, -1)
         queries = self._window(state, command.computed) if "queries" in needs else None
         gather_heads = _gather_heads if get_tensor_model_parallel_world_size() > 1 else _identity
@@ -235,7 +271,7 @@ class KVCrushCPUModelRunner(CPUModelRunner):
             if keep == candidates and "running" not in needs:
                 if self.on_select is not None:
                     self.on_select(command, index, everything)
-                layer.compact(request, everything, target)
+                layer.compact(request, everything, target, stage.pages)
                 continue
             running = None
             if "running" in needs:
@@ -260,8 +296,9 @@ class KVCrushCPUModelRunner(CPUModelRunner):
                 self.on_select(command, index, kept)
             if (new_running := policy.running(view, scores)) is not None:
                 survivors.append(new_running.gather(1, kept))
-            layer.compact(request, kept, target)
-        state.region = None if codec == "raw" else target
+            layer.compact(request, kept, target, stage.pages)
+        stage.finish()
+        state.region = target if state.plan.packings else None
         state.running = survivors or None
         state.evicted = command.evicted
         # The next window may reach back before this compaction.

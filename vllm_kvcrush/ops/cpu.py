@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import ctypes
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.pages import CODECS
+from vllm_kvcrush.ops.fitted import LayerTable
+from vllm_kvcrush.pages import CODECS, FITTED
 
-VERSION = 1
+VERSION = 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -108,9 +109,10 @@ def _load() -> ctypes.CDLL:
     pointers = {
         "kvc_attention": [_ptr, _ptr, _ptr, _i32, _i64, _ptr, _i32, _i64, _ptr],
         "kvc_store": [_ptr, _i64, _ptr, _i64, _ptr, _i64, _ptr],
-        "kvc_encode": [_ptr, _i32, _i64, _i32, _ptr, _ptr, _ptr],
-        "kvc_decode": [_ptr, _i32, _i64, _i32, _ptr, _ptr, _ptr],
-        "kvc_compact": [_ptr, _ptr, _ptr, _ptr, _ptr],
+        "kvc_check_layer": [_ptr],
+        "kvc_encode": [_ptr, _i32, _i32, _i64, _i32, _ptr, _ptr, _ptr],
+        "kvc_decode": [_ptr, _i32, _i32, _i64, _i32, _ptr, _ptr, _ptr],
+        "kvc_compact": [_ptr, _ptr, _ptr, _ptr, _ptr, _ptr],
         "kvc_read": [_ptr, _ptr, _i32, _i64, _i64, _ptr, _ptr, _ptr],
         "kvc_window_scores": [_ptr, _ptr, _ptr, _i32, _i64, _i64, _ptr, _i64, _ptr],
         "kvc_top_mask": [_i64, _i64, _ptr, _i64, _ptr],
@@ -176,6 +178,7 @@ class Layer:
         index: of this layer among `layers`.
         dtype: of raw pages: float32, bfloat16 or float16.
         scale: factor of q·k.
+        tables: of fitted codecs, by name; pages of the others have no tables.
     """
 
     def __init__(
@@ -191,6 +194,7 @@ class Layer:
         block_size: int,
         dtype: torch.dtype,
         scale: float,
+        tables: Mapping[str, LayerTable] | None = None,
     ):
         page_bytes = block_size * (k_size + v_size) * dtype.itemsize
         block_bytes = layers * kv_heads * page_bytes
@@ -201,6 +205,9 @@ class Layer:
         self.heads, self.kv_heads, self.k_size, self.v_size = heads, kv_heads, k_size, v_size
         self.block_size, self.first_page, self.scale = block_size, index * kv_heads, scale
         self.block_pages, self.num_blocks = layers * kv_heads, size // block_bytes
+        self.tables = dict(tables or {})
+        addresses = [self.tables[c].address if c in self.tables else None for c in FITTED]
+        self._tables = (ctypes.c_void_p * len(FITTED))(*addresses)
         self._struct = _Layer(
             _address(pool),
             self.num_blocks,
@@ -215,13 +222,20 @@ class Layer:
             DTYPES[dtype],
             scale,
             0,
-            None,
+            ctypes.addressof(self._tables),
         )
         self._pointer = ctypes.addressof(self._struct)
+        _check(_library.kvc_check_layer(self._pointer))
 
     def page(self, block: int, head: int) -> int:
         """Index of the page of a block and KV head of this layer."""
         return block * self.block_pages + self.first_page + head
+
+    def capacity(self, codec: str, head: int = 0) -> int:
+        """Tokens that a page of a KV head holds."""
+        if codec in FITTED:
+            return self.tables[codec].capacity[head]
+        return capacity(codec, self.page_bytes, self.k_size, self.v_size, self.dtype)
 
 
 class Directory:
@@ -415,9 +429,15 @@ def store(layer: Layer, key: Tensor, value: Tensor, slots: Tensor) -> None:
 
 
 def encode(
-    layer: Layer, codec: str, page: int, key: Tensor, value: Tensor, positions: Tensor | None
+    layer: Layer,
+    codec: str,
+    page: int,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor | None,
+    head: int = 0,
 ) -> None:
-    """Fills one page.
+    """Fills one page of a KV head; which one matters to fitted codecs.
 
     Args:
         key, value: float32 [n, size].
@@ -432,6 +452,7 @@ def encode(
         _library.kvc_encode(
             layer._pointer,
             CODECS[codec],
+            head,
             page,
             n,
             _address(key, torch.float32),
@@ -441,10 +462,12 @@ def encode(
     )
 
 
-def decode(layer: Layer, codec: str, page: int, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Reads a page: float32 K [count, k_size] and V [count, v_size], and int32 positions (None for
-    raw pages)."""
-    limit = capacity(codec, layer.page_bytes, layer.k_size, layer.v_size, layer.dtype)
+def decode(
+    layer: Layer, codec: str, page: int, count: int, head: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Reads a page of a KV head: float32 K [count, k_size] and V [count, v_size], and int32
+    positions (None for raw pages)."""
+    limit = layer.capacity(codec, head)
     if not 0 <= count <= limit:
         raise ValueError(f"{count} tokens in a page that holds {limit}")
     key, value = torch.empty(count, layer.k_size), torch.empty(count, layer.v_size)
@@ -453,6 +476,7 @@ def decode(layer: Layer, codec: str, page: int, count: int) -> tuple[Tensor, Ten
         _library.kvc_decode(
             layer._pointer,
             CODECS[codec],
+            head,
             page,
             count,
             key.data_ptr(),
@@ -464,11 +488,18 @@ def decode(layer: Layer, codec: str, page: int, count: int) -> tuple[Tensor, Ten
 
 
 def compact(
-    layer: Layer, source: Request, slots: Sequence[Tensor] | Tensor, target: Directory
+    layer: Layer,
+    source: Request,
+    slots: Sequence[Tensor] | Tensor,
+    target: Directory,
+    staged: Tensor | None = None,
 ) -> None:
-    """Moves chosen tokens of a request into new pages, decoding and encoding on the way.
+    """Moves chosen tokens of a request into new pages, decoding and encoding on the way; a page
+    whose tokens all stay together, in its codec, is copied.
 
-    All is read before anything is written: targets may be among this layer's sources.
+    All is read before anything is written: targets may be among this layer's sources. With
+    `staged`, uint8 [entries, page_bytes], entry e of `target` is written to row e instead of its
+    page.
 
     Args:
         slots: for each KV head int64 [n], ascending: slots among the directory's tokens in order,
@@ -491,6 +522,7 @@ def compact(
             flat.data_ptr(),
             start.data_ptr(),
             ctypes.addressof(target.struct),
+            _address(staged, torch.uint8),
         )
     )
 

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from vllm_kvcrush import transform
 from vllm_kvcrush.pages import GROUP
 
 CLIPS = (1.0, 0.88, 0.76, 0.66)
@@ -57,17 +58,6 @@ def int4_keys(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(codes), torch.cat(scales), torch.cat(zeros)
 
 
-def signs(size: int) -> Tensor:
-    """±1 of each channel before the Hadamard transform: float64 [size]."""
-    result = []
-    for channel in range(size):
-        x = (channel * 2654435769 + 0x9E3779B9) % 2**32
-        x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
-        x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
-        result.append(-1.0 if (x ^ (x >> 16)) & 1 else 1.0)
-    return torch.tensor(result, dtype=torch.float64)
-
-
 def rotation(size: int) -> Tensor:
     """The orthonormal matrix R of rotated values, y = R v: random signs, then Hadamard transforms
     over blocks of the largest power of two that divides `size`. float64 [size, size]."""
@@ -79,7 +69,7 @@ def rotation(size: int) -> Tensor:
         )
     stack = [hadamard / math.sqrt(block)] * (size // block)
     blocks: Tensor = torch.block_diag(*stack)  # type: ignore[no-untyped-call]
-    return blocks * signs(size)
+    return blocks * transform.signs(size)
 
 
 def int4_values(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,6 +110,35 @@ def kept(codec: str, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Te
         rotated = (v.double() - 7.5) * v_scale.double()
         return zero.double() + k.double() * k_scale.double(), rotated @ rotation(value.shape[1])
     return key.to(dtype).double(), value.to(dtype).double()
+
+
+def kept_fitted(
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    tables: transform.Tables,
+    layer: int,
+    head: int,
+    exceptions: int,
+) -> tuple[Tensor, Tensor]:
+    """What a page of a fitted codec gives back of one head's K [n, D] and V [n, Dv]: float64.
+
+    The `exceptions` tokens that lose most are int8, a request's first ones before all others.
+
+    Args:
+        positions: int [n], ascending.
+        tables, layer, head: the codec's tables and which of them.
+    """
+    exact, bits = key.double(), tables.point.value_bits
+    codes, loss = transform.encode_keys(exact, positions, tables, layer, head)
+    keys = transform.decode_keys(codes, positions, tables, layer, head, torch.float64)
+    values = transform.decode_values(
+        *transform.encode_values(value.double(), bits), bits, torch.float64
+    )
+    loss = loss.masked_fill(positions < transform.SINKS, torch.inf)
+    worst = loss.sort(descending=True, stable=True).indices[:exceptions]
+    keys[worst], values[worst] = kept("int8", key[worst], value[worst], key.dtype)
+    return keys, values
 
 
 def attention(

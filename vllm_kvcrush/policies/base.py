@@ -135,7 +135,9 @@ class Policy(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()  # of "queries", "running"
-    codec: ClassVar[str] = "raw"  # of the pages of the compressed region: a name in pages.CODECS
+    # Names in pages.CODECS that the pages of the compressed region may have, those that lose least
+    # first; empty: raw.
+    codecs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def score(self, view: View) -> Tensor:

@@ -23,7 +23,7 @@ class Int8(Quantized):
     """Eight bits a channel with one scale for each token, head and side."""
 
     name: ClassVar[str] = "int8"
-    codec: ClassVar[str] = "int8"
+    codecs: ClassVar[tuple[str, ...]] = ("int8",)
 
 
 @dataclass
@@ -33,4 +33,33 @@ class Int4(Quantized):
     QuaRot, arXiv 2404.00456)."""
 
     name: ClassVar[str] = "int4"
-    codec: ClassVar[str] = "int4"
+    codecs: ClassVar[tuple[str, ...]] = ("int4",)
+
+
+@dataclass
+class TC4(Quantized):
+    """Some four bits a channel by transform coding (`transform.py`): keys with their rotary
+    embedding in components of unequal bits, so that the transform goes into the query; rotated
+    values in four bits. Needs the model's tables."""
+
+    name: ClassVar[str] = "tc4"
+    codecs: ClassVar[tuple[str, ...]] = ("tc4",)
+
+
+@dataclass
+class TC8(Quantized):
+    """Less than two bits a channel by transform coding: keys without their rotary embedding, values
+    in two bits. Needs the model's tables."""
+
+    name: ClassVar[str] = "tc8"
+    codecs: ClassVar[tuple[str, ...]] = ("tc8",)
+
+
+@dataclass
+class Auto(Quantized):
+    """As many bits as the budget pays for: the first codec in which all tokens fit, and with what
+    that leaves the newest ones in the codec before. Evicts only what does not even fit in the last.
+    Without the model's tables int4 stands for the transform codecs."""
+
+    name: ClassVar[str] = "auto"
+    codecs: ClassVar[tuple[str, ...]] = ("int8", "tc4", "tc8")

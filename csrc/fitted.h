@@ -1,0 +1,372 @@
+// Codecs fitted to a model: keys as components of unequal bits (kvc_head_table), rotated values in
+// equal ones, a few tokens as int8.
+#pragma once
+
+#include "integer.h"
+#include "internal.h"
+#include "panel.h"
+#include "tiles.h"
+
+namespace kvc::KVC_NAMESPACE {
+
+constexpr int kMostPieces = 3 * kMaxHead / 4;  // 7 bits are 4 + 2 + 1
+constexpr int kBlockPieces = 8;                // as many products as 16 bits hold
+constexpr int kMostBlocks = (kMostPieces + kBlockPieces - 1) / kBlockPieces;
+
+KVC_INLINE const kvc_head_table &head_table(const Layer &layer, int codec, int head) {
+    return layer.table(codec)->heads[head];
+}
+
+// The middle of the codes of a field, times its weight, sums over pieces to the middle of the codes
+// of a component.
+KVC_INLINE float middle(int bits) {
+    return 0.5f * static_cast<float>((1 << bits) - 1);
+}
+
+// Scales of values: 2^((i - 128) / 16), and 0. Made by the compiler: code that runs when the library
+// is loaded would need this unit's instructions on every CPU.
+struct ScaleTable {
+    float of[256] = {};
+    constexpr ScaleTable() {
+        constexpr double sixteenth[16] = {
+            1.0,
+            1.0442737824274138,
+            1.0905077326652577,
+            1.1387886347566916,
+            1.189207115002721,
+            1.241857812073484,
+            1.2968395546510096,
+            1.3542555469368927,
+            1.4142135623730951,
+            1.4768261459394993,
+            1.5422108254079407,
+            1.6104903319492543,
+            1.681792830507429,
+            1.7562521603732995,
+            1.8340080864093424,
+            1.9152065613971474,
+        };
+        double power = 1.0 / 256;  // 2^-8 at 0
+        for (int i = 0; i < 256; i += 16, power *= 2)
+            for (int j = 0; j < 16; ++j) of[i + j] = static_cast<float>(power * sixteenth[j]);
+        of[0] = 0;
+    }
+};
+inline constexpr ScaleTable kScales{};
+
+KVC_INLINE void token_scales(const uint8_t *scales, int count, float *to) {
+    for (int t = 0; t < kStrip; ++t) to[t] = t < count ? kScales.of[scales[t]] : 0.0f;
+}
+
+// ------------------------------------------------------------------------------------ rotary
+
+// Cosines, then sines, of all pairs at a position.
+inline void angles(const kvc_table &table, int k_size, int64_t position, float *to) {
+    // What a wrong directory finds may be anything.
+    const int64_t p = least<int64_t>(most<int64_t>(position, 0), table.positions - 1);
+    const int half = k_size / 2;
+    const float *a = table.coarse + p / 256 * k_size, *b = table.fine + p % 256 * k_size;
+    for (int j = 0; j < half; ++j) {
+        const float c = a[j], s = a[half + j], x = b[j], y = b[half + j];
+        to[j] = c * x - s * y;
+        to[half + j] = s * x + c * y;
+    }
+}
+
+// Turns rows [k_size][16 tokens] to the tokens' positions, or back from them.
+inline void turn_strip(const kvc_table &table, int k_size, const int32_t *position, bool back,
+                       float *rows) {
+    const int half = k_size / 2;
+    const float way = back ? -1.0f : 1.0f;
+    float own[kMaxHead + 16];
+    if (position[kStrip - 1] - position[0] == kStrip - 1) {
+        // Neighbours: the first one's angle, and 0 ... 15 steps more.
+        angles(table, k_size, position[0], own);
+        for (int j = 0; j < half; ++j) {
+            const float *step = table.steps + j * 2 * kStrip;
+            const vf c = vset(own[j]), s = vset(own[half + j]), sign = vset(way);
+            float *low = rows + j * kStrip, *high = rows + (half + j) * kStrip;
+            for (int l = 0; l < kStrip; l += W) {
+                const vf x = vload(step + l), y = vload(step + kStrip + l);
+                const vf cosine = vsub(vmul(c, x), vmul(s, y));
+                const vf sine = vmul(vfma(s, x, vmul(c, y)), sign);
+                const vf a = vload(low + l), b = vload(high + l);
+                vstore(low + l, vsub(vmul(a, cosine), vmul(b, sine)));
+                vstore(high + l, vfma(b, cosine, vmul(a, sine)));
+            }
+        }
+        return;
+    }
+    for (int t = 0; t < kStrip; ++t) {
+        angles(table, k_size, position[t], own);
+        for (int j = 0; j < half; ++j) {
+            float &low = rows[j * kStrip + t], &high = rows[(half + j) * kStrip + t];
+            const float c = own[j], s = own[half + j] * way, a = low, b = high;
+            low = a * c - b * s;
+            high = b * c + a * s;
+        }
+    }
+}
+
+// Positions of a strip's tokens; lanes without a token go on as if there were one.
+inline void strip_positions(const Layer &layer, const Strip &strip, const PageLayout &at,
+                            int32_t *to) {
+    const int first = static_cast<int>((strip.k - strip.page) / at.strip) * kStrip;
+    get_positions(at, layer.page_bytes, strip.page, first, strip.count, to);
+    for (int t = strip.count; t < kStrip; ++t)
+        to[t] = static_cast<int32_t>(static_cast<uint32_t>(to[t - 1]) + 1);
+}
+
+// ------------------------------------------------------------------------------------ decoding
+
+// Components of a strip's keys: x[component][16 tokens], centred codes.
+inline void expand_components(const kvc_head_table &head, const uint8_t *k, float *x) {
+    std::memset(x, 0, sizeof(float) * head.components * kStrip);
+    for (int i = 0; i < head.pieces; ++i) {
+        const kvc_piece piece = head.piece[i];
+        const int32_t mask = (1 << piece.bits) - 1;
+        const float factor = static_cast<float>(1 << piece.weight);
+        const vf by = vset(factor), start = vset(-factor * middle(piece.bits));
+        for (int l = 0; l < kStrip; l += W) {
+            const vi word = vload_words<W>(k + piece.word * 4 * kStrip + 4 * l);
+            for (int j = 0; j < 4; ++j) {
+                float *at = x + (4 * piece.quad + j) * kStrip + l;
+                const vf code = to_float(vand(vright(word, 8 * j + piece.first), mask));
+                vstore(at, vadd(vload(at), vfma(code, by, start)));
+            }
+        }
+    }
+}
+
+// rows[r][16 tokens] = start[r] + sum over c of matrix[r][c] * x[c][16 tokens]. Four rows at a time.
+inline void multiply_rows(const float *matrix, int64_t stride, const float *start, int rows,
+                          int columns, const float *x, float *to) {
+    constexpr int N = kStrip / W;
+    for (int r = 0; r < rows; r += 4) {
+        vf acc[4][N];
+        repeat<4>(KVC_LAMBDA(i) {
+            repeat<N>(KVC_LAMBDA(v) {
+                acc[i][v] = start != nullptr ? vset(start[r + i]) : vzero();
+            });
+        });
+        const float *from = matrix + r * stride;
+        for (int c = 0; c < columns; ++c)
+            repeat<N>(KVC_LAMBDA(v) {
+                const vf column = vload(x + c * kStrip + v * W);
+                repeat<4>(KVC_LAMBDA(i) {
+                    vaccumulate(acc[i][v], column, vbroadcast(from + i * stride + c));
+                });
+            });
+        repeat<4>(KVC_LAMBDA(i) {
+            repeat<N>(KVC_LAMBDA(v) { vstore(to + (r + i) * kStrip + v * W, acc[i][v]); });
+        });
+    }
+}
+
+// Keys of a strip as a float32 panel [k_size][16 tokens], with RoPE.
+inline void expand_fitted_keys(const Layer &layer, const Strip &strip, float *keys) {
+    const kvc_table &table = *layer.table(strip.codec);
+    const kvc_head_table &head = table.heads[strip.head];
+    alignas(64) float x[kMaxHead * kStrip];
+    expand_components(head, strip.k, x);
+    multiply_rows(head.inverse, head.stride, head.mean, layer.k_size, head.components, x, keys);
+    if (table.unrotated) {
+        int32_t position[kStrip];
+        strip_positions(layer, strip, layer.layout(strip.codec, strip.head), position);
+        turn_strip(table, layer.k_size, position, false, keys);
+    }
+}
+
+// Rotated values of a strip as float32 panels. The last 8 channels may write 8 floats more.
+inline void expand_fitted_values(const Layer &layer, const Strip &strip, float *values) {
+    const int bits = layer.table(strip.codec)->v_bits, mask = (1 << bits) - 1;
+    float scale[kStrip];
+    token_scales(strip.scales, strip.count, scale);
+    const vf centre = vset(middle(bits));
+    const uint8_t *from = strip.v;
+    for (int c = 0; c < layer.v_size; c += 16) {
+        const int lanes = panel_lanes(layer.v_size, c / 16);
+        for (int t = 0; t < kStrip; ++t) {
+            // In 4 bits a word holds rows 0-3 low and 4-7 high; in 2 bits rows 0-3, 4-7, ...
+            const int word = bits == 4 ? t / 8 : 0, field = bits == 4 ? t % 8 / 4 : t / 4;
+            const int shift = 8 * (t % 4) + bits * field;
+            for (int l = 0; l < lanes; l += W) {
+                const uint8_t *at = from + (word * lanes + l) * 4;
+                const vi eight = lanes == 8 ? vload_words<8>(at) : vload_words<W>(at);
+                const vf code = to_float(vand(vright(eight, shift), mask));
+                vstore(values + t * lanes + l, vmul(vsub(code, centre), vset(scale[t])));
+            }
+        }
+        from += 2 * lanes * bits;
+        values += kStrip * lanes;
+    }
+}
+
+// A strip of exceptions as float32 panels: zeros where it has no token.
+inline void expand_exceptions(const Layer &layer, const Strip &strip, float *keys, float *values) {
+    const int k_size = layer.k_size, v_size = layer.v_size;
+    const int all = head_table(layer, strip.codec, strip.head).exceptions;
+    const uint8_t *scales = strip.k + int64_t{strip.place} * 4;
+    const int8_t *k = reinterpret_cast<const int8_t *>(strip.k + int64_t{all} * 4) +
+                      int64_t{strip.place} * k_size;
+    const int8_t *v = reinterpret_cast<const int8_t *>(strip.k + int64_t{all} * (4 + k_size)) +
+                      int64_t{strip.place} * v_size;
+    if (keys != nullptr) std::memset(keys, 0, sizeof(float) * kStrip * k_size);
+    if (values != nullptr) std::memset(values, 0, sizeof(float) * kStrip * v_size);
+    for (int t = 0; t < strip.count; ++t) {
+        uint16_t scale[2];
+        std::memcpy(scale, scales + 4 * t, sizeof scale);
+        const float k_scale = half_to_float(scale[0]), v_scale = half_to_float(scale[1]);
+        for (int c = 0; c < k_size && keys != nullptr; ++c)
+            keys[c * kStrip + t] = static_cast<float>(k[t * k_size + c]) * k_scale;
+        for (int c = 0; c < v_size && values != nullptr; ++c) {
+            const int lanes = panel_lanes(v_size, c / 16);
+            values[c / 16 * 16 * kStrip + t * lanes + c % 16] =
+                static_cast<float>(v[t * v_size + c]) * v_scale;
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------ products
+
+#if defined(__AVX2__)
+
+// What becomes of the query of one token for keys that are coded as they are: a weight for every
+// field, in bytes, with a step for each block of fields.
+struct FittedQuery {
+    int8_t *code;  // [group][kMostBlocks * kBlock]
+    float *step;   // [group][kMostBlocks]
+    float *shift;  // [group]
+    int codec, head;
+
+    static constexpr int kStride = kMostBlocks * kBlock;
+
+    template <class Arena>
+    void take(Arena &arena, int64_t group) {
+        code = arena.template take<int8_t>(group * kStride + 64);
+        step = arena.template take<float>(group * kMostBlocks);
+        shift = arena.template take<float>(group);
+    }
+};
+static_assert(kBlock == 4 * kBlockPieces);
+
+// Rounds a block of weights to bytes; returns their sum, each times its `middle` and the step.
+KVC_INLINE float fitted_block(float *x, const float *middles, int8_t *code, float &step) {
+    vf peak = vzero();
+    for (int i = 0; i < kBlock; i += W) peak = vmax(peak, vabs(vload(x + i)));
+    const float largest = vhmax(peak);
+    const bool any = largest > 1e-30f;  // below, the inverse would overflow
+    step = any ? largest * (1 / 127.0f) : 0.0f;
+    const vf inverse = vset(any ? 127.0f / largest : 0.0f);
+    vf sum = vzero();
+    vf rounded[kBlock / W];
+    repeat<kBlock / W>(KVC_LAMBDA(i) {
+        rounded[i] = vround(vmul(vload(x + i * W), inverse));
+        sum = vfma(rounded[i], vload(middles + i * W), sum);
+    });
+    store_block(code, rounded);
+    return vhsum(sum) * step;
+}
+
+inline void fitted_query(const Layer &layer, int codec, int head, const float *q, int group,
+                         FittedQuery &to) {
+    if (to.codec == codec && to.head == head) return;
+    to.codec = codec;
+    to.head = head;
+    const kvc_head_table &own = head_table(layer, codec, head);
+    alignas(64) float weight[kMaxHead + 16], field[FittedQuery::kStride],
+        middles[FittedQuery::kStride];
+    const int fields = 4 * own.pieces, padded = (fields + kBlock - 1) / kBlock * kBlock;
+    for (int i = 0; i < own.pieces; ++i)
+        for (int j = 0; j < 4; ++j) middles[4 * i + j] = middle(own.piece[i].bits);
+    for (int i = fields; i < padded; ++i) field[i] = middles[i] = 0;
+    for (int g = 0; g < group; ++g) {
+        const float *x = q + g * kMaxHead;
+        for (int first = 0; first < own.stride; first += 16) {
+            vf acc[16 / W];
+            repeat<16 / W>(KVC_LAMBDA(v) { acc[v] = vzero(); });
+            const float *column = own.inverse + first;
+            for (int c = 0; c < layer.k_size; ++c, column += own.stride) {
+                const vf b = vset(x[c]);
+                repeat<16 / W>(KVC_LAMBDA(v) { acc[v] = vfma(vload(column + v * W), b, acc[v]); });
+            }
+            repeat<16 / W>(KVC_LAMBDA(v) { vstore(weight + first + v * W, acc[v]); });
+        }
+        vf mean = vzero();
+        for (int c = 0; c < layer.k_size; c += 8)
+            mean = vfma(vload_lanes<8>(x + c), vload_lanes<8>(own.mean + c), mean);
+        for (int i = 0; i < own.pieces; ++i) {
+            const kvc_piece piece = own.piece[i];
+            const float factor = static_cast<float>(1 << piece.weight);
+            for (int j = 0; j < 4; ++j) field[4 * i + j] = weight[4 * piece.quad + j] * factor;
+        }
+        float shift = vhsum(mean);
+        for (int first = 0, block = 0; first < padded; first += kBlock, ++block)
+            shift -= fitted_block(field + first, middles + first,
+                                  to.code + g * FittedQuery::kStride + first,
+                                  to.step[g * kMostBlocks + block]);
+        to.shift[g] = shift;
+    }
+}
+
+#if defined(__AVX512F__)
+template <int lanes>
+KVC_INLINE vi load_field(const uint8_t *p, int first, int bits) {
+    const vi x = lanes == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(0xff, p);
+    return _mm512_and_si512(_mm512_srl_epi16(x, _mm_cvtsi32_si128(first)),
+                            _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)));
+}
+#else
+template <int lanes>
+KVC_INLINE vi load_field(const uint8_t *p, int first, int bits) {
+    const vi x = _mm256_loadu_si256(reinterpret_cast<const vi *>(p));
+    return _mm256_and_si256(_mm256_srl_epi16(x, _mm_cvtsi32_si128(first)),
+                            _mm256_set1_epi8(static_cast<char>((1 << bits) - 1)));
+}
+#endif
+
+// Scores of NP strips of keys that are coded as they are.
+template <int G, int NP>
+KVC_APART void fitted_k(const uint8_t *const *strip, const kvc_head_table &head, const int8_t *q,
+                        const float *step, const float *shift, float *s,
+                        const uint8_t *const *next) {
+    constexpr int N = NP * vectors(kStrip), NV = vectors(kStrip);
+    vf acc[G][N];
+    const uint8_t *panel[NP];
+    repeat<NP>(KVC_LAMBDA(j) {
+        panel[j] = strip[j];
+        for (int word = 0; word < head.words; ++word) prefetch(next[j] + word * 4 * kStrip);
+    });
+    repeat<G>(KVC_LAMBDA(g) {
+        const vf start = vset(shift[g]);
+        repeat<N>(KVC_LAMBDA(v) { acc[g][v] = start; });
+    });
+    for (int first = 0; first < head.pieces; first += kBlockPieces, ++step) {
+        const int last = least(head.pieces, first + kBlockPieces);
+        vi sum[G][N];
+        repeat<G>(KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { sum[g][v] = ivzero(); }); });
+        for (int i = first; i < last; ++i) {
+            const kvc_piece piece = head.piece[i];
+            vi x[N];
+            repeat<N>(KVC_LAMBDA(v) {
+                x[v] = load_field<W>(panel[v / NV] + piece.word * 4 * kStrip + v % NV * 4 * W,
+                                     piece.first, piece.bits);
+            });
+            repeat<G>(KVC_LAMBDA(g) {
+                const vi b = broadcast_word(q + g * FittedQuery::kStride + 4 * i);
+                repeat<N>(KVC_LAMBDA(v) { dot_bytes(sum[g][v], x[v], b); });
+            });
+        }
+        repeat<G>(KVC_LAMBDA(g) {
+            const vf factor = vset(step[g * kMostBlocks]);
+            repeat<N>(
+                KVC_LAMBDA(v) { acc[g][v] = vfma(bytes_total(sum[g][v]), factor, acc[g][v]); });
+        });
+    }
+    repeat<G>(
+        KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { vstore(s + g * kTile + v * W, acc[g][v]); }); });
+}
+
+#endif
+
+}  // namespace kvc::KVC_NAMESPACE

@@ -1,0 +1,128 @@
+"""Transform tables as the CPU kernels read them: `kvc_table` of csrc/kvcrush.h."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from vllm_kvcrush import pages
+from vllm_kvcrush.transform import QUAD, Rope, Tables, pieces, quantiser
+
+_i32, _u8, _ptr = ctypes.c_int32, ctypes.c_uint8, ctypes.c_void_p
+
+COARSE = 256  # positions between two rows of the coarse angles
+
+
+class _Piece(ctypes.Structure):
+    _fields_ = [(name, _u8) for name in ("quad", "weight", "word", "first", "bits")]
+
+
+class _HeadTable(ctypes.Structure):
+    _fields_ = [
+        *((name, _i32) for name in ("capacity", "exceptions", "words", "pieces")),
+        *((name, _i32) for name in ("components", "stride")),
+        *((name, _ptr) for name in ("piece", "mean", "forward", "inverse", "cost")),
+    ]
+
+
+class _Table(ctypes.Structure):
+    _fields_ = [
+        ("v_bits", _i32),
+        ("unrotated", _i32),
+        ("v_step", ctypes.c_float),
+        ("positions", _i32),
+        ("heads", _ptr),
+        *((name, _ptr) for name in ("coarse", "fine", "steps")),
+    ]
+
+
+class Angles:
+    """Cosines and sines of a rotary embedding, shared by all layers.
+
+    Args:
+        rope: the embedding.
+        positions: how many positions must be known.
+    """
+
+    def __init__(self, rope: Rope, positions: int) -> None:
+        rows = -(-positions // COARSE)
+        self.positions = rows * COARSE
+        self.coarse = self._rows(rope, torch.arange(rows) * COARSE)
+        self.fine = self._rows(rope, torch.arange(COARSE))
+        near = self._rows(rope, torch.arange(pages.STRIP)).view(pages.STRIP, 2, rope.size // 2)
+        self.steps = near.permute(2, 1, 0).contiguous()
+
+    @staticmethod
+    def _rows(rope: Rope, positions: Tensor) -> Tensor:
+        angle = positions.double()[:, None] * rope.frequencies
+        return torch.cat([angle.cos(), angle.sin()], -1).float()
+
+
+class LayerTable:
+    """One fitted codec in one layer; `capacity` and `exceptions` of its pages by head.
+
+    Args:
+        tables: of the model.
+        layer: which layer.
+        heads: which KV heads, those of this rank.
+        page_bytes: size of a page.
+        v_size: head size of values.
+        angles: of the model.
+    """
+
+    def __init__(
+        self,
+        tables: Tables,
+        layer: int,
+        heads: range,
+        page_bytes: int,
+        v_size: int,
+        angles: Angles,
+    ) -> None:
+        point = tables.point
+        self._kept: list[object] = [angles]
+        table = (_HeadTable * len(heads))()
+        self.capacity: list[int] = []
+        self.exceptions: list[int] = []
+        for own, head in zip(table, heads, strict=True):
+            bits = tables.bits[layer, head]
+            fields = pieces(bits)
+            words = int(tables.words[layer, head])
+            capacity, exceptions = pages.fitted_capacity(
+                page_bytes, words, point.value_bits, len(bits), v_size, point.exceptions
+            )
+            components = int((bits > 0).sum())
+            assert components % QUAD == 0
+            stride = max(1, -(-components // 16)) * 16
+            inverse = torch.zeros(len(bits), stride)
+            inverse[:, :components] = tables.inverse[layer, head][:, :components]
+            own.capacity, own.exceptions, own.words = capacity, exceptions, words
+            own.pieces, own.components, own.stride = len(fields), components, stride
+            array = (_Piece * max(1, len(fields)))(*(_Piece(*f) for f in fields))
+            self._kept.append(array)
+            own.piece = ctypes.addressof(array)
+            own.mean = self._keep(tables.key_mean[layer, head])
+            own.forward = self._keep(tables.forward[layer, head])
+            own.inverse = self._keep(inverse)
+            own.cost = self._keep(tables.cost[layer, head])
+            self.capacity.append(capacity)
+            self.exceptions.append(exceptions)
+        self._kept.append(table)
+        self._struct = _Table(
+            point.value_bits,
+            int(point.unrotated),
+            quantiser(point.value_bits).step,
+            angles.positions,
+            ctypes.addressof(table),
+            angles.coarse.data_ptr(),
+            angles.fine.data_ptr(),
+            angles.steps.data_ptr(),
+        )
+        self.address = ctypes.addressof(self._struct)
+
+    def _keep(self, tensor: Tensor) -> int:
+        kept = tensor.float().contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
