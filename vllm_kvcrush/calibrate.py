@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_kvcrush import transform
 from vllm_kvcrush.transform import (
     SINKS,
     Model,
@@ -38,7 +39,7 @@ HORIZON = 8192
 # Tokens of one forward pass; keys have no position before RoPE, so longer ones teach nothing new.
 PIECE = 1024
 # More tokens than this change nothing that can be measured.
-MOST_TOKENS = 8192
+MOST_TOKENS = 4096
 FEWEST_TOKENS = 512
 
 # What the model's own samples begin with: prose, code, tables, numbers, markup, a chat.
@@ -76,12 +77,7 @@ class Reader:
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
         folder = pathlib.Path(path)
-        try:
-            self.config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise TablesError(
-                f"{path} is no model here: give the directory of a model on this machine."
-            ) from None
+        self.config = _config(folder)
         self.model = Model.from_config(self.config, folder.resolve().name)
         self.rope = Rope.from_config(self.config)
         self._layers: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
@@ -195,6 +191,20 @@ def bar(iterable: Iterable[Any], label: str) -> Iterable[Any]:
     from tqdm import tqdm
 
     return tqdm(iterable, desc=label, dynamic_ncols=True)
+
+
+def default_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Where the tables of a model directory belong. Raises TablesError."""
+    return transform.default_path(_config(path))
+
+
+def _config(path: str | os.PathLike[str]) -> Any:
+    try:
+        return json.loads(pathlib.Path(path, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise TablesError(
+            f"{path} is no model here: give the directory of a model on this machine."
+        ) from None
 
 
 def calibrate(

@@ -109,6 +109,28 @@ class Model:
         )
 
 
+def with_tables(settings: Settings, path: str, model: Model, block_size: int) -> Settings:
+    """Adds what the model's transform tables say about its pages, if there are any. Raises
+    CapacityError."""
+    from vllm_kvcrush import transform
+
+    file = Path(path)
+    config = json.loads((file / "config.json" if file.is_dir() else file).read_text("utf-8"))
+    size = model.head_size
+    settings = replace(settings, page=(size, size, model.itemsize))
+    try:
+        tables = settings.tables or str(transform.default_path(config))
+        if settings.tables is None and not Path(tables).exists():
+            return settings
+        page_bytes = block_size * 2 * size * model.itemsize
+        fitted = transform.packings(tables, config, page_bytes, size, ranks=1)
+    except transform.TablesError as error:
+        if settings.tables is None:
+            return settings
+        raise CapacityError(f"--kv-policy-config tables: {error}") from None
+    return replace(settings, tables=tables, fitted=fitted)
+
+
 @dataclass(frozen=True)
 class Row:
     """One context length. Blocks are vLLM's, bytes are of KV.

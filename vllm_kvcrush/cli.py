@@ -56,6 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add_argument("--json", action="store_true", help="JSON instead of Markdown")
     plan.set_defaults(run=_plan)
 
+    calibrate = commands.add_parser(
+        "calibrate", help="makes the transform tables of a model, which tc4, tc8 and auto use"
+    )
+    calibrate.add_argument("model", metavar="MODEL", help="model directory")
+    calibrate.add_argument(
+        "--text",
+        default=None,
+        help="UTF-8 text to calibrate on, like what will be served; else the model's own samples",
+    )
+    calibrate.add_argument(
+        "--out", default=None, help="file to write (default: where vllm serve looks)"
+    )
+    calibrate.set_defaults(run=_calibrate)
+
     model = commands.add_parser("model", help="makes the demo model and prints its path")
     model.add_argument("--cache-dir", default=None, help="where to keep it")
     model.set_defaults(run=_model)
@@ -98,6 +112,8 @@ def _plan(args: argparse.Namespace) -> int:
                 raise capacity.CapacityError(f"{flag} {value} is too small: give at least {least}.")
         pool = None if args.pool_bytes is None else capacity.parse_bytes(args.pool_bytes)
         settings = _settings(args)
+        if settings.needs_tables:
+            settings = capacity.with_tables(settings, args.model, model, block_size)
         settings.check(block_size, max(contexts))
         rows = [
             capacity.row(model, settings, context, args.output_tokens, block_size, pool)
@@ -207,6 +223,24 @@ def _table(
             "reading its prompt and the others decoding, or all reading."
         )
     return "\n".join(lines)
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from vllm_kvcrush import calibrate
+    from vllm_kvcrush.transform import TablesError
+
+    try:
+        out = Path(args.out) if args.out else calibrate.default_path(args.model)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        model = calibrate.calibrate(args.model, out, args.text, progress=calibrate.bar)
+    except (TablesError, OSError) as error:
+        return _fail(error)
+    what = args.text or "samples of its own"
+    print(f"Tables of {model.name} for tc4 and tc8, calibrated on {what}:", file=sys.stderr)
+    print(out)
+    return 0
 
 
 def _model(args: argparse.Namespace) -> int:

@@ -348,6 +348,13 @@ class Settings:
         close = [p for p in found if _packs(p, block_size)]
         return tuple(close or found[-1:])
 
+    @property
+    def needs_tables(self) -> bool:
+        """Whether the policy has codecs that are fitted to a model."""
+        from vllm_kvcrush import pages
+
+        return any(codec in pages.FITTED for codec in _codecs(self.policy))
+
     def _known(self, codec: str) -> bool:
         from vllm_kvcrush import pages
 
@@ -392,7 +399,7 @@ class Settings:
 
 
 def _codecs(policy: str) -> tuple[str, ...]:
-    codecs = _BUILT_IN_CODECS.get(policy)
+    codecs = () if policy == NONE else _BUILT_IN_CODECS.get(policy)
     if codecs is None:
         from vllm_kvcrush import policies
 
