@@ -49,10 +49,10 @@ def test_mixed_pages(draw: random.Random, device: str, dtype: torch.dtype) -> No
 def test_prefill(draw: random.Random, device: str, group: int, size: int) -> None:
     """Ragged chunks: compressed pages without a mask, the tail up to the row's own token."""
     cache = Cache(draw, device, group, size, 64)
-    for rows in (0, 1, draw.randrange(2, 60), 150 // group):
+    for rows in (0, 1, draw.randrange(2, 60), 90 // group):
         cache.put(draw.sample(["int8", "int4", "raw", "int4"], 2), rows + draw.randrange(30))
     rows = [
-        min(length, n) for length, n in zip(cache.lengths, (0, 1, 60, 150 // group), strict=True)
+        min(length, n) for length, n in zip(cache.lengths, (0, 1, 60, 90 // group), strict=True)
     ]
     cache.check(rows, TOLERANCE[torch.float16], parts=draw.choice([1, 2]))
 

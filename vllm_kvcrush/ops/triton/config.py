@@ -59,9 +59,12 @@ def attention_tiles(
     rows = max(16, 1 << (group - 1).bit_length())
     if decode_rows:
         rows = max(rows, 1 << (group * decode_rows - 1).bit_length())
-    else:
-        rows = max(rows, 64 if size * itemsize > 256 else 128)
-    most = 64 if size <= 128 and itemsize == 2 else 32
+    prefill = not decode_rows or rows > 64
+    if prefill:
+        rows = max(rows, 32 if size * itemsize > 256 else 64)
+    # What a program adds up, [rows, v_pad], and a tile's weights share the registers of its warps:
+    # larger tiles than these spill.
+    most = 32 if size * itemsize > (128 if prefill else 256) else 64
     raw, int8, int4 = (tile_tokens(c, most) for c in capacities)
     return Tiles(
         rows=rows,
@@ -69,8 +72,8 @@ def attention_tiles(
         raw=raw,
         int8=int8,
         int4=min(int4, GROUP),
-        warps=4 if rows < 128 else 8,
-        stages=3 if size * itemsize <= 256 else 2,
+        warps=8 if rows * size > 64 * 128 else 4,
+        stages=2 if prefill or size * itemsize > 256 else 3,
     )
 
 

@@ -1,0 +1,176 @@
+"""Which kernels are compiled, in which variants, and for which devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# Multiplications and additions are fused on purpose; Triton 3.9 warns where nobody says so.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_kvcrush.ops.triton import attention_kernel, compaction_kernels, scores_kernel
+from vllm_kvcrush.ops.triton import store_kernel as stores
+from vllm_kvcrush.ops.triton.config import attention_tiles
+from vllm_kvcrush.ops.triton.layout import Geometry
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
+BLOCK_SIZE = 128  # tokens of a raw page
+# Pointers whose type is not the model's dtype.
+POINTERS = {
+    **dict.fromkeys(("lse", "partial", "partial_lse", "log_bias"), "*fp32"),
+    **dict.fromkeys(("query_start", "tail_length", "tail_table", "runs", "pages"), "*i32"),
+    **dict.fromkeys(("counts", "begins", "ends", "codecs", "firsts", "heads"), "*i32"),
+    **dict.fromkeys(("tail_slot", "position", "wide"), "*i32"),
+    **dict.fromkeys(("bias", "slots"), "*i64"),
+    **{"half": "*fp16", "words": "*i16", "codes": "*u8"},
+}
+MODEL = ("query", "raw", "key", "value", "out")
+# Strides that are multiples of 16 wherever head sizes are: Triton's JIT sees and uses that.
+ALIGNED = ("query_stride", "out_stride", "key_stride", "value_stride")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel in one variant.
+
+    Attributes:
+        kernel: what the variant does, for tables.
+        codec: of the pages, "mixed" for all, "-" where that makes no difference.
+        size: head size; group: query heads of a KV head.
+        constants: values of the kernel's compile-time arguments.
+        types: of pointers that differ from the rule.
+        tile: tokens that one pass of the main loop reads, if there is one.
+    """
+
+    kernel: str
+    codec: str
+    size: int
+    group: int
+    dtype: str
+    function: Any
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    types: dict[str, str] = dataclasses.field(default_factory=dict)
+    tile: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique among all builds."""
+        return f"{self.kernel} {self.codec} {self.size}/{self.group} {self.dtype}"
+
+    def compile(self, target: str) -> Any:
+        """Triton's compiled kernel for a name in TARGETS."""
+        names = list(inspect.signature(self.function.fn).parameters)
+        grid = "bf16" if self.dtype == "bf16" else "fp16"
+        signature, hints = {}, {}
+        for i, name in enumerate(names):
+            kind = self.types.get(name) or POINTERS.get(name)
+            if name.isupper():
+                kind = "constexpr"
+            elif name == "grid":
+                kind = "*" + grid
+            elif kind is None:
+                kind = "*" + self.dtype if name in MODEL else "fp32" if name == "scale" else "i32"
+            signature[name] = kind
+            if kind.startswith("*") or name in ALIGNED:
+                hints[(i,)] = [["tt.divisibility", 16]]
+        constants = dict(self.constants)
+        if "PTX" in names:
+            constants["PTX"] = target != "gfx942"
+        source = ASTSource(self.function, signature, constants, hints)
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def attention(codec: str, size: int, group: int, dtype: str, decode: bool) -> Build:
+    """The attention kernel; codec "raw" is a tail alone, as before any compaction."""
+    geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    room = tuple(geometry.section(c).capacity for c in ("raw", "int8", "int4"))
+    tiles = attention_tiles(
+        group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, int(decode)
+    )
+    present = {c: codec in (c, "mixed") for c in ("int4", "int8")}
+    constants = {
+        **{"HEADS": 8 * group, "GROUP": group, "G": geometry, "TILES": tiles},
+        **{"DTYPE": DTYPES[dtype], "UNIFORM": decode, "SPLITS": 16 if decode else 1},
+        **{"INT4": present["int4"], "INT8": present["int8"], "RAW": codec == "mixed"},
+        **{"BIAS": False, "VALUES": True},
+    }
+    tile = {"int4": tiles.int4, "int8": tiles.int8}.get(codec, tiles.raw)
+    return Build(
+        "decode" if decode else "prefill", codec, size, group, dtype,
+        attention_kernel.attention_kernel, constants, tiles.warps, tiles.stages,
+        {"out": "*fp32"} if decode else {}, tile,
+    )  # fmt: skip
+
+
+def others(size: int, group: int, dtype: str) -> Iterator[Build]:
+    """Everything but attention."""
+    geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    same = (size, group, dtype)
+    yield Build(
+        "merge", "-", *same, attention_kernel.merge_kernel,
+        {"HEADS": 8 * group, "SIZE": size, "PAD": geometry.v_pad, "SPLITS": 16, "VALUES": True},
+        1, 3,
+    )  # fmt: skip
+    yield Build("store", "raw", *same, stores.store_kernel, {"T": 4, "G": geometry}, 2, 3)
+    scratch = {"key": "*fp32", "value": "*fp32"}
+    constants = {"T": 32, "STEPS": 8, "VALUES": True, "POSITIONS": True, "G": geometry}
+    for codec in ("raw", "mixed"):
+        yield Build(
+            "gather", codec, *same, compaction_kernels.gather_kernel,
+            constants | {"INTS": codec == "mixed"}, 4, 3, scratch,
+        )  # fmt: skip
+    yield Build(
+        "encode", "mixed", *same, compaction_kernels.encode_kernel,
+        {"T": 64, "POSITIONS": True, "G": geometry}, 8 if size > 128 else 4, 3, scratch,
+    )  # fmt: skip
+    constants = {"T": 64, "W": 32, "GROUP": group, "HEADS": 8 * group}
+    constants |= {"DTYPE": DTYPES[dtype], "G": geometry}
+    for codec in ("raw", "mixed"):
+        yield Build(
+            "scores", codec, *same, scores_kernel.scores_kernel,
+            constants | {"TAIL": codec == "raw", "INTS": codec == "mixed"}, 4, 3, {"out": "*fp32"},
+        )  # fmt: skip
+
+
+def builds(quick: bool) -> list[Build]:
+    """All variants, or a sample."""
+    if quick:
+        return [
+            attention("int4", 128, 4, "bf16", True),
+            attention("raw", 64, 3, "bf16", False),
+            next(b for b in others(64, 3, "bf16") if b.kernel == "store"),
+        ]
+    codecs = ("raw", "int8", "int4", "mixed")
+    found = [
+        attention(codec, size, group, "bf16", True)
+        for size, group in ((64, 3), (96, 8), (128, 4), (256, 8))
+        for codec in codecs
+    ]
+    found.append(attention("mixed", 128, 4, "fp16", True))
+    found += [
+        attention(codec, size, group, "bf16", False)
+        for size, group in ((64, 3), (128, 4))
+        for codec in codecs
+    ]
+    found += [attention("mixed", 256, 8, "bf16", False)]
+    for size, group in ((128, 4), (256, 8)):
+        found += others(size, group, "bf16")
+    return found
