@@ -2,6 +2,8 @@
 #              (make serve PORT=8001 ARGS="--kv-budget 0.5")
 # make test    set up, then run the tests (make test ARGS="-m 'not engine and not server'")
 # make lint    set up, then check style and types
+# make sanitize  set up, then call the CPU kernels with hostile arguments under AddressSanitizer and
+#              UBSan (make sanitize SEED=2 FUZZ_SECONDS=600)
 # make bench   set up, then every benchmark in its quick form and one report (half an hour on two
 #              quiet cores; a killed run goes on where it was)
 # make figures draw the pictures and fill the tables from benchmarks/results/*.json
@@ -16,7 +18,7 @@ export VLLM_KVCRUSH_CACHE ?= $(CURDIR)/.cache
 # processes would compile everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup model serve test lint bench figures clean
+.PHONY: help setup model serve test lint sanitize bench figures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,13 +40,16 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@files="$$(find csrc vllm_kvcrush -type f \( -name '*.c' -o -name '*.h' -o -name '*.cc' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)"; \
+	@files="$$(find csrc tests/native vllm_kvcrush -type f \( -name '*.c' -o -name '*.h' -o -name '*.cc' -o -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)"; \
 	if [ -n "$$files" ]; then \
 		echo "$(BIN)/clang-format --dry-run -Werror (over C++ and CUDA)"; \
 		$(BIN)/clang-format --dry-run -Werror $$files; \
 	else \
 		echo "clang-format: no C++ or CUDA files, nothing to check."; \
 	fi
+
+sanitize: setup
+	@scripts/sanitize.sh $(ARGS)
 
 bench: model
 	$(BIN)/python -m benchmarks $(ARGS)
