@@ -78,6 +78,13 @@ def row(metric: str, value: float, unit: str, n: int = 1, **where: Any) -> Row:
     return {**dict.fromkeys(WHERE), "metric": metric, "value": value, "unit": unit, "n": n, **where}
 
 
+def codec(policy: str) -> str:
+    """What a policy stores the tokens in that it compresses, for the column of that name."""
+    from vllm_kvcrush import policies
+
+    return "raw" if policy == "none" else "+".join(policies.codecs(policy)) or "raw"
+
+
 def arguments(doc: str) -> argparse.ArgumentParser:
     """The flags that all benchmarks have, with the first line of `doc` as description."""
     parser = argparse.ArgumentParser(

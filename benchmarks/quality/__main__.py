@@ -30,11 +30,10 @@ from benchmarks.quality.summary import (
     verdict_rows,
     verdict_table,
 )
-from benchmarks.report import Run, arguments, environment, interruptible, progress, say
+from benchmarks.report import Run, arguments, codec, environment, interruptible, progress, say
 
 POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4")
 FULL = "none"
-CODECS = {"int8": "int8", "int4": "int4"}
 
 # Tokens held after compaction by (task, index, mode, budget).
 Kept = dict[tuple[str, int, str, Any], int]
@@ -149,7 +148,7 @@ class Bench:
                             reference = results
                         for item, result, full in zip(group, results, reference, strict=True):
                             self._record(item, context, mode, policy, budget, result, full)
-                            if policy not in CODECS:
+                            if codec(policy) == "raw":
                                 kept[item.task, item.index, mode, budget] = result["kept"]
                         bar.update()
                     if self._engine is not None:
@@ -190,7 +189,7 @@ class Bench:
         result: dict[str, Any],
         full: dict[str, Any],
     ) -> None:
-        setting = Setting(policy, CODECS.get(policy, "raw"), budget, context, mode)
+        setting = Setting(policy, codec(policy), budget, context, mode)
         self.records.append(Record(setting, item.task, item.index, values(result, full)))
 
     # -- data that the user has -----------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from benchmarks.report import Row, median, row, table
+from benchmarks.report import Row, codec, median, row, table
 from benchmarks.serving.workloads import Workload
 
 PLAIN, POLICY = "plain", "policy"
@@ -53,14 +53,14 @@ def _rows(
     load: Workload, rounds: Sequence[Round], servers: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
     """Rows about `servers`, which have these columns; ratios stand with the policy's."""
-    where = {"codec": "raw", "context": load.context, "task": load.name, "mode": load.mode}
+    where = {"context": load.context, "task": load.name, "mode": load.mode}
     found = []
 
     def add(metric: str, values: Sequence[float], unit: str, server: str) -> None:
         middle, low, high = median(values)
         # One round has no range.
         spread = {"low": low, "high": high} if len(values) > 1 else {}
-        columns = {**where, **servers[server], **spread}
+        columns = {**where, "codec": codec(servers[server]["policy"]), **servers[server], **spread}
         found.append(row(metric, middle, unit, n=len(values), **columns))
 
     for metric, unit in UNITS.items():

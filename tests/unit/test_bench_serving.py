@@ -239,6 +239,8 @@ def test_rows_of_three_rounds() -> None:
     assert "ratio_bytes_ratio" not in kept
     where = {"task": "long_prompt", "mode": "closed-16", "context": 768, "codec": "raw", "n": 3}
     assert all(r[k] == v for r in rows for k, v in where.items())
+    packed = results.rows(load, rounds, "int4", 0.25)
+    assert {(r["policy"], r["codec"]) for r in packed} == {("none", "raw"), ("int4", "int4")}
     table = results.markdown(rows)
     assert "| long_prompt, closed-16 | ttft_s | 3 s | 1 s | 0.50 (0.33–2.00) |" in table
     assert "| long_prompt, closed-16 | preemptions | 2 | 0 | – |" in table
