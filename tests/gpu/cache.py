@@ -216,5 +216,5 @@ class Cache:
             largest = max([1e-3, *(float(v.abs().max()) for v in self.values[seq] if len(v))])
             error = (out[part] - want).abs().max() if count else 0
             assert error <= tolerance * largest, f"sequence {seq}: {error} of {largest}"
-            torch.testing.assert_close(lse[part].double(), want_lse, rtol=1e-3, atol=tolerance)
+            torch.testing.assert_close(lse[part].double(), want_lse, rtol=1e-3, atol=3 * tolerance)
             first += count

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import random
+import types
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,3 +29,41 @@ def draw() -> random.Random:
 def device() -> str:
     """Interpreted kernels read CPU memory."""
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter() -> None:
+    """Mends two things of Triton's interpreter."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    # It holds bfloat16 as uint16 and would multiply those. Conversions from and to float32 are
+    # right, and these kernels do nothing else with bfloat16.
+    plain_dot = interpreter.InterpreterBuilder.create_dot
+
+    def wide(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        data = (x.data.astype(np.uint32) << 16).view(np.float32)
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain_dot(self, wide(a), wide(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+    # It wraps the whole language anew whenever a kernel calls a function: once a launch will do.
+    plain_patch, plain_launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    modules = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = plain_patch(modules)
+        try:
+            return plain_launch(self, *args, **kwargs)
+        finally:
+            scope.restore()
+
+    interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
+    interpreter.GridExecutor.__call__ = launch

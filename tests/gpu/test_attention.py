@@ -15,8 +15,8 @@ from vllm_kvcrush.ops.triton import attention
 
 SIZES = [64, 80, 96, 128, 256]
 GROUPS = [1, 3, 4, 8]
-# Relative to the largest value held: products of float16 operands, summed in float32.
-TOLERANCE = {torch.float16: 4e-3, torch.float32: 1e-4}
+# Relative to the largest value held: weights and unpacked keys are rounded to the dtype.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -24,17 +24,20 @@ TOLERANCE = {torch.float16: 4e-3, torch.float32: 1e-4}
 @pytest.mark.parametrize("codec", ["raw", "exact", "int8", "int4"])
 def test_decode(draw: random.Random, device: str, codec: str, size: int, group: int) -> None:
     """Every codec x GQA x head size: full, partial and empty pages, tails of any length."""
-    cache = Cache(draw, device, group, size, size, kv_heads=2 if group == 3 else 1)
+    dtype = (torch.bfloat16, torch.float16)[(GROUPS.index(group) + SIZES.index(size)) % 2]
+    cache = Cache(draw, device, group, size, size, dtype, kv_heads=2 if group == 3 else 1)
     full = cache.layer.capacity(codec)
-    cache.put([codec] * 3, draw.randrange(1, 40), [full, draw.randrange(1, full), 0])
-    cache.put([], draw.randrange(1, 70))
-    cache.check([1, 1], TOLERANCE[torch.float16], parts=draw.choice([1, 2]))
+    cache.put([codec] * 3, draw.randrange(1, 34), [full, draw.randrange(1, full), 0])
+    cache.put([], draw.randrange(1, 50))
+    cache.check([1, 1], TOLERANCE[dtype], parts=draw.choice([1, 2]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_mixed_pages(draw: random.Random, device: str, dtype: torch.dtype) -> None:
     """Codecs in any order, many sequences, sequences that hold nothing, splits without work."""
-    cache = Cache(draw, device, 4, 64, 96, dtype, block_size=draw.choice([16, 32, 48, 64]))
+    cache = Cache(
+        draw, device, 4, 64, 96, dtype, kv_heads=1, block_size=draw.choice([16, 32, 48, 64])
+    )
     several = ["int8", "int4", "raw", "int4", "int8"]
     several += ["exact"] * (cache.layer.capacity("exact") > 0)
     cache.put(draw.sample(several, 4), 21)
@@ -48,26 +51,25 @@ def test_mixed_pages(draw: random.Random, device: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("size", [64, 80])
 def test_prefill(draw: random.Random, device: str, group: int, size: int) -> None:
     """Ragged chunks: compressed pages without a mask, the tail up to the row's own token."""
-    cache = Cache(draw, device, group, size, 64)
-    for rows in (0, 1, draw.randrange(2, 60), 90 // group):
-        cache.put(draw.sample(["int8", "int4", "raw", "int4"], 2), rows + draw.randrange(30))
-    rows = [
-        min(length, n) for length, n in zip(cache.lengths, (0, 1, 60, 90 // group), strict=True)
-    ]
-    cache.check(rows, TOLERANCE[torch.float16], parts=draw.choice([1, 2]))
+    cache = Cache(draw, device, group, size, 64, kv_heads=1)
+    rows = [0, 1, draw.randrange(2, 100 // group + 2)]
+    for n in rows:
+        codecs = draw.sample(["int8", "int4", "raw", "int4"], 2)
+        cache.put(codecs, n + draw.randrange(30), [9, cache.layer.capacity(codecs[1])])
+    cache.check(rows, TOLERANCE[torch.float16], parts=2 if group == 3 else 1)
 
 
 @pytest.mark.parametrize("group", [1, 4])
 def test_log_bias(draw: random.Random, device: str, group: int) -> None:
-    cache = Cache(draw, device, group, 64, 64)
-    for tail in (5, 50):
+    cache = Cache(draw, device, group, 64, 64, kv_heads=1)
+    for tail in (5, 40):
         cache.put(["int8", "int4", "exact", "raw", "int8"], tail)
     cache.check([1, 5], TOLERANCE[torch.float16], bias=True, parts=2)
 
 
 def test_rows_of_equal_number(draw: random.Random, device: str) -> None:
     """A few rows of each sequence (speculative decoding), of which a padded one has none."""
-    cache = Cache(draw, device, 4, 64, 64)
+    cache = Cache(draw, device, 4, 64, 64, kv_heads=1)
     for tail in (7, 40, 3, 9):
         cache.put(["int4"], tail)
     rows = [4, 3, 0, 1]
