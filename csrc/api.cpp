@@ -584,21 +584,31 @@ int window_scores(const Layer &layer, const kvc_request &request, const void *qu
     batch.tail_table = request.tail_table;
     batch.directory = request.directory;
     const Kernels &kernel = *kernels();
-    const size_t scratch = kernel.window_scratch(layer, batch, scoring.window);
     const size_t whole = static_cast<size_t>(layer.num_heads) * static_cast<size_t>(longest);
     std::unique_ptr<float[]> weights(new (std::nothrow) float[whole + 1]);
     std::unique_ptr<float[]> pooled(
         new (std::nothrow) float[static_cast<size_t>(layer.num_heads * candidates) + 1]);
     if (weights == nullptr || pooled == nullptr) return no_memory();
-    const int bytes = dtype_bytes(dtype);
     float *rows = scoring.reduce == 0 ? out : pooled.get();
-    bool done = each(layer.num_heads, scratch, longest < 512, [&](int64_t h, uint8_t *memory) {
-        float *own = weights.get() + h * longest;
-        kernel.window_weights(
-            layer, batch, static_cast<const uint8_t *>(query) + h * head_stride * bytes, dtype,
-            row_stride, scoring.window, static_cast<int>(h), scoring.factor, own, memory);
-        pool_row(own, candidates, scoring.pool, scoring.pool_max != 0, rows + h * candidates);
-    });
+    // A KV head is one item, and more where there are threads for more.
+    int parts = max_threads() / layer.num_kv_heads;
+    parts = parts < 1 ? 1 : (parts > layer.group ? layer.group : parts);
+    const int most = (layer.group + parts - 1) / parts;
+    const size_t scratch = kernel.window_scratch(layer, batch, most * scoring.window);
+    const WindowQueries queries{query, head_stride, row_stride, dtype, scoring.window};
+    auto score = [&](int64_t item, uint8_t *memory) {
+        const int place = static_cast<int>(item % parts) * most;
+        const int heads = layer.group - place < most ? layer.group - place : most;
+        if (heads <= 0) return;
+        const int64_t first = item / parts * layer.group + place;
+        float *own = weights.get() + first * longest;
+        kernel.window_weights(layer, batch, queries, static_cast<int>(first), heads, scoring.factor,
+                              own, longest, memory);
+        for (int i = 0; i < heads; ++i)
+            pool_row(own + i * longest, candidates, scoring.pool, scoring.pool_max != 0,
+                     rows + (first + i) * candidates);
+    };
+    const bool done = each(int64_t{layer.num_kv_heads} * parts, scratch, longest < 512, score);
     if (!done) return no_memory();
     if (scoring.reduce == 0) return 0;
     const float share = 1.0f / static_cast<float>(layer.group);

@@ -71,6 +71,13 @@ struct Attention {
     int32_t *arrived;              // [num_seqs, num_kv_heads], zero: splits that are done
 };
 
+// The newest queries of a request.
+struct WindowQueries {
+    const void *data;
+    int64_t head_stride, row_stride;
+    int32_t dtype, window;
+};
+
 // What an instruction set brings.
 struct Kernels {
     const char *name;
@@ -90,9 +97,10 @@ struct Kernels {
     void (*decode)(const Layer &, int codec, int head, const uint8_t *page, int count, int n,
                    const int32_t *places, float *key, float *value);
 
-    size_t (*window_scratch)(const Layer &, const kvc_batch &, int window);
-    void (*window_weights)(const Layer &, const kvc_batch &, const void *query, int dtype,
-                           int64_t row_stride, int window, int query_head, float factor, float *out,
+    // Rows: queries that one call of window_weights takes together.
+    size_t (*window_scratch)(const Layer &, const kvc_batch &, int rows);
+    void (*window_weights)(const Layer &, const kvc_batch &, const WindowQueries &, int first,
+                           int heads, float factor, float *out, int64_t out_stride,
                            uint8_t *scratch);
 };
 

@@ -6,7 +6,7 @@
 namespace kvc::KVC_NAMESPACE {
 namespace {
 
-// Working memory of one query head over n slots.
+// Working memory of `rows` queries of one KV head over n slots.
 struct WindowMemory {
     Memory shared;
     float *weights;  // [tiles][rows][kTile], relative to a row's maximum when the tile came
@@ -33,31 +33,34 @@ int64_t count_tiles(const Layer &layer, const kvc_batch &batch, int head) {
     return count;
 }
 
-size_t window_scratch(const Layer &layer, const kvc_batch &batch, int window) {
+size_t window_scratch(const Layer &layer, const kvc_batch &batch, int rows) {
     int64_t tiles = 0;
     for (int h = 0; h < layer.num_kv_heads; ++h) tiles = most(tiles, count_tiles(layer, batch, h));
     WindowMemory unused;
     return static_cast<size_t>(
-        WindowMemory::lay_out(layer, window, tiles, reinterpret_cast<uint8_t *>(64), unused));
+        WindowMemory::lay_out(layer, rows, tiles, reinterpret_cast<uint8_t *>(64), unused));
 }
 
-// Sums, over a window of queries of one query head, of their attention weights times `factor`:
-// out[slot] for every slot that the head's KV head holds.
-void window_weights(const Layer &layer, const kvc_batch &batch, const void *query, int dtype,
-                    int64_t row_stride, int window, int query_head, float factor, float *out,
+// Sums, over a window of queries, of their attention weights times `factor`, for the query heads
+// first ... first + heads of a KV head: out[i * out_stride + slot] for every slot held. Heads go
+// together, since K is then read once and few rows are padding.
+void window_weights(const Layer &layer, const kvc_batch &batch, const WindowQueries &query,
+                    int first, int heads, float factor, float *out, int64_t out_stride,
                     uint8_t *scratch) {
-    const int head = query_head / layer.group, tail = batch.tail_length[0];
+    const int window = query.window, used = heads * window;
+    const int head = first / layer.group, tail = batch.tail_length[0];
     WindowMemory m;
-    WindowMemory::lay_out(layer, window, count_tiles(layer, batch, head), scratch, m);
+    WindowMemory::lay_out(layer, used, count_tiles(layer, batch, head), scratch, m);
     Rows &rows = m.shared.rows;
-    rows.count = (window + kItemPad - 1) / kItemPad * kItemPad;
+    rows.count = (used + kItemPad - 1) / kItemPad * kItemPad;
     for (int i = 0; i < rows.count; ++i) rows.top[i] = kNever, rows.total[i] = 0;
     std::memset(m.shared.query, 0, sizeof(float) * rows.count * layer.k_size);
-    for (int i = 0; i < window; ++i) {
+    for (int i = 0; i < used; ++i) {
+        const int64_t at = (first + i / window) * query.head_stride + i % window * query.row_stride;
         float *to = m.shared.query + int64_t{i / kItemPad} * kItemPad * layer.k_size + i % kItemPad;
         for (int c = 0; c < layer.k_size; ++c)
             to[c * kItemPad] =
-                load_scalar(query, i * row_stride + c, dtype) * (layer.scale * kLog2e);
+                load_scalar(query.data, at + c, query.dtype) * (layer.scale * kLog2e);
     }
     Tile tile;
     int64_t index = 0;
@@ -65,9 +68,12 @@ void window_weights(const Layer &layer, const kvc_batch &batch, const void *quer
         float *weights = m.weights + index * rows.count * kTile;
         expand_keys(layer, tile, m.shared);
         block_scores(tile, m.shared.query, rows.count, layer.k_size, weights);
-        for (int i = 0; i < window; ++i) {
+        const Strip &end = tile.strip[tile.strips - 1];
+        const bool mask =
+            has_partial_strip(tile) || (end.tail >= 0 && end.tail + kStrip > tail - window + 1);
+        for (int i = 0; i < used; ++i) {
             float *s = weights + i * kTile;
-            mask_row(s, tile, tail - window + 1 + i);
+            if (mask) mask_row(s, tile, tail - window + 1 + i % window);
             if (tile.bias) bias_row(layer, s, tile);
             softmax_row(s, tile.strips * kStrip, rows.top[i], rows.total[i], rows.decay[i]);
             m.tops[index * rows.count + i] = rows.top[i];
@@ -76,28 +82,30 @@ void window_weights(const Layer &layer, const kvc_batch &batch, const void *quer
     index = 0;
     for (Tiles tiles(layer, batch, 0, head, tail, 0, INT64_MAX); tiles.next(tile); ++index) {
         const float *weights = m.weights + index * rows.count * kTile;
-        for (int i = 0; i < window; ++i)
+        for (int i = 0; i < used; ++i)
             m.factors[i] = rows.total[i] > 0 && m.tops[index * rows.count + i] != kNever
                                ? factor / rows.total[i] *
                                      __builtin_exp2f(m.tops[index * rows.count + i] - rows.top[i])
                                : 0.0f;
         for (int i = 0; i < tile.strips; ++i) {
-            vf sum[kStrip / W];
-            repeat<kStrip / W>(KVC_LAMBDA(v) { sum[v] = vzero(); });
-            for (int row = 0; row < window; ++row) {
-                const vf by = vset(m.factors[row]);
-                repeat<kStrip / W>(KVC_LAMBDA(v) {
-                    sum[v] = vfma(vload(weights + row * kTile + i * kStrip + v * W), by, sum[v]);
-                });
-            }
-            float lanes[kStrip];
-            repeat<kStrip / W>(KVC_LAMBDA(v) { vstore(lanes + v * W, sum[v]); });
             const Strip &strip = tile.strip[i];
-            if (tile.codec == kExceptions)
-                each_lane(layer, strip,
-                          [&](int lane, int token) { out[strip.slot + token] = lanes[lane]; });
-            else
-                std::memcpy(out + strip.slot, lanes, sizeof(float) * strip.count);
+            for (int g = 0; g < heads; ++g) {
+                vf sum[kStrip / W];
+                repeat<kStrip / W>(KVC_LAMBDA(v) { sum[v] = vzero(); });
+                for (int row = g * window; row < (g + 1) * window; ++row) {
+                    const vf by = vset(m.factors[row]);
+                    const float *from = weights + row * kTile + i * kStrip;
+                    repeat<kStrip / W>(
+                        KVC_LAMBDA(v) { sum[v] = vfma(vload(from + v * W), by, sum[v]); });
+                }
+                float lanes[kStrip];
+                repeat<kStrip / W>(KVC_LAMBDA(v) { vstore(lanes + v * W, sum[v]); });
+                float *to = out + g * out_stride + strip.slot;
+                if (tile.codec == kExceptions)
+                    each_lane(layer, strip, [&](int lane, int token) { to[token] = lanes[lane]; });
+                else
+                    std::memcpy(to, lanes, sizeof(float) * strip.count);
+            }
         }
     }
 }

@@ -27,24 +27,37 @@ void top_row(const float *scores, int64_t n, int64_t keep, uint8_t *mask) {
     }
     constexpr int kShifts[] = {21, 10, 0};
     constexpr int kWidths[] = {11, 11, 10};
-    uint32_t prefix = 0, known = 0;  // the digits found, and their mask
-    int64_t room = keep;             // of those that share them
+    static thread_local std::vector<uint32_t> memory;
+    memory.resize(2 * static_cast<size_t>(n));
+    uint32_t *all = memory.data(), *rest = all + n;
+    for (int64_t i = 0; i < n; ++i) all[i] = ordered(scores[i]);
+    const uint32_t *among = all;  // those that share the digits found
+    int64_t count = n, room = keep;
+    uint32_t least = 0;
     for (int digit = 0; digit < 3; ++digit) {
-        const int shift = kShifts[digit], width = kWidths[digit];
-        int64_t histogram[1 << 11] = {};
-        for (int64_t i = 0; i < n; ++i) {
-            const uint32_t x = ordered(scores[i]);
-            if ((x & known) == prefix) ++histogram[x >> shift & ((1u << width) - 1)];
+        const int shift = kShifts[digit];
+        const uint32_t last = (1u << kWidths[digit]) - 1;
+        uint32_t histogram[1 << 11] = {};
+        for (int64_t i = 0; i < count; ++i) ++histogram[among[i] >> shift & last];
+        uint32_t value = last;
+        while (int64_t{histogram[value]} < room) room -= histogram[value--];
+        least |= value << shift;
+        int64_t same = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const uint32_t x = among[i];
+            rest[same] = x;  // to be overwritten unless it counts
+            same += (x >> shift & last) == value;
         }
-        uint32_t value = (1u << width) - 1;
-        while (histogram[value] < room) room -= histogram[value--];
-        prefix |= value << shift;
-        known |= ((1u << width) - 1) << shift;
+        among = rest;
+        count = same;
+    }
+    if (count == room) {  // all equals stay
+        for (int64_t i = 0; i < n; ++i) mask[i] = all[i] >= least;
+        return;
     }
     for (int64_t i = 0; i < n; ++i) {
-        const uint32_t x = ordered(scores[i]);
-        mask[i] = x > prefix || (x == prefix && room > 0);
-        room -= x == prefix && room > 0;
+        mask[i] = all[i] > least || (all[i] == least && room > 0);
+        room -= all[i] == least && room > 0;
     }
 }
 
@@ -54,6 +67,7 @@ bool represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bi
     std::vector<int32_t> distance(static_cast<size_t>(units));
     std::vector<int64_t> start(static_cast<size_t>(width) + 2);
     std::vector<uint8_t> majority(static_cast<size_t>(width));
+    std::vector<uint8_t> wanted(static_cast<size_t>(units));  // by rank in the order of distances
     for (int64_t h = 0; h < heads; ++h, mask += units) {
         int64_t others = 0;
         for (int64_t u = 0; u < units; ++u) others += mask[u] == 0;
@@ -76,6 +90,8 @@ bool represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bi
                     distance[static_cast<size_t>(u)] += (row[u * unit] != 0) != one;
             }
         }
+        wanted.assign(static_cast<size_t>(units), 0);
+        for (int64_t i = 0; i < count; ++i) wanted[static_cast<size_t>(i * others / count)] = 1;
         start.assign(static_cast<size_t>(width) + 2, 0);
         for (int64_t u = 0; u < units; ++u)
             if (mask[u] == 0) ++start[static_cast<size_t>(distance[static_cast<size_t>(u)]) + 1];
@@ -83,9 +99,7 @@ bool represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bi
         for (int64_t u = 0; u < units; ++u) {
             if (mask[u] != 0) continue;
             const int64_t rank = start[static_cast<size_t>(distance[static_cast<size_t>(u)])]++;
-            // Is there an i below count with floor(i * others / count) == rank?
-            const int64_t i = (rank * count + others - 1) / others;
-            if (i < count && i * others / count == rank) mask[u] = 1;
+            mask[u] = wanted[static_cast<size_t>(rank)];
         }
     }
     return true;

@@ -19,9 +19,9 @@ from torch import Tensor
 from vllm_kvcrush import ops, pages, policies
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import pages_reference as reference
+from vllm_kvcrush.ops import reference as oracle
 from vllm_kvcrush.ops.fitted import Angles, LayerTable
 from vllm_kvcrush.transform import Point, Rope, Statistics, Tables, fit
-from vllm_kvcrush.ops import reference as oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Query heads of a KV head, K and V head size.
@@ -857,6 +857,23 @@ def test_two_threads_give_the_same_bits(draw: random.Random) -> None:
         set_num_threads(before)
     assert results[0].isfinite().all()
     assert torch.equal(results[0], results[1])
+
+
+def test_scores_do_not_depend_on_threads(draw: random.Random) -> None:
+    cache = Cache(draw, 3, 64, 64, block_size=128)
+    cache.put(["int8", "raw"], 900)
+    table = torch.tensor(cache.tails[0], dtype=torch.int32)
+    request = cpu.Request(cache.directory(), table, 900, 0, cache.block_size)
+    queries = torch.randn(6, 16, 64)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5, 8):  # of two KV heads: 1, 1, 2 and 3 items each
+            torch._C.set_num_threads(threads)
+            results.append(cpu.window_scores(cache.layer, request, queries, 800, pool=7))
+    finally:
+        torch._C.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_the_torch_ops_do_the_same_and_can_be_traced(draw: random.Random) -> None:
