@@ -43,7 +43,9 @@ def measured(name: str, restart: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--restart", action="store_true", help="measure all anew")
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,7 @@ def codec(policy: str) -> str:
 def arguments(doc: str) -> argparse.ArgumentParser:
     """The flags that all benchmarks have, with the first line of `doc` as description."""
     parser = argparse.ArgumentParser(
+        prog=f"python -m {_module()}",
         description=doc.strip().split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -40,17 +40,26 @@ Kept = dict[tuple[str, int, str, Any], int]
 
 
 def parse() -> argparse.Namespace:
+    from vllm_kvcrush import policies
     from vllm_kvcrush.config import parse_budget
 
     def words(text: str) -> list[str]:
         return [w for w in text.split(",") if w]
+
+    def budgets(text: str) -> list[float | int]:
+        try:
+            return [parse_budget(w, "") for w in words(text)]
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: give fractions such as 0.25 and whole numbers of tokens such as 256"
+            ) from None
 
     parser = arguments(__doc__ or "")
     parser.add_argument("--model", help="model directory; else the demo model")
     parser.add_argument("--policies", type=words, default=list(POLICIES))
     parser.add_argument(
         "--budgets",
-        type=lambda text: [parse_budget(w, "--budgets") for w in words(text)],
+        type=budgets,
         help="fractions and tokens; else 0.5,0.25,0.125 and 256",
     )
     parser.add_argument("--modes", type=words, default=list(MODES))
@@ -76,6 +85,9 @@ def parse() -> argparse.Namespace:
     args.per_task = args.per_task or (2 if quick else 8)
     if args.peers is None:
         args.peers = [] if quick else ["kvpress", "openvino"]
+    if unknown := set(args.policies) - set(policies.names()):
+        names = ", ".join(policies.names())
+        parser.error(f"--policies {','.join(sorted(unknown))}: choose from {names}.")
     if unknown := set(args.modes) - set(MODES):
         parser.error(f"--modes {','.join(sorted(unknown))}: choose from {', '.join(MODES)}.")
     if unknown := set(args.peers) - {"kvpress", "openvino"}:
@@ -331,13 +343,14 @@ def _run(args: argparse.Namespace) -> None:
         context: tasks.build(bench.tokenizer, names, context, args.per_task, args.seed)
         for context in (args.contexts if names else [])
     }
-    kept = {context: bench.forced(items, context) for context, items in built.items()}
+    given = {}
     for label, folder in (("longbench", args.longbench), ("ruler", args.ruler)):
         if folder is not None:
             files = importlib.import_module(f"benchmarks.quality.{label}")
-            bench.generated(
-                files.load(folder, bench.tokenizer, 8192 - 512, limit=args.limit), label
-            )
+            given[label] = files.load(folder, bench.tokenizer, 8192 - 512, limit=args.limit)
+    kept = {context: bench.forced(items, context) for context, items in built.items()}
+    for label, items in given.items():
+        bench.generated(items, label)
     bench.stop()
     for name in args.peers:
         for context, items in built.items():
