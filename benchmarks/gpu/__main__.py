@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--targets", default=",".join(builds.TARGETS), help="which to compile for")
     args: argparse.Namespace = parser.parse_args()
     run = report.Run("gpu_compile", args)
-    pairs = [(b, t) for b in builds.builds(args.quick) for t in args.targets.split(",")]
+    pairs = [(b, t) for t in args.targets.split(",") for b in builds.builds(args.quick, t)]
     rows, bad = [], []
     for build, target in report.progress(pairs, "compiling"):
         row = run.step(f"{build.name} {target}", lambda b=build, t=target: compiled(b, t))

@@ -98,12 +98,13 @@ class Build:
         return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def attention(codec: str, size: int, group: int, dtype: str, decode: bool) -> Build:
+def attention(codec: str, size: int, group: int, dtype: str, decode: bool, target: str) -> Build:
     """The attention kernel; codec "raw" is a tail alone, as before any compaction."""
+    wave = TARGETS[target].warp_size
     geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     room = tuple(geometry.section(c).capacity for c in ("raw", "int8", "int4"))
     tiles = attention_tiles(
-        group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, int(decode)
+        group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, int(decode), wave
     )
     present = {c: codec in (c, "mixed") for c in ("int4", "int8")}
     constants = {
@@ -150,27 +151,27 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
         )  # fmt: skip
 
 
-def builds(quick: bool) -> list[Build]:
-    """All variants, or a sample."""
+def builds(quick: bool, target: str) -> list[Build]:
+    """All variants for a target, or a sample."""
     if quick:
         return [
-            attention("int4", 128, 4, "bf16", True),
-            attention("raw", 64, 3, "bf16", False),
+            attention("int4", 128, 4, "bf16", True, target),
+            attention("raw", 64, 3, "bf16", False, target),
             next(b for b in others(64, 3, "bf16") if b.kernel == "store"),
         ]
     codecs = ("raw", "int8", "int4", "mixed")
     found = [
-        attention(codec, size, group, "bf16", True)
+        attention(codec, size, group, "bf16", True, target)
         for size, group in ((64, 3), (96, 8), (128, 4), (256, 8))
         for codec in codecs
     ]
-    found.append(attention("mixed", 128, 4, "fp16", True))
+    found.append(attention("mixed", 128, 4, "fp16", True, target))
     found += [
-        attention(codec, size, group, "bf16", False)
+        attention(codec, size, group, "bf16", False, target)
         for size, group in ((64, 3), (128, 4))
         for codec in codecs
     ]
-    found += [attention("mixed", 256, 8, "bf16", False)]
+    found += [attention("mixed", 256, 8, "bf16", False, target)]
     for size, group in ((128, 4), (256, 8)):
         found += others(size, group, "bf16")
     return found

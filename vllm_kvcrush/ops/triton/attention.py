@@ -16,7 +16,7 @@ def tiles_for(layer: Layer, longest: int) -> Tiles:
     geometry = layer.geometry
     room = (layer.capacity("raw"), layer.capacity("int8"), layer.capacity("int4"))
     return attention_tiles(
-        layer.group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, longest
+        layer.group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, longest, layer.wave
     )
 
 

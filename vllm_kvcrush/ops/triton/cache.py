@@ -66,6 +66,7 @@ class Layer:
         self.half, self.words = storage.view(torch.float16), storage.view(torch.int16)
         self.wide = storage.view(torch.int32)
         self.most = max(self.capacity(codec) for codec in CODECS)
+        self.wave = 64 if torch.version.hip else 32
         # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.
         self.ptx = bool(
             storage.is_cuda and torch.version.hip is None and not knobs.runtime.interpret

@@ -45,6 +45,7 @@ def attention_tiles(
     itemsize: int,
     capacities: tuple[int, int, int],
     decode_rows: int,
+    wave: int = 32,
 ) -> Tiles:
     """Tiles of the attention kernel.
 
@@ -54,6 +55,7 @@ def attention_tiles(
         itemsize: bytes of the model's dtype.
         capacities: tokens of raw, int8 and int4 pages.
         decode_rows: query rows of every sequence, or 0 if they differ or are many (prefill).
+        wave: threads of a warp; 64 on AMD.
     """
     size = max(k_pad, v_pad)
     rows = max(16, 1 << (group - 1).bit_length())
@@ -62,9 +64,15 @@ def attention_tiles(
     prefill = not decode_rows or rows > 64
     if prefill:
         rows = max(rows, 32 if size * itemsize > 256 else 64)
+    warps = 8 if rows * size > 64 * 128 else 4
+    columns = v_pad // 4
+    if rows == 16 and (wave == 64 or columns == 16):
+        # Products of 16 rows are divided by columns, 16 to a warp: more warps than int4's planes
+        # have would all do the same.
+        warps = min(4, columns // 16)
     # What a program adds up, [rows, v_pad], and a tile's weights share the registers of its warps:
     # larger tiles than these spill.
-    most = 32 if size * itemsize > (128 if prefill else 256) else 64
+    most = 32 if warps == 1 or size * itemsize > (128 if prefill else 256) else 64
     raw, int8, int4 = (tile_tokens(c, most) for c in capacities)
     return Tiles(
         rows=rows,
@@ -72,7 +80,7 @@ def attention_tiles(
         raw=raw,
         int8=int8,
         int4=min(int4, GROUP),
-        warps=8 if rows * size > 64 * 128 else 4,
+        warps=warps,
         stages=2 if prefill or size * itemsize > 256 else 3,
     )
 
