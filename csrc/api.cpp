@@ -123,13 +123,13 @@ int check_table(const Layer &layer, const kvc_table &table) {
         return fail("a table with %d bits a value: 2 or 4", table.v_bits);
     if (!(table.v_step > 0) || table.positions <= 0 || table.heads == nullptr)
         return fail("a table without value step, positions or heads");
-    if (table.unrotated != 0 &&
-        (table.coarse == nullptr || table.fine == nullptr || table.steps == nullptr))
-        return fail("a table for keys without rotary embedding needs its angles");
+    if (table.local != 0 && (table.coarse == nullptr || table.fine == nullptr))
+        return fail("a table for keys as seen from their strip needs angles");
     for (int h = 0; h < layer.num_kv_heads; ++h) {
         const kvc_head_table &head = table.heads[h];
         if (head.piece == nullptr || head.mean == nullptr || head.forward == nullptr ||
-            head.inverse == nullptr || head.cost == nullptr)
+            head.inverse == nullptr || head.cost == nullptr || head.weight == nullptr ||
+            head.middle == nullptr)
             return fail("the table of head %d is not complete", h);
         if (head.components < 0 || head.components % 4 != 0 || head.components > layer.k_size ||
             head.stride < head.components || head.stride % 16 != 0 ||
@@ -138,12 +138,13 @@ int check_table(const Layer &layer, const kvc_table &table) {
         if (head.words < 0 || head.words > kMaxHead / 4 || head.pieces < 0 ||
             head.pieces > 3 * kMaxHead / 4)
             return fail("%d pieces in %d words for head %d", head.pieces, head.words, h);
+        if (head.fields != (4 * head.pieces + 15) / 16 * 16)
+            return fail("%d fields for %d pieces of head %d", head.fields, head.pieces, h);
         int bits[kMaxHead / 4] = {};
         for (int i = 0; i < head.pieces; ++i) {
             const kvc_piece &piece = head.piece[i];
-            const bool width = piece.bits == 1 || piece.bits == 2 || piece.bits == 4;
-            if (!width || 4 * piece.quad >= head.components || piece.word >= head.words ||
-                piece.first % piece.bits != 0 || piece.first + piece.bits > 8 || piece.weight > 7)
+            if (piece.bits < 1 || piece.bits > 4 || 4 * piece.quad >= head.components ||
+                piece.word >= head.words || piece.first + piece.bits > 8 || piece.weight > 7)
                 return fail("piece %d of head %d lies outside its codes", i, h);
             bits[piece.quad] += piece.bits;
             if (bits[piece.quad] > 8) return fail("a component of head %d has over 8 bits", h);
@@ -225,14 +226,16 @@ bool put_positions(const Layer &layer, int codec, int head, uint8_t *page, int c
     if (fitted(codec) && count != 0 &&
         (positions[0] < 0 || positions[count - 1] >= layer.table(codec)->positions))
         return false;
+    const int each = position_step(codec);
     int64_t steps = 0;
     for (int i = 0; i < count; ++i) {
         if (i != 0 && positions[i] <= positions[i - 1]) return false;
         const int64_t offset = int64_t{positions[i]} - header.base;
         if (offset >> 16 > PageHeader::kSteps) return false;
-        for (; steps < offset >> 16; ++steps) header.first[steps] = static_cast<uint16_t>(i);
+        if (i % each != 0) continue;
+        for (; steps < offset >> 16; ++steps) header.first[steps] = static_cast<uint16_t>(i / each);
         const uint16_t own = static_cast<uint16_t>(offset);
-        std::memcpy(low + 2 * i, &own, sizeof own);
+        std::memcpy(low + 2 * (i / each), &own, sizeof own);
     }
     std::memcpy(page + layer.page_bytes - sizeof header, &header, sizeof header);
     return true;
@@ -240,8 +243,9 @@ bool put_positions(const Layer &layer, int codec, int head, uint8_t *page, int c
 
 int bad_positions(const Layer &layer, int codec) {
     if (fitted(codec))
-        return fail("positions within a page do not ascend from 0 on below %d, which its tables know",
-                    layer.table(codec)->positions);
+        return fail(
+            "positions within a page do not ascend from 0 on below %d, which its tables know",
+            layer.table(codec)->positions);
     return fail("positions within a page do not ascend, or span 983040 or more");
 }
 
@@ -289,7 +293,7 @@ int attention(const Layer &layer, const kvc_batch &batch, const void *query, int
                     const int64_t at = s * batch.directory.stride + h;
                     for (int e = batch.directory.begin[at]; e < batch.directory.end[at]; ++e)
                         strips += layer.strips(batch.directory.codec[e], static_cast<int>(h),
-                                               batch.directory.count[e]);
+                                               batch.directory.count[e], batch.directory.page[e]);
                 }
                 most_strips = strips > most_strips ? strips : most_strips;
             }
@@ -417,7 +421,8 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
             } else {
                 const PageLayout at = layer.layout(codec, head);
                 for (int i = 0; i < batch; ++i)
-                    get_positions(at, layer.page_bytes, page, places[i], 1, positions + done + i);
+                    get_positions(at, codec, layer.page_bytes, page, places[i], 1,
+                                  positions + done + i);
             }
         }
         done += batch;
@@ -488,9 +493,9 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
         Piece &piece = pieces[i];
         piece.copied = whole_page(source, piece.head, slots + piece.first, piece.count,
                                   target.codec[piece.entry]);
-        place[i + 1] = place[i] + (piece.copied >= 0
-                                       ? page_floats
-                                       : token_floats * static_cast<size_t>(piece.count));
+        place[i + 1] =
+            place[i] +
+            (piece.copied >= 0 ? page_floats : token_floats * static_cast<size_t>(piece.count));
     }
     // All is read before anything is written, so that targets may be sources.
     if (!moved_memory.reserve(place.back())) return no_memory();
@@ -519,8 +524,9 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
     done = each(n, 0, alone, [&](int64_t i, uint8_t *) {
         const Piece &piece = pieces[static_cast<size_t>(i)];
         const float *key = moved + place[static_cast<size_t>(i)];
-        uint8_t *page = staged != nullptr ? staged + piece.entry * layer.page_bytes
-                                          : layer.pool + target.page[piece.entry] * layer.page_bytes;
+        uint8_t *page = staged != nullptr
+                            ? staged + piece.entry * layer.page_bytes
+                            : layer.pool + target.page[piece.entry] * layer.page_bytes;
         if (piece.copied >= 0) {
             std::memcpy(page, key, static_cast<size_t>(layer.page_bytes));
             return;
@@ -664,7 +670,7 @@ KVC_EXPORT int kvc_threads(void) {
 
 KVC_EXPORT int64_t kvc_capacity(int32_t codec, int64_t page_bytes, int32_t k_size, int32_t v_size,
                                 int32_t dtype) {
-    if (codec < 0 || codec >= KVC_CODECS || !good_heads(k_size) || !good_heads(v_size) ||
+    if (codec < 0 || codec >= KVC_FIRST_FITTED || !good_heads(k_size) || !good_heads(v_size) ||
         dtype < KVC_F32 || dtype > KVC_F16)
         return -1;
     if (page_bytes <= 0) return 0;
@@ -734,7 +740,8 @@ KVC_EXPORT int kvc_decode(const kvc_layer *given, int32_t codec, int32_t head, i
         const uint8_t *from = layer.page(page);
         if (positions != nullptr) {
             if (!positions_kept(codec)) return fail("raw pages have no positions");
-            get_positions(layer.layout(codec, head), layer.page_bytes, from, 0, count, positions);
+            get_positions(layer.layout(codec, head), codec, layer.page_bytes, from, 0, count,
+                          positions);
         }
         if (key != nullptr || value != nullptr)
             kernels()->decode(layer, codec, head, from, count, count, nullptr, key, value);

@@ -72,8 +72,8 @@ KVC_INLINE void softmax_row(float *s, int width, float &top, float &total, float
     top = new_top;
 }
 
-// Hides lanes that hold no token, one that is an exception, or one that `visible` tail tokens do not
-// reach.
+// Hides lanes that hold no token, one that is an exception, or one that `visible` tail tokens do
+// not reach.
 KVC_INLINE void mask_row(float *s, const Tile &tile, int64_t visible) {
     for (int i = 0; i < tile.strips; ++i) {
         const Strip &strip = tile.strip[i];
@@ -156,7 +156,8 @@ int64_t strips_of(const Attention &call, int seq, int head, int64_t tail_tokens)
     if (directory.begin != nullptr) {
         const int64_t at = seq * directory.stride + head;
         for (int e = directory.begin[at]; e < directory.end[at]; ++e)
-            strips += call.layer->strips(directory.codec[e], head, directory.count[e]);
+            strips +=
+                call.layer->strips(directory.codec[e], head, directory.count[e], directory.page[e]);
     }
     return strips;
 }

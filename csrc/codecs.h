@@ -525,18 +525,22 @@ inline void code_values(const Layer &layer, const Tile &tile, Prepared &prepared
         });
 }
 
-// Keys that are coded as they are.
+// Keys of fitted codecs: all strips at once where they are coded as they are, else one by one.
 inline void fitted_scores(const Layer &layer, const Tile &tile, Prepared &prepared, const float *q,
                           int group, float *s, const uint8_t *const *ahead) {
-    const int own = tile.strip[0].head;
+    const kvc_table &table = *layer.table(tile.codec);
     FittedQuery &query = prepared.fitted;
-    fitted_query(layer, tile.codec, own, q, group, query);
-    each_k_run(tile.strips, group, [&](auto heads, auto panels, int strip, int head) {
-        fitted_k<decltype(heads)::count, decltype(panels)::count>(
-            tile.k + strip, head_table(layer, tile.codec, own),
-            query.code + head * FittedQuery::kStride, query.step + head * kMostBlocks,
-            query.shift + head, s + head * kTile + strip * kStrip, ahead + strip);
-    });
+    const int step = table.local ? 1 : tile.strips;
+    for (int first = 0; first < tile.strips; first += step) {
+        fitted_query(layer, tile.strip[first], q, group, query);
+        each_k_run(step, group, [&](auto heads, auto panels, int strip, int head) {
+            strip += first;
+            fitted_k<decltype(heads)::count, decltype(panels)::count>(
+                tile.k + strip, table.heads[tile.strip[first].head],
+                query.code + head * FittedQuery::kStride, query.step + head * kMostBlocks,
+                query.shift + head, s + head * kTile + strip * kStrip, ahead + strip);
+        });
+    }
 }
 
 #endif
@@ -565,16 +569,15 @@ inline void tile_scores(const Layer &layer, const Tile &tile, const Tile &next, 
         return;
     }
 #if defined(__AVX2__)
-    bool expand = tile.codec == kExceptions;
-    if (tile.codec == KVC_INT8)
-        int8_scores(layer, tile, prepared, q, group, s, ahead);
-    else if (tile.codec == KVC_INT4)
-        int4_scores(layer, tile, prepared, q, group, s, ahead);
-    else if (!expand && layer.table(tile.codec)->unrotated == 0)
-        fitted_scores(layer, tile, prepared, q, group, s, ahead);
-    else
-        expand = true;
-    if (!expand) return;
+    if (tile.codec != kExceptions) {
+        if (tile.codec == KVC_INT8)
+            int8_scores(layer, tile, prepared, q, group, s, ahead);
+        else if (tile.codec == KVC_INT4)
+            int4_scores(layer, tile, prepared, q, group, s, ahead);
+        else
+            fitted_scores(layer, tile, prepared, q, group, s, ahead);
+        return;
+    }
 #endif
     (void)prepared;
     const uint8_t *expanded[kTileStrips];

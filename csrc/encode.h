@@ -294,8 +294,7 @@ void store_pairs(int v_size, uint8_t *v, F level) {
         alignas(64) uint16_t code[kStrip];
         for (int l = 0; l < kStrip; l += W) vstore_words16(code + l, to_int(level(c, l)));
         uint32_t word = 0;
-        for (int t = 0; t < kStrip; ++t)
-            word |= uint32_t{code[t]} << (8 * (t % 4) + 2 * (t / 4));
+        for (int t = 0; t < kStrip; ++t) word |= uint32_t{code[t]} << (8 * (t % 4) + 2 * (t / 4));
         std::memcpy(v + c / 16 * 4 * kStrip + c % 16 * 4, &word, 4);
     }
 }
@@ -470,7 +469,7 @@ void encode_fitted(const Layer &layer, int codec, int own, uint8_t *page, int co
     const PageLayout at = layer.layout(codec, own);
     const int k_size = layer.k_size, v_size = layer.v_size;
     alignas(64) const float zeros[kMaxHead] = {};
-    Worst worst(layer.exceptions(codec, own, count));
+    Worst worst(least(head.exceptions, count));
     for (int first = 0; first < count; first += kStrip) {
         const int n = least(kStrip, count - first);
         const float *v_rows[kStrip];
@@ -482,10 +481,13 @@ void encode_fitted(const Layer &layer, int codec, int own, uint8_t *page, int co
         }
         alignas(64) float turned[kMaxHead * kStrip], loss[kStrip] = {};
         transpose(k_rows, k_size, reinterpret_cast<uint32_t *>(turned));
-        int32_t position[kStrip];
-        get_positions(at, layer.page_bytes, page, first, n, position);
-        for (int t = n; t < kStrip; ++t) position[t] = position[t - 1] + 1;
-        if (table.unrotated) turn_strip(table, k_size, position, true, turned);
+        int32_t position;
+        get_positions(at, codec, layer.page_bytes, page, first, 1, &position);
+        if (table.local) {
+            float angle[kMaxHead];
+            angles(table, k_size, position, angle);
+            turn_strip(angle, k_size, true, turned);
+        }
         uint8_t *k = page + at.strip_at(first / kStrip);
         encode_fitted_keys(head, k_size, turned, loss, k);
         TokenScales scales{};
@@ -493,7 +495,7 @@ void encode_fitted(const Layer &layer, int codec, int own, uint8_t *page, int co
         std::memcpy(page + at.scales + first / kStrip * int64_t{sizeof scales}, &scales,
                     sizeof scales);
         for (int t = 0; t < n; ++t)
-            worst.offer(position[t] < kSinks ? __builtin_inff() : loss[t], first + t);
+            worst.offer(position + t < kSinks ? __builtin_inff() : loss[t], first + t);
     }
     for (int i = 0; i < worst.count; ++i) {
         const int32_t t = worst.token[i];
@@ -569,7 +571,7 @@ void decode(const Layer &layer, int codec, int head, const uint8_t *page, int he
             strip.v = strip.k + at.v;
             strip.scales = fitted(codec) ? page + at.scales + open * int64_t{sizeof(TokenScales)}
                                          : page + at.group_at(open);
-            strip.place = open % at.group_strips;
+            strip.place = fitted(codec) ? open : open % at.group_strips;
             strip.count = fitted(codec) ? least(kStrip, held - open * kStrip) : kStrip;
             strip.page = page;
             strip.codec = codec;
@@ -606,19 +608,21 @@ void decode(const Layer &layer, int codec, int head, const uint8_t *page, int he
     // Exceptions among them, in the order of their tokens.
     const int all = head_table(layer, codec, head).exceptions;
     int i = 0;
-    each_exception(at, page, held, layer.exceptions(codec, head, held), [&](int number, int token) {
-        while (i < n && (places != nullptr ? places[i] : i) < token) ++i;
-        if (i == n || (places != nullptr ? places[i] : i) != token) return;
-        uint16_t scale[2];
-        std::memcpy(scale, page + at.exceptions + 4 * number, sizeof scale);
-        const int8_t *k = reinterpret_cast<const int8_t *>(page + at.exceptions) + int64_t{4} * all;
-        const int8_t *v = k + int64_t{all} * k_size + int64_t{number} * v_size;
-        k += int64_t{number} * k_size;
-        for (int c = 0; c < k_size && key != nullptr; ++c)
-            key[int64_t{i} * k_size + c] = static_cast<float>(k[c]) * half_to_float(scale[0]);
-        for (int c = 0; c < v_size && value != nullptr; ++c)
-            value[int64_t{i} * v_size + c] = static_cast<float>(v[c]) * half_to_float(scale[1]);
-    });
+    each_exception(
+        at, page, held, layer.exceptions(codec, head, held, page), [&](int number, int token) {
+            while (i < n && (places != nullptr ? places[i] : i) < token) ++i;
+            if (i == n || (places != nullptr ? places[i] : i) != token) return;
+            uint16_t scale[2];
+            std::memcpy(scale, page + at.exceptions + 4 * number, sizeof scale);
+            const int8_t *k =
+                reinterpret_cast<const int8_t *>(page + at.exceptions) + int64_t{4} * all;
+            const int8_t *v = k + int64_t{all} * k_size + int64_t{number} * v_size;
+            k += int64_t{number} * k_size;
+            for (int c = 0; c < k_size && key != nullptr; ++c)
+                key[int64_t{i} * k_size + c] = static_cast<float>(k[c]) * half_to_float(scale[0]);
+            for (int c = 0; c < v_size && value != nullptr; ++c)
+                value[int64_t{i} * v_size + c] = static_cast<float>(v[c]) * half_to_float(scale[1]);
+        });
 }
 
 }  // namespace

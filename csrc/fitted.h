@@ -9,7 +9,7 @@
 
 namespace kvc::KVC_NAMESPACE {
 
-constexpr int kMostPieces = 3 * kMaxHead / 4;  // 7 bits are 4 + 2 + 1
+constexpr int kMostPieces = 3 * kMaxHead / 4;  // 8 bits are 4 + 4, and one in a word may be split
 constexpr int kBlockPieces = 8;                // as many products as 16 bits hold
 constexpr int kMostBlocks = (kMostPieces + kBlockPieces - 1) / kBlockPieces;
 
@@ -23,8 +23,8 @@ KVC_INLINE float middle(int bits) {
     return 0.5f * static_cast<float>((1 << bits) - 1);
 }
 
-// Scales of values: 2^((i - 128) / 16), and 0. Made by the compiler: code that runs when the library
-// is loaded would need this unit's instructions on every CPU.
+// Scales of values: 2^((i - 128) / 16), and 0. Made by the compiler: code that runs when the
+// library is loaded would need this unit's instructions on every CPU.
 struct ScaleTable {
     float of[256] = {};
     constexpr ScaleTable() {
@@ -73,48 +73,26 @@ inline void angles(const kvc_table &table, int k_size, int64_t position, float *
     }
 }
 
-// Turns rows [k_size][16 tokens] to the tokens' positions, or back from them.
-inline void turn_strip(const kvc_table &table, int k_size, const int32_t *position, bool back,
-                       float *rows) {
+// Turns rows [k_size][16 tokens] by the angles of one position, or back.
+inline void turn_strip(const float *angle, int k_size, bool back, float *rows) {
     const int half = k_size / 2;
-    const float way = back ? -1.0f : 1.0f;
-    float own[kMaxHead + 16];
-    if (position[kStrip - 1] - position[0] == kStrip - 1) {
-        // Neighbours: the first one's angle, and 0 ... 15 steps more.
-        angles(table, k_size, position[0], own);
-        for (int j = 0; j < half; ++j) {
-            const float *step = table.steps + j * 2 * kStrip;
-            const vf c = vset(own[j]), s = vset(own[half + j]), sign = vset(way);
-            float *low = rows + j * kStrip, *high = rows + (half + j) * kStrip;
-            for (int l = 0; l < kStrip; l += W) {
-                const vf x = vload(step + l), y = vload(step + kStrip + l);
-                const vf cosine = vsub(vmul(c, x), vmul(s, y));
-                const vf sine = vmul(vfma(s, x, vmul(c, y)), sign);
-                const vf a = vload(low + l), b = vload(high + l);
-                vstore(low + l, vsub(vmul(a, cosine), vmul(b, sine)));
-                vstore(high + l, vfma(b, cosine, vmul(a, sine)));
-            }
-        }
-        return;
-    }
-    for (int t = 0; t < kStrip; ++t) {
-        angles(table, k_size, position[t], own);
-        for (int j = 0; j < half; ++j) {
-            float &low = rows[j * kStrip + t], &high = rows[(half + j) * kStrip + t];
-            const float c = own[j], s = own[half + j] * way, a = low, b = high;
-            low = a * c - b * s;
-            high = b * c + a * s;
+    for (int j = 0; j < half; ++j) {
+        const vf c = vset(angle[j]), s = vset(back ? -angle[half + j] : angle[half + j]);
+        float *low = rows + j * kStrip, *high = rows + (half + j) * kStrip;
+        for (int l = 0; l < kStrip; l += W) {
+            const vf a = vload(low + l), b = vload(high + l);
+            vstore(low + l, vsub(vmul(a, c), vmul(b, s)));
+            vstore(high + l, vfma(b, c, vmul(a, s)));
         }
     }
 }
 
-// Positions of a strip's tokens; lanes without a token go on as if there were one.
-inline void strip_positions(const Layer &layer, const Strip &strip, const PageLayout &at,
-                            int32_t *to) {
-    const int first = static_cast<int>((strip.k - strip.page) / at.strip) * kStrip;
-    get_positions(at, layer.page_bytes, strip.page, first, strip.count, to);
-    for (int t = strip.count; t < kStrip; ++t)
-        to[t] = static_cast<int32_t>(static_cast<uint32_t>(to[t - 1]) + 1);
+// Position of a strip's first token.
+KVC_INLINE int32_t strip_position(const Layer &layer, const Strip &strip) {
+    int32_t position;
+    get_positions(layer.layout(strip.codec, strip.head), strip.codec, layer.page_bytes, strip.page,
+                  strip.place * kStrip, 1, &position);
+    return position;
 }
 
 // ------------------------------------------------------------------------------------ decoding
@@ -138,16 +116,16 @@ inline void expand_components(const kvc_head_table &head, const uint8_t *k, floa
     }
 }
 
-// rows[r][16 tokens] = start[r] + sum over c of matrix[r][c] * x[c][16 tokens]. Four rows at a time.
+// rows[r][16 tokens] = start[r] + sum over c of matrix[r][c] * x[c][16 tokens]. Four rows at a
+// time.
 inline void multiply_rows(const float *matrix, int64_t stride, const float *start, int rows,
                           int columns, const float *x, float *to) {
     constexpr int N = kStrip / W;
     for (int r = 0; r < rows; r += 4) {
         vf acc[4][N];
         repeat<4>(KVC_LAMBDA(i) {
-            repeat<N>(KVC_LAMBDA(v) {
-                acc[i][v] = start != nullptr ? vset(start[r + i]) : vzero();
-            });
+            repeat<N>(
+                KVC_LAMBDA(v) { acc[i][v] = start != nullptr ? vset(start[r + i]) : vzero(); });
         });
         const float *from = matrix + r * stride;
         for (int c = 0; c < columns; ++c)
@@ -170,10 +148,10 @@ inline void expand_fitted_keys(const Layer &layer, const Strip &strip, float *ke
     alignas(64) float x[kMaxHead * kStrip];
     expand_components(head, strip.k, x);
     multiply_rows(head.inverse, head.stride, head.mean, layer.k_size, head.components, x, keys);
-    if (table.unrotated) {
-        int32_t position[kStrip];
-        strip_positions(layer, strip, layer.layout(strip.codec, strip.head), position);
-        turn_strip(table, layer.k_size, position, false, keys);
+    if (table.local) {
+        float angle[kMaxHead];
+        angles(table, layer.k_size, strip_position(layer, strip), angle);
+        turn_strip(angle, layer.k_size, false, keys);
     }
 }
 
@@ -231,13 +209,14 @@ inline void expand_exceptions(const Layer &layer, const Strip &strip, float *key
 
 #if defined(__AVX2__)
 
-// What becomes of the query of one token for keys that are coded as they are: a weight for every
-// field, in bytes, with a step for each block of fields.
+// What becomes of the query of one token: a weight for every field of the keys' codes, in bytes,
+// with a step for each block of fields.
 struct FittedQuery {
-    int8_t *code;  // [group][kMostBlocks * kBlock]
+    int8_t *code;  // [group][kStride]
     float *step;   // [group][kMostBlocks]
     float *shift;  // [group]
     int codec, head;
+    int32_t position;  // as seen from where; -1: keys are coded as they are
 
     static constexpr int kStride = kMostBlocks * kBlock;
 
@@ -251,7 +230,7 @@ struct FittedQuery {
 static_assert(kBlock == 4 * kBlockPieces);
 
 // Rounds a block of weights to bytes; returns their sum, each times its `middle` and the step.
-KVC_INLINE float fitted_block(float *x, const float *middles, int8_t *code, float &step) {
+KVC_INLINE float fitted_block(const float *x, const float *middles, int8_t *code, float &step) {
     vf peak = vzero();
     for (int i = 0; i < kBlock; i += W) peak = vmax(peak, vabs(vload(x + i)));
     const float largest = vhmax(peak);
@@ -268,44 +247,107 @@ KVC_INLINE float fitted_block(float *x, const float *middles, int8_t *code, floa
     return vhsum(sum) * step;
 }
 
-inline void fitted_query(const Layer &layer, int codec, int head, const float *q, int group,
+// Fields first ... first + 8 N of G heads: field[g][i] = sum over channels c of x[g][c] *
+// weight[c][i].
+template <int G, int N>
+KVC_INLINE void fitted_run(const kvc_head_table &head, int k_size, const float *x, int first,
+                           float *field) {
+    vf acc[G][N];
+    repeat<G>(KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { acc[g][v] = vzero(); }); });
+    const float *column = head.weight + first;
+    for (int c = 0; c < k_size; ++c, column += head.fields) {
+        vf b[G];
+        repeat<G>(KVC_LAMBDA(g) { b[g] = vbroadcast(x + g * kMaxHead + c); });
+        repeat<N>(KVC_LAMBDA(v) {
+            const vf m = vload(column + v * W);
+            repeat<G>(KVC_LAMBDA(g) { vaccumulate(acc[g][v], m, b[g]); });
+        });
+    }
+    repeat<G>(KVC_LAMBDA(g) {
+        repeat<N>(
+            KVC_LAMBDA(v) { vstore(field + g * FittedQuery::kStride + first + v * W, acc[g][v]); });
+    });
+}
+template <int G>
+KVC_APART void fitted_fields(const kvc_head_table &head, int k_size, const float *x, float *field) {
+    int first = 0;
+    if constexpr (W == 16 || G <= 3)  // where that many sums fit the registers
+        for (; first + 32 <= head.fields; first += 32)
+            fitted_run<G, 32 / W>(head, k_size, x, first, field);
+    for (; first < head.fields; first += 16) fitted_run<G, 16 / W>(head, k_size, x, first, field);
+    // The last block of fields may be half empty.
+    if (first % kBlock != 0)
+        for (int g = 0; g < G; ++g)
+            for (int l = 0; l < 16; l += W)
+                vstore(field + g * FittedQuery::kStride + first + l, vzero());
+}
+
+// A row of channels as seen from where the angles are.
+inline void turn_query(const float *from, const float *angle, int half, float *to) {
+    int j = 0;
+    for (; j + W <= half; j += W) {
+        const vf a = vload(from + j), b = vload(from + half + j);
+        const vf c = vload(angle + j), s = vload(angle + half + j);
+        vstore(to + j, vfma(b, s, vmul(a, c)));
+        vstore(to + half + j, vsub(vmul(b, c), vmul(a, s)));
+    }
+    for (; j < half; ++j) {
+        const float a = from[j], b = from[half + j];
+        to[j] = a * angle[j] + b * angle[half + j];
+        to[half + j] = b * angle[j] - a * angle[half + j];
+    }
+}
+
+// At most this many query heads at a time.
+constexpr int kQueryRun = 4;
+
+inline void fitted_query(const Layer &layer, const Strip &strip, const float *q, int group,
                          FittedQuery &to) {
-    if (to.codec == codec && to.head == head) return;
-    to.codec = codec;
-    to.head = head;
-    const kvc_head_table &own = head_table(layer, codec, head);
-    alignas(64) float weight[kMaxHead + 16], field[FittedQuery::kStride],
-        middles[FittedQuery::kStride];
-    const int fields = 4 * own.pieces, padded = (fields + kBlock - 1) / kBlock * kBlock;
-    for (int i = 0; i < own.pieces; ++i)
-        for (int j = 0; j < 4; ++j) middles[4 * i + j] = middle(own.piece[i].bits);
-    for (int i = fields; i < padded; ++i) field[i] = middles[i] = 0;
-    for (int g = 0; g < group; ++g) {
-        const float *x = q + g * kMaxHead;
-        for (int first = 0; first < own.stride; first += 16) {
-            vf acc[16 / W];
-            repeat<16 / W>(KVC_LAMBDA(v) { acc[v] = vzero(); });
-            const float *column = own.inverse + first;
-            for (int c = 0; c < layer.k_size; ++c, column += own.stride) {
-                const vf b = vset(x[c]);
-                repeat<16 / W>(KVC_LAMBDA(v) { acc[v] = vfma(vload(column + v * W), b, acc[v]); });
-            }
-            repeat<16 / W>(KVC_LAMBDA(v) { vstore(weight + first + v * W, acc[v]); });
+    const kvc_table &table = *layer.table(strip.codec);
+    const kvc_head_table &own = table.heads[strip.head];
+    const int32_t position = table.local ? strip_position(layer, strip) : -1;
+    if (to.codec == strip.codec && to.head == strip.head && to.position == position) return;
+    to.codec = strip.codec;
+    to.head = strip.head;
+    to.position = position;
+    const int k_size = layer.k_size;
+    alignas(64) float turned[kQueryRun * kMaxHead], field[kQueryRun * FittedQuery::kStride];
+    float angle[kMaxHead + W];
+    if (table.local) angles(table, k_size, position, angle);
+    for (int run = 0; run < group; run += kQueryRun) {
+        const int heads = least(kQueryRun, group - run);
+        const float *x = q + run * kMaxHead;
+        if (table.local) {
+            for (int g = 0; g < heads; ++g)
+                turn_query(x + g * kMaxHead, angle, k_size / 2, turned + g * kMaxHead);
+            x = turned;
         }
-        vf mean = vzero();
-        for (int c = 0; c < layer.k_size; c += 8)
-            mean = vfma(vload_lanes<8>(x + c), vload_lanes<8>(own.mean + c), mean);
-        for (int i = 0; i < own.pieces; ++i) {
-            const kvc_piece piece = own.piece[i];
-            const float factor = static_cast<float>(1 << piece.weight);
-            for (int j = 0; j < 4; ++j) field[4 * i + j] = weight[4 * piece.quad + j] * factor;
+        switch (heads) {
+            case 1:
+                fitted_fields<1>(own, k_size, x, field);
+                break;
+            case 2:
+                fitted_fields<2>(own, k_size, x, field);
+                break;
+            case 3:
+                fitted_fields<3>(own, k_size, x, field);
+                break;
+            default:
+                fitted_fields<kQueryRun>(own, k_size, x, field);
         }
-        float shift = vhsum(mean);
-        for (int first = 0, block = 0; first < padded; first += kBlock, ++block)
-            shift -= fitted_block(field + first, middles + first,
-                                  to.code + g * FittedQuery::kStride + first,
-                                  to.step[g * kMostBlocks + block]);
-        to.shift[g] = shift;
+        for (int g = 0; g < heads; ++g) {
+            vf mean = vzero();
+            for (int c = 0; c < k_size; c += 8)
+                mean =
+                    vfma(vload_lanes<8>(x + g * kMaxHead + c), vload_lanes<8>(own.mean + c), mean);
+            float shift = vhsum(mean);
+            const int64_t at = (run + g) * FittedQuery::kStride;
+            for (int first = 0, block = 0; first < own.fields; first += kBlock, ++block)
+                shift -=
+                    fitted_block(field + g * FittedQuery::kStride + first, own.middle + first,
+                                 to.code + at + first, to.step[(run + g) * kMostBlocks + block]);
+            to.shift[run + g] = shift;
+        }
     }
 }
 
@@ -325,7 +367,7 @@ KVC_INLINE vi load_field(const uint8_t *p, int first, int bits) {
 }
 #endif
 
-// Scores of NP strips of keys that are coded as they are.
+// Scores of NP strips of keys.
 template <int G, int NP>
 KVC_APART void fitted_k(const uint8_t *const *strip, const kvc_head_table &head, const int8_t *q,
                         const float *step, const float *shift, float *s,

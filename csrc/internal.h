@@ -34,14 +34,23 @@ struct Layer : kvc_layer {
         return fitted_layout(own.heads[head], own.v_bits, k_size, v_size);
     }
     // Of the first `count` tokens of a page, those that are int8.
-    KVC_OWN int exceptions(int codec, int head, int count) const {
+    KVC_OWN int exceptions(int codec, int head, int count, const uint8_t *page) const {
         if (!fitted(codec)) return 0;
         const int most = table(codec)->heads[head].exceptions;
-        return most < count ? most : count;
+        if (count == table(codec)->heads[head].capacity) return most;
+        const uint8_t *scales = page + layout(codec, head).scales;
+        int found = 0;
+        for (int first = 0; first < count; first += kStrip, scales += sizeof(TokenScales)) {
+            uint16_t bits;
+            std::memcpy(&bits, scales + offsetof(TokenScales, exceptions), sizeof bits);
+            if (count - first < kStrip) bits &= static_cast<uint16_t>((1u << (count - first)) - 1);
+            for (unsigned left = bits; left != 0; left &= left - 1) ++found;
+        }
+        return most < found ? most : found;
     }
     // Strips that attention walks through in a page: exceptions have strips of their own.
-    KVC_OWN int64_t strips(int codec, int head, int count) const {
-        const int int8 = exceptions(codec, head, count);
+    KVC_OWN int64_t strips(int codec, int head, int count, int64_t index) const {
+        const int int8 = exceptions(codec, head, count, page(index));
         return (count + kStrip - 1) / kStrip + (int8 + kStrip - 1) / kStrip;
     }
     int64_t pages() const {
@@ -112,20 +121,28 @@ extern const Kernels kAvx512;
 extern const Kernels kNeon;
 #endif
 
-// Positions of tokens first ... first + count of a page.
-KVC_OWN void get_positions(const PageLayout &at, int64_t page_bytes, const uint8_t *page, int first,
-                          int count, int32_t *positions) {
-    const uint8_t *low = page + at.positions;
+// Tokens that share a stored position.
+KVC_OWN int position_step(int codec) {
+    return fitted(codec) ? kStrip : 1;
+}
+
+// Positions of tokens first ... first + count of a page. Of fitted pages those of the tokens that
+// follow a strip's first one are taken to be its neighbours'.
+KVC_OWN void get_positions(const PageLayout &at, int codec, int64_t page_bytes, const uint8_t *page,
+                           int first, int count, int32_t *positions) {
+    const int each = position_step(codec);
     PageHeader header;
     std::memcpy(&header, page + page_bytes - sizeof header, sizeof header);
     int steps = 0;
     for (int i = first; i < first + count; ++i) {
-        while (steps < PageHeader::kSteps && header.first[steps] <= i) ++steps;
+        const int index = i / each;
+        while (steps < PageHeader::kSteps && header.first[steps] <= index) ++steps;
         uint16_t own;
-        std::memcpy(&own, low + 2 * i, sizeof own);
+        std::memcpy(&own, page + at.positions + 2 * index, sizeof own);
         // Unsigned: what a wrong directory finds here may be anything.
         positions[i - first] = static_cast<int32_t>(static_cast<uint32_t>(header.base) + own +
-                                                    (static_cast<uint32_t>(steps) << 16));
+                                                    (static_cast<uint32_t>(steps) << 16) +
+                                                    static_cast<uint32_t>(i % each));
     }
 }
 

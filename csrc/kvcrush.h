@@ -37,7 +37,7 @@ typedef struct {
     uint8_t weight; /* the field counts 2^weight times */
     uint8_t word;   /* of the token's codes */
     uint8_t first;  /* lowest bit, in each byte */
-    uint8_t bits;   /* 1, 2 or 4 */
+    uint8_t bits;   /* 1 to 4 */
 } kvc_piece;
 
 /* How the keys of one KV head become codes, and where a page keeps them. */
@@ -48,26 +48,31 @@ typedef struct {
     int32_t pieces;
     int32_t components; /* that have bits: a multiple of 4; the others are 0 */
     int32_t stride;     /* floats of a row of `inverse`: components up to a multiple of 16 */
-    const kvc_piece *piece; /* widest first */
-    const float *mean;      /* [k_size] */
-    const float *forward;   /* [k_size, k_size]: component = forward . (key - mean) */
-    const float *inverse;   /* [k_size, stride]: key = mean + inverse . component */
-    const float *cost;      /* [k_size]: what an error of 1 in a component costs */
+    const kvc_piece *piece;
+    const float *mean;    /* [k_size] */
+    const float *forward; /* [k_size, k_size]: component = forward . (key - mean) */
+    const float *inverse; /* [k_size, stride]: key = mean + inverse . component */
+    const float *cost;    /* [k_size]: what an error of 1 in a component costs */
+    /* For products with queries, by field: four for each piece, up to a multiple of 16. */
+    int32_t fields;
+    int32_t reserved;
+    const float
+        *weight; /* [k_size, fields]: `inverse` of the field's component, times its weight */
+    const float *middle; /* [fields up to a multiple of 32]: of the field's codes */
 } kvc_head_table;
 
 /* One fitted codec in one layer. A component of b bits has the codes 0 ... 2^b - 1, which stand
  * for code - (2^b - 1) / 2. */
 typedef struct {
     int32_t v_bits;    /* 2 or 4 */
-    int32_t unrotated; /* keys are coded without their rotary embedding */
+    int32_t local;     /* keys are coded as seen from the position of their strip's first token */
     float v_step;      /* between the levels of a value of unit variance */
     int32_t positions; /* below which tokens must stand */
     const kvc_head_table *heads;
     /* Rotary embedding: cosines, then sines, of each pair (c, c + k_size / 2), at 256 * i and at
-     * i < 256; rows of k_size floats. Null unless `unrotated`. */
+     * i < 256; rows of k_size floats. Null unless `local`. */
     const float *coarse;
     const float *fine;
-    const float *steps; /* [k_size / 2, 2, 16]: cosines and sines of each pair at 0 ... 15 */
 } kvc_table;
 
 /* One layer of a cache. */
@@ -115,14 +120,16 @@ typedef struct {
 
 int kvc_version(void);
 const char *kvc_error(void);
-/* "baseline", "avx2", "avx512" or "neon": the best that this CPU runs, or what KVCRUSH_ISA names. */
+/* "baseline", "avx2", "avx512" or "neon": the best that this CPU runs, or what KVCRUSH_ISA names.
+ */
 const char *kvc_isa(void);
 /* Makes later calls use the named kernels; for tests. */
 int kvc_use_isa(const char *name);
 /* Threads that a large call would use: those of the OpenMP runtime in this process, else 1. */
 int kvc_threads(void);
 
-/* Tokens that a page holds; 0 if the codec cannot fill such pages; -1 if it does not exist. */
+/* Tokens that a page holds; 0 if the codec cannot fill such pages; -1 if it does not exist or its
+ * tables decide. */
 int64_t kvc_capacity(int32_t codec, int64_t page_bytes, int32_t k_size, int32_t v_size,
                      int32_t dtype);
 

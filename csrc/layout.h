@@ -32,13 +32,13 @@
 //   tc4, tc8 (fitted: see kvc_table)
 //           page = strip | strip | ... | TokenScales of each strip | exceptions | positions | ...
 //           K: [words][lanes][4 bytes]: byte j of a word holds component j of several quads
-//              (kvc_piece), in fields of 4, 2 or 1 bits
+//              (kvc_piece), in fields of 1 to 4 bits
 //           V: as in int4 in 4 bits; in 2 bits one word a lane: byte j holds rows j, j + 4, j + 8
 //              and j + 12, from the low bits up. H S v = scale * (code - (2^bits - 1) / 2)
 //           exceptions: tokens that are int8 instead: [K scale, V scale float16] of each, then
 //              their K rows, then their V rows; in the order of the bits in TokenScales
 //
-// positions: uint16 per token; PageHeader is the page's last 32 bytes.
+// positions: uint16 per token, in fitted pages per strip; PageHeader is the page's last 32 bytes.
 #pragma once
 
 #include <cstddef>
@@ -46,8 +46,8 @@
 
 #include "kvcrush.h"
 
-// Functions that units of several instruction sets share must leave no copy of their own behind: the
-// linker would keep any one, perhaps with instructions that this CPU lacks.
+// Functions that units of several instruction sets share must leave no copy of their own behind:
+// the linker would keep any one, perhaps with instructions that this CPU lacks.
 #define KVC_OWN inline __attribute__((always_inline))
 
 namespace kvc {
@@ -55,7 +55,7 @@ namespace kvc {
 constexpr int kStrip = 16;
 constexpr int kMaxHead = 256;
 
-// Positions ascend, so a page stores their low 16 bits and the tokens at which the rest steps up:
+// Positions ascend, so a page stores their low 16 bits and the indices at which the rest steps up:
 // position(i) = base + low[i] + 65536 * #{j : first[j] <= i}.
 struct PageHeader {
     static constexpr int kSteps = 14;
@@ -128,7 +128,7 @@ KVC_OWN PageLayout fitted_layout(const kvc_head_table &head, int v_bits, int k_s
     at.scales = strips * at.strip;
     at.exceptions = at.scales + strips * int64_t{sizeof(TokenScales)};
     at.positions = at.exceptions + int64_t{head.exceptions} * (k_size + v_size + 4);
-    at.end = at.positions + 2 * int64_t{head.capacity};
+    at.end = at.positions + 2 * strips;
     return at;
 }
 

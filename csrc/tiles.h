@@ -13,7 +13,7 @@ constexpr int kExceptions = KVC_CODECS;
 struct Strip {
     const uint8_t *k, *v;   // exceptions: the first's scales, and null
     const uint8_t *scales;  // of its group, or its TokenScales
-    int place;              // in the group; exceptions: the first's number
+    int place;              // in the group, or the page if fitted; exceptions: the first's number
     int count;              // tokens; the other lanes of K are not to be trusted
     int hidden;             // lanes that are exceptions, a bit for each
     int tail;               // tail token of lane 0, -1 in the compressed region
@@ -43,8 +43,7 @@ KVC_INLINE void each_exception(const PageLayout &at, const uint8_t *page, int co
                                F use) {
     int number = 0;
     for (int first = 0; first < count; first += kStrip) {
-        int bits =
-            exception_bits(page + at.scales + first / kStrip * int64_t{sizeof(TokenScales)});
+        int bits = exception_bits(page + at.scales + first / kStrip * int64_t{sizeof(TokenScales)});
         if (count - first < kStrip) bits &= (1 << (count - first)) - 1;
         for (; bits != 0 && number < most; bits &= bits - 1)
             use(number++, first + __builtin_ctz(static_cast<unsigned>(bits)));
@@ -150,8 +149,11 @@ class Tiles {
         return (directory_.count[entry] + kStrip - 1) / kStrip;
     }
     int64_t exception_strips(int entry) const {
-        const int codec = directory_.codec[entry], count = directory_.count[entry];
-        return (layer_.exceptions(codec, head_, count) + kStrip - 1) / kStrip;
+        return (exceptions(entry) + kStrip - 1) / kStrip;
+    }
+    int exceptions(int entry) const {
+        return layer_.exceptions(directory_.codec[entry], head_, directory_.count[entry],
+                                 layer_.page(directory_.page[entry]));
     }
 
     // To the next page, or block of the tail. False: there is none.
@@ -219,7 +221,7 @@ class Tiles {
 
     void open_strip(const uint8_t *page, int strip) {
         k_ = page + at_.strip_at(strip);
-        place_ = strip % at_.group_strips;
+        place_ = fitted(codec_) ? strip : strip % at_.group_strips;
         scales_ = fitted(codec_) ? page + at_.scales + strip * int64_t{sizeof(TokenScales)}
                                  : page + at_.group_at(strip);
     }
@@ -227,13 +229,12 @@ class Tiles {
     // At strip `first` of the entry's exceptions; they have no strips to step through.
     void open_exceptions(int first) {
         open_entry();
-        const int codec = codec_, count = directory_.count[entry_];
         if (directory_.bias != nullptr && directory_.bias[entry_] >= 0)
             bias_ = directory_.log_bias + directory_.bias[entry_];
         codec_ = kExceptions;
         k_ = scales_ = page_ + at_.exceptions;
         place_ = first * kStrip;
-        tokens_ = layer_.exceptions(codec, head_, count) - place_;
+        tokens_ = exceptions(entry_) - place_;
     }
 
     void step() {
@@ -248,6 +249,7 @@ class Tiles {
         k_ += at_.strip;
         if (fitted(codec_)) {
             scales_ += sizeof(TokenScales);
+            ++place_;
         } else if (++place_ == at_.group_strips) {
             place_ = 0;
             scales_ = k_;

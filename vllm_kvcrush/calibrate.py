@@ -30,8 +30,8 @@ from vllm_kvcrush.transform import (
 )
 
 POINTS = (
-    Point("tc4", unrotated=False, key_bits=3.25, value_bits=4, exceptions=0.005),
-    Point("tc8", unrotated=True, key_bits=1.5, value_bits=2, exceptions=0.005),
+    Point("tc4", local=False, key_bits=3.25, value_bits=4, exceptions=0.005),
+    Point("tc8", local=True, key_bits=1.5, value_bits=2, exceptions=0.005),
 )
 
 # Queries are taken at distances up to this from a key: further ones look alike.

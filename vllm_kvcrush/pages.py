@@ -106,7 +106,7 @@ class FittedLayout:
         strip: of a strip.
         scales: of the page before the strips' scales and exception bits.
         exceptions: of the page before the int8 tokens.
-        positions: of the page before the positions.
+        positions: of the page before the positions, uint16 for each strip.
         end: of everything but the page's header.
     """
 
@@ -133,7 +133,7 @@ def fitted_layout(
     scales = tokens // STRIP * strip
     first = scales + tokens // STRIP * TOKEN_SCALES
     positions = first + exceptions * _exception_bytes(k_size, v_size)
-    return FittedLayout(v, strip, scales, first, positions, positions + 2 * tokens)
+    return FittedLayout(v, strip, scales, first, positions, positions + 2 * (tokens // STRIP))
 
 
 def _exception_bytes(k_size: int, v_size: int) -> int:

@@ -1,10 +1,10 @@
 """Transform-coded pages: keys in unequal bits per component, values in equal ones.
 
-The codec in one paragraph. A key is, where the point says so, taken back to before its rotary
-embedding, centred, and turned by a transform whose components are uncorrelated and count equally
-for the queries. Each four components share 0 to 8 bits; the bits are pooled over all layers and
-heads. A value is turned by random signs and a Hadamard matrix, which makes its channels alike, and
-stored in equal bits with one 8-bit scale. `Tables` holds what a model needs for it,
+The codec in one paragraph. A key is, where the point says so, turned to how it looks from its
+strip's first token, centred, and turned by a transform whose components are uncorrelated and count
+equally for the queries. Each four components share 0 to 8 bits; the bits are pooled over all layers
+and heads. A value is turned by random signs and a Hadamard matrix, which makes its channels alike,
+and stored in equal bits with one 8-bit scale. `Tables` holds what a model needs for it,
 `encode_keys` ... `decode_values` are the plain-torch oracle of csrc/fitted.h and csrc/encode.h.
 
 Shapes use L layers, H KV heads, n tokens, and key and value sizes D and Dv. Pure torch.
@@ -31,12 +31,13 @@ from vllm_kvcrush import pages
 from vllm_kvcrush.demo_model import cache_root
 
 FORMAT = "vllm-kvcrush-tables"
-VERSION = 2
+VERSION = 3
 # Components that share a field of bits: one in each byte of a word.
 QUAD = 4
 # Bits of a quad's components that fill a word of 32 bits.
 WORD_BITS = 32 // QUAD
 MAX_BITS = 8
+PIECE_BITS = 4  # most bits of a field
 MAX_INT8 = 127
 # A request's first tokens draw attention whatever the query: they are always exceptions.
 SINKS = 4
@@ -119,26 +120,35 @@ class Piece(NamedTuple):
 
 
 def pieces(bits: Tensor) -> list[Piece]:
-    """Where a token's key codes lie: fields of 4, 2 and 1 bits, widest first, that fill words.
+    """Where a token's key codes lie: fields of up to 4 bits that fill words.
 
     Args:
         bits: [D], equal within quads; the sum over quads is a multiple of WORD_BITS.
     """
-    wanted: list[tuple[int, int, int]] = []
+    left: list[tuple[int, int, int]] = []  # (bits, weight, quad), most bits first
     for quad, width in enumerate(bits.view(-1, QUAD)[:, 0].tolist()):
-        left = int(width)
-        for size in (4, 4, 2, 1):
-            if left >= size:
-                left -= size
-                wanted.append((size, left, quad))
+        high = max(0, int(width) - PIECE_BITS)
+        left += [(int(width) - high, high, quad)] * (width > 0) + [(high, 0, quad)] * (high > 0)
+    left.sort(key=lambda field: (-field[0], field[2]))
+    found, word = [], 0
+    while left:
+        room = WORD_BITS
+        while room:
+            fits = next((i for i, field in enumerate(left) if field[0] <= room), None)
+            if fits is None:
+                # None is that small: a part of the smallest one fills the word.
+                width, weight, quad = left.pop()
+                rest = width - room
+                left.append((room, weight + rest, quad))
+                left.append((rest, weight, quad))
+                left.sort(key=lambda field: (-field[0], field[2]))
+                continue
+            width, weight, quad = left.pop(fits)
+            found.append(Piece(quad, weight, word, WORD_BITS - room, width))
+            room -= width
+        word += 1
     # Fields of equal weight are neighbours: kernels round the weights of a few together.
-    wanted.sort(key=lambda w: (-w[0], -w[1], w[2]))
-    found, used = [], 0
-    for size, weight, quad in wanted:
-        found.append(Piece(quad, weight, used // WORD_BITS, used % WORD_BITS, size))
-        used += size
-    assert used % WORD_BITS == 0, "key codes do not fill words"
-    return found
+    return sorted(found, key=lambda piece: (-piece.weight, piece.quad))
 
 
 # -- rotary embedding -----------------------------------------------------------------------------
@@ -248,15 +258,15 @@ class Point:
 
     Attributes:
         name: as policies and files call it.
-        unrotated: whether keys are coded without their rotary embedding: fewer bits say as much,
-            and every key must be turned before a query can meet it.
+        local: whether keys are coded as seen from the position of their strip's first token: fewer
+            bits say as much, and a query is turned anew for every strip.
         key_bits: bits per key component, the mean over all layers and heads.
         value_bits: bits per value channel; the scale comes on top.
         exceptions: share of a page's tokens that are int8 instead.
     """
 
     name: str
-    unrotated: bool
+    local: bool
     key_bits: float
     value_bits: int
     exceptions: float
@@ -408,11 +418,10 @@ def fit(
 
     The transform is the Karhunen-Loeve transform of W(k - mean) with W = E[q qᵀ]^½: of all
     transforms with these bits it loses least in E[(q·k - q·k̂)²]. Queries are taken at all
-    distances up to `horizon` from the key, and keys with their rotary embedding at all positions
-    up to it.
+    distances up to `horizon` from the key, and keys at all positions up to it, or in a strip.
     """
     far = torch.arange(horizon)
-    near = torch.zeros(1) if point.unrotated else far
+    near = torch.arange(pages.STRIP) if point.local else far
     mean, second = rope.spread(statistics.key_mean, statistics.key_second, near)
     _, query = rope.spread(statistics.key_mean, statistics.query_second, far)
     weight, back = _root(query)
@@ -450,8 +459,8 @@ def online(
     """
     layers, heads, _, size = keys.shape
     x, q = keys.double(), queries.double()
-    if point.unrotated:
-        x, q = rope.rotate(x, -positions), rope.rotate(q, -query_positions)
+    if point.local:
+        x, q = rope.rotate(x, -origins(positions)), rope.rotate(q, -query_positions)
     later = positions >= SINKS if bool((positions >= SINKS).sum() > 1) else positions >= 0
     mean, sigma = x[:, :, later].mean(2), x[:, :, later].std(2)
     sigma = sigma.clamp(min=1e-6 * float(sigma.max()) + torch.finfo(torch.float32).tiny)
@@ -473,6 +482,11 @@ def online(
 # -- keys -----------------------------------------------------------------------------------------
 
 
+def origins(positions: Tensor) -> Tensor:
+    """The position of each token's strip, [n]: that of its first token."""
+    return positions[torch.arange(len(positions)) // pages.STRIP * pages.STRIP]
+
+
 def encode_keys(
     keys: Tensor, positions: Tensor, tables: Tables, layer: int, head: int
 ) -> tuple[Tensor, Tensor]:
@@ -486,7 +500,7 @@ def encode_keys(
         Codes, uint8 [n, D], components in the order of the tables, 0 where one has no bits; and
         each token's loss [n], the squared error of its logit expected over queries.
     """
-    x = tables.rope.rotate(keys, -positions) if tables.point.unrotated else keys
+    x = tables.rope.rotate(keys, -origins(positions)) if tables.point.local else keys
     x = (x - tables.key_mean[layer, head].to(x)) @ tables.forward[layer, head].to(x).mT
     top = (2 ** tables.bits[layer, head].long() - 1).to(x)
     codes = (x + top / 2).round().clamp(torch.zeros_like(top), top)
@@ -506,7 +520,7 @@ def decode_keys(
     middle = (2 ** tables.bits[layer, head].long() - 1).to(dtype) / 2
     x = (codes.to(dtype) - middle) @ tables.inverse[layer, head].to(dtype).mT
     x = x + tables.key_mean[layer, head].to(x)
-    return tables.rope.rotate(x, positions) if tables.point.unrotated else x
+    return tables.rope.rotate(x, origins(positions)) if tables.point.local else x
 
 
 # -- values ---------------------------------------------------------------------------------------

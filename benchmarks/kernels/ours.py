@@ -1,4 +1,4 @@
-"""The plugin's own kernels as candidates: raw, int8 and int4 pages."""
+"""The plugin's own kernels as candidates: pages of every codec."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from torch import Tensor
 
 from benchmarks.kernels.candidates import Candidate
 from benchmarks.kernels.cases import DISTINCT, PAGE, Case
+from vllm_kvcrush.calibrate import POINTS
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.pages import CODECS
+from vllm_kvcrush.ops.fitted import Angles, LayerTable
+from vllm_kvcrush.pages import CODECS, FITTED
+from vllm_kvcrush.transform import Rope, Statistics, Tables, fit
 
 
 class Ours(Candidate):
@@ -28,8 +31,8 @@ class Ours(Candidate):
         self.lengths = [count + math.ceil(self.keep * (n - count)) for n in case.lengths]
         self._tails = [count if packed else n for n in self.lengths]
         page_bytes = PAGE * 2 * shape.head_size * self.dtype.itemsize
-        sizes = (page_bytes, shape.head_size, shape.head_size, self.dtype)
-        self._room = cpu.capacity(self.codec, *sizes) if packed else PAGE
+        table = self._table(page_bytes)
+        self._room = self._capacity(page_bytes, table) if packed else PAGE
         pages = -(-(max(self.lengths) - (count if packed else 0)) // self._room) * packed
         tail_blocks = -(-max(self._tails) // PAGE)
         self.bytes_read = sum(
@@ -53,6 +56,7 @@ class Ours(Candidate):
             block_size=PAGE,
             dtype=self.dtype,
             scale=shape.scale,
+            tables={} if table is None else {self.codec: table},
         )
         self._fill()
         blocks = 2 * DISTINCT + torch.randperm(wanted, generator=draw)
@@ -73,6 +77,31 @@ class Ours(Candidate):
             for i in range(self.sets)
         ]
 
+    def _table(self, page_bytes: int) -> LayerTable | None:
+        """Tables of a fitted codec, the same for every head: of keys whose channels hang together
+        as a model's do, so that bits are as unequal. What is coded with them does not matter to the
+        time that it takes."""
+        if self.codec not in FITTED:
+            return None
+        size, heads = self.case.shape.head_size, self.case.shape.kv_heads
+        draw = torch.Generator().manual_seed(size)
+        rope = Rope(1e5 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size))
+        spread = 0.05 + torch.rand(size, generator=draw) ** 3
+        mix = torch.linalg.qr(torch.randn(size, size, generator=draw)).Q * spread
+        keys = torch.randn(1, 1, 4000, size, generator=draw) @ mix
+        queries = torch.randn(1, 1, 1000, size, generator=draw)
+        (point,) = (p for p in POINTS if p.name == self.codec)
+        one = fit(Statistics.of(keys, queries, keys), point, rope, 4096)
+        parts = (one.key_mean, one.forward, one.inverse, one.cost, one.bits)
+        tables = Tables(point, rope, *(p.expand(1, heads, *p.shape[2:]) for p in parts))
+        return LayerTable(tables, 0, range(heads), page_bytes, size, Angles(rope, 1 << 16))
+
+    def _capacity(self, page_bytes: int, table: LayerTable | None) -> int:
+        if table is not None:
+            return table.capacity[0]
+        size = self.case.shape.head_size
+        return cpu.capacity(self.codec, page_bytes, size, size, self.dtype)
+
     def _fill(self) -> None:
         """Blocks [0, DISTINCT) packed, [DISTINCT, 2 * DISTINCT) raw, from the case's contents."""
         case, layer = self.case, self._layer
@@ -80,18 +109,18 @@ class Ours(Candidate):
         keys, values = (
             part.transpose(0, 1).reshape(heads, -1, size) for part in (case.keys, case.values)
         )
-        places = torch.arange(PAGE)
         for i in range(DISTINCT):
             here = torch.arange(i * PAGE, i * PAGE + self._room) % keys.shape[1]
             for head in range(heads if self.codec != "raw" else 0):
                 page = layer.page(i, head)
                 k, v = keys[head, here], values[head, here]
-                cpu.encode(layer, self.codec, page, k, v, torch.arange(self._room).int())
+                places = torch.arange(i * self._room, (i + 1) * self._room, dtype=torch.int32)
+                cpu.encode(layer, self.codec, page, k, v, places, head)
             cpu.store(
                 layer,
                 case.keys[i].transpose(0, 1).to(self.dtype).contiguous(),
                 case.values[i].transpose(0, 1).to(self.dtype).contiguous(),
-                (DISTINCT + i) * PAGE + places,
+                (DISTINCT + i) * PAGE + torch.arange(PAGE),
             )
 
     def _counts(self, sequence: int) -> list[int]:
@@ -121,7 +150,9 @@ class Ours(Candidate):
         parts: list[list[tuple[Tensor, Tensor]]] = []
         for head in range(self.case.shape.kv_heads):
             found = [
-                cpu.decode(self._layer, self.codec, self._layer.page(int(block), head), count)[:2]
+                cpu.decode(
+                    self._layer, self.codec, self._layer.page(int(block), head), count, head
+                )[:2]
                 for block, count in zip(
                     self._region[index, sequence], self._counts(sequence), strict=True
                 )
@@ -182,11 +213,25 @@ class OursInt4Evicted(OursInt4):
     name, keep = "kvcrush-int4-evicted-4x", 0.25
 
 
+class OursTC4(Ours):
+    """Every token in some four bits by transform coding."""
+
+    name, codec, tolerance = "kvcrush-tc4", "tc4", 4e-2
+
+
+class OursTC8(Ours):
+    """Every token in less than two bits: a transform for every key."""
+
+    name, codec, tolerance = "kvcrush-tc8", "tc8", 4e-2
+
+
 OURS: tuple[type[Candidate], ...] = (
     OursRaw,
     OursFp32,
     OursInt8,
     OursInt4,
+    OursTC4,
+    OursTC8,
     OursRawEvicted,
     OursInt8Evicted,
     OursInt4Evicted,

@@ -209,7 +209,7 @@ bool fitted(int codec) {
 // Angles of a rotary embedding as kvc_table wants them, the same in every case.
 struct Angles {
     static constexpr int32_t kPositions = 300000;
-    std::vector<float> coarse, fine, steps;
+    std::vector<float> coarse, fine;
 
     explicit Angles(int k_size) {
         const int half = k_size / 2;
@@ -221,9 +221,6 @@ struct Angles {
         };
         rows(coarse, (kPositions + 255) / 256, 256);
         rows(fine, 256, 1);
-        for (int j = 0; j < half; ++j)
-            for (int side = 0; side < 2; ++side)
-                for (int t = 0; t < 16; ++t) steps.push_back(at(j, half, t, side));
     }
     static float at(int j, int half, double position, int side) {
         const double angle = position * std::pow(10000.0, -double{1} * j / half);
@@ -239,7 +236,7 @@ struct Angles {
 struct Tables {
     struct Head {
         std::vector<kvc_piece> piece;
-        std::vector<float> mean, forward, inverse, cost;
+        std::vector<float> mean, forward, inverse, cost, weight, middle;
     };
     struct Codec {
         std::vector<Head> data;
@@ -262,12 +259,11 @@ struct Tables {
         table.v_bits = random.of({2, 4});
         table.v_step = table.v_bits == 2 ? 1.0f : 0.34f;
         table.positions = Angles::kPositions;
-        table.unrotated = random.chance(50);
-        if (table.unrotated != 0) {
+        table.local = random.chance(50);
+        if (table.local != 0) {
             const Angles &angles = Angles::of(layer.k_size);
             table.coarse = angles.coarse.data();
             table.fine = angles.fine.data();
-            table.steps = angles.steps.data();
         }
         codec.data.resize(static_cast<size_t>(layer.num_kv_heads));
         codec.heads.resize(codec.data.size());
@@ -287,24 +283,25 @@ struct Tables {
         head.components =
             static_cast<int32_t>(random.chance(60) ? k_size : 4 * random.in(0, k_size / 4));
         head.stride = (head.components + 15) / 16 * 16;
-        // Widest first, so that no field crosses a byte.
+        // No field crosses a byte.
         std::vector<int> bits(static_cast<size_t>(head.components / 4)), placed(bits.size(), 0);
         const int most = random.chance(50) ? 4 : 7;
         for (int &own : bits) own = static_cast<int>(random.in(0, most));
         int cursor = 0;
-        for (const int width : {4, 2, 1})
-            for (size_t quad = 0; quad < bits.size(); ++quad) {
-                if ((bits[quad] & width) == 0) continue;
-                kvc_piece piece{};
-                placed[quad] += width;
-                piece.quad = static_cast<uint8_t>(quad);
-                piece.weight = static_cast<uint8_t>(bits[quad] - placed[quad]);
-                piece.word = static_cast<uint8_t>(cursor / 8);
-                piece.first = static_cast<uint8_t>(cursor % 8);
-                piece.bits = static_cast<uint8_t>(width);
-                data.piece.push_back(piece);
-                cursor += width;
-            }
+        for (const int width : {4, 3, 2, 1})
+            for (size_t quad = 0; quad < bits.size(); ++quad)
+                while (bits[quad] - placed[quad] >= width) {
+                    if (cursor % 8 + width > 8) cursor += 8 - cursor % 8;
+                    kvc_piece piece{};
+                    placed[quad] += width;
+                    piece.quad = static_cast<uint8_t>(quad);
+                    piece.weight = static_cast<uint8_t>(bits[quad] - placed[quad]);
+                    piece.word = static_cast<uint8_t>(cursor / 8);
+                    piece.first = static_cast<uint8_t>(cursor % 8);
+                    piece.bits = static_cast<uint8_t>(width);
+                    data.piece.push_back(piece);
+                    cursor += width;
+                }
         head.pieces = static_cast<int32_t>(data.piece.size());
         head.words = (cursor + 7) / 8;
         data.piece.reserve(1);  // never null
@@ -329,8 +326,25 @@ struct Tables {
         head.forward = data.forward.data();
         head.inverse = data.inverse.data();
         head.cost = data.cost.data();
+        head.fields = (4 * head.pieces + 15) / 16 * 16;
+        data.weight.assign(static_cast<size_t>(k_size * head.fields), 0.0f);
+        data.weight.reserve(1);
+        data.middle.assign(static_cast<size_t>(head.fields + 16), 0.0f);
+        for (int i = 0; i < head.pieces; ++i)
+            for (int j = 0; j < 4; ++j) {
+                const kvc_piece &piece = data.piece[static_cast<size_t>(i)];
+                const float factor = static_cast<float>(1 << piece.weight);
+                data.middle[static_cast<size_t>(4 * i + j)] =
+                    0.5f * static_cast<float>((1 << piece.bits) - 1);
+                for (int c = 0; c < k_size; ++c)
+                    data.weight[static_cast<size_t>(c * head.fields + 4 * i + j)] =
+                        factor *
+                        data.inverse[static_cast<size_t>(c * head.stride + 4 * piece.quad + j)];
+            }
+        head.weight = data.weight.data();
+        head.middle = data.middle.data();
         // What layout.h says of such a page.
-        const int64_t strip = 64 * head.words + 2 * v_bits * layer.v_size + 18 + 32;
+        const int64_t strip = 64 * head.words + 2 * v_bits * layer.v_size + 18 + 2;
         const int64_t exception = layer.k_size + layer.v_size + 4, room = layer.page_bytes - 32;
         head.exceptions =
             static_cast<int32_t>(random.in(0, std::min<int64_t>(128, room / exception / 2)));
@@ -1928,7 +1942,7 @@ class Case {
                 table.heads = nullptr;
                 break;
             case 4:
-                table.unrotated = 1;
+                table.local = 1;
                 table.fine = nullptr;
                 break;
             case 5:

@@ -24,17 +24,19 @@ class _HeadTable(ctypes.Structure):
         *((name, _i32) for name in ("capacity", "exceptions", "words", "pieces")),
         *((name, _i32) for name in ("components", "stride")),
         *((name, _ptr) for name in ("piece", "mean", "forward", "inverse", "cost")),
+        *((name, _i32) for name in ("fields", "reserved")),
+        *((name, _ptr) for name in ("weight", "middle")),
     ]
 
 
 class _Table(ctypes.Structure):
     _fields_ = [
         ("v_bits", _i32),
-        ("unrotated", _i32),
+        ("local", _i32),
         ("v_step", ctypes.c_float),
         ("positions", _i32),
         ("heads", _ptr),
-        *((name, _ptr) for name in ("coarse", "fine", "steps")),
+        *((name, _ptr) for name in ("coarse", "fine")),
     ]
 
 
@@ -51,8 +53,6 @@ class Angles:
         self.positions = rows * COARSE
         self.coarse = self._rows(rope, torch.arange(rows) * COARSE)
         self.fine = self._rows(rope, torch.arange(COARSE))
-        near = self._rows(rope, torch.arange(pages.STRIP)).view(pages.STRIP, 2, rope.size // 2)
-        self.steps = near.permute(2, 1, 0).contiguous()
 
     @staticmethod
     def _rows(rope: Rope, positions: Tensor) -> Tensor:
@@ -107,18 +107,25 @@ class LayerTable:
             own.forward = self._keep(tables.forward[layer, head])
             own.inverse = self._keep(inverse)
             own.cost = self._keep(tables.cost[layer, head])
+            own.fields = -(-QUAD * len(fields) // 16) * 16
+            weight = torch.zeros(len(bits), own.fields or 16)
+            middle = torch.zeros(own.fields + 16)
+            for i, field in enumerate(fields):
+                here, quad = slice(QUAD * i, QUAD * (i + 1)), slice(QUAD * field.quad, None)
+                weight[:, here] = tables.inverse[layer, head][:, quad][:, :QUAD] * 2**field.weight
+                middle[here] = (2**field.bits - 1) / 2
+            own.weight, own.middle = self._keep(weight), self._keep(middle)
             self.capacity.append(capacity)
             self.exceptions.append(exceptions)
         self._kept.append(table)
         self._struct = _Table(
             point.value_bits,
-            int(point.unrotated),
+            int(point.local),
             quantiser(point.value_bits).step,
             angles.positions,
             ctypes.addressof(table),
             angles.coarse.data_ptr(),
             angles.fine.data_ptr(),
-            angles.steps.data_ptr(),
         )
         self.address = ctypes.addressof(self._struct)
 
