@@ -337,14 +337,15 @@ class Settings:
             raise ValueError(f"the plan of {policy} needs the model's head sizes and dtype")
         k_size, v_size, itemsize = self.page
         page_bytes = block_size * (k_size + v_size) * itemsize
+        # Pairs of layer and KV head of each rank: pages of two codecs may share blocks.
+        pairs = [sum(n for _, n in rank) for rank in next(iter(self.fitted.values()), (((0, 1),),))]
         found = []
         for codec in codecs:
             if codec in pages.FITTED:
                 found.append(Packing(codec, self.fitted[codec]))
             else:
                 room = pages.capacity(codec, page_bytes, k_size, v_size, itemsize)
-                ranks = len(next(iter(self.fitted.values()), ((),)))
-                found.append(Packing(codec, (((room, 1),),) * ranks))
+                found.append(Packing(codec, tuple(((room, n),) for n in pairs)))
         close = [p for p in found if _packs(p, block_size)]
         return tuple(close or found[-1:])
 

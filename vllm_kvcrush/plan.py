@@ -58,8 +58,8 @@ class Packing:
 
 
 def _last(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest of 0 ... limit for which `holds`, which holds for 0 and never again once it does
-    not."""
+    """The largest of 0 ... limit for which `holds`, if it never holds again once it does not; else
+    one that holds and whose successor does not. `holds` holds for 0."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -132,8 +132,9 @@ class Plan:
     def parts(self, compressed: int, candidates: int) -> tuple[Part, ...]:
         """What `compressed` blocks hold of `candidates` tokens before the tail, in slot order.
 
-        The first codec in which all of them fit; where that leaves room, as many of the newest as
-        possible in the codec before it. If they fit in none, as many as the last one holds."""
+        The first codec in which all of them fit; where that leaves room, the newest in the codec
+        before it: with one more they would not fit. If they fit in none, as many as the last one
+        holds."""
         if not self.packings:
             return (Part("raw", min(candidates, compressed * self.block_size)),)
         better: Packing | None = None

@@ -33,33 +33,22 @@ def contents() -> dict[str, Any]:
     from benchmarks.codecs import contents as c
     from vllm_kvcrush.transform import Point
 
-    def online(frame: str, key: float, value: int) -> Any:
-        return c.online(Point("online", frame, key, value, 0.02))
+    def online(local: bool, key: float, value: int) -> Any:
+        return c.online(Point("online", local, key, value, 0.005))
 
     return {
-        "int8": c.int8,
-        "int4 K/64": c.even(4, 4, 64),
-        "int4 K/32": c.even(4, 4, 32),
-        "tc4": c.transform("tc4"),
-        "tc4 unrotated": c.transform("tc4 unrotated"),
-        "tc4 tile": c.transform("tc4 tile"),
-        "tc4 V3": c.transform("tc4 V3"),
-        "tc4 0%": c.transform("tc4 0%"),
-        "tc8": c.transform("tc8"),
-        "tc8 no bias": c.transform("tc8", bias=False),
-        "tc8 0%": c.transform("tc8 0%"),
-        "tc8 1%": c.transform("tc8 1%"),
-        "tc8 tile": c.transform("tc8 tile"),
-        "tc6": c.transform("tc6"),
+        "int8": c.flat("int8"),
+        "int4 K/64": c.flat("int4"),
+        **{point.name: c.transform(point.name) for point in points()},
         "tc6 + evict 20%": c.transform("tc6", keep=0.8),
         "tc8 + evict 15%": c.transform("tc8", keep=0.85),
-        "online rotated 3.5/4": online("rotated", 3.5, 4),
-        "online unrotated 1.5/2": online("unrotated", 1.5, 2),
+        "online rotated 3.25/4": online(False, 3.25, 4),
+        "online local 1.5/2": online(True, 1.5, 2),
         "evict to 25%": c.evicted(0.25),
     }
 
 
-QUICK = ("int8", "int4 K/64", "tc4", "tc8", "online unrotated 1.5/2")
+QUICK = ("int8", "int4 K/64", "tc4", "tc8", "online local 1.5/2")
 
 
 def points() -> list[Any]:
@@ -72,15 +61,15 @@ def points() -> list[Any]:
     tc4, tc8 = POINTS
     return [
         tc4,
-        tc8,
-        replace(tc4, name="tc4 unrotated", frame="unrotated"),
-        replace(tc4, name="tc4 tile", frame="tile"),
+        replace(tc4, name="tc4 local", local=True),
+        replace(tc4, name="tc4 K4", key_bits=4.0),
         replace(tc4, name="tc4 V3", value_bits=3),
         replace(tc4, name="tc4 0%", exceptions=0.0),
+        Point("tc6", True, 2.0, 3, tc8.exceptions),
+        tc8,
+        replace(tc8, name="tc8 rotated", local=False),
         replace(tc8, name="tc8 0%", exceptions=0.0),
-        replace(tc8, name="tc8 1%", exceptions=0.01),
-        replace(tc8, name="tc8 tile", frame="tile"),
-        Point("tc6", "unrotated", 2.0, 3, 0.02),
+        replace(tc8, name="tc8 2%", exceptions=0.02),
     ]
 
 
@@ -136,7 +125,6 @@ class Study:
                 tables,
                 rope,
                 rope.size**-0.5,
-                min(calibrate.HORIZON, config.get("max_position_embeddings", 8192)),
                 ((block, 4), (block, 2)),
             )
             self._loaded = forcer, setting

@@ -3,20 +3,24 @@ and counts their bytes."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.codecs.model import Cache, Coded
+from vllm_kvcrush import pages
 from vllm_kvcrush import transform as tc
+from vllm_kvcrush.ops import pages_reference
+from vllm_kvcrush.plan import Packing
 
-HEADER = 32  # bytes of a page
 DIRECTORY = 7  # bytes of a page in its request's directory
-POSITION = 2  # bytes of a slot where positions are listed
-SCALE = 2  # bytes of a float16
+HALF = 2  # bytes of a float16
+
+# A block size and the bytes of a raw channel.
+Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,13 @@ class Setting:
         tables: transform tables by name of their point.
         rope: the model's.
         scale: factor of q·k.
-        horizon: longest distance of a query.
-        sizes: block sizes and bytes of a raw channel for which bytes are counted; the first one
-            also decides which tokens share a page.
+        sizes: for which bytes are counted; the first one also decides which tokens share a page.
     """
 
     tables: dict[str, tc.Tables]
     rope: tc.Rope
     scale: float
-    horizon: int
-    sizes: tuple[tuple[int, int], ...]
+    sizes: tuple[Size, ...]
 
 
 Encode = Callable[[Cache, Setting], Coded]
@@ -45,27 +46,23 @@ Encode = Callable[[Cache, Setting], Coded]
 # -- bytes ----------------------------------------------------------------------------------------
 
 
-def raw_bytes(cache: Cache, block: int, itemsize: int) -> int:
-    """Whole blocks of raw tokens."""
-    layers, heads, n, size = cache.keys.shape
-    page = block * (size + cache.values.shape[-1]) * itemsize
-    return -(-n // block) * layers * heads * page
-
-
 def _page_bytes(cache: Cache, block: int, itemsize: int) -> int:
     return block * (cache.keys.shape[-1] + cache.values.shape[-1]) * itemsize
 
 
-def _flat(cache: Cache, setting: Setting, token_bytes: float, group: int) -> dict[Any, int]:
-    """Bytes of pages with `token_bytes` a token, filled by multiples of `group` tokens."""
-    layers, heads, n = cache.keys.shape[:3]
-    out = {}
-    for block, itemsize in setting.sizes:
-        page = _page_bytes(cache, block, itemsize)
-        held = int((page - HEADER) // (token_bytes * group)) * group
-        pages = -(-n // held) * layers * heads
-        out[block, itemsize] = pages * (page + DIRECTORY)
-    return out
+def raw_bytes(cache: Cache, block: int, itemsize: int) -> int:
+    """Whole blocks of raw tokens."""
+    layers, heads, n, _ = cache.keys.shape
+    return -(-n // block) * layers * heads * _page_bytes(cache, block, itemsize)
+
+
+def _bytes(cache: Cache, size: Size, rooms: Tensor, tokens: int) -> int:
+    """Whole blocks, and the directory, of `tokens` tokens in each head, whose pages hold as many
+    as `rooms` [L, H] says."""
+    held = rooms.flatten().tolist()
+    packing = Packing("", (tuple(Counter(held).items()),))
+    owned = sum(-(-tokens // room) for room in held)
+    return packing.blocks(tokens) * len(held) * _page_bytes(cache, *size) + owned * DIRECTORY
 
 
 # -- calibration-free contents --------------------------------------------------------------------
@@ -77,39 +74,49 @@ def raw(cache: Cache, setting: Setting) -> Coded:
     return Coded(cache.keys, cache.values, sizes)
 
 
-def int8(cache: Cache, setting: Setting) -> Coded:
-    """int8 with one scale a token, head and side."""
-    size = cache.keys.shape[-1] + cache.values.shape[-1] + 2 * SCALE + POSITION
-    return Coded(tc.to_int8(cache.keys), tc.to_int8(cache.values), _flat(cache, setting, size, 16))
+def _by_page(
+    cache: Cache,
+    rooms: Tensor,
+    kept: Callable[[int, int, slice], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    """What `kept` says that a page of a layer, a head and some tokens gives back, for all."""
+    layers, heads, n, _ = cache.keys.shape
+    keys, values = torch.empty_like(cache.keys), torch.empty_like(cache.values)
+    for layer in range(layers):
+        for head in range(heads):
+            room = int(rooms[layer, head])
+            for start in range(0, n, room):
+                here = slice(start, min(start + room, n))
+                k, v = kept(layer, head, here)
+                keys[layer, head, here], values[layer, head, here] = k, v
+    return keys, values
 
 
-def _even(x: Tensor, bits: int, dim: int) -> Tensor:
-    """Evenly spaced levels from the least to the greatest along `dim`."""
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
-    step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(x.dtype).tiny)
-    return ((x - low) / step).round() * step + low
-
-
-def by_channel(keys: Tensor, bits: int, group: int) -> Tensor:
-    """Keys with a scale and a zero per channel and `group` tokens."""
-    return torch.cat([_even(part, bits, 2) for part in keys.split(group, 2)], 2)
-
-
-def rotated_values(values: Tensor, bits: int) -> Tensor:
-    """Values turned by signs and Hadamard, then with a scale and a zero per token."""
-    signs = tc.signs(values.shape[-1]).to(values)
-    return tc.hadamard(_even(tc.hadamard(values * signs), bits, -1)) * signs
-
-
-def even(key_bits: int, value_bits: int, group: int) -> Encode:
-    """Keys per channel, values rotated; the sinks stay as they are (they fill a page's header)."""
+def flat(codec: str) -> Encode:
+    """Pages of int8 or int4."""
 
     def encode(cache: Cache, setting: Setting) -> Coded:
-        keys = by_channel(cache.keys, key_bits, group)
-        values = rotated_values(cache.values, value_bits)
-        size = cache.keys.shape[-1] * (key_bits / 8 + 2 * SCALE / group)
-        size += cache.values.shape[-1] * value_bits / 8 + 2 * SCALE + POSITION
-        return Coded(keys, values, _flat(cache, setting, size, group))
+        layers, heads, n, size = cache.keys.shape
+        rooms = {
+            (block, itemsize): torch.full(
+                (layers, heads),
+                pages.capacity(
+                    codec,
+                    _page_bytes(cache, block, itemsize),
+                    size,
+                    cache.values.shape[-1],
+                    itemsize,
+                ),
+            )
+            for block, itemsize in setting.sizes
+        }
+
+        def kept(layer: int, head: int, here: slice) -> tuple[Tensor, Tensor]:
+            k, v = cache.keys[layer, head, here], cache.values[layer, head, here]
+            return pages_reference.kept(codec, k, v, cache.keys.dtype)
+
+        keys, values = _by_page(cache, rooms[setting.sizes[0]], kept)
+        return Coded(keys, values, {at: _bytes(cache, at, r, n) for at, r in rooms.items()})
 
     return encode
 
@@ -117,73 +124,47 @@ def even(key_bits: int, value_bits: int, group: int) -> Encode:
 # -- transform coding -----------------------------------------------------------------------------
 
 
-def _pages(
-    cache: Cache, tables: tc.Tables, setting: Setting
-) -> tuple[Tensor, Tensor, Tensor, dict[Any, int]]:
-    """Keys and values as pages give them back, which tokens are exceptions [L, H, n], bytes."""
-    layers, heads, n, _ = cache.keys.shape
-    size = cache.values.shape[-1]
-    held = {at: tc.capacities(tables, size, _page_bytes(cache, *at)) for at in setting.sizes}
-    first = held[setting.sizes[0]]
-    keys, values = torch.empty_like(cache.keys), torch.empty_like(cache.values)
-    exact = torch.zeros(layers, heads, n, dtype=torch.bool)
-    for layer in range(layers):
-        for head in range(heads):
-            index = layer * heads + head
-            step, slots = first.tokens[index], first.slots[index]
-            for start in range(0, n, step):
-                here = slice(start, min(start + step, n))
-                page = tc.encode_page(
-                    cache.keys[layer, head, here],
-                    cache.values[layer, head, here],
-                    cache.positions[here],
-                    tables,
-                    layer,
-                    head,
-                    slots,
-                )
-                keys[layer, head, here], values[layer, head, here] = tc.decode_page(
-                    page, tables, layer, head, cache.keys.dtype
-                )
-                exact[layer, head, start + page.slots] = True
-    return keys, values, exact, {at: c.bytes(n) for at, c in held.items()}
+def _fitted(cache: Cache, tables: tc.Tables, setting: Setting, tokens: int) -> Coded:
+    """Pages of a point, and the bytes of `tokens` tokens in them."""
+    point, words = tables.point, tables.words
+    rooms, exact = {}, {}
+    for at in setting.sizes:
+        both = [
+            pages.fitted_capacity(
+                _page_bytes(cache, *at),
+                width,
+                point.value_bits,
+                cache.keys.shape[-1],
+                cache.values.shape[-1],
+                point.exceptions,
+            )
+            for width in words.flatten().tolist()
+        ]
+        rooms[at], exact[at] = (torch.tensor(x).view(words.shape) for x in zip(*both, strict=True))
+    first = setting.sizes[0]
+
+    def kept(layer: int, head: int, here: slice) -> tuple[Tensor, Tensor]:
+        return pages_reference.kept_fitted(
+            cache.keys[layer, head, here],
+            cache.values[layer, head, here],
+            cache.positions[here],
+            tables,
+            layer,
+            head,
+            int(exact[first][layer, head]),
+        )
+
+    keys, values = _by_page(cache, rooms[first], kept)
+    return Coded(keys, values, {at: _bytes(cache, at, r, tokens) for at, r in rooms.items()})
 
 
-def _with_bias(
-    tables: tc.Tables, keys: Tensor, values: Tensor, exact: Tensor, size: Any, setting: Setting
-) -> Coded:
-    lost = tables.lost(setting.horizon)
-    coded = (~exact).float()
-
-    def bias(layer: int, queries: Tensor, places: Tensor) -> Tensor:
-        heads, m, channels = queries.shape
-        if tables.point.frame != "rotated":
-            queries = setting.rope.rotate(queries, -places)
-        groups = queries.reshape(lost.shape[1], -1, channels)
-        each = tc.mass_bias(groups, lost[layer], setting.scale)
-        return (each[..., None] * coded[layer][:, None]).view(heads, m, -1)
-
-    return Coded(keys, values, size, bias)
-
-
-def transform(point: str, bias: bool = True, keep: float = 1.0) -> Encode:
-    """Transform coding with the tables of `point`; `keep` < 1 evicts the rest first."""
+def transform(point: str, keep: float = 1.0) -> Encode:
+    """Transform coding with the tables of `point`; `keep` < 1 evicts the rest."""
 
     def encode(cache: Cache, setting: Setting) -> Coded:
-        tables = setting.tables[point]
-        keys, values, exact, size = _pages(cache, tables, setting)
-        coded = Coded(keys, values, size)
-        if bias:
-            coded = _with_bias(tables, keys, values, exact, size, setting)
+        coded = _fitted(cache, setting.tables[point], setting, round(cache.length * keep))
         if keep < 1:
             coded.kept = evict(cache, setting, keep)
-            # Positions are no run any more: every slot lists its own.
-            n = round(cache.length * keep)
-            for at in setting.sizes:
-                pages = tc.capacities(
-                    tables, cache.values.shape[-1], _page_bytes(cache, *at), listed=True
-                )
-                coded.bytes[at] = pages.bytes(n)
         return coded
 
     return encode
@@ -195,11 +176,11 @@ def online(point: tc.Point) -> Encode:
     def encode(cache: Cache, setting: Setting) -> Coded:
         queries, places = cache.queries, cache.positions[-cache.queries.shape[2] :]
         tables = tc.online(cache.keys, queries, cache.positions, places, point, setting.rope)
-        keys, values, exact, size = _pages(cache, tables, setting)
-        # float16 mean, sigma and weight, and the channel's place and bits.
-        side = tables.bits.numel() * (3 * SCALE + 2)
-        size = {at: count + side for at, count in size.items()}
-        return _with_bias(tables, keys, values, exact, size, setting)
+        coded = _fitted(cache, tables, setting, cache.length)
+        # float16 mean, step and cost, and the channel's place and bits.
+        side = tables.bits.numel() * (3 * HALF + 2)
+        coded.bytes = {at: count + side for at, count in coded.bytes.items()}
+        return coded
 
     return encode
 

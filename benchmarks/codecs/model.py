@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,15 +40,12 @@ class Coded:
     Attributes:
         keys, values: as in Cache; n differs where tokens were evicted.
         bytes: what the pages take by (block size, bytes of a raw channel).
-        bias: given layer and queries [Hq, m, D] with RoPE and their positions [m], what to add to
-            the logits [Hq, m, n]; None for nothing.
         kept: bool [L, H, n], tokens that were not evicted; None for all.
     """
 
     keys: Tensor
     values: Tensor
     bytes: dict[tuple[int, int], int]
-    bias: Callable[[int, Tensor, Tensor], Tensor] | None = None
     kept: Tensor | None = None
 
 
@@ -60,7 +57,6 @@ class Forcer:
     def __init__(self, path: str) -> None:
         self.reader = Reader(path)
         self._coded: Coded | None = None
-        self._places = torch.empty(0)
         self._install()
         self.reader.network.set_attn_implementation(self.NAME)
 
@@ -85,8 +81,6 @@ class Forcer:
         rows = query[0].reshape(kv_heads, -1, size)
         logits = ((rows @ keys.mT) * rest["scaling"]).view(heads, m, total)
         logits[..., n:] += torch.full((m, m), -torch.inf).triu(1)
-        if coded.bias is not None:
-            logits[..., :n] += coded.bias(layer, query[0], self._places)
         if coded.kept is not None:
             groups = logits.view(kv_heads, -1, m, total)
             groups[..., :n].masked_fill_(~coded.kept[layer][:, None, None], -torch.inf)
@@ -103,11 +97,11 @@ class Forcer:
     @torch.inference_mode()
     def force(self, coded: Coded, start: int, tokens: Sequence[int]) -> Tensor:
         """Log-probabilities [m, vocab] after each of m tokens; the first has position `start`."""
-        self._coded, self._places = coded, torch.arange(start, start + len(tokens))
+        self._coded, places = coded, torch.arange(start, start + len(tokens))
         try:
             logits = self.reader.network(
                 input_ids=torch.tensor([list(tokens)]),
-                position_ids=self._places[None],
+                position_ids=places[None],
                 use_cache=False,
             ).logits[0]
         finally:

@@ -14,10 +14,12 @@ from typing import Any
 
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.commands import Compaction, StepCommands
-from vllm_kvcrush.plan import Plan, cdiv
+from vllm_kvcrush.plan import Part, Plan, cdiv
 
 STOP_TOKEN = 1
 Content = int | tuple[str, int, int] | None
+# Pages of a compressed region on one rank: (pair of layer and KV head, tokens).
+Page = tuple[int, tuple[Content, ...]]
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -41,6 +43,40 @@ class Prefixes:
         return chain
 
 
+def pack(tokens: Sequence[Content], parts: Sequence[Part], plan: Plan) -> list[list[Page]]:
+    """The pages of each rank: every pair of layer and head has all tokens, in slot order, in pages
+    of its own size."""
+    by_codec = {packing.codec: packing for packing in plan.packings}
+    ranks = []
+    for rank in range(len(plan.packings[0].pages)):
+        pairs: list[list[Page]] = []
+        start = 0
+        for part in parts:
+            own, start = tokens[start : start + part.tokens], start + part.tokens
+            held = by_codec[part.codec].pages[rank]
+            rooms = [room for room, heads in held for _ in range(heads)]
+            pairs = pairs or [[] for _ in rooms]
+            assert len(rooms) == len(pairs), "codecs count other heads"
+            for pair, room in enumerate(rooms):
+                pairs[pair] += [
+                    (pair, tuple(own[i : i + room])) for i in range(0, part.tokens, room)
+                ]
+        ranks.append([page for pages in pairs for page in pages])
+    return ranks
+
+
+def unpack(blocks: Iterable[Any]) -> list[Content]:
+    """The tokens in blocks that `pack` filled; every pair on every rank has the same ones."""
+    found: dict[tuple[int, int], list[Content]] = {}
+    for block in blocks:
+        for rank, pages in enumerate(block):
+            for pair, tokens in pages:
+                found.setdefault((rank, pair), []).extend(tokens)
+    first, *others = found.values()
+    assert all(other == first for other in others), "heads hold other tokens"
+    return first
+
+
 @dataclass
 class Row:
     """A request as its worker sees it, since it was admitted or resumed."""
@@ -56,6 +92,8 @@ class Row:
     hit: int
     evicted: int = 0
     compactions: int = 0
+    # Blocks of the compressed region, and tokens in each head of it.
+    region: tuple[int, int] = (0, 0)
     # What the request's slots must hold, in slot order, whatever others do.
     held: list[Content] = field(default_factory=list)
     # Positions whose queries are remembered. They may outlive a compaction: the next one may come
@@ -165,11 +203,12 @@ class PagedWorker:
         row.blocks = list(blocks)
         row.computed = row.hit = computed
         row.evicted = row.compactions = 0
+        row.region = (0, 0)
         row.held = list(row.chain[:computed])
         row.queries = set()
 
     def _compact(self, row: Row, command: Compaction) -> None:
-        n, size, packed = row.computed, self.block_size, row.plan.capacity
+        n, size, packed = row.computed, self.block_size, bool(row.plan.packings)
         candidates = len(command.source) * size
         assert row.blocks == [*command.source, *command.tail], "the rows differ"
         assert command.computed == n
@@ -187,26 +226,53 @@ class PagedWorker:
             assert not missing, f"{row.request_id} at {n}: no queries of {sorted(missing)}"
 
         region = row.held[: command.compressed * size]
-        if packed:
-            region = [token for page in region[::size] for token in page]
+        if packed and region:
+            region = unpack(region[::size])
+        assert (command.compressed, command.compressed_tokens) == row.region
         assert len(region) == command.compressed_tokens
         tokens = region + row.held[command.compressed * size : candidates]
-        room = packed or size
-        assert command.keep == min(len(tokens), len(command.target) * room)
-        assert packed or command.keep == len(command.target) * size, "a raw block is not full"
+        self._check_parts(row.plan, command, len(tokens))
         survivors = sorted(self.random.sample(range(len(tokens)), command.keep))
         kept = [tokens[i] for i in survivors]
-        for i, block in enumerate(command.target):
-            page = kept[i * room : (i + 1) * room]
-            # The first slot of a packed block stands for its page.
-            self.slots[block] = [tuple(page), *["packed"] * (size - 1)] if packed else page
+        if packed:
+            for block, pages in self._blocks(command, pack(kept, command.parts, row.plan)):
+                # The first slot of a packed block stands for its pages.
+                self.slots[block] = [pages, *["packed"] * (size - 1)]
+        else:
+            for i, block in enumerate(command.target):
+                self.slots[block] = kept[i * size : (i + 1) * size]
         row.held[:candidates] = self.contents(command.target, len(command.target) * size)
         row.blocks = [*command.target, *command.tail]
         row.evicted = command.evicted
+        row.region = len(command.target), command.keep
         n, window = row.computed, row.plan.window
         if row.plan.next_compaction(n, n - row.evicted, n + window - 1) is None:
             row.queries = set()
         row.compactions += 1
+
+    def _check_parts(self, plan: Plan, command: Compaction, candidates: int) -> None:
+        blocks, parts = len(command.target), command.parts
+        assert parts == plan.parts(blocks, candidates), "scheduler and worker differ"
+        assert 0 < command.keep <= candidates and all(part.tokens > 0 for part in parts)
+        if not plan.packings:
+            full = Part("raw", blocks * self.block_size)
+            assert parts == (full,), "a raw block is not full"
+            return
+        if command.keep < candidates:
+            # Evicts nothing that would have found room in the codec that holds most.
+            (part,) = parts
+            assert part.codec == plan.packings[-1].codec
+            assert plan.packings[-1].blocks(part.tokens + 1) > blocks
+
+    @staticmethod
+    def _blocks(
+        command: Compaction, ranks: list[list[Page]]
+    ) -> Iterable[tuple[int, tuple[list[Page], ...]]]:
+        """What each target block holds of the pages of each rank, handed out in order."""
+        pairs = 1 + max(pair for pages in ranks for pair, _ in pages)
+        assert max(map(len, ranks)) <= pairs * len(command.target), "pages without a block"
+        for i, block in enumerate(command.target):
+            yield block, tuple(pages[i * pairs : (i + 1) * pairs] for pages in ranks)
 
     def _forward(self, row: Row, count: int, commands: StepCommands) -> list[int]:
         start, end, size = row.computed, row.computed + count, self.block_size

@@ -41,6 +41,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_kvcrush import pages
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction
@@ -50,9 +51,20 @@ from vllm_kvcrush.plan import cdiv
 from .paged_worker import STOP_TOKEN, PagedWorker
 
 MAX_MODEL_LEN = 1024
-POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4")
+POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4", "tc4", "tc8", "auto")
 # Head sizes and bytes of a channel, from which follows how many tokens a packed block holds.
 PAGE = [64, 64, 4]
+
+
+def fitted(block_size: int) -> dict[str, Any]:
+    """What the heads of two ranks, three on each, hold in pages of the codecs with tables."""
+    tc4 = [[(24, 2), (40, 1)], [(32, 3)]]
+    tc8 = [[(48, 1), (57, 2)], [(48, 2), (96, 1)]]
+    return {
+        codec: [[(room * block_size // 8, heads) for room, heads in rank] for rank in ranks]
+        for codec, ranks in (("tc4", tc4), ("tc8", tc8))
+    }
+
 
 init_none_hash(sha256)
 
@@ -128,6 +140,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from([*POLICIES, "none"]),
         budget=st.sampled_from([0.1, 0.25, 0.5, 0.9, 1.0, 112]),
         prefix_caching=st.sampled_from([True, True, True, False]),
+        tables=st.sampled_from([True, True, True, False]),
         seed=st.integers(0, 99),
     )
     def start(
@@ -140,10 +153,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         seed: int,
         policy: str,
         budget: float | int,
+        tables: bool = True,
         **config: int,
     ) -> None:
+        # Without tables auto takes other codecs, and the fitted policies do not start.
+        policy = policy if tables or policy not in pages.FITTED else "auto"
         self.settings = Settings.from_dict(
-            {"policy": policy, "budget": budget, "config": config, "page": PAGE}
+            {
+                "policy": policy,
+                "budget": budget,
+                "config": config,
+                "page": PAGE,
+                "fitted": fitted(block_size) if tables else {},
+            }
         )
         self.settings.check(block_size, MAX_MODEL_LEN)
         vllm_config, structured = base_config(self.ahead > 0)
@@ -203,6 +225,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         copies: int,
     ) -> None:
         extra: dict[str, Any] = {}
+        if policy in pages.FITTED and not self.settings.fitted:
+            policy = "auto"
         if policy is not None:
             extra["kv_policy"] = policy
         # A budget without a policy to spend it on is a client's error, refused before the engine.
@@ -468,6 +492,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             row = self.worker.rows[request_id]
             assert row.blocks == [b.block_id for b in self.manager.req_to_blocks[request_id]]
             assert row.evicted == self.manager.evicted.get(request_id, 0)
+            blocks, tokens = row.region
+            assert self.manager.regions.get(request_id, (0, 0)) == row.region
+            held = tokens + len(row.held) - blocks * self.block_size
+            assert self.manager.held_tokens(request_id, row.computed) == held
+            assert held <= row.computed
             self.worker.check_row(row)
             request = self.scheduler.requests[request_id]
             assert row.tokens[: request.num_tokens] == list(request.all_token_ids)
@@ -482,7 +511,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.pool.get_num_free_blocks() == self.num_blocks - 1
         assert not self.scheduler.requests
         assert not self.scheduler._tracked and not self.scheduler._plans
-        assert not self.manager.evicted and not self.manager.num_cached_block
+        assert not self.manager.evicted and not self.manager.regions
+        assert not self.manager.num_cached_block
         assert not any(self.manager.req_to_blocks.values())
 
 

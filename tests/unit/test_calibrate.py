@@ -71,7 +71,7 @@ def test_calibrates_on_a_text(tiny, tmp_path, text):
     for point in cal.POINTS:
         t = tc.load(out, config(tiny), point.name)
         assert t.point == point
-        assert t.bits.long().sum() == round(point.key_bits * 2 * 2 * 16)
+        assert t.words.sum() == round(point.key_bits * 2 * 2 * 16 / 32)
     # The tables fit the model: on other text its keys lose no more than their bits allow.
     reader = cal.Reader(tiny)
     tokens = reader.tokenizer.encode(text[40_000:41_000], add_special_tokens=False)
@@ -85,7 +85,9 @@ def test_calibrates_on_a_text(tiny, tmp_path, text):
         for layer in range(2):
             for head in range(2):
                 loss = loss + tc.encode_keys(keys[layer, head], positions, t, layer, head)[1].mean()
-        losses.append(loss / t.sigma.square().sum())
+        # What keys lose without any bits: their components' variances.
+        step = torch.tensor([tc.quantiser(b).step for b in range(tc.MAX_BITS + 1)])
+        losses.append(loss / (t.cost / step[t.bits.long()].square()).sum())
     assert losses[0] < losses[1] < 0.3
 
 

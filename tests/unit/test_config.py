@@ -6,9 +6,14 @@ import json
 
 import pytest
 
+from vllm_kvcrush import config, policies
 from vllm_kvcrush.config import ConfigError, RequestParams, Settings, parse_budget
+from vllm_kvcrush.plan import Packing
 
 BLOCK, LONGEST = 16, 8192
+# Head sizes and bytes of a channel; what heads of a model of 60 hold in fitted pages of 128 tokens.
+PAGE = [64, 64, 4]
+FITTED = {"tc4": [[[752, 30], [816, 30]]], "tc8": [[[1312, 20], [1408, 40]]]}
 
 
 def settings(**raw: object) -> Settings:
@@ -57,7 +62,9 @@ def test_bad_budgets_name_the_parameter(given: object) -> None:
 def test_defaults() -> None:
     made = settings()
     assert (made.policy, made.budget, made.budget_max) == ("kvcrush", 0.25, None)
-    assert set(made.allow) == {"none", "streaming", "snapkv", "h2o", "kvcrush", "int8", "int4"}
+    evicting, packing = ("streaming", "snapkv", "h2o", "kvcrush"), ("int8", "int4", "tc4", "tc8")
+    assert made.allow == (*evicting, *packing, "auto", "none")
+    assert (made.page, made.fitted, made.tables) == (None, {}, None)
 
 
 def test_round_trip_through_json() -> None:
@@ -65,12 +72,16 @@ def test_round_trip_through_json() -> None:
         budget="512",
         budget_max=0.5,
         allow="snapkv, none",
-        config={"window": "8", "sinks": 0, "kvcrush": {}},
+        config={"window": "8", "sinks": 0, "kvcrush": {}, "tables": "model.safetensors"},
+        page=PAGE,
+        fitted=FITTED,
     )
     again = Settings.from_dict(json.loads(json.dumps(made.to_dict())))
     assert again == made
     assert made.allow == ("kvcrush", "snapkv", "none")  # the default policy is always allowed
     assert (made.window, made.sinks, made.budget) == (8, 0, 512)
+    assert (made.tables, made.page) == ("model.safetensors", (64, 64, 4))
+    assert made.fitted == {"tc4": (((752, 30), (816, 30)),), "tc8": (((1312, 20), (1408, 40)),)}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +103,7 @@ def test_round_trip_through_json() -> None:
         ({"config": {"sinks": -1}}, "--kv-policy-config.sinks"),
         ({"config": {"prefill_interval": 15}}, "--kv-policy-config.prefill_interval"),
         ({"config": {"decode_interval": 0}}, "--kv-policy-config.decode_interval"),
+        ({"config": {"tables": 3}}, "--kv-policy-config.tables"),
         ({"config": {"kvcrush": 3}}, "--kv-policy-config.kvcrush"),
         ({"config": {"kvcrush": {"typo": 1}}}, "--kv-policy-config.kvcrush"),
         ({"config": {"h2o": {"typo": 1}}}, "--kv-policy-config.h2o"),
@@ -184,3 +196,80 @@ def test_a_budget_without_a_policy_is_refused() -> None:
     assert settings.validate_request({"kv_budget": 0.5, "kv_policy": "h2o"}, 32, 4096).active
     assert not settings.validate_request({"kv_budget": 1.0}, 32, 4096).active
     assert not settings.validate_request({}, 32, 4096).active
+
+
+# -- pages of the compressed region ---------------------------------------------------------------
+
+
+def packings(policy: str, block: int = 128, **raw: object) -> tuple[Packing, ...]:
+    return settings(page=PAGE, **raw).packings(policy, block)
+
+
+def test_policies_say_the_same_codecs_as_plans_without_torch() -> None:
+    assert set(config._BUILT_IN_CODECS) == set(policies.names())
+    for name, codecs in config._BUILT_IN_CODECS.items():
+        assert policies.codecs(name) == codecs
+    fitted = {name for name in (*policies.names(), "none") if settings(policy=name).needs_tables}
+    assert fitted == {"tc4", "tc8", "auto"}
+
+
+def test_packings_of_policies_with_one_codec() -> None:
+    assert settings().packings("kvcrush", 128) == ()  # raw pages need no sizes
+    with pytest.raises(ValueError, match="int8 needs the model's head sizes"):
+        settings().packings("int8", 128)
+    (int8,) = packings("int8")
+    assert (int8.codec, int8.tokens(10)) == ("int8", 4800)
+    (tc4,) = packings("tc4", fitted=FITTED)
+    assert tc4 == Packing("tc4", (((752, 30), (816, 30)),))
+    plan = settings(page=PAGE, fitted=FITTED).plan(RequestParams("tc4", 0.25), 1000, 128)
+    assert plan.packings == (tc4,)
+    # A request that is not compacted needs none.
+    assert settings(page=PAGE).plan(RequestParams("tc4", 1.0), 1000, 128).packings == ()
+
+
+def test_auto_takes_what_there_is() -> None:
+    found = packings("auto", fitted=FITTED)
+    assert [p.codec for p in found] == ["int8", "tc4", "tc8"]
+    assert [p.codec for p in packings("auto")] == ["int8", "int4"]
+    # Blocks of 16 tokens of 16 bits hold no more than 16 in int8: of no use.
+    narrow = settings(page=[64, 64, 2])
+    assert [p.codec for p in narrow.packings("auto", 16)] == ["int4"]
+    # Where nothing is of use the last one stays, and start-up refuses it.
+    tiny = settings(policy="auto", page=[8, 8, 2])
+    assert [p.codec for p in tiny.packings("auto", 16)] == ["int4"]
+    with pytest.raises(ConfigError, match="--kv-policy=auto does not pack more than 16 tokens"):
+        tiny.check(16, LONGEST)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_codecs_of_a_plan_can_share_blocks(ranks: int) -> None:
+    """Each counts the pages of all heads: 60 of them here, or 30 on each of two ranks."""
+    share = [[[752, 30 // ranks], [816, 30 // ranks]]] * ranks
+    int8, tc4, tc8 = packings("auto", fitted={"tc4": share, "tc8": [[[1408, 60 // ranks]]] * ranks})
+    for packing in (int8, tc4, tc8):
+        assert [sum(heads for _, heads in rank) for rank in packing.pages] == [60 // ranks] * ranks
+    # 1000 tokens: 2 pages of tc4 and 3 of int8 for each head.
+    assert tc4.blocks(1000, int8, 1000) == 5
+
+
+def test_fitted_policies_need_tables() -> None:
+    for policy in ("tc4", "tc8"):
+        settings(policy=policy, page=PAGE, fitted=FITTED).check(128, LONGEST)
+        settings(policy=policy).check(128, LONGEST)  # nobody knows yet
+        with pytest.raises(ConfigError, match=f"--kv-policy={policy} needs transform tables"):
+            settings(policy=policy, page=PAGE).check(128, LONGEST)
+        error = refused(settings(page=PAGE), kv_policy=policy)
+        assert error.key == "kv_policy"
+        assert f"kv_policy={policy} needs transform tables" in str(error)
+        settings(page=PAGE, fitted=FITTED).validate_request({"kv_policy": policy}, 128, LONGEST)
+    settings(policy="auto", page=PAGE).check(128, LONGEST)
+    settings(page=PAGE).validate_request({"kv_policy": "auto"}, 128, LONGEST)
+
+
+def test_pages_that_pack_nothing_are_refused() -> None:
+    loose = {"tc4": [[[128, 59], [144, 1]]], "tc8": [[[128, 60]]]}
+    made = settings(page=PAGE, fitted=loose)
+    made.validate_request({"kv_policy": "tc4"}, 128, LONGEST)  # some little
+    with pytest.raises(ConfigError, match="tc8 does not pack more than 128 tokens") as caught:
+        made.validate_request({"kv_policy": "tc8"}, 128, LONGEST)
+    assert caught.value.key == "kv_policy"

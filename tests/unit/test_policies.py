@@ -16,12 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_kvcrush import ops, policies
+from vllm_kvcrush import ops, pages, policies
 from vllm_kvcrush.policies import Policy, View
 from vllm_kvcrush.policies.h2o import H2O
 from vllm_kvcrush.policies.kvcrush import KVCrush
 from vllm_kvcrush.policies.snapkv import SnapKV
 from vllm_kvcrush.policies.streaming import Streaming
+
+BUILT_IN = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4", "tc4", "tc8", "auto")
+PACKED = {
+    **{name: (name,) for name in ("int8", "int4", "tc4", "tc8")},
+    "auto": ("int8", "tc4", "tc8"),
+}
 
 ANCHORS = ["random", "zeros", "ones", "mean", "alternate"]
 
@@ -558,12 +564,32 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     policies._third_party.cache_clear()
 
 
+def test_policies_name_codecs_that_pages_have() -> None:
+    for name in BUILT_IN:
+        assert policies.codecs(name) == policies.get(name).codecs == PACKED.get(name, ())
+        assert set(policies.codecs(name)) <= set(pages.CODECS)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_policies_choose_as_kvcrush_does_by_tokens(name: str) -> None:
+    policy, view = policies.get(name, {"ratio": 0.5}), make_view()
+    crush = KVCrush(ratio=0.5, level="token")
+    scores = policy.score(view)
+    assert torch.equal(scores, crush.score(view))
+    # Any number of tokens: pages of the region hold no round one.
+    for keep in (5, 17, 47):
+        assert torch.equal(policy.select(view, scores, keep), crush.select(view, scores, keep))
+    with pytest.raises(ValueError, match=rf"{name}\.level='page' is not token, the only level"):
+        policies.get(name, {"level": "page"})
+
+
 def test_a_third_party_policy_is_one_of_the_policies(install: Callable[..., None]) -> None:
     install(("oldest", "third_party:Oldest"))
-    assert policies.names() == ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4", "oldest")
+    assert policies.names() == (*BUILT_IN, "oldest")
     assert policies.get("oldest", {"step": 2}) == Oldest(2)
     crush = policies.get("kvcrush", {"base": "oldest", "base_options": {"step": 3}})
     assert torch.equal(crush.score(make_view()), Oldest(3).score(make_view()))
+    assert policies.codecs("oldest") == ()
 
 
 @pytest.mark.parametrize("name", ["snapkv", "none"])
