@@ -196,6 +196,30 @@ def test_tokens_equal_transformers_with_the_same_rounded_cache(
     assert held < raw if evicts else held == raw
 
 
+@pytest.mark.parametrize(
+    ("budget", "codecs", "evicts"),
+    [(0.4, ["int8"], False), (0.25, ["tc4", "int8"], False), (0.1, ["tc8"], True)],
+)
+def test_auto_takes_as_many_bits_as_the_budget_pays_for(
+    engine: Engine,
+    ids: list[int],
+    plain: Any,
+    budget: float,
+    codecs: list[str],
+    evicts: bool,
+) -> None:
+    prompt = ids[4000:5000]
+    with engine.watch() as steps:
+        (output,) = engine.generate([prompt], engine.params(12, kv_policy="auto", kv_budget=budget))
+    last = [c for step in steps for c in step["compactions"]][-1]
+    assert [part.codec for part in last.parts] == codecs
+    assert len(last.target) + len(last.tail) <= max(3, int(budget * 1000) // BLOCK)
+    details = output.kv_tokens_details
+    assert (details["held"] < details["raw"]) == evicts
+    if not evicts:  # a model that reads its own context well goes on as it would have
+        assert list(output.outputs[0].token_ids)[:4] == plain.tokens([prompt], 4)[0]
+
+
 def test_compaction_changes_what_is_attended(engine: Engine, ids: list[int]) -> None:
     """The tests above would pass on an engine that evicts nothing; this one would not."""
     prompt = ids[1000:1500]
