@@ -32,7 +32,7 @@ from benchmarks.quality.summary import (
 )
 from benchmarks.report import Run, arguments, codec, environment, interruptible, progress, say
 
-POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4")
+POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4", "tc4", "tc8", "auto")
 FULL = "none"
 
 # Tokens held after compaction by (task, index, mode, budget).
@@ -111,12 +111,26 @@ class Bench:
         if self._engine is None:
             from benchmarks.quality.engine import Engine
 
+            self._make_tables()
             say("starting the engine …")
             longest = 8192 if self.args.longbench or self.args.ruler else max(self.args.contexts)
             self._engine = Engine(
                 self.model, min(8192, longest + 512), self.args.pool_tokens, max_num_seqs=64
             )
         return self._engine
+
+    def _make_tables(self) -> None:
+        """Makes the model's transform tables where a policy needs them and there are none."""
+        from vllm_kvcrush import calibrate, pages, policies
+
+        codecs = {
+            c for policy in self.args.policies if policy != FULL for c in policies.codecs(policy)
+        }
+        path = calibrate.default_path(self.model)
+        if codecs & set(pages.FITTED) and not path.exists():
+            say("making the model's transform tables, once …")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            calibrate.calibrate(self.model, path, progress=calibrate.bar)
 
     def stop(self) -> None:
         """Gives the engine's memory back."""

@@ -100,6 +100,9 @@ class Engine:
                 self._check_compacted(request, output.num_scheduled_tokens[request_id])
                 state = self._runner._crushed.get(request_id)
                 tensors = [] if state is None else [state.queries, *(state.running or [])]
+                if state is not None and (region := state.region) is not None:
+                    parts = (region.begin, region.end, region.page, region.count, region.codec)
+                    tensors += parts
                 side = sum(t.nbytes for t in tensors if t is not None)
                 step = request.num_computed_tokens - request.num_prompt_tokens
                 self._held[name].see(step, len(blocks[request_id]), side)
