@@ -129,6 +129,7 @@ def pieces(bits: Tensor) -> list[Piece]:
     for quad, width in enumerate(bits.view(-1, QUAD)[:, 0].tolist()):
         high = max(0, int(width) - PIECE_BITS)
         left += [(int(width) - high, high, quad)] * (width > 0) + [(high, 0, quad)] * (high > 0)
+    assert sum(field[0] for field in left) % WORD_BITS == 0, "key codes do not fill words"
     left.sort(key=lambda field: (-field[0], field[2]))
     found, word = [], 0
     while left:

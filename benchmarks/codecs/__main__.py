@@ -112,13 +112,16 @@ class Study:
             from benchmarks.codecs.model import Forcer
             from vllm_kvcrush import calibrate, transform
 
+            # "tc8 + evict 15%" takes the tables of "tc8".
+            named = {name.split(" + ")[0] for name in self.args.contents}
+            wanted = [point for point in points() if point.name in named]
             with tempfile.TemporaryDirectory() as folder:
                 # A figure must not come from a file that was made by other code.
                 file = pathlib.Path(folder) / "tables.safetensors"
-                calibrate.calibrate(self.model, file, self.args.text, points(), calibrate.bar)
+                calibrate.calibrate(self.model, file, self.args.text, wanted, calibrate.bar)
                 forcer = Forcer(self.model)
                 config, rope = forcer.reader.config, forcer.reader.rope
-                tables = {p.name: transform.load(file, config, p.name) for p in points()}
+                tables = {p.name: transform.load(file, config, p.name) for p in wanted}
             block = self.args.block_size
             # A page holds as many bytes of bfloat16 as of float32: block sizes differ.
             setting = Setting(
