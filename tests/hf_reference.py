@@ -84,6 +84,4 @@ class Reference:
             return
         for index, layer in enumerate(cache.layers):
             for head in range(layer.keys.shape[1]):
-                rounding(
-                    index, head, layer.keys[0, head, :packed], layer.values[0, head, :packed]
-                )
+                rounding(index, head, layer.keys[0, head, :packed], layer.values[0, head, :packed])
