@@ -10,8 +10,11 @@ import random
 import pytest
 import torch
 
+from tests.gpu import oracle
 from tests.gpu.cache import Cache
+from vllm_kvcrush.ops import pages_reference as reference
 from vllm_kvcrush.ops.triton import attention
+from vllm_kvcrush.pages import CODECS
 
 SIZES = [64, 80, 96, 128, 256]
 GROUPS = [1, 3, 4, 8]
@@ -96,3 +99,27 @@ def test_misfits_are_refused(draw: random.Random, device: str) -> None:
         attention.attention(cache.layer, cache.batch([1]), query[..., :32], query)
     with pytest.raises(ValueError, match=r"out \(1, 3, 64\) does not fit"):
         attention.attention(cache.layer, cache.batch([1]), query, query[:, :3])
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8", "int4"])
+def test_a_sink_leaves_the_others_their_weights(
+    draw: random.Random, device: str, codec: str
+) -> None:
+    """One token with nearly all of the attention and no value: what is left decides, in float16
+    too."""
+    cache = Cache(draw, device, 1, 64, 64, kv_heads=1)
+    layer, n = cache.layer, cache.layer.capacity(codec)
+    key, value = 0.1 * torch.randn(n, 64), torch.randn(n, 64) + 0.5
+    query = torch.randn(1, 1, 64).half().float()
+    # Weight of the sink: some 20000 times all others together.
+    key[0] = query[0, 0] / query.norm() ** 2 * (10 + torch.tensor(float(n)).log()) / layer.scale
+    value[0] = 0
+    page = cache.page()
+    cache.fill(page, codec, key, value, None)
+    key, value = oracle.kept(codec, key, value, cache.dtype)
+    cache.entries, cache.begin, cache.end = [(page, n, CODECS[codec])], [[0]], [[1]]
+    cache.tails, cache.lengths = [[]], [0]
+    out = torch.full((1, 1, 64), torch.nan, device=device)
+    attention.attention(layer, cache.batch([1]), query.half().to(device), out)
+    want, _ = reference.attention(query, [key], [value], layer.scale, 0)
+    assert (out.cpu() - want).abs().max() < 0.05 * want.abs().max()

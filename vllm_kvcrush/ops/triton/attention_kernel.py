@@ -117,18 +117,19 @@ def _int4_run(
         weights, factor, peak, total = softmax_step(logits, peak, total)
         if VALUES:
             v = int4_value_words(words, page, first, n, T, G)
-            # A code's half steps: 2 code - 15 of scale / 2.
-            weights = (weights * (0.5 * steps)[None, :]).to(DTYPE)
+            # Half steps of scale / 2, times 8: about the largest value, so that what is rounded to
+            # float16 is as far from its least number as a raw page's weights are.
+            weights = (weights * (4.0 * steps)[None, :]).to(DTYPE)
             a0 = dot(weights, half_steps(v, 0, DTYPE, PTX), a0 * factor[:, None])
             a1 = dot(weights, half_steps(v, 1, DTYPE, PTX), a1 * factor[:, None])
             a2 = dot(weights, half_steps(v, 2, DTYPE, PTX), a2 * factor[:, None])
             a3 = dot(weights, half_steps(v, 3, DTYPE, PTX), a3 * factor[:, None])
     if VALUES:
         a0, a1, a2, a3 = planes_hadamard(a0, a1, a2, a3, M, C, G.rotation)
-        a0 *= plane_signs(0, G)[None, :]
-        a1 *= plane_signs(1, G)[None, :]
-        a2 *= plane_signs(2, G)[None, :]
-        a3 *= plane_signs(3, G)[None, :]
+        a0 *= 0.125 * plane_signs(0, G)[None, :]
+        a1 *= 0.125 * plane_signs(1, G)[None, :]
+        a2 *= 0.125 * plane_signs(2, G)[None, :]
+        a3 *= 0.125 * plane_signs(3, G)[None, :]
     return interleave(a0, a1, a2, a3, M, C), peak, total
 
 
@@ -163,12 +164,13 @@ def _int8_run(
         weights, factor, peak, total = softmax_step(logits, peak, total)
         if VALUES:
             v = int8_value_words(words, page, first, n, T, G)
-            weights = (weights * v_steps[None, :]).to(DTYPE)
+            # Times 128 for the same reason as int4's.
+            weights = (weights * (128.0 * v_steps)[None, :]).to(DTYPE)
             a0 = dot(weights, codes8(v, 0, DTYPE, PTX), a0 * factor[:, None])
             a1 = dot(weights, codes8(v, 1, DTYPE, PTX), a1 * factor[:, None])
     if VALUES:
         kept = tl.exp2(before - tl.where(peak == float("-inf"), 0.0, peak))
-        acc = acc * kept[:, None] + tl.reshape(tl.join(a0, a1), [M, 2 * C])
+        acc = acc * kept[:, None] + tl.reshape(tl.join(a0, a1), [M, 2 * C]) * 0.0078125
     return acc, peak, total
 
 
