@@ -33,6 +33,8 @@ from benchmarks.quality.summary import (
 from benchmarks.report import Run, arguments, codec, environment, interruptible, progress, say
 
 POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4", "tc4", "tc8", "auto")
+# A quick run: KVCrush beside its base, the simplest rival, and fewer bits.
+QUICK_POLICIES = ("streaming", "snapkv", "kvcrush", "int4", "auto")
 FULL = "none"
 
 # Tokens held after compaction by (task, index, mode, budget).
@@ -56,11 +58,13 @@ def parse() -> argparse.Namespace:
 
     parser = arguments(__doc__ or "")
     parser.add_argument("--model", help="model directory; else the demo model")
-    parser.add_argument("--policies", type=words, default=list(POLICIES))
+    parser.add_argument(
+        "--policies", type=words, help=f"else all (quick: {','.join(QUICK_POLICIES)})"
+    )
     parser.add_argument(
         "--budgets",
         type=budgets,
-        help="fractions and tokens; else 0.5,0.25,0.125 and 256",
+        help="fractions and tokens; else 0.5,0.25,0.125 and 256 (quick: 0.5,0.25)",
     )
     parser.add_argument("--modes", type=words, default=list(MODES))
     parser.add_argument("--contexts", type=words, help="tokens; else 1024,2048 (quick: 768)")
@@ -80,7 +84,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pool-tokens", type=int, default=49152, help="KV pool, in raw tokens")
     args = parser.parse_args()
     quick = args.quick
-    args.budgets = args.budgets or [0.5, 0.25, 0.125, *([] if quick else [256])]
+    args.policies = args.policies or list(QUICK_POLICIES if quick else POLICIES)
+    args.budgets = args.budgets or ([0.5, 0.25] if quick else [0.5, 0.25, 0.125, 256])
     args.contexts = [int(c) for c in args.contexts or ([768] if quick else [1024, 2048])]
     args.per_task = args.per_task or (2 if quick else 8)
     if args.peers is None:
