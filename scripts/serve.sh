@@ -48,9 +48,10 @@ while True:
     except OSError:
         continue
 print(f"""
-serve: Ready at {base}/v1 (stop with Ctrl-C). Ask it something:
+serve: Ready at {base}/v1 (stop with Ctrl-C). Ask it something; kv_tokens_details, in the answer's
+usage, tells how many tokens' KV the request held at its end, of how many it would have raw.
 
-curl -s {base}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "smollm2", "messages": [{{"role": "user", "content": "Name three rivers in France."}}], "max_tokens": 64, "kv_budget": 0.25}}'
+curl -s {base}/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": "smollm2", "messages": [{{"role": "user", "content": "Tell me about the rivers of France."}}], "max_tokens": 160, "temperature": 0, "kv_budget": 0.25}}'
 """, flush=True)
 EOF
 
