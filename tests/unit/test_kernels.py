@@ -114,7 +114,7 @@ class Cache:
         self.tables = {
             name: random_tables(name, 1, kv_heads, k_size, v_size) for name in pages.FITTED
         }
-        angles = Angles(self.tables["tc8"].rope, 1 << 17)
+        angles = Angles(self.tables["tc8"].rope, 1 << 19)
         self.layer = cpu.Layer(
             self.pool,
             tables={
@@ -638,7 +638,12 @@ def test_compaction_keeps_the_chosen_tokens(
             assert same_positions(target, got_where, where[own])
             for got, want in ((got_k, want_k), (got_v, want_v)):
                 close = (got - want).abs() <= 1e-5 * want.abs().amax()
-                assert close.all(-1).double().mean() > 0.85
+                # What the codec made loses nothing to it, so which of these tokens become
+                # exceptions, and are rounded to int8, is chance.
+                again = target in pages.FITTED and target in codecs
+                assert close.all(-1).double().mean() > 0.85 or (
+                    again and (got - want).norm() < 0.02 * want.norm()
+                )
 
 
 def test_targets_of_a_compaction_may_be_its_sources(isa: str, draw: random.Random) -> None:
