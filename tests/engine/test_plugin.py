@@ -45,7 +45,10 @@ def test_with_a_policy_scheduler_and_worker_are_ours(configure: Any) -> None:
     ("kvcrush", "says"),
     [
         ({"policy": "kvcrush", "budget": 2.5}, "--kv-budget=2.5"),
-        ({"policy": "crush"}, "choose one of streaming, snapkv, h2o, kvcrush, int8, int4, none"),
+        (
+            {"policy": "crush"},
+            "choose one of streaming, snapkv, h2o, kvcrush, int8, int4, tc4, tc8, auto, none",
+        ),
         ({"budget": 0.5}, "add --kv-policy=kvcrush"),
         ({"policy": "kvcrush", "bugdet": 0.5}, "bugdet"),
         ({"policy": "kvcrush", "budget": 64}, "smallest budget is 96"),
