@@ -119,8 +119,8 @@ constexpr int kMostExceptions = 128;
 
 // What kernels trust of a fitted codec.
 int check_table(const Layer &layer, const kvc_table &table) {
-    if (table.v_bits != 2 && table.v_bits != 4)
-        return fail("a table with %d bits a value: 2 or 4", table.v_bits);
+    if (table.v_bits < 2 || table.v_bits > 4)
+        return fail("a table with %d bits a value: 2 to 4", table.v_bits);
     if (!(table.v_step > 0) || table.positions <= 0 || table.heads == nullptr)
         return fail("a table without value step, positions or heads");
     if (table.local != 0 && (table.coarse == nullptr || table.fine == nullptr))

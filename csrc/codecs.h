@@ -518,7 +518,7 @@ inline void code_values(const Layer &layer, const Tile &tile, Prepared &prepared
     each_v_run(
         layer.v_size, group, [&](auto heads, auto panels, auto lanes, int channel, int head) {
             code_v<bits, decltype(lanes)::count, decltype(heads)::count, decltype(panels)::count>(
-                tile.v, tile.strips, int64_t{channel} * kStrip * bits / 8,
+                tile.v, tile.strips, channel / 16 * code_panel_bytes(bits, 16),
                 prepared.p_int4 + head * kTile, prepared.p_step + head * kBlocks,
                 prepared.p_shift + head, decay + head,
                 sums + int64_t{head} * layer.v_padded + channel, layer.v_padded, ahead);
@@ -545,8 +545,9 @@ inline void fitted_scores(const Layer &layer, const Tile &tile, Prepared &prepar
 
 #endif
 
-KVC_INLINE bool four_bit_values(const Layer &layer, const Tile &tile) {
-    return layer.table(tile.codec)->v_bits == 4;
+// Bits of the values of a tile in codes.
+KVC_INLINE int code_bits(const Layer &layer, const Tile &tile) {
+    return tile.codec == KVC_INT4 ? 4 : layer.table(tile.codec)->v_bits;
 }
 
 // s[g][token] of a tile for one query token, while the next tile comes from memory.
@@ -613,12 +614,14 @@ inline void tile_values(const Layer &layer, const Tile &tile, const Tile &next, 
         int8_values(layer, tile, prepared, p, decay, group, sums, ahead);
         return;
     }
-    if (tile.codec == KVC_INT4 || (tile.codec != kExceptions && four_bit_values(layer, tile))) {
-        code_values<4>(layer, tile, prepared, p, decay, group, sums, ahead);
-        return;
-    }
     if (tile.codec != kExceptions) {
-        code_values<2>(layer, tile, prepared, p, decay, group, sums, ahead);
+        const int bits = code_bits(layer, tile);
+        if (bits == 4)
+            code_values<4>(layer, tile, prepared, p, decay, group, sums, ahead);
+        else if (bits == 3)
+            code_values<3>(layer, tile, prepared, p, decay, group, sums, ahead);
+        else
+            code_values<2>(layer, tile, prepared, p, decay, group, sums, ahead);
         return;
     }
 #endif

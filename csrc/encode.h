@@ -299,6 +299,25 @@ void store_pairs(int v_size, uint8_t *v, F level) {
     }
 }
 
+// The same of 3 bits.
+template <class F>
+void store_triples(int v_size, uint8_t *v, F level) {
+    for (int c = 0; c < v_size; ++c) {
+        alignas(64) uint16_t code[kStrip];
+        for (int l = 0; l < kStrip; l += W) vstore_words16(code + l, to_int(level(c, l)));
+        uint8_t *panel = v + c / 16 * code_panel_bytes(3, 16);
+        uint8_t *shared = panel + 4 * panel_lanes(v_size, c / 16) + c % 8 * 4;
+        uint32_t low = 0, high = 0;
+        if (c % 16 >= 8) std::memcpy(&high, shared, 4);
+        for (int t = 0; t < kStrip; ++t) {
+            low |= uint32_t{code[t]} % 4 << (8 * (t % 4) + 2 * (t / 4));
+            high |= uint32_t{code[t]} / 4 << (8 * (t % 4) + c % 16 / 8 * 4 + t / 4);
+        }
+        std::memcpy(panel + c % 16 * 4, &low, 4);
+        std::memcpy(shared, &high, 4);
+    }
+}
+
 // V of 16 tokens, lanes being tokens, on the grids scale * (-7.5, -6.5, ..., 7.5): for each token
 // the best of a few clipping points, its scale then fitted by least squares.
 void encode_int4_values(const float *const *value, int v_size, uint16_t *scale, uint8_t *v) {
@@ -447,6 +466,8 @@ void encode_fitted_values(const kvc_table &table, const float *const *value, int
     }
     if (table.v_bits == 4)
         store_nibbles(v_size, v, level);
+    else if (table.v_bits == 3)
+        store_triples(v_size, v, level);
     else
         store_pairs(v_size, v, level);
 }

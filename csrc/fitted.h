@@ -157,25 +157,35 @@ inline void expand_fitted_keys(const Layer &layer, const Strip &strip, float *ke
 
 // Rotated values of a strip as float32 panels. The last 8 channels may write 8 floats more.
 inline void expand_fitted_values(const Layer &layer, const Strip &strip, float *values) {
-    const int bits = layer.table(strip.codec)->v_bits, mask = (1 << bits) - 1;
+    const int bits = layer.table(strip.codec)->v_bits, mask = bits == 4 ? 15 : 3;
     float scale[kStrip];
     token_scales(strip.scales, strip.count, scale);
     const vf centre = vset(middle(bits));
     const uint8_t *from = strip.v;
     for (int c = 0; c < layer.v_size; c += 16) {
         const int lanes = panel_lanes(layer.v_size, c / 16);
+        alignas(64) uint32_t high[2 * 8] = {};
+        if (bits == 3) {
+            std::memcpy(high, from + 4 * lanes, 32);
+            for (int l = 0; l < 8; ++l) high[8 + l] = high[l] >> 4;
+        }
         for (int t = 0; t < kStrip; ++t) {
             // In 4 bits a word holds rows 0-3 low and 4-7 high; in 2 bits rows 0-3, 4-7, ...
             const int word = bits == 4 ? t / 8 : 0, field = bits == 4 ? t % 8 / 4 : t / 4;
-            const int shift = 8 * (t % 4) + bits * field;
+            const int shift = 8 * (t % 4) + (bits == 4 ? 4 : 2) * field;
             for (int l = 0; l < lanes; l += W) {
                 const uint8_t *at = from + (word * lanes + l) * 4;
                 const vi eight = lanes == 8 ? vload_words<8>(at) : vload_words<W>(at);
-                const vf code = to_float(vand(vright(eight, shift), mask));
+                vf code = to_float(vand(vright(eight, shift), mask));
+                if (bits == 3) {
+                    const vi top = vload_words<W>(reinterpret_cast<const uint8_t *>(high + l));
+                    const vf bit = to_float(vand(vright(top, 8 * (t % 4) + t / 4), 1));
+                    code = vfma(bit, vset(4), code);
+                }
                 vstore(values + t * lanes + l, vmul(vsub(code, centre), vset(scale[t])));
             }
         }
-        from += 2 * lanes * bits;
+        from += code_panel_bytes(bits, lanes);
         values += kStrip * lanes;
     }
 }

@@ -56,6 +56,20 @@ KVC_INLINE void load_pairs(const uint8_t *p, vi (&to)[4]) {
     to[2] = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
     to[3] = _mm512_and_si512(_mm512_srli_epi16(x, 6), mask);
 }
+// Vector v of a panel of 3 bits.
+template <int lanes>
+KVC_INLINE void load_triples(const uint8_t *panel, int, vi (&to)[4]) {
+    load_pairs<lanes>(panel, to);
+    const vi high = _mm512_srlv_epi32(
+        _mm512_broadcast_i64x4(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i *>(panel + 4 * lanes))),
+        _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4));
+    const vi mask = _mm512_set1_epi8(4);
+    to[0] = _mm512_or_si512(to[0], _mm512_and_si512(_mm512_slli_epi16(high, 2), mask));
+    to[1] = _mm512_or_si512(to[1], _mm512_and_si512(_mm512_slli_epi16(high, 1), mask));
+    to[2] = _mm512_or_si512(to[2], _mm512_and_si512(high, mask));
+    to[3] = _mm512_or_si512(to[3], _mm512_and_si512(_mm512_srli_epi16(high, 1), mask));
+}
 KVC_INLINE void store_int16(int16_t *to, vf x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(to),
                         _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x)));
@@ -102,6 +116,17 @@ KVC_INLINE void load_pairs(const uint8_t *p, vi (&to)[4]) {
     to[1] = _mm256_and_si256(_mm256_srli_epi16(x, 2), mask);
     to[2] = _mm256_and_si256(_mm256_srli_epi16(x, 4), mask);
     to[3] = _mm256_and_si256(_mm256_srli_epi16(x, 6), mask);
+}
+template <int lanes>
+KVC_INLINE void load_triples(const uint8_t *panel, int v, vi (&to)[4]) {
+    load_pairs<lanes>(panel + v * 4 * W, to);
+    const vi both = _mm256_loadu_si256(reinterpret_cast<const vi *>(panel + 4 * lanes));
+    const vi high = v == 0 ? both : _mm256_srli_epi16(both, 4);
+    const vi mask = _mm256_set1_epi8(4);
+    to[0] = _mm256_or_si256(to[0], _mm256_and_si256(_mm256_slli_epi16(high, 2), mask));
+    to[1] = _mm256_or_si256(to[1], _mm256_and_si256(_mm256_slli_epi16(high, 1), mask));
+    to[2] = _mm256_or_si256(to[2], _mm256_and_si256(high, mask));
+    to[3] = _mm256_or_si256(to[3], _mm256_and_si256(_mm256_srli_epi16(high, 1), mask));
 }
 KVC_INLINE void store_int16(int16_t *to, vf x) {
     const vi code = _mm256_cvtps_epi32(x);
@@ -303,7 +328,10 @@ KVC_INLINE void multiply_strip(vi (&sum)[G][NP * vectors(lanes)], const uint8_t 
         constexpr int NV = vectors(lanes), N = NP * NV, width = lanes < W ? lanes : W;
         repeat<N>(KVC_LAMBDA(v) {
             vi x[4];
-            load_pairs<width>(panel[v / NV] + v % NV * 4 * W, x);
+            if constexpr (bits == 3)
+                load_triples<lanes>(panel[v / NV], v % NV, x);
+            else
+                load_pairs<width>(panel[v / NV] + v % NV * 4 * W, x);
             repeat<G>(KVC_LAMBDA(g) {
                 repeat<4>(KVC_LAMBDA(k) {
                     dot_bytes(sum[g][v], x[k], broadcast_word(w + g * stride + 4 * k));
@@ -318,7 +346,7 @@ template <int bits, int lanes, int G, int NP>
 KVC_APART void code_v(const uint8_t *const *strip, int strips, int64_t offset, const int8_t *p,
                       const float *step, const float *shift, const float *decay, float *out,
                       int64_t out_stride, const uint8_t *const *next) {
-    constexpr int N = NP * vectors(lanes), panel_bytes = kStrip * bits / 8 * lanes;
+    constexpr int N = NP * vectors(lanes), panel_bytes = code_panel_bytes(bits, lanes);
     vf acc[G][N];
     repeat<G>(KVC_LAMBDA(g) {
         const vf start = vset(-shift[g]), old = vset(decay[g]);

@@ -26,8 +26,16 @@ enum { KVC_F32 = 0, KVC_BF16 = 1, KVC_F16 = 2 };
 
 /* How a page is filled. Raw pages hold block_size tokens and no positions; exact pages are raw
  * pages with positions. Numbers are stored in directories: only ever add. */
-enum { KVC_RAW = 0, KVC_EXACT = 1, KVC_INT8 = 2, KVC_INT4 = 3, KVC_TC4 = 4, KVC_TC8 = 5 };
-#define KVC_CODECS 6
+enum {
+    KVC_RAW = 0,
+    KVC_EXACT = 1,
+    KVC_INT8 = 2,
+    KVC_INT4 = 3,
+    KVC_TC4 = 4,
+    KVC_TC6 = 5,
+    KVC_TC8 = 6
+};
+#define KVC_CODECS 7
 /* Codecs from here on are fitted to a model and need tables. */
 #define KVC_FIRST_FITTED KVC_TC4
 
@@ -64,7 +72,7 @@ typedef struct {
 /* One fitted codec in one layer. A component of b bits has the codes 0 ... 2^b - 1, which stand
  * for code - (2^b - 1) / 2. */
 typedef struct {
-    int32_t v_bits;    /* 2 or 4 */
+    int32_t v_bits;    /* 2 to 4 */
     int32_t local;     /* keys are coded as seen from the position of their strip's first token */
     float v_step;      /* between the levels of a value of unit variance */
     int32_t positions; /* below which tokens must stand */

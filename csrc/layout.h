@@ -29,12 +29,14 @@
 //           V: H S v = scale * (code - 7.5), one scale per token, S the signs of rotation_sign(),
 //              H orthonormal Hadamard transforms over blocks of rotation_block(v_size) channels
 //
-//   tc4, tc8 (fitted: see kvc_table)
+//   tc4, tc6, tc8 (fitted: see kvc_table)
 //           page = strip | strip | ... | TokenScales of each strip | exceptions | positions | ...
 //           K: [words][lanes][4 bytes]: byte j of a word holds component j of several quads
 //              (kvc_piece), in fields of 1 to 4 bits
 //           V: as in int4 in 4 bits; in 2 bits one word a lane: byte j holds rows j, j + 4, j + 8
-//              and j + 12, from the low bits up. H S v = scale * (code - (2^bits - 1) / 2)
+//              and j + 12, from the low bits up; in 3 bits the low two so, then the high ones of
+//              lanes l and l + 8 in word l: byte j holds rows j, j + 4, j + 8 and j + 12 of lane l
+//              and then of l + 8, a bit each. H S v = scale * (code - (2^bits - 1) / 2)
 //           exceptions: tokens that are int8 instead: [K scale, V scale float16] of each, then
 //              their K rows, then their V rows; in the order of the bits in TokenScales
 //
@@ -118,12 +120,21 @@ constexpr PageLayout page_layout(int codec, int64_t capacity, int k_size, int v_
     return at;
 }
 
+// Bytes of a panel of a strip of V in codes of `bits` bits: high bits of 8 lanes take a place
+// for 16.
+constexpr int code_panel_bytes(int bits, int lanes) {
+    return bits == 3 ? 4 * lanes + 32 : kStrip * bits / 8 * lanes;
+}
+constexpr int code_bytes(int bits, int v_size) {
+    return v_size / 16 * code_panel_bytes(bits, 16) + v_size % 16 / 8 * code_panel_bytes(bits, 8);
+}
+
 // A page of a fitted codec.
 KVC_OWN PageLayout fitted_layout(const kvc_head_table &head, int v_bits, int k_size, int v_size) {
     PageLayout at{};
     at.group_strips = 1;
     at.v = int64_t{kStrip} * 4 * head.words;
-    at.strip = at.v + int64_t{kStrip} * v_size * v_bits / 8;
+    at.strip = at.v + code_bytes(v_bits, v_size);
     const int64_t strips = head.capacity / kStrip;
     at.scales = strips * at.strip;
     at.exceptions = at.scales + strips * int64_t{sizeof(TokenScales)};

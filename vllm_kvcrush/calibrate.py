@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vllm_kvcrush import transform
 from vllm_kvcrush.transform import (
+    POINTS,
     SINKS,
     Model,
     Point,
@@ -29,13 +30,6 @@ from vllm_kvcrush.transform import (
     save,
 )
 
-POINTS = (
-    Point("tc4", local=False, key_bits=3.25, value_bits=4, exceptions=0.005),
-    Point("tc8", local=True, key_bits=1.5, value_bits=2, exceptions=0.005),
-)
-
-# Queries are taken at distances up to this from a key: further ones look alike.
-HORIZON = 8192
 # Tokens of one forward pass; keys have no position before RoPE, so longer ones teach nothing new.
 PIECE = 1024
 # More tokens than this change nothing that can be measured.
@@ -244,9 +238,9 @@ def calibrate(
         pieces = [tokens[i : i + PIECE] for i in range(0, len(tokens), PIECE)]
     read = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
     statistics = gather(reader, pieces, progress)
-    horizon = min(HORIZON, reader.config.get("max_position_embeddings") or HORIZON)
+    far = transform.horizon(reader.config)
     tables = [
-        fit(statistics, point, reader.rope, horizon) for point in progress(points, "fitting tables")
+        fit(statistics, point, reader.rope, far) for point in progress(points, "fitting tables")
     ]
     save(out, reader.model, tables, read)
     return reader.model

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.set_defaults(run=_plan)
 
     calibrate = commands.add_parser(
-        "calibrate", help="makes the transform tables of a model, which tc4, tc8 and auto use"
+        "calibrate", help="makes the transform tables of a model, which tc4, tc6, tc8 and auto use"
     )
     calibrate.add_argument("model", metavar="MODEL", help="model directory")
     calibrate.add_argument(
@@ -238,7 +238,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     except (TablesError, OSError) as error:
         return _fail(error)
     what = args.text or "samples of its own"
-    print(f"Tables of {model.name} for tc4 and tc8, calibrated on {what}:", file=sys.stderr)
+    print(f"Tables of {model.name} for tc4, tc6 and tc8, calibrated on {what}:", file=sys.stderr)
     print(out)
     return 0
 

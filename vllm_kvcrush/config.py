@@ -72,11 +72,14 @@ def _whole(options: Mapping[str, Any], name: str, default: int, low: int, high: 
 # What the policies' own `codecs` say, for those who plan without loading torch.
 _BUILT_IN_CODECS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("streaming", "snapkv", "h2o", "kvcrush"), ()),
-    **{name: (name,) for name in ("int8", "int4", "tc4", "tc8")},
-    "auto": ("int8", "tc4", "tc8"),
+    **{name: (name,) for name in ("int8", "int4", "tc4", "tc6", "tc8")},
+    "auto": ("int8", "tc4", "tc6", "tc8"),
+    "mikv": ("int8", "tc8"),
 }
+# The same of `tiers`.
+_BUILT_IN_TIERS = {name: name == "mikv" for name in _BUILT_IN_CODECS}
 # What stands for codecs that need tables, where there are none.
-_WITHOUT_TABLES = {"tc4": "int4"}
+_WITHOUT_TABLES = dict.fromkeys(("tc4", "tc6", "tc8"), "int4")
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Settings:
         page: what the model's pages are made of, (K head size, V head size, bytes of a channel);
             None until it is known. Policies whose pages are not raw need it for their plans.
         fitted: `plan.Packing.pages` of the codecs for which the model has tables; what the plugin
-            found in `tables`.
+            found in `tables`. Without `tables`, workers take statistics when they start.
     """
 
     policy: str
@@ -320,6 +323,7 @@ class Settings:
             prefill_interval=self.prefill_interval,
             decode_interval=self.decode_interval,
             packings=self.packings(params.policy, block_size) if params.active else (),
+            tiers=params.active and _tiers(params.policy),
         )
 
     def packings(self, policy: str, block_size: int) -> tuple[Packing, ...]:
@@ -329,8 +333,11 @@ class Settings:
         codecs = _codecs(policy)
         if len(codecs) > 1:
             # Without tables the next best; what packs no closer than raw is of no use.
-            known = [c if self._known(c) else _WITHOUT_TABLES.get(c) for c in codecs]
-            codecs = tuple(c for c in known if c is not None)
+            if self.fitted:
+                codecs = tuple(c for c in codecs if self._known(c))
+            codecs = tuple(
+                dict.fromkeys(c if self._known(c) else _WITHOUT_TABLES[c] for c in codecs)
+            )
         if not codecs:
             return ()
         if self.page is None:
@@ -369,7 +376,8 @@ class Settings:
         if missing and len(_codecs(policy)) == 1:
             return (
                 f"{policy} needs transform tables of the model, which are not there: make them "
-                "with `vllm-kvcrush calibrate MODEL`, or use int8, int4 or auto."
+                "with `vllm-kvcrush calibrate MODEL`, start the server with --kv-policy=auto, or "
+                "use int8 or int4."
             )
         if all(_packs(packing, block_size) for packing in self.packings(policy, block_size)):
             return None
@@ -406,6 +414,15 @@ def _codecs(policy: str) -> tuple[str, ...]:
 
         codecs = policies.codecs(policy)
     return codecs
+
+
+def _tiers(policy: str) -> bool:
+    tiers = _BUILT_IN_TIERS.get(policy)
+    if tiers is None:
+        from vllm_kvcrush import policies
+
+        tiers = policies.tiers(policy)
+    return tiers
 
 
 def _packs(packing: Packing, block_size: int) -> bool:

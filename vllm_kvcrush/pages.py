@@ -18,9 +18,9 @@ MAX_SPAN = 15 * 65536  # positions that one page can span
 
 # Names and numbers of the codecs. "raw" is the model's dtype without positions, as in the tail;
 # "exact" is the same with positions.
-CODECS = {"raw": 0, "exact": 1, "int8": 2, "int4": 3, "tc4": 4, "tc8": 5}
+CODECS = {"raw": 0, "exact": 1, "int8": 2, "int4": 3, "tc4": 4, "tc6": 5, "tc8": 6}
 # Codecs that are fitted to a model: pages of each head hold a number of tokens of their own.
-FITTED = ("tc4", "tc8")
+FITTED = ("tc4", "tc6", "tc8")
 TOKEN_SCALES = 18  # bytes of a strip's value scales and exception bits
 MOST_EXCEPTIONS = 128
 FEWEST_EXCEPTIONS = 4  # a request's first tokens
@@ -130,6 +130,8 @@ def fitted_layout(
     """
     v = STRIP * 4 * words
     strip = v + STRIP * v_size * v_bits // 8
+    if v_bits == 3:  # high bits of 8 lanes take the place of 16
+        strip += v_size % 16 * 2
     scales = tokens // STRIP * strip
     first = scales + tokens // STRIP * TOKEN_SCALES
     positions = first + exceptions * _exception_bytes(k_size, v_size)

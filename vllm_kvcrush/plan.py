@@ -98,6 +98,7 @@ class Plan:
         decode_interval: decoded tokens between two compactions.
         packings: codecs that the compressed region may have, those that lose least first; empty:
             raw tokens.
+        tiers: whether the most important tokens get the finer of two codecs, not the newest.
 
     All positions are counts of computed tokens, `n`; "at n" means tokens [0, n) have KV.
     """
@@ -110,6 +111,7 @@ class Plan:
     prefill_interval: int = 2048
     decode_interval: int = 128
     packings: tuple[Packing, ...] = ()
+    tiers: bool = False
 
     @property
     def never(self) -> bool:
@@ -133,8 +135,8 @@ class Plan:
         """What `compressed` blocks hold of `candidates` tokens before the tail, in slot order.
 
         The first codec in which all of them fit; where that leaves room, the newest in the codec
-        before it: with one more they would not fit. If they fit in none, as many as the last one
-        holds."""
+        before it: with one more they would not fit. With `tiers`, the most important ones, which
+        come first. If they fit in none, as many as the last one holds."""
         if not self.packings:
             return (Part("raw", min(candidates, compressed * self.block_size)),)
         better: Packing | None = None
@@ -149,7 +151,7 @@ class Plan:
         own, finer = packing, better
         newest = _last(lambda t: own.blocks(candidates - t, finer, t) <= compressed, candidates)
         parts = (Part(own.codec, candidates - newest), Part(finer.codec, newest))
-        return tuple(part for part in parts if part.tokens)
+        return tuple(part for part in parts[:: -1 if self.tiers else 1] if part.tokens)
 
     def shape(self, n: int, held: int) -> Shape:
         """Blocks and tail after a compaction at n of a request that holds `held` tokens' slots.

@@ -203,7 +203,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         settings.prefill_interval,
         settings.decode_interval,
         vllm_config.cache_config.block_size,
-        settings.tables if settings.fitted else "none (vllm-kvcrush calibrate makes them)",
+        _tables(settings),
         kernels,
     )
 
@@ -214,24 +214,34 @@ def _with_tables(settings: Settings, vllm_config: Any) -> Settings:
 
     config, parallel = vllm_config.model_config, vllm_config.parallel_config
     described = config.hf_text_config.to_dict()
-    path = settings.tables
-    if path is None:
-        try:
-            path = str(transform.default_path(described))
-        except transform.TablesError:  # a model that transform coding does not fit
-            return settings
-        if not os.path.exists(path):
-            return settings
     assert settings.page is not None
     k_size, v_size, itemsize = settings.page
     page_bytes = vllm_config.cache_config.block_size * (k_size + v_size) * itemsize
+    ranks, path = parallel.tensor_parallel_size, settings.tables
+    if path is None:
+        try:
+            path = str(transform.default_path(described))
+            if not os.path.exists(path):
+                # Workers take statistics when they start, with text that needs a tokenizer.
+                if config.skip_tokenizer_init or not settings.needs_tables:
+                    return settings
+                fitted = transform.even_packings(described, page_bytes, v_size, ranks)
+                return dataclasses.replace(settings, fitted=fitted)
+        except transform.TablesError:  # a model that transform coding does not fit
+            return settings
     try:
-        fitted = transform.packings(
-            path, described, page_bytes, v_size, parallel.tensor_parallel_size
-        )
+        fitted = transform.packings(path, described, page_bytes, v_size, ranks)
     except transform.TablesError as error:
         raise ConfigError(f"--kv-policy-config.tables: {error}", "--kv-policy-config") from None
     return dataclasses.replace(settings, tables=path, fitted=fitted)
+
+
+def _tables(settings: Settings) -> str:
+    if not settings.fitted:
+        return "none"
+    return settings.tables or (
+        "none, statistics are taken at start-up instead (vllm-kvcrush calibrate makes better ones)"
+    )
 
 
 def choose_scheduler(vllm_config: Any) -> None:

@@ -182,6 +182,10 @@ class Rope:
             raise TablesError(
                 f"transform coding was not verified with rope_type {kind!r}: use int8 or int4."
             )
+        if 0 in (settings.get("no_rope_layers") or ()) or settings.get("nope_layer_interval"):
+            raise TablesError(
+                "transform coding does not know layers without rotary embedding: use int8 or int4."
+            )
         share = settings.get("partial_rotary_factor") or settings.get("rotary_pct") or 1.0
         theta = settings.get("rope_theta")
         size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -271,6 +275,21 @@ class Point:
     key_bits: float
     value_bits: int
     exceptions: float
+
+
+# What there is, those that lose least first.
+POINTS = (
+    Point("tc4", local=False, key_bits=3.25, value_bits=4, exceptions=0.005),
+    Point("tc6", local=True, key_bits=2.0, value_bits=3, exceptions=0.005),
+    Point("tc8", local=True, key_bits=1.5, value_bits=2, exceptions=0.005),
+)
+# Queries are taken at distances up to this from a key: further ones look alike.
+HORIZON = 8192
+
+
+def horizon(config: Mapping[str, Any]) -> int:
+    """How far queries can be from a key, for `fit`; `config` is the content of config.json."""
+    return min(HORIZON, config.get("max_position_embeddings") or HORIZON)
 
 
 @dataclass
@@ -412,14 +431,26 @@ def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
 
 
+def even_words(point: Point, size: int) -> int:
+    """Words of a key's codes where every head has the same number, so that they are known before
+    there are any statistics: no fewer than where heads share them out."""
+    return math.ceil(point.key_bits * size / 32)
+
+
 def fit(
-    statistics: Statistics, point: Point, rope: Rope, horizon: int, most: int = MAX_BITS
+    statistics: Statistics,
+    point: Point,
+    rope: Rope,
+    horizon: int,
+    most: int = MAX_BITS,
+    even: bool = False,
 ) -> Tables:
     """Makes the tables of a point.
 
     The transform is the Karhunen-Loeve transform of W(k - mean) with W = E[q qᵀ]^½: of all
     transforms with these bits it loses least in E[(q·k - q·k̂)²]. Queries are taken at all
     distances up to `horizon` from the key, and keys at all positions up to it, or in a strip.
+    With `even`, every head gets `even_words`.
     """
     far = torch.arange(horizon)
     near = torch.arange(pages.STRIP) if point.local else far
@@ -431,6 +462,12 @@ def fit(
     variances, vectors = variances.flip(-1).clamp(min=0), vectors.flip(-1)
     variances = variances + 1e-9 * variances.mean(-1, keepdim=True)
     sigma = variances.sqrt()
+    if even:
+        each = 32 * even_words(point, rope.size) / rope.size
+        heads = [pooled_bits(own, each, most) for own in variances.flatten(0, 1)]
+        bits = torch.stack(heads).view(variances.shape)
+    else:
+        bits = pooled_bits(variances, point.key_bits, most)
     return Tables.of(
         point,
         rope,
@@ -438,45 +475,7 @@ def fit(
         vectors.mT @ weight / sigma[..., :, None],
         back @ vectors * sigma[..., None, :],
         variances,
-        pooled_bits(variances, point.key_bits, most),
-    )
-
-
-def online(
-    keys: Tensor,
-    queries: Tensor,
-    positions: Tensor,
-    query_positions: Tensor,
-    point: Point,
-    rope: Rope,
-) -> Tables:
-    """Tables of one request, from its own keys, for a model without a file: every channel is its
-    own component. Each head gets the same number of bits, so that capacities are known before.
-
-    Args:
-        keys: [L, H, n, D] with RoPE, n > 1; the sinks count as little as they are many.
-        queries: [L, Hq, w, D] with RoPE, the newest.
-        positions, query_positions: [n] and [w].
-    """
-    layers, heads, _, size = keys.shape
-    x, q = keys.double(), queries.double()
-    if point.local:
-        x, q = rope.rotate(x, -origins(positions)), rope.rotate(q, -query_positions)
-    later = positions >= SINKS if bool((positions >= SINKS).sum() > 1) else positions >= 0
-    mean, sigma = x[:, :, later].mean(2), x[:, :, later].std(2)
-    sigma = sigma.clamp(min=1e-6 * float(sigma.max()) + torch.finfo(torch.float32).tiny)
-    square = q.square().mean(2).view(layers, heads, -1, size).sum(2)
-    # A query meets a key at any angle: both channels of a pair weigh the same.
-    pair = (square[..., : size // 2] + square[..., size // 2 :]) / 2
-    variances = sigma**2 * torch.cat([pair, pair], -1)
-    variances, order = variances.sort(dim=-1, descending=True, stable=True)
-    bits = torch.stack(
-        [pooled_bits(head, point.key_bits) for head in variances.flatten(0, 1)]
-    ).view(layers, heads, size)
-    turn = torch.eye(size, dtype=torch.float64)[order]  # row i picks component i's channel
-    s = sigma.gather(-1, order)
-    return Tables.of(
-        point, rope, mean, turn / s[..., None], turn.mT * s[..., None, :], variances, bits
+        bits,
     )
 
 
@@ -720,14 +719,19 @@ def default_path(config: Mapping[str, Any]) -> pathlib.Path:
     return cache_root() / "tables" / f"{name}.safetensors"
 
 
+# By codec, `plan.Packing.pages`.
+Packings = dict[str, tuple[tuple[tuple[int, int], ...], ...]]
+
+
 def packings(
     path: str | os.PathLike[str],
     config: Mapping[str, Any],
     page_bytes: int,
     value_size: int,
     ranks: int,
-) -> dict[str, tuple[tuple[tuple[int, int], ...], ...]]:
-    """`plan.Packing.pages` of each fitted codec that the file has tables for. Raises TablesError.
+) -> Packings:
+    """How many tokens the pages of each fitted codec hold that the file has tables for. Raises
+    TablesError.
 
     Args:
         path, config: as in `load`.
@@ -738,32 +742,47 @@ def packings(
     found = {}
     for codec in pages.FITTED:
         tables = load(path, config, codec)
-        point, words = tables.point, tables.words
-        heads = words.shape[1] // ranks
-        if heads * ranks != words.shape[1]:
-            raise TablesError(
-                f"{words.shape[1]} KV heads do not divide over {ranks} ranks: use int8 or int4."
-            )
-        rooms = {}
-        for width in set(words.flatten().tolist()):
-            rooms[width], _ = pages.fitted_capacity(
-                page_bytes,
-                width,
-                point.value_bits,
-                tables.rope.size,
-                value_size,
-                point.exceptions,
-            )
-        if not all(rooms.values()):
-            raise TablesError(
-                f"a page of {page_bytes} bytes is too small for {codec}: use a larger --block-size."
-            )
-        counts = [
-            Counter(rooms[w] for w in words[:, r * heads : (r + 1) * heads].flatten().tolist())
-            for r in range(ranks)
-        ]
-        found[codec] = tuple(tuple(sorted(c.items())) for c in counts)
+        size = tables.rope.size
+        found[codec] = _packing(tables.point, tables.words, page_bytes, size, value_size, ranks)
     return found
+
+
+def even_packings(
+    config: Mapping[str, Any], page_bytes: int, value_size: int, ranks: int
+) -> Packings:
+    """The same of a model without a file, whose heads all have `even_words`."""
+    model = Model.from_config(config)
+    found = {}
+    for point in POINTS:
+        words = torch.full((model.layers, model.kv_heads), even_words(point, model.size))
+        found[point.name] = _packing(point, words, page_bytes, model.size, value_size, ranks)
+    return found
+
+
+def _packing(
+    point: Point, words: Tensor, page_bytes: int, size: int, value_size: int, ranks: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    heads = words.shape[1] // ranks
+    if heads * ranks != words.shape[1]:
+        raise TablesError(
+            f"{words.shape[1]} KV heads do not divide over {ranks} ranks: use int8 or int4."
+        )
+    rooms = {
+        width: pages.fitted_capacity(
+            page_bytes, width, point.value_bits, size, value_size, point.exceptions
+        )[0]
+        for width in set(words.flatten().tolist())
+    }
+    if not all(rooms.values()):
+        raise TablesError(
+            f"a page of {page_bytes} bytes is too small for {point.name}: use a larger "
+            "--block-size."
+        )
+    counts = [
+        Counter(rooms[w] for w in words[:, r * heads : (r + 1) * heads].flatten().tolist())
+        for r in range(ranks)
+    ]
+    return tuple(tuple(sorted(c.items())) for c in counts)
 
 
 _TENSORS = ("key_mean", "forward", "inverse", "cost", "bits")

@@ -31,10 +31,6 @@ TARGETS = ((8.0, 0.06, 0.04, 0.95), (4.0, 0.015, 0.01, 0.98))
 def contents() -> dict[str, Any]:
     """Contents by name; a name says what a point is in bits, `+` what comes on top."""
     from benchmarks.codecs import contents as c
-    from vllm_kvcrush.transform import Point
-
-    def online(local: bool, key: float, value: int) -> Any:
-        return c.online(Point("online", local, key, value, 0.005))
 
     return {
         "int8": c.flat("int8"),
@@ -42,30 +38,27 @@ def contents() -> dict[str, Any]:
         **{point.name: c.transform(point.name) for point in points()},
         "tc6 + evict 20%": c.transform("tc6", keep=0.8),
         "tc8 + evict 15%": c.transform("tc8", keep=0.85),
-        "online rotated 3.25/4": online(False, 3.25, 4),
-        "online local 1.5/2": online(True, 1.5, 2),
         "evict to 25%": c.evicted(0.25),
     }
 
 
-QUICK = ("int8", "int4 K/64", "tc4", "tc8", "online local 1.5/2")
+QUICK = ("int8", "int4 K/64", "tc4", "tc6", "tc8")
 
 
 def points() -> list[Any]:
     """Every point that a content needs tables for."""
     from dataclasses import replace
 
-    from vllm_kvcrush.calibrate import POINTS
-    from vllm_kvcrush.transform import Point
+    from vllm_kvcrush.transform import POINTS
 
-    tc4, tc8 = POINTS
+    tc4, tc6, tc8 = POINTS
     return [
         tc4,
         replace(tc4, name="tc4 local", local=True),
         replace(tc4, name="tc4 K4", key_bits=4.0),
         replace(tc4, name="tc4 V3", value_bits=3),
         replace(tc4, name="tc4 0%", exceptions=0.0),
-        Point("tc6", True, 2.0, 3, tc8.exceptions),
+        tc6,
         tc8,
         replace(tc8, name="tc8 rotated", local=False),
         replace(tc8, name="tc8 0%", exceptions=0.0),

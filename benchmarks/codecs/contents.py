@@ -17,7 +17,6 @@ from vllm_kvcrush.ops import pages_reference
 from vllm_kvcrush.plan import Packing
 
 DIRECTORY = 7  # bytes of a page in its request's directory
-HALF = 2  # bytes of a float16
 
 # A block size and the bytes of a raw channel.
 Size = tuple[int, int]
@@ -165,21 +164,6 @@ def transform(point: str, keep: float = 1.0) -> Encode:
         coded = _fitted(cache, setting.tables[point], setting, round(cache.length * keep))
         if keep < 1:
             coded.kept = evict(cache, setting, keep)
-        return coded
-
-    return encode
-
-
-def online(point: tc.Point) -> Encode:
-    """The same without a file: each channel is a component, statistics are the context's own."""
-
-    def encode(cache: Cache, setting: Setting) -> Coded:
-        queries, places = cache.queries, cache.positions[-cache.queries.shape[2] :]
-        tables = tc.online(cache.keys, queries, cache.positions, places, point, setting.rope)
-        coded = _fitted(cache, tables, setting, cache.length)
-        # float16 mean, step and cost, and the channel's place and bits.
-        side = tables.bits.numel() * (3 * HALF + 2)
-        coded.bytes = {at: count + side for at, count in coded.bytes.items()}
         return coded
 
     return encode

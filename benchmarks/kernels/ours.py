@@ -219,6 +219,12 @@ class OursTC4(Ours):
     name, codec, tolerance = "kvcrush-tc4", "tc4", 4e-2
 
 
+class OursTC6(Ours):
+    """Every token in some two and a half bits."""
+
+    name, codec, tolerance = "kvcrush-tc6", "tc6", 4e-2
+
+
 class OursTC8(Ours):
     """Every token in less than two bits: a transform for every key."""
 
@@ -231,6 +237,7 @@ OURS: tuple[type[Candidate], ...] = (
     OursInt8,
     OursInt4,
     OursTC4,
+    OursTC6,
     OursTC8,
     OursRawEvicted,
     OursInt8Evicted,

@@ -7,13 +7,14 @@ Offline engines with the demo model (SmolLM2-135M, float32), each in a process o
 2. Plain vLLM, plain vLLM again as a control, the plugin without a policy, and a policy that every
    request opts out of: four engines side by side, measured in turns; the ratio of their decode
    steps, round by round.
+3. Decode steps over full contexts, plain vLLM and policies, in turns.
 
     python -m benchmarks.overhead [--quick] [--json FILE]
 """
 
 from __future__ import annotations
 
-from benchmarks.overhead import idle, share
+from benchmarks.overhead import decode, idle, share
 from benchmarks.report import Run, arguments, interruptible, say
 
 OUTPUT = 64
@@ -37,6 +38,7 @@ def main() -> None:
     if not all(0 < prompt <= 8192 - OUTPUT for prompt in args.prompts):
         parser.error(f"--prompts: the demo model takes 1 to {8192 - OUTPUT} tokens")
     tokens = 8 if args.quick else 24
+    context, batches, turns = (1024, [1, 4], 2) if args.quick else (7680, [1, 8], 3)
 
     from vllm_kvcrush import demo_model
 
@@ -44,6 +46,7 @@ def main() -> None:
     run = Run("overhead", args)
     shares = share.measure(run, model, args.prompts, OUTPUT, args.repeats)
     rounds = idle.measure(run, model, args.rounds, tokens)
+    steps = decode.measure(run, model, context, batches, 2 * tokens, turns)
     print(
         f"\nOne request at a time, {OUTPUT} output tokens, budget {share.BUDGET}, medians of "
         f"{args.repeats} (smallest to largest). Published claim: below {share.CLAIM:.1%}.\n"
@@ -55,6 +58,11 @@ def main() -> None:
         "difference.\n"
     )
     print(idle.report(run, rounds))
+    print(
+        f"\nDecode steps over contexts of {context} tokens, {turns} rounds of {2 * tokens} steps: "
+        "medians (smallest to largest).\n"
+    )
+    print(decode.report(run, steps, context))
     run.finish()
 
 

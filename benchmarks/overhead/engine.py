@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.overhead.child import Child, Quiet, serve
 
 BLOCK = 32
+BATCHED = 2048  # tokens of a step
 # 30 layers, 3 KV heads of 64 in float32.
 TOKEN_BYTES = 30 * 3 * 2 * 64 * 4
 
@@ -36,6 +37,11 @@ def start(name: str, plugin: bool) -> Child:
     return Child(f"the engine {name!r}", command, environment)
 
 
+def steps_to_read(batch: int, prompt: int) -> int:
+    """Most steps in which so many prompts are read; chunks also end where compactions are due."""
+    return batch * (prompt // 1024 + 2)
+
+
 class Engine:
     """Answers the jobs "start", "request" and "steps"."""
 
@@ -54,9 +60,11 @@ class Engine:
         self._quiet.end()
         return {**result, "burnt_s": burnt}
 
-    def start(self, model: str, tokens: int, config: dict[str, Any]) -> dict[str, Any]:
-        """Starts vLLM with a pool, and a context limit, of `tokens`; `config` is
-        `additional_config`."""
+    def start(
+        self, model: str, tokens: int, config: dict[str, Any], pool: int | None = None
+    ) -> dict[str, Any]:
+        """Starts vLLM with a context limit of `tokens` and a pool of as many, or of `pool`;
+        `config` is `additional_config`."""
         from vllm import LLM
 
         llm = LLM(
@@ -65,8 +73,8 @@ class Engine:
             enforce_eager=True,
             block_size=BLOCK,
             max_model_len=tokens,
-            kv_cache_memory_bytes=(tokens + 2 * BLOCK) * TOKEN_BYTES,
-            max_num_batched_tokens=2048,
+            kv_cache_memory_bytes=((pool or tokens) + 2 * BLOCK) * TOKEN_BYTES,
+            max_num_batched_tokens=BATCHED,
             max_num_seqs=16,
             additional_config=config,
             disable_log_stats=False,  # as in a server
@@ -117,14 +125,20 @@ class Engine:
         self, batch: int, prompt: int, tokens: int, extra: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Seconds that a decode step takes, over `tokens` steps of `batch` requests."""
+        # Those that are read first decode until the last one is read.
+        reading = steps_to_read(batch, prompt)
         for number in range(batch):
-            self._add(prompt, tokens + 1, number, extra)
-        assert len(self.engine.step()) == batch  # all prompts fit into one step
+            self._add(prompt, tokens + reading, number, extra)
+        started: set[str] = set()
+        while len(started) < batch:
+            started |= {output.request_id for output in self.engine.step()}
         began = time.perf_counter()
         for _ in range(tokens):
             assert len(self.engine.step()) == batch
         seconds = time.perf_counter() - began
-        assert not self.engine.has_unfinished_requests()
+        self.engine.abort_request(sorted(started))
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
         return {"tpot_s": seconds / tokens, "wall_s": seconds}
 
 

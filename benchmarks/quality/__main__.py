@@ -32,7 +32,19 @@ from benchmarks.quality.summary import (
 )
 from benchmarks.report import Run, arguments, codec, environment, interruptible, progress, say
 
-POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4", "tc4", "tc8", "auto")
+POLICIES = (
+    "streaming",
+    "snapkv",
+    "h2o",
+    "kvcrush",
+    "int8",
+    "int4",
+    "tc4",
+    "tc6",
+    "tc8",
+    "auto",
+    "mikv",
+)
 # A quick run: KVCrush beside its base, the simplest rival, and fewer bits.
 QUICK_POLICIES = ("streaming", "snapkv", "kvcrush", "int4", "auto")
 FULL = "none"

@@ -51,7 +51,19 @@ from vllm_kvcrush.plan import cdiv
 from .paged_worker import STOP_TOKEN, PagedWorker
 
 MAX_MODEL_LEN = 1024
-POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4", "tc4", "tc8", "auto")
+POLICIES = (
+    "streaming",
+    "snapkv",
+    "h2o",
+    "kvcrush",
+    "int8",
+    "int4",
+    "tc4",
+    "tc6",
+    "tc8",
+    "auto",
+    "mikv",
+)
 # Head sizes and bytes of a channel, from which follows how many tokens a packed block holds.
 PAGE = [64, 64, 4]
 
@@ -59,10 +71,11 @@ PAGE = [64, 64, 4]
 def fitted(block_size: int) -> dict[str, Any]:
     """What the heads of two ranks, three on each, hold in pages of the codecs with tables."""
     tc4 = [[(24, 2), (40, 1)], [(32, 3)]]
+    tc6 = [[(32, 1), (48, 2)], [(40, 2), (56, 1)]]
     tc8 = [[(48, 1), (57, 2)], [(48, 2), (96, 1)]]
     return {
         codec: [[(room * block_size // 8, heads) for room, heads in rank] for rank in ranks]
-        for codec, ranks in (("tc4", tc4), ("tc8", tc8))
+        for codec, ranks in (("tc4", tc4), ("tc6", tc6), ("tc8", tc8))
     }
 
 

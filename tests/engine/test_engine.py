@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL_INTERVAL, Engine
-from vllm_kvcrush import policies
+from vllm_kvcrush import calibrate, policies
+from vllm_kvcrush.engine import measure
 from vllm_kvcrush.ops import cpu, pages_reference
 from vllm_kvcrush.pages import FITTED
+from vllm_kvcrush.transform import Rope, TablesError
 
 pytestmark = pytest.mark.engine
 
@@ -154,7 +156,15 @@ def rounding_of(engine: Engine, codec: str, tables: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("codec", "budget"),
-    [("int8", 0.5), ("int4", 0.5), ("int8", 128), ("int4", 128), ("tc4", 0.25), ("tc8", 0.25)],
+    [
+        ("int8", 0.5),
+        ("int4", 0.5),
+        ("int8", 128),
+        ("int4", 128),
+        ("tc4", 0.25),
+        ("tc6", 0.25),
+        ("tc8", 0.25),
+    ],
 )
 def test_tokens_equal_transformers_with_the_same_rounded_cache(
     engine: Engine,
@@ -196,6 +206,27 @@ def test_tokens_equal_transformers_with_the_same_rounded_cache(
     assert held < raw if evicts else held == raw
 
 
+def test_statistics_taken_at_start_are_the_models(
+    engine: Engine, model_path: str, monkeypatch: Any
+) -> None:
+    """Without a file of tables: the same moments as transformers finds in the same text."""
+    found = measure.pieces(engine.runner.model_config, 512)[:2]
+    assert [len(piece) for piece in found] == [512, 512]
+    monkeypatch.setattr(measure, "pieces", lambda *_: found)
+    reader = calibrate.Reader(model_path)
+    got = measure.gather(engine.runner._read_pieces(), reader.rope)
+    engine.reset()  # the pieces lay in any blocks
+    want = calibrate.gather(reader, found, lambda iterable, label: iterable)
+    for name in ("key_mean", "key_second", "query_second", "value_mean", "value_square"):
+        mine, its = getattr(got, name), getattr(want, name)
+        assert (mine - its).norm() < 1e-3 * its.norm(), name
+    with pytest.raises(TablesError, match="not the one that its configuration describes"):
+        other = Rope(reader.rope.frequencies * 1.5)
+        measure.gather(engine.runner._read_pieces(), other)
+    engine.reset()
+    engine.assert_idle()
+
+
 @pytest.mark.parametrize(
     ("budget", "codecs", "evicts"),
     [(0.4, ["int8"], False), (0.25, ["tc4", "int8"], False), (0.1, ["tc8"], True)],
@@ -218,6 +249,37 @@ def test_auto_takes_as_many_bits_as_the_budget_pays_for(
     assert (details["held"] < details["raw"]) == evicts
     if not evicts:  # a model that reads its own context well goes on as it would have
         assert list(output.outputs[0].token_ids)[:4] == plain.tokens([prompt], 4)[0]
+
+
+def test_mikv_keeps_everything_and_the_important_tokens_finer(
+    engine: Engine, ids: list[int], plain: Any
+) -> None:
+    """Compacted again and again: a token once demoted is never in the finer tier again."""
+    tiers: list[list[torch.Tensor]] = []
+
+    def record(command: Any, layer: int, slots: torch.Tensor) -> None:
+        if layer == 0:
+            tiers.append([command, slots])
+
+    engine.runner.on_select = record
+    prompt, new = ids[4000:5000], 2 * DECODE_INTERVAL + 4
+    (output,) = engine.generate([prompt], engine.params(new, kv_policy="mikv", kv_budget=0.15))
+    details = output.kv_tokens_details
+    assert details["held"] == details["raw"] and len(tiers) >= 4
+    # Positions by slot of the first KV head, before each compaction and after.
+    position, demoted = torch.arange(0), set[int]()
+    for command, slots in tiers:
+        have = torch.cat([position, torch.arange(len(position), command.computed)])
+        position = have[slots[0]]
+        fine, coarse = command.parts if len(command.parts) > 1 else (None, command.parts[0])
+        assert coarse.codec in ("int8", "tc8")
+        if coarse.codec == "tc8":
+            finer = position[: fine.tokens if fine else 0].tolist()
+            assert not demoted & set(finer) and finer[:4] == ([0, 1, 2, 3] if finer else [])
+            demoted = set(position[len(finer) :].tolist())
+    assert demoted
+    tokens = list(output.outputs[0].token_ids)
+    assert tokens[:4] == plain.tokens([prompt], 4)[0]
 
 
 def test_compaction_changes_what_is_attended(engine: Engine, ids: list[int]) -> None:

@@ -16,6 +16,7 @@ from tests.engine.conftest import BLOCK, ENVIRONMENT, HERE, Engine
 pytestmark = pytest.mark.engine
 
 POLICIES = ("streaming", "snapkv", "h2o", "kvcrush")
+MEASURED = ("tc6", "auto", "mikv")  # with tables from statistics at start-up
 
 
 def run(tmp_path: pathlib.Path, job: dict[str, Any], *flags: str, **environment: str) -> Any:
@@ -101,8 +102,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> str:
 
 @pytest.fixture(scope="module")
 def tiny_job(ids: list[int]) -> dict[str, Any]:
-    prompts = [ids[i * 50 : i * 50 + 400] for i in range(len(POLICIES) + 1)]
-    extra = [{"kv_policy": p} for p in POLICIES] + [{"kv_policy": "none"}]
+    names = (*POLICIES, *MEASURED, "none")
+    prompts = [ids[i * 50 : i * 50 + 400] for i in range(len(names))]
+    extra = [{"kv_policy": name} for name in names]
     return {"prompts": prompts, "max_tokens": 40, "extra": extra}
 
 
@@ -111,6 +113,7 @@ def run_tiny(
 ) -> list[dict[str, Any]]:
     cores = [str(core) for core in sorted(os.sched_getaffinity(0)) * 2]
     engine = engine_arguments(tiny, tensor_parallel_size=ranks, **arguments)
+    engine["additional_config"]["kvcrush"]["policy"] = "auto"
     answers: list[dict[str, Any]] = run(
         tmp_path,
         {"engine": engine, "jobs": [job]},
@@ -136,7 +139,7 @@ def test_tensor_parallel_ranks_agree(
     tiny: str, tiny_job: dict[str, Any], alone: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
     both = run_tiny(tiny, tiny_job, tmp_path, ranks=2)
-    for policy, a, b in zip((*POLICIES, "none"), alone, both, strict=True):
+    for policy, a, b in zip((*POLICIES, *MEASURED, "none"), alone, both, strict=True):
         assert a["tokens"] == b["tokens"], policy
         assert a["details"] == b["details"]
 
@@ -146,7 +149,7 @@ def test_a_compiled_model_gives_the_same_tokens(
 ) -> None:
     """What a server without --enforce-eager does."""
     compiled = run_tiny(tiny, tiny_job, tmp_path, enforce_eager=False)
-    for policy, a, b in zip((*POLICIES, "none"), alone, compiled, strict=True):
+    for policy, a, b in zip((*POLICIES, *MEASURED, "none"), alone, compiled, strict=True):
         assert a["tokens"] == b["tokens"], policy
         assert a["details"] == b["details"]
 

@@ -256,8 +256,8 @@ struct Tables {
     }
     static void fill(Random &random, const kvc_layer &layer, Codec &codec) {
         kvc_table &table = codec.table;
-        table.v_bits = random.of({2, 4});
-        table.v_step = table.v_bits == 2 ? 1.0f : 0.34f;
+        table.v_bits = random.of({2, 3, 4});
+        table.v_step = table.v_bits == 2 ? 1.0f : table.v_bits == 3 ? 0.59f : 0.34f;
         table.positions = Angles::kPositions;
         table.local = random.chance(50);
         if (table.local != 0) {
@@ -344,7 +344,8 @@ struct Tables {
         head.weight = data.weight.data();
         head.middle = data.middle.data();
         // What layout.h says of such a page.
-        const int64_t strip = 64 * head.words + 2 * v_bits * layer.v_size + 18 + 2;
+        const int64_t wasted = v_bits == 3 ? 2 * (layer.v_size % 16) : 0;
+        const int64_t strip = 64 * head.words + 2 * v_bits * layer.v_size + wasted + 18 + 2;
         const int64_t exception = layer.k_size + layer.v_size + 4, room = layer.page_bytes - 32;
         head.exceptions =
             static_cast<int32_t>(random.in(0, std::min<int64_t>(128, room / exception / 2)));
@@ -1938,7 +1939,7 @@ class Case {
         table.heads = heads.data();
         switch (random_.in(0, 12)) {
             case 0:
-                table.v_bits = random_.of({0, 1, 3, 8, -2, INT32_MAX, INT32_MIN});
+                table.v_bits = random_.of({0, 1, 5, 8, -2, INT32_MAX, INT32_MIN});
                 break;
             case 1:
                 table.v_step = random_.of({0.0f, -1.0f, NAN});

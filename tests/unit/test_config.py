@@ -62,8 +62,11 @@ def test_bad_budgets_name_the_parameter(given: object) -> None:
 def test_defaults() -> None:
     made = settings()
     assert (made.policy, made.budget, made.budget_max) == ("kvcrush", 0.25, None)
-    evicting, packing = ("streaming", "snapkv", "h2o", "kvcrush"), ("int8", "int4", "tc4", "tc8")
-    assert made.allow == (*evicting, *packing, "auto", "none")
+    evicting, packing = (
+        ("streaming", "snapkv", "h2o", "kvcrush"),
+        ("int8", "int4", "tc4", "tc6", "tc8"),
+    )
+    assert made.allow == (*evicting, *packing, "auto", "mikv", "none")
     assert (made.page, made.fitted, made.tables) == (None, {}, None)
 
 
@@ -209,8 +212,9 @@ def test_policies_say_the_same_codecs_as_plans_without_torch() -> None:
     assert set(config._BUILT_IN_CODECS) == set(policies.names())
     for name, codecs in config._BUILT_IN_CODECS.items():
         assert policies.codecs(name) == codecs
+        assert policies.tiers(name) == config._BUILT_IN_TIERS[name]
     fitted = {name for name in (*policies.names(), "none") if settings(policy=name).needs_tables}
-    assert fitted == {"tc4", "tc8", "auto"}
+    assert fitted == {"tc4", "tc6", "tc8", "auto", "mikv"}
 
 
 def test_packings_of_policies_with_one_codec() -> None:
@@ -231,6 +235,8 @@ def test_auto_takes_what_there_is() -> None:
     found = packings("auto", fitted=FITTED)
     assert [p.codec for p in found] == ["int8", "tc4", "tc8"]
     assert [p.codec for p in packings("auto")] == ["int8", "int4"]
+    assert [p.codec for p in packings("mikv", fitted=FITTED)] == ["int8", "tc8"]
+    assert [p.codec for p in packings("mikv")] == ["int8", "int4"]
     # Blocks of 16 tokens of 16 bits hold no more than 16 in int8: of no use.
     narrow = settings(page=[64, 64, 2])
     assert [p.codec for p in narrow.packings("auto", 16)] == ["int4"]

@@ -30,7 +30,7 @@ ODD = [(5, 72, 40), (2, 8, 24), (17, 64, 128), (7, 128, 8), (6, 192, 128)]
 # Error of an output relative to the largest value held: integers of 16 bits, else float32.
 TOLERANCE = {
     **{"raw": 1e-5, "exact": 1e-5, "int8": 1e-3},
-    **dict.fromkeys(("int4", "tc4", "tc8", "mixed"), 3e-2),
+    **dict.fromkeys(("int4", "tc4", "tc6", "tc8", "mixed"), 3e-2),
 }
 
 
@@ -81,7 +81,8 @@ def random_tables(name: str, layers: int, heads: int, k_size: int, v_size: int) 
     keys = 3 * torch.randn(layers, heads, 600, k_size) @ mix + torch.randn(layers, heads, 1, k_size)
     queries = torch.randn(layers, 2 * heads, 300, k_size)
     moments = Statistics.of(keys, queries, torch.randn(layers, heads, 8, v_size))
-    point = Point(name, name == "tc8", *((3.25, 4) if name == "tc4" else (1.5, 2)), 0.02)
+    bits = {"tc4": (3.25, 4), "tc6": (2.0, 3), "tc8": (1.5, 2)}[name]
+    point = Point(name, name != "tc4", *bits, 0.02)
     return fit(moments, point, rope, 512)
 
 
@@ -332,14 +333,14 @@ def test_raw_tails(
     cache.check([1, draw.randrange(2, 9), 1, min(40, lengths[3])], TOLERANCE["raw"])
 
 
-@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc8", "mixed"])
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6", "tc8", "mixed"])
 @pytest.mark.parametrize(("group", "k_size", "v_size"), SHAPES + ODD)
 def test_compressed_pages(
     isa: str, draw: random.Random, group: int, k_size: int, v_size: int, codec: str
 ) -> None:
     dtype = draw.choice(DTYPES)
     cache = Cache(draw, group, k_size, v_size, dtype, block_size=draw.choice([32, 64]))
-    several = ["int8", "int4", "raw", "exact", "int4", "int8", "tc4", "tc8", "tc8"]
+    several = ["int8", "int4", "raw", "exact", "int4", "int8", "tc4", "tc6", "tc8"]
     codecs = draw.sample(several, 6) if codec == "mixed" else [codec] * 3
     for tail in (1, 0, draw.randrange(1, 100), 40):
         cache.put(codecs, tail)
@@ -351,7 +352,7 @@ def test_compressed_pages(
 def test_log_bias(isa: str, draw: random.Random, group: int) -> None:
     cache = Cache(draw, group, 64, 64)
     for tail in (5, 50):
-        cache.put(["int8", "int4", "tc4", "exact", "tc8", "raw", "int8", "tc4"], tail)
+        cache.put(["int8", "int4", "tc4", "exact", "tc8", "raw", "tc6", "tc4"], tail)
     cache.check([1, 7], TOLERANCE["mixed"], bias=True)
 
 
@@ -363,7 +364,7 @@ def test_long_sequences_are_split_and_merged(isa: str, draw: random.Random, code
     cache.check([1, 1], TOLERANCE[codec])
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4", "tc4", "tc8"])
+@pytest.mark.parametrize("codec", ["int8", "int4", "tc4", "tc6", "tc8"])
 def test_a_directory_may_name_fewer_tokens_than_a_page_holds(
     isa: str, draw: random.Random, codec: str
 ) -> None:
@@ -589,8 +590,10 @@ def test_store_takes_strided_rows(isa: str, draw: random.Random) -> None:
         assert torch.equal(got_v, both[:32, 3 + head].float())
 
 
-@pytest.mark.parametrize("target", ["exact", "int8", "int4", "tc4", "tc8"])
-@pytest.mark.parametrize("codecs", [["exact", "int8"], ["int4", "tc8", "int8"], ["tc4"], []])
+@pytest.mark.parametrize("target", ["exact", "int8", "int4", "tc4", "tc6", "tc8"])
+@pytest.mark.parametrize(
+    "codecs", [["exact", "int8"], ["int4", "tc8", "int8"], ["tc4"], ["tc6"], []]
+)
 def test_compaction_keeps_the_chosen_tokens(
     isa: str, draw: random.Random, codecs: list[str], target: str
 ) -> None:

@@ -135,7 +135,7 @@ def blank_tables(words: list[int], v_bits: int, k_size: int, share: float) -> Ta
 @given(
     data=st.data(),
     block_size=st.integers(1, 16).map(lambda strips: 16 * strips),
-    v_bits=st.sampled_from([2, 4]),
+    v_bits=st.sampled_from([2, 3, 4]),
     k_size=SIZES,
     v_size=SIZES,
     share=st.sampled_from([0.0, 0.005, 0.02]),
@@ -203,7 +203,7 @@ def test_the_library_takes_what_fits_and_no_more(
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**16), v_bits=st.sampled_from([2, 4]), k_size=SIZES, v_size=SIZES)
+@given(seed=st.integers(0, 2**16), v_bits=st.sampled_from([2, 3, 4]), k_size=SIZES, v_size=SIZES)
 def test_full_pages_stay_within_themselves(
     seed: int, v_bits: int, k_size: int, v_size: int
 ) -> None:
@@ -235,4 +235,4 @@ def test_full_pages_stay_within_themselves(
         assert where is not None
         assert torch.equal(where, (origins(places) + torch.arange(n) % pages.STRIP).int())
         error = (back - values).square().sum() / values.square().sum()
-        assert error < (0.25 if v_bits == 2 else 0.05)
+        assert error < {2: 0.25, 3: 0.1, 4: 0.05}[v_bits]

@@ -23,10 +23,14 @@ from vllm_kvcrush.policies.kvcrush import KVCrush
 from vllm_kvcrush.policies.snapkv import SnapKV
 from vllm_kvcrush.policies.streaming import Streaming
 
-BUILT_IN = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4", "tc4", "tc8", "auto")
+BUILT_IN = (
+    *("streaming", "snapkv", "h2o", "kvcrush"),
+    *("int8", "int4", "tc4", "tc6", "tc8", "auto", "mikv"),
+)
 PACKED = {
-    **{name: (name,) for name in ("int8", "int4", "tc4", "tc8")},
-    "auto": ("int8", "tc4", "tc8"),
+    **{name: (name,) for name in ("int8", "int4", "tc4", "tc6", "tc8")},
+    "auto": ("int8", "tc4", "tc6", "tc8"),
+    "mikv": ("int8", "tc8"),
 }
 
 ANCHORS = ["random", "zeros", "ones", "mean", "alternate"]
@@ -37,6 +41,7 @@ ALL: list[tuple[str, dict[str, Any]]] = [
     ("snapkv", {"pool": 5, "pool_kind": "avg", "reduce": "max"}),
     ("h2o", {}),
     ("h2o", {"recent": 1}),
+    ("mikv", {}),
     ("kvcrush", {"base": "streaming"}),
     ("kvcrush", {"base": "h2o", "ratio": 0}),
     *(("kvcrush", {"anchor": a, "level": lv}) for a in ANCHORS for lv in ("token", "page")),
@@ -624,3 +629,44 @@ def test_a_third_party_policy_that_does_not_load(
     policies.get("snapkv")  # and the others still work
     with pytest.raises(ValueError, match=message):
         policies.get(name)
+
+
+# Tiers of precision
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    keep=st.integers(8, 48),
+    finer=st.integers(0, 48),
+    first=st.integers(0, 48),
+    coarse=st.integers(0, 48),
+)
+def test_tiers_share_out_what_is_kept(
+    seed: int, keep: int, finer: int, first: int, coarse: int
+) -> None:
+    policy, view = policies.get("mikv"), make_view(seed=seed)
+    finer, demoted = min(finer, keep), range(first, min(48, first + coarse))
+    scores = policy.score(view)
+    kept = policy.select(view, scores, keep)
+    high, low = policy.split(view, scores, kept, finer, demoted)
+    assert high.shape == (3, finer) and low.shape == (3, keep - finer)
+    for h, lo, all_ in zip(high.tolist(), low.tolist(), kept.tolist(), strict=True):
+        assert h == sorted(h) and lo == sorted(lo)
+        assert sorted(h + lo) == all_
+        # Demoted tokens come last: they are finer only if all others are.
+        if any(slot in demoted for slot in h):
+            assert all(slot in demoted for slot in lo)
+
+
+def test_the_finer_tier_is_what_the_policy_would_keep() -> None:
+    """MiKV's definition: the important tokens are those that H2O would not evict."""
+    policy, view = policies.get("mikv"), make_view()
+    scores = policy.score(view)
+    everything = torch.arange(48).expand(3, -1)
+    high, _ = policy.split(view, scores, everything, 16, range(0))
+    assert torch.equal(high, policies.get("h2o").select(view, scores, 16))
+    # The demoted are passed over: the choice is made among the others alone.
+    high, low = policy.split(view, scores, everything, 16, range(4, 36))
+    assert high.tolist() == [[*range(4), *range(36, 48)]] * 3
+    assert low.tolist() == [[*range(4, 36)]] * 3

@@ -162,11 +162,16 @@ class CacheLayer:
         return cpu.Request(directory, tail, tokens, position, self.block_size)
 
     def compact(
-        self, request: cpu.Request, kept: Tensor, target: Region, staged: Tensor | None
+        self,
+        request: cpu.Request,
+        kept: Tensor,
+        target: Region,
+        staged: Tensor | None,
+        part: int | None = None,
     ) -> None:
-        """Moves the slots `kept` `[heads, k]` (int64, ascending) into the pages of `target`, which
-        may be among the request's own, or into `staged`."""
-        cpu.compact(self.pages, request, kept, target.directory(self.index), staged)
+        """Moves the slots `kept` `[heads, k]` (int64, ascending) into the pages of `target`, or of
+        one part of it, which may be among the request's own, or into `staged`."""
+        cpu.compact(self.pages, request, kept, target.directory(self.index, part), staged)
 
 
 class QueryTap:

@@ -20,6 +20,7 @@ class Region:
     Attributes:
         blocks: number of blocks that they lie in.
         begin, end: int32 [layers, kv_heads]: entries [begin, end) of a layer and head.
+        second: int32 [layers, kv_heads], where those of the second part begin.
         page: int32 [n], page index in the pool.
         count: uint16 [n], tokens in it.
         codec: uint8 [n].
@@ -29,6 +30,7 @@ class Region:
     blocks: int
     begin: Tensor
     end: Tensor
+    second: Tensor
     page: Tensor
     count: Tensor
     codec: Tensor
@@ -46,10 +48,13 @@ class Region:
         heads, pairs = layers[0].kv_heads, layers[0].block_pages
         own = len(parts) == 1 and parts[0].codec not in FITTED
         wanted: list[list[tuple[int, int]]] = []  # (tokens, codec) of the pages of each pair
+        first_parts: list[int] = []  # how many of them are of the first part
         for layer in layers:
             for head in range(heads):
-                pages = []
-                for part in parts:
+                pages: list[tuple[int, int]] = []
+                for i, part in enumerate(parts):
+                    if i == 1:
+                        first_parts.append(len(pages))
                     room = layer.capacity(part.codec, head)
                     full, rest = divmod(part.tokens, room)
                     pages += [(room, CODECS[part.codec])] * full
@@ -70,16 +75,21 @@ class Region:
             len(blocks),
             begin.view(-1, heads),
             end.view(-1, heads),
+            (begin + torch.tensor(first_parts, dtype=torch.int32) if first_parts else end).view(
+                -1, heads
+            ),
             page.to(torch.int32),
             torch.tensor([count for count, _ in flat], dtype=torch.int32).to(torch.uint16),
             torch.tensor([codec for _, codec in flat], dtype=torch.uint8),
             own,
         )
 
-    def directory(self, layer: int) -> cpu.Directory:
-        """The pages of one layer."""
+    def directory(self, layer: int, part: int | None = None) -> cpu.Directory:
+        """The pages of one layer, or those of its first or second part."""
         rows = slice(layer, layer + 1)
-        return cpu.Directory(self.begin[rows], self.end[rows], self.page, self.count, self.codec)
+        begin = self.second if part == 1 else self.begin
+        end = self.second if part == 0 else self.end
+        return cpu.Directory(begin[rows], end[rows], self.page, self.count, self.codec)
 
 
 class Stage:

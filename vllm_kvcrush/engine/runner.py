@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     get_tp_group,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils import length_from_prompt_token_ids_or_embeds
@@ -24,15 +25,18 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_kvcrush import transform
 from vllm_kvcrush.config import RequestParams, Settings
-from vllm_kvcrush.engine import backend
+from vllm_kvcrush.engine import backend, measure
 from vllm_kvcrush.engine.backend import CacheLayer, QueryTap
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction, StepCommands
 from vllm_kvcrush.engine.region import Region, Stage
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.fitted import Angles, LayerTable
-from vllm_kvcrush.plan import Plan
+from vllm_kvcrush.plan import Plan, cdiv
 from vllm_kvcrush.policies.base import Policy, View
+from vllm_kvcrush.transform import Tables
+
+logger = init_logger("vllm.kvcrush")
 
 
 @dataclass
@@ -51,6 +55,9 @@ class _Request:
     queries_end: int = 0
     # Per layer [kv_heads, slots of the compressed region], for policies with running scores.
     running: list[Tensor] | None = None
+    # Leading slots of the compressed region that are in the finer of two codecs, of a policy with
+    # tiers.
+    finer: int = 0
 
 
 def _gather_heads(x: Tensor) -> Tensor:
@@ -69,6 +76,7 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         self._deferred: frozenset[str] = frozenset()
         self._layers: list[CacheLayer] = []
         self._tap: QueryTap | None = None
+        self._attention: dict[str, Any] = {}
         # Rows of the batch whose queries are wanted: (request, first row, first position, count).
         self._wanted: list[tuple[_Request, int, int, int]] = []
         self._seconds: list[tuple[str, float]] = []
@@ -97,37 +105,81 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
         context = self.compilation_config.static_forward_context
         (group,) = kv_cache_config.kv_cache_groups
-        attention = [context[name] for name in group.layer_names]
-        tables = self._tables(group.layer_names)
-        self._layers = [
-            CacheLayer(layer, len(attention), own)
-            for layer, own in zip(attention, tables, strict=True)
-        ]
-        self._layers.sort(key=lambda layer: layer.index)
+        self._attention = {name: context[name] for name in group.layer_names}
+        settings = self._settings
+        tables: list[Tables] = []
+        if settings.tables is not None:
+            config = self.model_config.hf_text_config.to_dict()
+            tables = [transform.load(settings.tables, config, codec) for codec in settings.fitted]
+        self._open_layers(tables, get_tensor_model_parallel_rank())
         if self._tap is None:
-            self._tap = QueryTap(attention)
+            self._tap = QueryTap(list(self._attention.values()))
 
-    def _tables(self, names: list[str]) -> list[dict[str, LayerTable]]:
-        """Tables of the model's fitted codecs for each of its layers, for this rank's heads."""
-        settings, config = self._settings, self.model_config
+    def _open_layers(self, tables: list[Tables], rank: int) -> None:
+        """Describes the cache to the kernels. `tables` are those of the fitted codecs; this
+        rank's KV heads are the ones at place `rank` in them."""
+        names, config, size = list(self._attention), self.model_config, self.cache_config.block_size
         found: list[dict[str, LayerTable]] = [{} for _ in names]
-        if not settings.fitted:
-            return found
-        assert settings.page is not None and settings.tables is not None
-        k_size, v_size, itemsize = settings.page
-        page_bytes = self.cache_config.block_size * (k_size + v_size) * itemsize
-        heads = config.get_num_kv_heads(self.parallel_config)
-        first = get_tensor_model_parallel_rank() * heads
-        angles: Angles | None = None
-        for codec in settings.fitted:
-            tables = transform.load(settings.tables, config.hf_text_config.to_dict(), codec)
-            angles = angles or Angles(tables.rope, config.max_model_len)
+        if tables:
+            assert self._settings.page is not None
+            k_size, v_size, itemsize = self._settings.page
+            page_bytes = size * (k_size + v_size) * itemsize
+            count = config.get_num_kv_heads(self.parallel_config)
+            heads = range(rank * count, (rank + 1) * count)
+            angles = Angles(tables[0].rope, config.max_model_len)
             for own, name in zip(found, names, strict=True):
                 layer = extract_layer_index(name)
-                own[codec] = LayerTable(
-                    tables, layer, range(first, first + heads), page_bytes, v_size, angles
-                )
-        return found
+                for each in tables:
+                    own[each.point.name] = LayerTable(
+                        each, layer, heads, page_bytes, v_size, angles
+                    )
+        self._layers = [
+            CacheLayer(layer, len(names), own)
+            for layer, own in zip(self._attention.values(), found, strict=True)
+        ]
+        self._layers.sort(key=lambda layer: layer.index)
+
+    def take_statistics(self) -> None:
+        """Makes the tables of fitted codecs from what the model does with some text, where there
+        is no file of them. Runs requests of its own: before there are others."""
+        settings = self._settings
+        if not settings.fitted or settings.tables is not None:
+            return
+        began = time.perf_counter()
+        config = self.model_config.hf_text_config.to_dict()
+        rope = transform.Rope.from_config(config)
+        statistics = measure.gather(self._read_pieces(), rope)
+        far = transform.horizon(config)
+        self._open_layers(
+            [transform.fit(statistics, p, rope, far, even=True) for p in transform.POINTS], 0
+        )
+        logger.info(
+            "vllm-kvcrush: statistics of the model for transform coding taken in %.1f s.",
+            time.perf_counter() - began,
+        )
+
+    def _read_pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Queries [L, Hq, n, D] and keys [L, H, n, D], with RoPE, and values [L, H, n, Dv] of
+        each piece of text."""
+        size, tap = self.cache_config.block_size, self._tap
+        assert tap is not None
+        room = (self._layers[0].pages.num_blocks - 1) * size  # vLLM keeps block 0 for itself
+        longest = min(room, self.max_num_tokens, self.model_config.max_model_len - 1)
+        for tokens in measure.pieces(self.model_config, longest):
+            n = len(tokens)
+            blocks = list(range(1, 1 + cdiv(n, size)))
+            tap.rows = torch.arange(n)
+            self.execute_model(measure.scheduled(tokens, blocks))
+            self.sample_tokens(None)
+            self.execute_model(measure.finished())
+            table = torch.tensor(blocks, dtype=torch.int32)
+            held = [
+                cpu.Held(layer.pages, layer.request(None, table, n, 0), n) for layer in self._layers
+            ]
+            keys, values = (
+                torch.stack(x) for x in zip(*((h.keys, h.values) for h in held), strict=True)
+            )
+            yield tap.take().transpose(1, 2), keys, values
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -266,9 +318,12 @@ class KVCrushCPUModelRunner(CPUModelRunner):
         queries = self._window(state, command.computed) if "queries" in needs else None
         gather_heads = _gather_heads if get_tensor_model_parallel_world_size() > 1 else _identity
         survivors: list[Tensor] = []
+        tiers = policy.tiers and len(command.parts) > 1
+        finer = command.parts[0].tokens if tiers else 0
+        demoted = range(state.finer, command.compressed_tokens)
         for index, layer in enumerate(self._layers):
             request = layer.request(region, tail, tail_tokens, command.computed - tail_tokens)
-            if keep == candidates and "running" not in needs:
+            if keep == candidates and "running" not in needs and not tiers:
                 if self.on_select is not None:
                     self.on_select(command, index, everything)
                 layer.compact(request, everything, target, stage.pages)
@@ -292,14 +347,19 @@ class KVCrushCPUModelRunner(CPUModelRunner):
             )
             scores = policy.score(view)
             kept = policy.select(view, scores, keep)
+            parts = policy.split(view, scores, kept, finer, demoted) if tiers else (kept,)
+            kept = torch.cat(parts, 1)
             if self.on_select is not None:
                 self.on_select(command, index, kept)
+            for part, slots in enumerate(parts):
+                layer.compact(request, slots, target, stage.pages, part if tiers else None)
             if (new_running := policy.running(view, scores)) is not None:
                 survivors.append(new_running.gather(1, kept))
-            layer.compact(request, kept, target, stage.pages)
         stage.finish()
         state.region = target if state.plan.packings else None
         state.running = survivors or None
+        codecs = [packing.codec for packing in state.plan.packings]
+        state.finer = finer or (keep if [p.codec for p in command.parts] == codecs[:1] else 0)
         state.evicted = command.evicted
         # The next window may reach back before this compaction.
         n, left = command.computed, command.computed - command.evicted

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import vllm.v1.worker.cpu_worker as cpu_worker
 
 from vllm_kvcrush.engine.runner import KVCrushCPUModelRunner
@@ -18,3 +20,8 @@ class KVCrushCPUWorker(cpu_worker.CPUWorker):
         finally:
             cpu_worker.CPUModelRunner = original
         assert isinstance(self.model_runner, KVCrushCPUModelRunner)
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.model_runner.take_statistics()
+        return times

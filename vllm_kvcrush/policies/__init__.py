@@ -15,16 +15,16 @@ from typing import Any
 from vllm_kvcrush.policies.base import OptionError, Policy, View
 from vllm_kvcrush.policies.h2o import H2O
 from vllm_kvcrush.policies.kvcrush import KVCrush
-from vllm_kvcrush.policies.quantized import TC4, TC8, Auto, Int4, Int8
+from vllm_kvcrush.policies.quantized import TC4, TC6, TC8, Auto, Int4, Int8, MiKV
 from vllm_kvcrush.policies.snapkv import SnapKV
 from vllm_kvcrush.policies.streaming import Streaming
 
-__all__ = ["GROUP", "OptionError", "Policy", "View", "codecs", "get", "names"]
+__all__ = ["GROUP", "OptionError", "Policy", "View", "codecs", "get", "names", "tiers"]
 
 GROUP = "vllm_kvcrush.policies"
 
 _BUILT_IN: dict[str, type[Policy]] = {
-    p.name: p for p in (Streaming, SnapKV, H2O, KVCrush, Int8, Int4, TC4, TC8, Auto)
+    p.name: p for p in (Streaming, SnapKV, H2O, KVCrush, Int8, Int4, TC4, TC6, TC8, Auto, MiKV)
 }
 # "none" is plain vLLM everywhere, so it may not name a policy either.
 _RESERVED = (*_BUILT_IN, "none")
@@ -57,6 +57,11 @@ def get(name: str, options: Mapping[str, Any] | None = None) -> Policy:
 def codecs(name: str) -> tuple[str, ...]:
     """How policy `name` may fill the pages of the compressed region. Raises ValueError."""
     return (_BUILT_IN.get(name) or _load(name)).codecs
+
+
+def tiers(name: str) -> bool:
+    """Whether the policy's most important tokens get its finer codec. Raises ValueError."""
+    return (_BUILT_IN.get(name) or _load(name)).tiers
 
 
 @cache  # reading every installed package's metadata takes 20 ms, and `get` runs per request

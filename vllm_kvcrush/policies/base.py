@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -36,7 +36,8 @@ class Held(Protocol):
 
 @dataclass
 class View:
-    """One layer of one request at a compaction. Slots are in position order.
+    """One layer of one request at a compaction. Slots are in position order; of a policy with
+    `tiers`, those of the finer codec, those of the coarser one and the tail each are.
 
     H KV heads, Hq query heads, n held slots, m candidates, w window queries, head size D. Under
     tensor parallelism H and Hq count this rank's heads.
@@ -138,6 +139,9 @@ class Policy(ABC):
     # Names in pages.CODECS that the pages of the compressed region may have, those that lose least
     # first; empty: raw.
     codecs: ClassVar[tuple[str, ...]] = ()
+    # Whether, where a region has pages of two codecs, the most important tokens get the finer one;
+    # else the newest do.
+    tiers: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, view: View) -> Tensor:
@@ -149,6 +153,33 @@ class Policy(ABC):
         By default the sinks and then the best scores.
         """
         return ops.top_slots(protect(scores, view.sinks), keep)
+
+    def split(
+        self, view: View, scores: Tensor, kept: Tensor, finer: int, demoted: range
+    ) -> tuple[Tensor, Tensor]:
+        """Which of the kept slots get the finer codec: those that would stay if only so many did.
+
+        Args:
+            kept: what `select` chose.
+            finer: how many.
+            demoted: slots whose tokens are in the coarser codec already. What they lost does not
+                come back, so they come last.
+
+        Returns:
+            int64 [H, finer] and the rest of `kept`, each ascending.
+        """
+        m, first, last = view.candidates, demoted.start, demoted.stop
+        places = torch.cat([torch.arange(first), torch.arange(last, m)]).to(scores.device)
+        own = min(finer, len(places))
+        smaller = replace(view, candidates=len(places), sinks=min(view.sinks, first, own))
+        best = places[self.select(smaller, scores[:, places], own)]
+        rank = scores.new_full(scores.shape, -torch.inf).scatter_(1, kept, 0.0)
+        rank[:, first:last] -= 1
+        chosen = torch.zeros_like(rank).scatter_(1, best, 1.0)
+        mask = ops.top_mask(rank + chosen, finer)
+        stays = torch.zeros_like(mask).scatter_(1, kept, True)
+        rest = ops.mask_slots(stays & ~mask, kept.shape[1] - finer)
+        return ops.mask_slots(mask, finer), rest
 
     def running(self, view: View, scores: Tensor) -> Tensor | None:
         """What the engine keeps of the survivors for `View.running` at the next compaction:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vllm_kvcrush.policies.h2o import H2O
 from vllm_kvcrush.policies.kvcrush import KVCrush
 
 
@@ -47,6 +48,15 @@ class TC4(Quantized):
 
 
 @dataclass
+class TC6(Quantized):
+    """Some two and a half bits a channel: keys as in `tc8` in two bits, values in three. Needs the
+    model's tables."""
+
+    name: ClassVar[str] = "tc6"
+    codecs: ClassVar[tuple[str, ...]] = ("tc6",)
+
+
+@dataclass
 class TC8(Quantized):
     """Less than two bits a channel by transform coding: keys without their rotary embedding, values
     in two bits. Needs the model's tables."""
@@ -62,4 +72,18 @@ class Auto(Quantized):
     Without the model's tables int4 stands for the transform codecs."""
 
     name: ClassVar[str] = "auto"
-    codecs: ClassVar[tuple[str, ...]] = ("int8", "tc4", "tc8")
+    codecs: ClassVar[tuple[str, ...]] = ("int8", "tc4", "tc6", "tc8")
+
+
+@dataclass
+class MiKV(H2O):
+    """MiKV, "No Token Left Behind" (arXiv 2402.18096): tokens that H2O would keep stay in eight
+    bits, those that it would evict in few, never to be promoted again; how many are important
+    follows from the budget. Evicts only what does not even fit in the low bits.
+
+    The paper's low bits are per-token integers behind an outlier balancer; here they are those of
+    `tc8`, or of `int4` without the model's tables."""
+
+    name: ClassVar[str] = "mikv"
+    codecs: ClassVar[tuple[str, ...]] = ("int8", "tc8")
+    tiers: ClassVar[bool] = True
