@@ -32,7 +32,7 @@ def text() -> str:
         description = importlib.metadata.metadata(name).json.get("description", "")
         paragraphs = str(description).split("\n\n")
         plain = [p for p in paragraphs if "](" not in p and "<" not in p and "://" not in p]
-        found.append("\n\n".join(plain)[: 2 * TOKENS])
+        found.append("\n\n".join(plain)[:TOKENS])
     return "\n\n".join(found)
 
 

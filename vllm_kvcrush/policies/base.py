@@ -171,7 +171,8 @@ class Policy(ABC):
         m, first, last = view.candidates, demoted.start, demoted.stop
         places = torch.cat([torch.arange(first), torch.arange(last, m)]).to(scores.device)
         own = min(finer, len(places))
-        smaller = replace(view, candidates=len(places), sinks=min(view.sinks, first, own))
+        sinks = min(view.sinks, own, first if demoted else m)
+        smaller = replace(view, candidates=len(places), sinks=sinks)
         best = places[self.select(smaller, scores[:, places], own)]
         rank = scores.new_full(scores.shape, -torch.inf).scatter_(1, kept, 0.0)
         rank[:, first:last] -= 1
