@@ -1,6 +1,7 @@
 // The C interface: checks what it is given, then shares out the work.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdarg>
 #include <cstdio>
@@ -374,8 +375,8 @@ int check_request(const Layer &layer, const kvc_request &request) {
     return check_tail(layer, request.tail_table, INT32_MAX, request.tail_length);
 }
 
-// Decodes n ascending slots of a head; slots == null: first, first + 1, ...  False: a slot's page
-// has no positions.
+// Decodes n slots of a head, in any order; slots == null: first, first + 1, ...  False: a slot's
+// page has no positions.
 bool read_slots(const Source &source, int head, const int64_t *slots, int64_t first, int64_t n,
                 float *key, float *value, int32_t *positions) {
     const Layer &layer = source.layer;
@@ -389,6 +390,10 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
     while (done < n) {
         int codec = KVC_RAW;
         int64_t index, count, start;
+        if (slot(done) < page_start) {
+            entry = source.begin(head);
+            page_start = 0;
+        }
         while (entry < entries && slot(done) >= page_start + directory.count[entry])
             page_start += directory.count[entry++];
         if (entry < entries) {
@@ -403,9 +408,12 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
             start = page_start + block * layer.block_size;
         }
         int batch = 0;
-        while (batch < kBatch && done + batch < n && slot(done + batch) < start + count) {
-            places[batch] = static_cast<int32_t>(slot(done + batch) - start);
-            ++batch;
+        // Places in a page must ascend.
+        int64_t last = start - 1;
+        while (batch < kBatch && done + batch < n && slot(done + batch) > last &&
+               slot(done + batch) < start + count) {
+            last = slot(done + batch);
+            places[batch++] = static_cast<int32_t>(last - start);
         }
         const uint8_t *page = layer.page(index);
         kernel.decode(layer, codec, head, page, static_cast<int>(count), batch, places,
@@ -447,7 +455,9 @@ thread_local Moved moved_memory;
 // The source entry whose tokens are slots [first, first + count) of a head, all of them and in the
 // page's own codec; -1 if there is none.
 int64_t whole_page(const Source &source, int head, const int64_t *slots, int64_t count, int codec) {
-    if (!positions_kept(codec) || count == 0 || slots[count - 1] - slots[0] != count - 1) return -1;
+    if (!positions_kept(codec) || count == 0) return -1;
+    for (int64_t i = 1; i < count; ++i)
+        if (slots[i] != slots[0] + i) return -1;
     const kvc_directory &directory = source.request.directory;
     int64_t start = 0;
     for (int64_t e = source.begin(head); e < source.end(head); ++e) {
@@ -473,9 +483,9 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
         const int64_t n = slot_start[h + 1] - slot_start[h], held = source.tokens(h);
         const int64_t *own = slots + slot_start[h];
         for (int64_t i = 0; i < n; ++i)
-            if (own[i] < 0 || own[i] >= held || (i != 0 && own[i] <= own[i - 1]))
-                return fail("slots of head %d do not ascend within its %lld tokens", h,
-                            static_cast<long long>(held));
+            if (own[i] < 0 || own[i] >= held)
+                return fail("slot %lld of head %d, which holds %lld tokens",
+                            static_cast<long long>(own[i]), h, static_cast<long long>(held));
         int64_t used = 0;
         for (int64_t e = target.begin[h]; e < target.end[h]; ++e) {
             pieces.push_back({h, e, slot_start[h] + used, target.count[e], -1});
@@ -517,6 +527,9 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
         if (!read_slots(source, piece.head, slots + piece.first, 0, piece.count, key, value,
                         wanted ? positions : nullptr))
             bad = 1;
+        // Those of fitted pages are their neighbours': two that come together may tie.
+        for (int64_t t = 1; wanted && t < piece.count; ++t)
+            positions[t] = std::max(positions[t], positions[t - 1] + 1);
     });
     if (!done) return no_memory();
     if (bad != 0) return fail("raw compressed pages have no positions, which their targets keep");

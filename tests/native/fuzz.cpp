@@ -1648,6 +1648,7 @@ class Case {
             std::vector<int64_t> own;
             for (int64_t i = 0; i < held; ++i)
                 if (random_.chance(keep)) own.push_back(i);
+            if (random_.chance(10)) std::reverse(own.begin(), own.end());
             target.begin[static_cast<size_t>(h)] = static_cast<int32_t>(target.page.size());
             int64_t placed = 0;
             while (placed < static_cast<int64_t>(own.size()) || random_.chance(5)) {

@@ -672,6 +672,32 @@ def test_targets_of_a_compaction_may_be_its_sources(isa: str, draw: random.Rando
         assert torch.equal(where, slots[head].int())
 
 
+def test_slots_may_come_in_any_order(isa: str, draw: random.Random) -> None:
+    """As they do where tokens were demoted; positions that do not ascend are made to."""
+    cache = Cache(draw, 1, 64, 64, block_size=32)
+    cache.put(["exact", "exact"], 64)
+    tail = torch.tensor(cache.tails[0], dtype=torch.int32)
+    request = cpu.Request(cache.directory(), tail, 64, 100_000, cache.block_size)
+    layer, held = cache.layer, len(cache.keys[0][0])
+    slots = torch.stack([torch.randperm(held)[:16] for _ in range(2)])
+    pages_, places = [cache.page(), cache.page()], cpu.positions(layer, request, held)
+    target = cpu.Directory(
+        torch.tensor([[0, 1]], dtype=torch.int32),
+        torch.tensor([[1, 2]], dtype=torch.int32),
+        torch.tensor(pages_, dtype=torch.int32),
+        torch.tensor([16, 16], dtype=torch.int32).to(torch.uint16),
+        torch.tensor([1, 1], dtype=torch.uint8),
+    )
+    cpu.compact(layer, request, slots, target)
+    for head in range(2):
+        got, _, where = cpu.decode(layer, "exact", pages_[head], 16)
+        assert torch.equal(got.double(), cache.keys[0][head][slots[head]])
+        own, want = places[head][slots[head]].tolist(), []
+        for place in own:
+            want.append(max(place, want[-1] + 1) if want else place)
+        assert where is not None and where.tolist() == want
+
+
 def test_reading_slots_across_pages(isa: str, draw: random.Random) -> None:
     cache = Cache(draw, 1, 64, 80, torch.float16)
     cache.put(["int8", "exact", "int4"], 70)

@@ -347,7 +347,14 @@ class KVCrushCPUModelRunner(CPUModelRunner):
             )
             scores = policy.score(view)
             kept = policy.select(view, scores, keep)
-            parts = policy.split(view, scores, kept, finer, demoted) if tiers else (kept,)
+            parts: tuple[Tensor, ...] = (kept,)
+            if tiers:
+                # In position order, which slots are not in once tokens were demoted.
+                places = cpu.positions(layer.pages, request, candidates)
+                parts = tuple(
+                    part.gather(1, places.gather(1, part).argsort(dim=1, stable=True))
+                    for part in policy.split(view, scores, kept, finer, demoted)
+                )
             kept = torch.cat(parts, 1)
             if self.on_select is not None:
                 self.on_select(command, index, kept)

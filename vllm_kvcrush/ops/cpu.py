@@ -502,8 +502,9 @@ def compact(
     page.
 
     Args:
-        slots: for each KV head int64 [n], ascending: slots among the directory's tokens in order,
-            then the tail's. A tensor [kv_heads, n] will do.
+        slots: for each KV head int64 [n]: slots among the directory's tokens in order, then the
+            tail's, in any order. A tensor [kv_heads, n] will do. Positions are made to ascend
+            within a page.
         target: row 0 says which pages each head fills, each with as many as its count says.
     """
     if len(slots) != layer.kv_heads:
@@ -547,6 +548,19 @@ def read(
         )
     )
     return key, value, where
+
+
+def positions(layer: Layer, source: Request, tokens: int) -> Tensor:
+    """Where each head's first `tokens` slots stand, int32 [kv_heads, tokens]; in pages of fitted
+    codecs exactly only for the first of each strip."""
+    found = torch.empty(layer.kv_heads, tokens, dtype=torch.int32)
+    for head, row in enumerate(found):
+        _check(
+            _library.kvc_read(
+                layer._pointer, source._pointer, head, 0, tokens, None, None, row.data_ptr()
+            )
+        )
+    return found
 
 
 # -- scoring and choosing -------------------------------------------------------------------------
