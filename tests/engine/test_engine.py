@@ -254,7 +254,8 @@ def test_auto_takes_as_many_bits_as_the_budget_pays_for(
 def test_mikv_keeps_everything_and_the_important_tokens_finer(
     engine: Engine, ids: list[int], plain: Any
 ) -> None:
-    """Compacted again and again: a token once demoted is never in the finer tier again."""
+    """Compacted again and again: a demoted token is in the finer tier again only if
+    all others are."""
     tiers: list[list[torch.Tensor]] = []
 
     def record(command: Any, layer: int, slots: torch.Tensor) -> None:
@@ -275,7 +276,9 @@ def test_mikv_keeps_everything_and_the_important_tokens_finer(
         assert coarse.codec in ("int8", "tc8")
         if coarse.codec == "tc8":
             finer = position[: fine.tokens if fine else 0].tolist()
-            assert not demoted & set(finer) and finer[:4] == ([0, 1, 2, 3] if finer else [])
+            assert finer[:4] == ([0, 1, 2, 3] if finer else [])
+            promoted = demoted & set(finer)
+            assert not promoted or set(position.tolist()) - demoted <= set(finer)
             demoted = set(position[len(finer) :].tolist())
     assert demoted
     tokens = list(output.outputs[0].token_ids)
