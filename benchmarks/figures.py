@@ -20,7 +20,19 @@ from benchmarks.report import RESULTS, ROOT, Row, read, table
 
 FIGURES = ROOT / "docs" / "figures"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-OURS = ("streaming", "snapkv", "h2o", "kvcrush", "int8", "int4")
+OURS = (
+    "auto",
+    "int8",
+    "int4",
+    "tc4",
+    "tc6",
+    "tc8",
+    "mikv",
+    "kvcrush",
+    "snapkv",
+    "h2o",
+    "streaming",
+)
 MODE_NAMES = {"question_before": "question seen before", "question_after": "question after"}
 
 
@@ -241,7 +253,11 @@ def summary() -> str:
     context = max(r["context"] for r in read(path)["rows"])
     lines = []
     for policy, budget in (
-        ("int8", 0.5),
+        ("auto", 0.5),
+        ("auto", 0.25),
+        ("auto", 0.125),
+        ("tc4", 0.25),
+        ("tc6", 0.125),
         ("int4", 0.25),
         ("kvcrush", 0.5),
         ("kvcrush", 0.25),
@@ -257,6 +273,7 @@ def summary() -> str:
         ):
             where = {"policy": policy, "budget": budget, "context": context, "task": "all"}
             found = rows(path, metric=metric, mode=mode, **where)
+            assert found or metric != "bytes_ratio", f"{path.name} has no {policy} at {budget}"
             if metric != "delta_nll":
                 found = [{**r, "low": None} for r in found]
             cells.append(_value(found, digits, sign=metric == "delta_nll"))
@@ -337,6 +354,15 @@ def overhead() -> str:
             cells.append(f"{here[0]['value']:.2%}" if here else "–")
         lines.append(cells)
     idle = [[r["mode"], _value([r], 4)] for r in rows(path, metric="ratio_tpot_s")]
+    steps = [
+        [
+            r["mode"].removeprefix("batch="),
+            str(r["context"]),
+            "no policy, our kernels" if r["policy"] == "none" else f"{r['policy']} {r['budget']:g}",
+            _value([r]),
+        ]
+        for r in rows(path, metric="ratio_output_tokens_per_s", task="decode")
+    ]
     return "\n".join(
         [
             _measured_on(path),
@@ -344,6 +370,8 @@ def overhead() -> str:
             table(["prompt tokens", *names], lines),
             "",
             table(["decode step against plain vLLM", "ratio (95 %)"], idle),
+            "",
+            table(["requests", "context", "policy", "decode tokens/s over plain vLLM's"], steps),
         ]
     )
 

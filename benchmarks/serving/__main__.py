@@ -57,7 +57,7 @@ def _budget(value: str) -> float | int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = arguments(__doc__ or "")
-    p.add_argument("--policy", default="kvcrush", help="policy of the other server")
+    p.add_argument("--policy", default="auto", help="policy of the other server")
     p.add_argument("--budget", type=_budget, default=0.25, help="its KV budget")
     p.add_argument("--repeats", type=_count, help="rounds; by default 3, with --quick 1")
     p.add_argument("--workloads", nargs="+", metavar="NAME", help="these only; by default all")
