@@ -247,45 +247,65 @@ def _measured_on(path: pathlib.Path) -> str:
     )
 
 
+# README's rows: policy, budget, and the file that has it.
+PICKED = (
+    ("auto", 0.25, "bits"),
+    ("auto", 0.125, "bits"),
+    ("tc4", 0.25, "bits"),
+    ("tc6", 0.125, "bits"),
+    ("mikv", 0.25, "bits"),
+    ("int4", 0.25, "bits"),
+    ("kvcrush", 0.5, "quality"),
+    ("kvcrush", 0.25, "quality"),
+    ("kvpress/keydiff", 0.5, "quality"),
+    ("streaming", 0.25, "quality"),
+)
+
+
 def summary() -> str:
     """README's table: what some policies hold, and what they lose."""
-    path = RESULTS / "quality.json"
-    context = max(r["context"] for r in read(path)["rows"])
-    lines = []
-    for policy, budget in (
-        ("auto", 0.5),
-        ("auto", 0.25),
-        ("auto", 0.125),
-        ("tc4", 0.25),
-        ("tc6", 0.125),
-        ("int4", 0.25),
-        ("kvcrush", 0.5),
-        ("kvcrush", 0.25),
-        ("snapkv", 0.25),
-        ("streaming", 0.25),
-    ):
-        cells = [f"`{policy}`", f"{budget:g}"]
-        for metric, mode, digits in (
-            ("bytes_ratio", "question_after", 1),
-            ("delta_nll", "question_before", 3),
-            ("delta_nll", "question_after", 3),
-            ("agreement", "question_after", 2),
-        ):
-            where = {"policy": policy, "budget": budget, "context": context, "task": "all"}
-            found = rows(path, metric=metric, mode=mode, **where)
-            assert found or metric != "bytes_ratio", f"{path.name} has no {policy} at {budget}"
-            if metric != "delta_nll":
-                found = [{**r, "low": None} for r in found]
-            cells.append(_value(found, digits, sign=metric == "delta_nll"))
-        lines.append(cells)
-    header = ["policy", "budget", "× less KV memory", "NLL lost, question seen before"]
-    header += ["question after", "same greedy token"]
-    n = next(r["n"] for r in rows(path, task="all", metric="delta_nll"))
+    lines, notes = [], []
+    for name in ("bits", "quality"):
+        path = RESULTS / f"{name}.json"
+        found = rows(path, task="all", mode="question_after")
+        items = next(r["n"] for r in found if r["metric"] == "delta_nll")
+        contexts = sorted({r["context"] for r in found})
+        notes.append(
+            f"{' and '.join(map(str, contexts))} tokens, {items} items: {_measured_on(path)}"
+        )
+        for policy, budget in ((p, b) for p, b, where in PICKED if where == name):
+            for context in contexts:
+                at = {
+                    r["metric"]: r
+                    for r in found
+                    if (r["policy"], r["budget"], r["context"]) == (policy, budget, context)
+                }
+                assert at, f"{path.name} has no {policy} at {budget}"
+                lines.append(
+                    [
+                        f"`{policy}`",
+                        f"{budget:g}",
+                        str(context),
+                        f"{at['bytes_ratio']['value']:.1f}",
+                        _value([at["delta_nll"]], 3, sign=True),
+                        f"{at['kl']['value']:.3f}",
+                        f"{at['agreement']['value']:.2f}",
+                    ]
+                )
+    header = ["policy", "budget", "tokens", "× less KV memory", "NLL lost", "KL", "same token"]
     text = (
-        f"Nats a token (95 % intervals) over {n} items of {context} tokens; memory as held while "
-        f"answering, against raw float32. {_measured_on(path)}"
+        "Question seen after compaction; nats a token (95 % intervals); memory as held while "
+        "answering, metadata and raw tail included, against raw float32. " + " ".join(notes)
     )
     return table(header, lines) + "\n\n" + text
+
+
+def bits() -> str:
+    """What fewer bits lose: the quality benchmark on policies that keep every token."""
+    from benchmarks.quality.summary import tables
+
+    path = RESULTS / "bits.json"
+    return f"{_measured_on(path)}\n\n{tables(read(path)['rows'])}"
 
 
 def capacity() -> str:
@@ -403,7 +423,7 @@ def kernels() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (summary, capacity, quality, serving, overhead, kernels)
+    f.__name__: f for f in (summary, capacity, quality, bits, serving, overhead, kernels)
 }
 
 

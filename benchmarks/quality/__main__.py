@@ -93,6 +93,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--longbench", type=pathlib.Path, help="folder with LongBench's *.jsonl")
     parser.add_argument("--ruler", type=pathlib.Path, help="folder with RULER's */validation.jsonl")
     parser.add_argument("--limit", type=int, default=20, help="items of each of their files")
+    parser.add_argument(
+        "--no-tables",
+        action="store_true",
+        help="take statistics at start-up where the model has no tables, instead of making them",
+    )
     parser.add_argument("--pool-tokens", type=int, default=49152, help="KV pool, in raw tokens")
     args = parser.parse_args()
     quick = args.quick
@@ -144,7 +149,7 @@ class Bench:
             c for policy in self.args.policies if policy != FULL for c in policies.codecs(policy)
         }
         path = calibrate.default_path(self.model)
-        if codecs & set(pages.FITTED) and not path.exists():
+        if codecs & set(pages.FITTED) and not path.exists() and not self.args.no_tables:
             say("making the model's transform tables, once …")
             path.parent.mkdir(parents=True, exist_ok=True)
             calibrate.calibrate(self.model, path, progress=calibrate.bar)
