@@ -1,5 +1,5 @@
-"""vLLM's GPU worker with our model runner. In a module of its own, because vLLM's CPU worker replaces
-parts of torch when it is imported."""
+"""vLLM's GPU worker with our model runner. In a module of its own, because vLLM's CPU worker, when
+it is imported, replaces parts of torch."""
 
 from __future__ import annotations
 
