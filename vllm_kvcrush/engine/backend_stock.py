@@ -10,22 +10,14 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-from vllm_kvcrush import ops, policies
-from vllm_kvcrush.config import NONE, Settings
+from vllm_kvcrush import ops
 from vllm_kvcrush.engine.compaction import Backend
 from vllm_kvcrush.engine.region import Region
 from vllm_kvcrush.ops.fitted import LayerTable
 
 
-def keep(attention: Sequence[Any], settings: Settings) -> Backend:
+def keep(attention: Sequence[Any]) -> Backend:
     """Leaves the model's attention layers as they are."""
-    packed = [name for name in settings.allow if name != NONE and policies.codecs(name)]
-    if packed:
-        raw = [name for name in settings.allow if name not in packed]
-        raise ValueError(
-            f"vllm-kvcrush reads pages of {', '.join(packed)} on CPUs only: allow others, as with "
-            f"--kv-policy-allow={','.join(raw) or 'kvcrush'}."
-        )
     for layer in attention:
         if type(layer.impl) is not TritonAttentionImpl:
             raise ValueError(

@@ -19,6 +19,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
+from vllm_kvcrush import policies
+from vllm_kvcrush.config import NONE
 from vllm_kvcrush.engine.commands import Compaction
 from vllm_kvcrush.engine.compaction import Backend, CompactionMixin
 from vllm_kvcrush.ops.triton.shift import shift
@@ -56,9 +58,14 @@ class V2Mixin(CompactionMixin):
                 from vllm_kvcrush.engine import backend
 
                 return backend.install(attention)
+        if any(policies.codecs(name) for name in self._settings.allow if name != NONE):
+            from vllm_kvcrush.engine import backend_triton
+
+            return backend_triton.install(attention, self._settings)
+        # A kernel that knows nothing of us is the best that raw pages can have.
         from vllm_kvcrush.engine import backend_stock
 
-        return backend_stock.keep(attention, self._settings)
+        return backend_stock.keep(attention)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)

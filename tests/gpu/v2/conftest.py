@@ -1,5 +1,5 @@
-"""The V2 model runner, interpreted. Its tests need a process of their own, with Triton and the folder
-`shim` on PYTHONPATH: tests/engine/test_v2.py starts it. By hand:
+"""The V2 model runner, interpreted. Its tests need a process of their own, with Triton and the
+folder `shim` on PYTHONPATH: tests/engine/test_v2.py starts it. By hand:
 
     PYTHONPATH=$(scripts/triton.sh):tests/gpu/v2/shim:. TRITON_INTERPRET=1 KVCRUSH_V2_TESTS=1 \
         python -m pytest tests/gpu/v2
@@ -8,9 +8,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
@@ -27,8 +24,8 @@ os.environ.update(
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_launches(interpreter: None) -> None:
-    """After a launch the interpreter copies every argument's whole storage back to the device, which
-    here is where it came from."""
+    """After a launch the interpreter copies every argument's whole storage back to the device,
+    which here is where it came from."""
     from triton.runtime.interpreter import GridExecutor
 
     GridExecutor._restore_args_dev = lambda *_: None

@@ -1,0 +1,58 @@
+"""GPU attention backends in the engine: vLLM's Triton one, which knows nothing of us, with raw
+pages in the layout that it has on GPUs; and ours, with pages of every codec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu.v2.engine import Engine
+from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triton_attention(v1: Engine) -> Iterator[None]:
+    """The CPU platform's attention is vLLM's Triton backend for engines to come."""
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends import registry
+
+    name = registry.AttentionBackendEnum.CPU_ATTN
+    plain = torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = lambda *_, **__: (8, 0)
+    path = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+    registry.register_backend(name, path)
+    selector._cached_get_attn_backend.cache_clear()
+    yield
+    name.clear_override()
+    selector._cached_get_attn_backend.cache_clear()
+    torch.cuda.get_device_capability = plain
+
+
+def test_raw_pages_under_vllms_own_backend(model: str, v1: Engine) -> None:
+    engine = Engine(model, v2=True, allow=[*RAW, "none"])
+    layer = engine.runner._layers[0]
+    assert type(layer).__name__ == "StockCacheLayer"
+    assert engine.runner.attn_groups[0][0].backend.__name__ == "TritonAttentionBackend"
+    # Tokens before heads: what vLLM prefers on GPUs, and our CPU kernels do not read.
+    cache = engine.llm.llm_engine.vllm_config.cache_config
+    assert cache.get_resolved_kv_cache_layout().name == "LBNHC"
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("kvcrush", "none", "streaming")]
+    job = (prompts(100, 70, 80, seed=4), 10, extra)
+    got, want = engine.run(*job), v1.run(*job)
+    assert [a.compactions > 0 for a in got] == [True, False, True]
+    assert_equal(got, want)
+    for answer in got:
+        assert_slots_follow(answer)
+
+
+def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
+    engine = Engine(model, v2=True)
+    assert type(engine.runner._layers[0]).__name__ == "TritonCacheLayer"
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none", "snapkv", "auto")]
+    job = (prompts(100, 70, 80, 150, seed=5), 10, extra)
+    got, want = engine.run(*job), v1.run(*job)
+    assert [a.compactions > 0 for a in got] == [True, False, True, True]
+    assert_equal(got, want)
