@@ -222,18 +222,17 @@ class TritonCacheLayer:
         self, region: Region | None, tail: Tensor, tokens: int, position: int
     ) -> tuple[Request, int]:
         """And where the layer's entries start in the region."""
-        if region is None:
-            none = torch.zeros(self.heads, dtype=torch.int32, device=self.device)
-            empty = none[:0]
-            parts, first = (none, none, empty, empty, empty), 0
-        else:
+        first, parts = 0, [torch.zeros(n, dtype=torch.int32) for n in (self.heads,) * 2 + (0,) * 3]
+        if region is not None:
             begin, end = region.begin[self.index], region.end[self.index]
-            first, last = int(begin[0]), int(end[-1])
-            own = slice(first, last)
-            on_host = (begin - first, end - first, region.page[own])
-            on_host += (region.count[own].int(), region.codec[own].int())
-            parts = tuple(x.to(self.device, non_blocking=True) for x in on_host)
-        return Request.of(*parts, tail, tokens, position, ints=region is not None), first
+            first = int(begin[0])
+            own = slice(first, int(end[-1]))
+            pages = (region.page[own], region.count[own], region.codec[own])
+            parts = [begin - first, end - first, *(x.int() for x in pages)]
+        begin, end, page, count, codec = (x.to(self.device, non_blocking=True) for x in parts)
+        ints = region is not None
+        request = Request.of(begin, end, page, count, codec, tail, tokens, position, ints)
+        return request, first
 
     def held(self, request: Request, tokens: int) -> TritonHeld:
         return TritonHeld(self.pages, request, tokens)

@@ -141,7 +141,7 @@ class V2Mixin(CompactionMixin):
         """The batch as attention is to see it: slots held, on the device and on the host."""
         lengths = self._slot_lens[: batch.num_reqs_after_padding]
         bound = batch.seq_lens_cpu_upper_bound
-        if batch is self._batch:
+        if self._batch is not None and batch is self._batch:
             # Backends derive page counts from this one: too long would reach into freed blocks.
             bound = bound.clone()
             bound[: batch.num_reqs] -= torch.from_numpy(self._evicted[batch.idx_mapping_np])
