@@ -83,8 +83,19 @@ class StockCacheLayer:
         content = self._cache[self._places(request, slots)]
         return ops.Held(content[..., : self._k_size], content[..., self._k_size :])
 
-    def compact(self, request: Tensor, kept: Tensor, target: Region, staged: Tensor | None) -> None:
-        assert staged is None
+    def positions(self, request: Tensor, tokens: int) -> Tensor:
+        """Asked for where a region has pages of two codecs only."""
+        raise AssertionError("raw pages do not say where their tokens stand")
+
+    def compact(
+        self,
+        request: Tensor,
+        kept: Tensor,
+        target: Region,
+        staged: Tensor | None,
+        part: int | None = None,
+    ) -> None:
+        assert staged is None and part is None
         # Every layer and head has its own page of each target block, so the first's will do.
         pages = target.page[int(target.begin[0, 0]) : int(target.end[0, 0])]
         blocks = (pages // self.pages.block_pages).to(self.device, non_blocking=True)

@@ -158,8 +158,8 @@ def install(attention: Sequence[Any], settings: Settings) -> Backend:
     """Gives the model's attention layers our backend in place of vLLM's Triton one."""
     if settings.fitted:
         raise ValueError(
-            f"vllm-kvcrush reads pages of {', '.join(settings.fitted)} on CPUs only: move the "
-            f"model's transform tables away, {settings.tables}, or allow raw policies only."
+            f"vllm-kvcrush reads pages of {', '.join(settings.fitted)} on CPUs only: start the "
+            "server without transform tables of the model, and with a --kv-policy that needs none."
         )
     for layer in attention:
         impl = layer.impl
@@ -216,33 +216,51 @@ class TritonCacheLayer:
 
     def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Request:
         """See `compaction.CacheLayer`, as for all of these."""
-        return self._request(region, tail, tokens, position)[0]
+        return self._request(region, None, tail, tokens, position)[0]
 
     def _request(
-        self, region: Region | None, tail: Tensor, tokens: int, position: int
-    ) -> tuple[Request, int]:
-        """And where the layer's entries start in the region."""
-        first, parts = 0, [torch.zeros(n, dtype=torch.int32) for n in (self.heads,) * 2 + (0,) * 3]
+        self, region: Region | None, part: int | None, tail: Tensor, tokens: int, position: int
+    ) -> tuple[Request, Tensor]:
+        """Of a region, or one part of it; and which of its entries are the layer's."""
+        none = torch.zeros(0, dtype=torch.int32)
+        counts, own, parts = none.new_zeros(self.heads), none, [none] * 3
         if region is not None:
-            begin, end = region.begin[self.index], region.end[self.index]
-            first = int(begin[0])
-            own = slice(first, int(end[-1]))
-            pages = (region.page[own], region.count[own], region.codec[own])
-            parts = [begin - first, end - first, *(x.int() for x in pages)]
-        begin, end, page, count, codec = (x.to(self.device, non_blocking=True) for x in parts)
+            begin = (region.second if part == 1 else region.begin)[self.index].tolist()
+            end = (region.second if part == 0 else region.end)[self.index].tolist()
+            ranges = [torch.arange(a, b) for a, b in zip(begin, end, strict=True)]
+            counts, own = torch.tensor([len(r) for r in ranges]), torch.cat(ranges)
+            parts = [x[own] for x in (region.page, region.count.int(), region.codec)]
+        ends = counts.cumsum(0)
+        page, count, codec, begins, ends, own = (
+            x.to(self.device, non_blocking=True) for x in (*parts, ends - counts, ends, own)
+        )
         ints = region is not None
-        request = Request.of(begin, end, page, count, codec, tail, tokens, position, ints)
-        return request, first
+        request = Request.of(begins, ends, page, count, codec, tail, tokens, position, ints)
+        return request, own
 
     def held(self, request: Request, tokens: int) -> TritonHeld:
         return TritonHeld(self.pages, request, tokens)
 
+    def positions(self, request: Request, tokens: int) -> Tensor:
+        slots = torch.arange(tokens, device=self.device).repeat(self.heads, 1)
+        where = gather(self.pages, request, slots, values=False, positions=True)[2]
+        assert where is not None
+        return where
+
     def compact(
-        self, request: Request, kept: Tensor, target: Region, staged: Tensor | None
+        self,
+        request: Request,
+        kept: Tensor,
+        target: Region,
+        staged: Tensor | None,
+        part: int | None = None,
     ) -> None:
         nothing = torch.zeros(0, dtype=torch.int32, device=self.device)
-        pages, first = self._request(target, nothing, 0, 0)
-        compact(self.pages, request, kept, pages, None if staged is None else staged[first:])
+        pages, own = self._request(target, part, nothing, 0, 0)
+        into = None
+        if staged is not None:
+            into, pages = self.pages.over(staged), dataclasses.replace(pages, page=own.int())
+        compact(self.pages, request, kept, pages, into)
 
 
 class TritonHeld:

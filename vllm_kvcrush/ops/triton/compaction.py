@@ -5,8 +5,6 @@ Nothing here waits for the device, so the layers of a compaction can be queued o
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 from torch import Tensor
@@ -70,26 +68,17 @@ def encode(
 
 
 def compact(
-    layer: Layer,
-    source: Request,
-    slots: Tensor,
-    target: Request,
-    staged: Tensor | None = None,
+    layer: Layer, source: Request, slots: Tensor, target: Request, into: Layer | None = None
 ) -> None:
     """Moves chosen tokens of a request into new pages, decoding and encoding on the way.
 
-    All is read before anything is written: targets may be among this layer's sources. With
-    `staged`, uint8 [entries, page_bytes], entry e of `target` is written to row e instead of its
-    page.
+    All is read before anything is written: targets may be among this layer's sources.
 
     Args:
-        slots: int64 [kv_heads, n], ascending in each row.
+        slots: int64 [kv_heads, n], ascending in position in each row.
         target: its entries say which pages each head fills, each with as many as its count says.
+        into: the layer over the pool that these pages are in; None: the same.
     """
     key, value, where = gather(layer, source, slots, positions=True)
     assert value is not None
-    if staged is not None:
-        layer = layer.over(staged)
-        rows = torch.arange(len(target.page), dtype=torch.int32, device=target.page.device)
-        target = replace(target, page=rows)
-    encode(layer, target, key, value, where)
+    encode(into or layer, target, key, value, where)
