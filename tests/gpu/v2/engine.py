@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-BLOCK = 16
+BLOCK = 32  # vLLM's CPU attention takes multiples
 LAYERS, KV_HEADS, HEAD_SIZE, VOCABULARY = 2, 2, 32, 256
-INTERVALS = {"prefill_interval": 48, "decode_interval": 16}
+INTERVALS = {"prefill_interval": 64, "decode_interval": 16}
 
 
 def save_model(path: str) -> None:
@@ -74,12 +74,12 @@ class Engine:
                 block_size=BLOCK,
                 max_model_len=512,
                 kv_cache_memory_bytes=blocks * block_bytes,
-                max_num_batched_tokens=96,
+                max_num_batched_tokens=128,
                 max_num_seqs=6,
                 distributed_executor_backend="uni",
                 disable_log_stats=False,
                 additional_config={
-                    "kvcrush": {"policy": "none", "config": INTERVALS, "budget": 64, **kvcrush}
+                    "kvcrush": {"policy": "none", "config": INTERVALS, "budget": 96, **kvcrush}
                 },
             )
         core = self.llm.llm_engine.engine_core.engine_core
@@ -167,10 +167,11 @@ class Engine:
 def _scheduling(asynchronous: bool) -> Iterator[None]:
     """Makes vLLM schedule asynchronously, which it does not on CPUs."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
 
     from vllm_kvcrush import plugin
 
-    EngineArgs(model="")  # loads the plugin, whose function is to be wrapped
+    load_general_plugins()  # ours wraps the same function
     create = EngineArgs.create_engine_config
 
     def create_engine_config(*args: Any, **kwargs: Any) -> Any:

@@ -40,7 +40,7 @@ def test_raw_pages_under_vllms_own_backend(model: str, v1: Engine) -> None:
     cache = engine.llm.llm_engine.vllm_config.cache_config
     assert cache.get_resolved_kv_cache_layout().name == "LBNHC"
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("kvcrush", "none", "streaming")]
-    job = (prompts(100, 70, 80, seed=4), 10, extra)
+    job = (prompts(180, 70, 150, seed=4), 20, extra)
     got, want = engine.run(*job), v1.run(*job)
     assert [a.compactions > 0 for a in got] == [True, False, True]
     assert_equal(got, want)
@@ -52,7 +52,7 @@ def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
     engine = Engine(model, v2=True)
     assert type(engine.runner._layers[0]).__name__ == "TritonCacheLayer"
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none", "snapkv", "auto")]
-    job = (prompts(100, 70, 80, 150, seed=5), 10, extra)
+    job = (prompts(180, 70, 150, 300, seed=5), 20, extra)
     got, want = engine.run(*job), v1.run(*job)
     assert [a.compactions > 0 for a in got] == [True, False, True, True]
     assert_equal(got, want)
