@@ -137,6 +137,8 @@ class Engine:
         from vllm import SamplingParams
 
         assert self.llm.reset_prefix_cache()
+        # Blocks will be handed out in the same order in every engine; the first is vLLM's own.
+        self.pool.free_block_queue = type(self.pool.free_block_queue)(self.pool.blocks[1:])
         self._ids, self._steps, self.preempted = [], {}, []
         outputs = self.llm.generate(
             [{"prompt_token_ids": p} for p in prompts],

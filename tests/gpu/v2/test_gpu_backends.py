@@ -39,10 +39,10 @@ def test_raw_pages_under_vllms_own_backend(model: str, v1: Engine) -> None:
     # Tokens before heads: what vLLM prefers on GPUs, and our CPU kernels do not read.
     cache = engine.llm.llm_engine.vllm_config.cache_config
     assert cache.get_resolved_kv_cache_layout().name == "LBNHC"
-    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("kvcrush", "none", "streaming")]
-    job = (prompts(180, 70, 150, seed=4), 20, extra)
+    extra: list[dict[str, Any]] = [{"kv_policy": "kvcrush"}, {"kv_policy": "none"}]
+    job = (prompts(180, 40, seed=4), 10, extra)
     got, want = engine.run(*job), v1.run(*job)
-    assert [a.compactions > 0 for a in got] == [True, False, True]
+    assert [a.compactions > 0 for a in got] == [True, False]
     assert_equal(got, want)
     for answer in got:
         assert_slots_follow(answer)
@@ -51,8 +51,8 @@ def test_raw_pages_under_vllms_own_backend(model: str, v1: Engine) -> None:
 def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
     engine = Engine(model, v2=True)
     assert type(engine.runner._layers[0]).__name__ == "TritonCacheLayer"
-    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none", "snapkv", "auto")]
-    job = (prompts(180, 70, 150, 300, seed=5), 20, extra)
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none")]
+    job = (prompts(150, 40, seed=5), 8, extra)
     got, want = engine.run(*job), v1.run(*job)
-    assert [a.compactions > 0 for a in got] == [True, False, True, True]
+    assert [a.compactions > 0 for a in got] == [True, False]
     assert_equal(got, want)

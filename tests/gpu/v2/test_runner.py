@@ -10,7 +10,7 @@ import pytest
 from tests.gpu.v2.engine import BLOCK, VOCABULARY, Answer, Engine
 
 RAW = ("streaming", "snapkv", "h2o", "kvcrush")
-PACKED = ("int8", "int4")
+PACKED = ("int8", "int4", "mikv")
 
 
 def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
