@@ -49,10 +49,20 @@ def test_raw_pages_under_vllms_own_backend(model: str, v1: Engine) -> None:
 
 
 def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
+    """Of int8 as on a CPU, bit for bit but for the order of sums, and of int4 beside it."""
     engine = Engine(model, v2=True)
     assert type(engine.runner._layers[0]).__name__ == "TritonCacheLayer"
-    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none")]
-    job = (prompts(150, 40, seed=5), 8, extra)
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none", "mikv")]
+    job = (prompts(150, 40, 280, seed=5), 7, extra)
+    parts: dict[Engine, list[Any]] = {engine: [], v1: []}
+    for e, seen in parts.items():
+        # What was kept, by layer: codecs, tokens in them, slots.
+        e.runner.on_select = lambda c, layer, kept, seen=seen: seen.append(
+            (layer, c.parts, kept.tolist())
+        )
     got, want = engine.run(*job), v1.run(*job)
-    assert [a.compactions > 0 for a in got] == [True, False]
+    v1.runner.on_select = None
+    assert [a.compactions > 0 for a in got] == [True, False, True]
+    assert parts[engine] == parts[v1]
+    assert {tuple(p.codec for p in c) for _, c, _ in parts[v1]} == {("int8",), ("int8", "int4")}
     assert_equal(got, want)
