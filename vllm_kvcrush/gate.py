@@ -139,6 +139,22 @@ def _platform(config: Any) -> bool | str:
     return False if device == "cpu" else device
 
 
+def _v2_runner(config: Any) -> bool | str:
+    if not _get(config, "use_v2_model_runner"):
+        return False
+    # Full graphs would run neither compactions' query tap nor anything else of ours.
+    found = {
+        "graphs": not _get(config, "model_config.enforce_eager"),
+        "several ranks": _above(
+            1, "parallel_config.tensor_parallel_size", "parallel_config.data_parallel_size"
+        )(config),
+        "LoRA": _get(config, "lora_config") is not None,
+        "watermarking": _get(config, "watermark_config") is not None,
+    }
+    odd = [name for name, on in found.items() if on]
+    return f"with {' and '.join(odd)}" if odd else False
+
+
 def _hash_block_size(config: Any) -> bool:
     block = _get(config, "cache_config.block_size")
     sizes = (
@@ -157,9 +173,10 @@ REFUSED: tuple[Refusal, ...] = (
     ),
     Refusal(
         "the V2 model runner",
-        "it builds block tables and slots elsewhere than the V1 runner does",
-        "set VLLM_USE_V2_MODEL_RUNNER=0",
-        _set("use_v2_model_runner"),
+        "it was verified with one rank in eager mode only",
+        "start without, which for graphs means with --enforce-eager, or set "
+        "VLLM_USE_V2_MODEL_RUNNER=0",
+        _v2_runner,
     ),
     Refusal(
         "the Rust front-end",

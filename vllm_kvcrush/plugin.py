@@ -24,6 +24,7 @@ _SCHEDULERS = {
 }
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcrush.engine.worker.KVCrushCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcrush.engine.gpu_worker.KVCrushGPUWorker",
 }
 _registered = False
 

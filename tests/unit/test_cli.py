@@ -357,6 +357,21 @@ def test_each_refused_feature(path: str, value: object, words: str) -> None:
     assert words in clause
 
 
+def test_the_v2_runner_is_taken_in_eager_mode_on_one_rank() -> None:
+    config = plain()
+    config.use_v2_model_runner = True
+    config.model_config.enforce_eager = True
+    config.parallel_config.tensor_parallel_size = 1
+    assert gate.refusals(config) == []
+    config.lora_config = object()
+    config.parallel_config.data_parallel_size = 2
+    config.watermark_config = object()
+    config.model_config.enforce_eager = False
+    (clause,) = gate.refusals(config)
+    assert "with graphs and several ranks and LoRA and watermarking" in clause
+    assert "--enforce-eager" in clause and "VLLM_USE_V2_MODEL_RUNNER=0" in clause
+
+
 def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     (clause,) = gate.refusals(plain())

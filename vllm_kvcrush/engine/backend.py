@@ -1,5 +1,5 @@
-"""Attention through our own CPU kernels: the backend that vLLM's layers are given, the cache as the
-kernels see it, and the queries of the last tokens."""
+"""Attention through our own CPU kernels: the backend that vLLM's layers are given, and the cache as
+the kernels see it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvcrush.engine import region
+from vllm_kvcrush.engine.compaction import Backend
 from vllm_kvcrush.engine.region import Region
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.fitted import LayerTable
@@ -104,7 +105,7 @@ class KVCrushAttentionImpl(CPUAttentionBackendImpl):
         return output
 
 
-def install(attention: Sequence[Any]) -> None:
+def install(attention: Sequence[Any]) -> Backend:
     """Gives the model's attention layers our backend in place of vLLM's."""
     for layer in attention:
         impl = layer.impl
@@ -115,10 +116,11 @@ def install(attention: Sequence[Any]) -> None:
             )
         impl.__class__ = KVCrushAttentionImpl
         layer.attn_backend = KVCrushAttentionBackend
+    return Backend(CPUCacheLayer, KVCrushMetadataBuilder)
 
 
-class CacheLayer:
-    """One layer's KV cache as compactions see it.
+class CPUCacheLayer:
+    """One layer's KV cache as compactions see it: `compaction.CacheLayer` on the CPU kernels.
 
     Args:
         layer: vLLM's attention layer, whose cache is laid out block-outermost.
@@ -153,13 +155,23 @@ class CacheLayer:
             tables=tables,
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        return self.pages.pool.device
+
     def request(
         self, region: Region | None, tail: Tensor, tokens: int, position: int
     ) -> cpu.Request:
-        """A request: its region, then `tokens` raw ones in the blocks `tail` (int32), the first
-        of which stands at `position`."""
+        """See `compaction.CacheLayer`, as for all of these."""
         directory = None if region is None else region.directory(self.index)
         return cpu.Request(directory, tail, tokens, position, self.block_size)
+
+    def held(self, request: cpu.Request, tokens: int) -> cpu.Held:
+        return cpu.Held(self.pages, request, tokens)
+
+    def positions(self, request: cpu.Request, tokens: int) -> Tensor:
+        return cpu.positions(self.pages, request, tokens)
 
     def compact(
         self,
@@ -169,34 +181,4 @@ class CacheLayer:
         staged: Tensor | None,
         part: int | None = None,
     ) -> None:
-        """Moves the slots `kept` `[heads, k]` (int64, ascending) into the pages of `target`, or of
-        one part of it, which may be among the request's own, or into `staged`."""
         cpu.compact(self.pages, request, kept, target.directory(self.index, part), staged)
-
-
-class QueryTap:
-    """Copies chosen rows of every layer's queries during one forward pass."""
-
-    def __init__(self, layers: Sequence[Any]):
-        self.rows: Tensor | None = None
-        self._taken: list[Tensor | None] = [None] * len(layers)
-        for index, layer in enumerate(layers):
-            self._wrap(index, layer.impl)
-
-    def _wrap(self, index: int, impl: Any) -> None:
-        forward = impl.forward
-
-        def tapped(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.rows is not None:
-                # A copy: the model reuses its buffers.
-                self._taken[index] = query.index_select(0, self.rows)
-            return forward(layer, query, *args, **kwargs)
-
-        impl.forward = tapped
-
-    def take(self) -> Tensor:
-        """The rows of the last forward pass: `[layers, rows, query_heads, head_size]`."""
-        taken, self._taken = self._taken, [None] * len(self._taken)
-        self.rows = None
-        assert all(t is not None for t in taken), "a layer's attention did not run"
-        return torch.stack([t for t in taken if t is not None])

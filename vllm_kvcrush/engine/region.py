@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,28 @@ from torch import Tensor
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.pages import CODECS, FITTED
 from vllm_kvcrush.plan import Part
+
+
+class Pages(Protocol):
+    """A layer's pages in the pool that all layers share.
+
+    Attributes:
+        kv_heads, block_pages: pages of a block that are this layer's, and that are anyone's.
+        num_blocks: of the pool.
+        page_bytes: of every page.
+        pool: all pages, contiguous.
+    """
+
+    kv_heads: int
+    block_pages: int
+    num_blocks: int
+    page_bytes: int
+
+    @property
+    def pool(self) -> Tensor: ...
+    def capacity(self, codec: str, head: int = 0) -> int:
+        """Tokens that a page of a KV head holds."""
+        ...
 
 
 @dataclass
@@ -37,9 +60,7 @@ class Region:
     own: bool
 
     @classmethod
-    def of(
-        cls, blocks: Sequence[int], parts: Sequence[Part], layers: Sequence[cpu.Layer]
-    ) -> Region:
+    def of(cls, blocks: Sequence[int], parts: Sequence[Part], layers: Sequence[Pages]) -> Region:
         """Tokens in pages that fill `blocks`; `layers` share a pool, in the order of their pages.
 
         Where all heads take the same number of pages, each takes its own of every block: nothing
@@ -102,18 +123,20 @@ class Stage:
         pool: the layer whose pool they are in; any will do.
     """
 
-    def __init__(self, target: Region, source: Region | None, pool: cpu.Layer) -> None:
-        self._page = target.page.long()
-        self._pool = pool.pool.view(-1, pool.page_bytes)
+    def __init__(self, target: Region, source: Region | None, pool: Pages) -> None:
+        self._target, self._pool = target, pool
         direct = target.own and (source is None or source.own)
         self.pages: Tensor | None = None
         if not direct:
-            self.pages = torch.empty(len(target.page), pool.page_bytes, dtype=torch.uint8)
+            self.pages = torch.empty(
+                len(target.page), pool.page_bytes, dtype=torch.uint8, device=pool.pool.device
+            )
 
     def finish(self) -> None:
         """Puts the pages in their places."""
         if self.pages is not None:
-            self._pool[self._page] = self.pages
+            pool = self._pool.pool.view(-1, self._pool.page_bytes)
+            pool[self._target.page.to(pool.device).long()] = self.pages
 
 
 def batches(

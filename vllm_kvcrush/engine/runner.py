@@ -1,225 +1,39 @@
-"""What a worker does in a step: run compactions, then attend with shifted slots."""
+"""vLLM's V1 CPU runner with compaction: compactions run before a step, then slots are shifted."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    get_tp_group,
-)
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils import length_from_prompt_token_ids_or_embeds
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_kvcrush import transform
-from vllm_kvcrush.config import RequestParams, Settings
-from vllm_kvcrush.engine import backend, measure
-from vllm_kvcrush.engine.backend import CacheLayer, QueryTap
-from vllm_kvcrush.engine.blocks import KVCrushSpec
-from vllm_kvcrush.engine.commands import Compaction, StepCommands
-from vllm_kvcrush.engine.region import Region, Stage
-from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.ops.fitted import Angles, LayerTable
-from vllm_kvcrush.plan import Plan, cdiv
-from vllm_kvcrush.policies.base import Policy, View
-from vllm_kvcrush.transform import Tables
-
-logger = init_logger("vllm.kvcrush")
+from vllm_kvcrush.engine import backend
+from vllm_kvcrush.engine.compaction import Backend, CompactionMixin
 
 
-@dataclass
-class _Request:
-    """Worker-side state of a request with an active policy."""
-
-    params: RequestParams
-    policy: Policy
-    plan: Plan
-    evicted: int = 0
-    # The compressed region in pages of another codec; None while it is raw.
-    region: Region | None = None
-    # The last `window` queries, `[layers, window, query_heads, head_size]`; the one of token p is
-    # at p % window. None until a compaction is near.
-    queries: Tensor | None = None
-    queries_end: int = 0
-    # Per layer [kv_heads, slots of the compressed region], for policies with running scores.
-    running: list[Tensor] | None = None
-    # Leading slots of the compressed region that are in the finer of two codecs, of a policy with
-    # tiers.
-    finer: int = 0
-
-
-def _gather_heads(x: Tensor) -> Tensor:
-    # vLLM's shared-memory all-gather on CPU takes floats only.
-    return get_tp_group().all_gather(x.to(torch.float32).contiguous(), dim=0).to(x.dtype)
-
-
-class KVCrushCPUModelRunner(CPUModelRunner):
+class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
     """vLLM's V1 CPU runner with compaction."""
 
-    def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
-        self._settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
-        self._policies: dict[str, Policy] = {}
-        self._crushed: dict[str, _Request] = {}
-        self._deferred: frozenset[str] = frozenset()
-        self._layers: list[CacheLayer] = []
-        self._tap: QueryTap | None = None
-        self._attention: dict[str, Any] = {}
-        # Rows of the batch whose queries are wanted: (request, first row, first position, count).
-        self._wanted: list[tuple[_Request, int, int, int]] = []
-        self._seconds: list[tuple[str, float]] = []
-        # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
-        self.on_select: Callable[[Compaction, int, Tensor], None] | None = None
-
-    # -- start-up -------------------------------------------------------------------------------
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        super().load_model(*args, **kwargs)
-        backend.install(get_layers_from_vllm_config(self.vllm_config, Attention).values())
-
-    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        specs = super().get_kv_cache_spec()
-        odd = sorted({type(s).__name__ for s in specs.values() if type(s) is not FullAttentionSpec})
-        windowed = [n for n, s in specs.items() if getattr(s, "sliding_window", None)]
-        if odd or windowed or self.shared_kv_cache_layers:
-            what = odd or windowed[:1] or ["cross-layer KV sharing"]
-            raise ValueError(
-                f"vllm-kvcrush needs layers with full attention and their own KV cache: this model "
-                f"has {', '.join(what)}. Start the server without --kv-policy."
-            )
-        return {name: KVCrushSpec.convert(spec) for name, spec in specs.items()}
-
-    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        context = self.compilation_config.static_forward_context
-        (group,) = kv_cache_config.kv_cache_groups
-        self._attention = {name: context[name] for name in group.layer_names}
-        settings = self._settings
-        tables: list[Tables] = []
-        if settings.tables is not None:
-            config = self.model_config.hf_text_config.to_dict()
-            tables = [transform.load(settings.tables, config, codec) for codec in settings.fitted]
-        self._open_layers(tables, get_tensor_model_parallel_rank())
-        if self._tap is None:
-            self._tap = QueryTap(list(self._attention.values()))
-
-    def _open_layers(self, tables: list[Tables], rank: int) -> None:
-        """Describes the cache to the kernels. `tables` are those of the fitted codecs; this
-        rank's KV heads are the ones at place `rank` in them."""
-        names, config, size = list(self._attention), self.model_config, self.cache_config.block_size
-        found: list[dict[str, LayerTable]] = [{} for _ in names]
-        if tables:
-            assert self._settings.page is not None
-            k_size, v_size, itemsize = self._settings.page
-            page_bytes = size * (k_size + v_size) * itemsize
-            count = config.get_num_kv_heads(self.parallel_config)
-            heads = range(rank * count, (rank + 1) * count)
-            angles = Angles(tables[0].rope, config.max_model_len)
-            for own, name in zip(found, names, strict=True):
-                layer = extract_layer_index(name)
-                for each in tables:
-                    own[each.point.name] = LayerTable(
-                        each, layer, heads, page_bytes, v_size, angles
-                    )
-        self._layers = [
-            CacheLayer(layer, len(names), own)
-            for layer, own in zip(self._attention.values(), found, strict=True)
-        ]
-        self._layers.sort(key=lambda layer: layer.index)
-
-    def take_statistics(self) -> None:
-        """Makes the tables of fitted codecs from what the model does with some text, where there
-        is no file of them. Runs requests of its own: before there are others."""
-        settings = self._settings
-        if not settings.fitted or settings.tables is not None:
-            return
-        began = time.perf_counter()
-        config = self.model_config.hf_text_config.to_dict()
-        rope = transform.Rope.from_config(config)
-        statistics = measure.gather(self._read_pieces(), rope)
-        far = transform.horizon(config)
-        self._open_layers(
-            [transform.fit(statistics, p, rope, far, even=True) for p in transform.POINTS], 0
-        )
-        logger.info(
-            "vllm-kvcrush: statistics of the model for transform coding taken in %.1f s.",
-            time.perf_counter() - began,
-        )
-
-    def _read_pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Queries [L, Hq, n, D] and keys [L, H, n, D], with RoPE, and values [L, H, n, Dv] of
-        each piece of text."""
-        size, tap = self.cache_config.block_size, self._tap
-        assert tap is not None
-        room = (self._layers[0].pages.num_blocks - 1) * size  # vLLM keeps block 0 for itself
-        longest = min(room, self.max_num_tokens, self.model_config.max_model_len - 1)
-        for tokens in measure.pieces(self.model_config, longest):
-            n = len(tokens)
-            blocks = list(range(1, 1 + cdiv(n, size)))
-            tap.rows = torch.arange(n)
-            self.execute_model(measure.scheduled(tokens, blocks))
-            self.sample_tokens(None)
-            self.execute_model(measure.finished())
-            table = torch.tensor(blocks, dtype=torch.int32)
-            held = [
-                cpu.Held(layer.pages, layer.request(None, table, n, 0), n) for layer in self._layers
-            ]
-            keys, values = (
-                torch.stack(x) for x in zip(*((h.keys, h.values) for h in held), strict=True)
-            )
-            yield tap.take().transpose(1, 2), keys, values
-
-    # -- one step -------------------------------------------------------------------------------
+    def _choose_backend(self, attention: Sequence[Any]) -> Backend:
+        return backend.install(attention)
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
-        commands: StepCommands = getattr(scheduler_output, "kvcrush", None) or StepCommands()
-        for request_id in scheduler_output.finished_req_ids:
-            self._crushed.pop(request_id, None)
-        for request_id in scheduler_output.preempted_req_ids or ():
-            self._crushed.pop(request_id, None)
-        for new in scheduler_output.scheduled_new_reqs:
-            length = length_from_prompt_token_ids_or_embeds(new.prompt_token_ids, new.prompt_embeds)
-            self._track(new.req_id, new.sampling_params, length)
+        compactions = self._begin_step(scheduler_output)
         for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             state = self.requests[request_id]
             self._track(request_id, state.sampling_params, state.num_prompt_tokens)
-        self._deferred = commands.deferred
-        for command in commands.compactions:
+        for command in compactions:
             self._compact(command)
         return super().execute_model(scheduler_output, intermediate_tensors)
-
-    def _track(self, request_id: str, sampling_params: Any, num_prompt_tokens: int) -> None:
-        if sampling_params is None:
-            return
-        params = self._settings.request(sampling_params.extra_args)
-        if params.active:
-            if params.policy not in self._policies:
-                self._policies[params.policy] = self._settings.build(params.policy)
-            self._crushed[request_id] = _Request(
-                params,
-                self._policies[params.policy],
-                self._settings.plan(params, num_prompt_tokens, self.cache_config.block_size),
-            )
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
         prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
         ids = self.input_batch.req_ids
         n = len(ids)
-        states = [self._crushed.get(request_id) for request_id in ids]
-        self._want_queries(ids, states, num_scheduled_tokens)
-        backend.KVCrushMetadataBuilder.regions = [s.region if s else None for s in states]
+        computed = self.input_batch.num_computed_tokens_cpu[:n]
+        states = self._prepare_batch(ids, computed, num_scheduled_tokens)
         shift = np.array([s.evicted if s else 0 for s in states], dtype=np.int32)
         if shift.any():
             # Slots and lengths are ours, positions (RoPE) stay true.
@@ -235,150 +49,13 @@ class KVCrushCPUModelRunner(CPUModelRunner):
             )
         return prepared
 
-    def sample_tokens(self, grammar_output: Any) -> Any:
-        output = super().sample_tokens(grammar_output)
-        if self._seconds and output is not None:
-            # Under async scheduling the real output is wrapped.
-            getattr(output, "_model_runner_output", output).kvcrush_seconds = self._seconds
-            self._seconds = []
-        return output
-
-    # -- observation window ---------------------------------------------------------------------
-
-    def _want_queries(
-        self, ids: list[str], states: list[_Request | None], num_scheduled_tokens: np.ndarray
-    ) -> None:
-        """Marks the batch rows whose queries the next compaction may score with."""
-        self._wanted = []
-        first_row = 0
-        for row, (request_id, state) in enumerate(zip(ids, states, strict=True)):
-            count = int(num_scheduled_tokens[row])
-            if state is not None and "queries" in state.policy.needs:
-                start = int(self.input_batch.num_computed_tokens_cpu[row])
-                end, window = start + count, state.plan.window
-                if request_id in self._deferred:
-                    near: int | None = end
-                else:
-                    near = state.plan.next_compaction(start, start - state.evicted, end + window)
-                if near is not None and end > near - window:
-                    first = max(start, end - window, near - window)
-                    self._wanted.append((state, first_row + first - start, first, end - first))
-            first_row += count
-        if self._wanted:
-            assert self._tap is not None
-            self._tap.rows = torch.cat(
-                [torch.arange(row, row + count) for _, row, _, count in self._wanted]
-            )
-
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._model_forward(*args, **kwargs)
-        if self._wanted:
-            assert self._tap is not None
-            taken = self._tap.take()
-            used = 0
-            for state, _, first, count in self._wanted:
-                window = state.plan.window
-                if state.queries is None:
-                    layers, _, heads, size = taken.shape
-                    state.queries = taken.new_empty(layers, window, heads, size)
-                places = torch.arange(first, first + count) % window
-                state.queries[:, places] = taken[:, used : used + count]
-                state.queries_end = first + count
-                used += count
-            self._wanted = []
+        self._keep_queries()
         return output
 
-    def _window(self, state: _Request, computed: int) -> Tensor:
-        """Queries of the last `window` tokens, in order: `[layers, query_heads, window, size]`."""
-        window = state.plan.window
-        assert state.queries is not None and state.queries_end == computed, (
-            f"observation window ends at {state.queries_end}, compaction at {computed}"
-        )
-        order = torch.arange(computed - window, computed) % window
-        return state.queries[:, order].transpose(1, 2)
-
-    # -- compaction -----------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def _compact(self, command: Compaction) -> None:
-        """Scores, selects and moves, layer by layer, then installs the new block table row."""
-        began = time.perf_counter()
-        state = self._crushed[command.request_id]
-        policy, needs = state.policy, state.policy.needs
-        size, region = self.cache_config.block_size, state.region
-        # Raw blocks, among them a raw compressed region, are read as one tail: slots are in order.
-        raw = command.source[command.compressed if region else 0 :] + command.tail
-        tail = torch.tensor(raw, dtype=torch.int32)
-        tail_tokens = (len(raw) - len(command.tail)) * size + command.tail_tokens
-        held = tail_tokens + (command.compressed_tokens if region else 0)
-        candidates, keep = held - command.tail_tokens, command.keep
-        target = Region.of(command.target, command.parts, [layer.pages for layer in self._layers])
-        stage = Stage(target, region, self._layers[0].pages)
-        everything = torch.arange(keep).expand(self._layers[0].heads, -1)
-        queries = self._window(state, command.computed) if "queries" in needs else None
-        gather_heads = _gather_heads if get_tensor_model_parallel_world_size() > 1 else _identity
-        survivors: list[Tensor] = []
-        tiers = policy.tiers and len(command.parts) > 1
-        finer = command.parts[0].tokens if tiers else 0
-        demoted = range(state.finer, command.compressed_tokens)
-        for index, layer in enumerate(self._layers):
-            request = layer.request(region, tail, tail_tokens, command.computed - tail_tokens)
-            if keep == candidates and "running" not in needs and not tiers:
-                if self.on_select is not None:
-                    self.on_select(command, index, everything)
-                layer.compact(request, everything, target, stage.pages)
-                continue
-            running = None
-            if "running" in needs:
-                running = torch.zeros(layer.heads, candidates)
-                if state.running is not None:
-                    known = state.running[index]
-                    running[:, : known.shape[1]] = known
-            view = View(
-                held=cpu.Held(layer.pages, request, held),
-                queries=None if queries is None else queries[index],
-                scale=layer.scale,
-                candidates=candidates,
-                sinks=state.plan.sinks,
-                page_size=size,
-                running=running,
-                layer=index,
-                all_heads=gather_heads,
-            )
-            scores = policy.score(view)
-            kept = policy.select(view, scores, keep)
-            parts: tuple[Tensor, ...] = (kept,)
-            if tiers:
-                # In position order, which slots are not in once tokens were demoted.
-                places = cpu.positions(layer.pages, request, candidates)
-                parts = tuple(
-                    part.gather(1, places.gather(1, part).argsort(dim=1, stable=True))
-                    for part in policy.split(view, scores, kept, finer, demoted)
-                )
-            kept = torch.cat(parts, 1)
-            if self.on_select is not None:
-                self.on_select(command, index, kept)
-            for part, slots in enumerate(parts):
-                layer.compact(request, slots, target, stage.pages, part if tiers else None)
-            if (new_running := policy.running(view, scores)) is not None:
-                survivors.append(new_running.gather(1, kept))
-        stage.finish()
-        state.region = target if state.plan.packings else None
-        state.running = survivors or None
-        codecs = [packing.codec for packing in state.plan.packings]
-        state.finer = finer or (keep if [p.codec for p in command.parts] == codecs[:1] else 0)
-        state.evicted = command.evicted
-        # The next window may reach back before this compaction.
-        n, left = command.computed, command.computed - command.evicted
-        if state.plan.next_compaction(n, left, n + state.plan.window - 1) is None:
-            state.queries = None
-        blocks = [*command.target, *command.tail]
-        self.requests[command.request_id].block_ids = (blocks,)
-        row = self.input_batch.req_id_to_index.get(command.request_id)
+    def _install(self, request_id: str, blocks: list[int], evicted: int) -> None:
+        self.requests[request_id].block_ids = (blocks,)
+        row = self.input_batch.req_id_to_index.get(request_id)
         if row is not None:
             self.input_batch.block_table.add_row((blocks,), row)
-        self._seconds.append((state.params.policy, time.perf_counter() - began))
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x

@@ -6,22 +6,33 @@ from typing import Any
 
 import vllm.v1.worker.cpu_worker as cpu_worker
 
-from vllm_kvcrush.engine.runner import KVCrushCPUModelRunner
-
 
 class KVCrushCPUWorker(cpu_worker.CPUWorker):
-    """`CPUWorker` takes its runner class from its module, so it is put there while it looks."""
+    """`CPUWorker` takes its runner class from a module, so it is put there while it looks."""
 
     def init_device(self) -> None:
-        original = cpu_worker.CPUModelRunner
-        cpu_worker.CPUModelRunner = KVCrushCPUModelRunner
+        module, ours = self._runner()
+        original = module.CPUModelRunner
+        module.CPUModelRunner = ours
         try:
             super().init_device()
         finally:
-            cpu_worker.CPUModelRunner = original
-        assert isinstance(self.model_runner, KVCrushCPUModelRunner)
+            module.CPUModelRunner = original
+        assert isinstance(self.model_runner, ours)
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
         self.model_runner.take_statistics()
         return times
+
+    def _runner(self) -> tuple[Any, type]:
+        """Where `CPUWorker` looks, and what it is to find there."""
+        if self.use_v2_model_runner:
+            import vllm.v1.worker.cpu.model_runner as v2
+
+            from vllm_kvcrush.engine.runner_v2 import KVCrushCPUModelRunnerV2
+
+            return v2, KVCrushCPUModelRunnerV2
+        from vllm_kvcrush.engine.runner import KVCrushCPUModelRunner
+
+        return cpu_worker, KVCrushCPUModelRunner

@@ -5,6 +5,7 @@ Shapes and meanings are those of `vllm_kvcrush.ops.cpu`, so an engine can use ei
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -56,15 +57,13 @@ class Layer:
             raise ValueError(
                 f"a pool of {len(storage)} bytes is not aligned blocks of {block_bytes} bytes"
             )
-        self.pool, self.dtype, self.scale = storage, dtype, scale
+        self.page_bytes, self.dtype, self.scale = self.geometry.page_bytes, dtype, scale
         self.heads, self.kv_heads, self.k_size, self.v_size = heads, kv_heads, k_size, v_size
         self.group, self.block_size = heads // kv_heads, block_size
         self.block_pages, self.first_page = layers * kv_heads, index * kv_heads
         self.num_blocks = len(storage) // block_bytes
         self.grid_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-        self.raw, self.grid = storage.view(dtype), storage.view(self.grid_dtype)
-        self.half, self.words = storage.view(torch.float16), storage.view(torch.int16)
-        self.wide = storage.view(torch.int32)
+        self._view(storage)
         self.most = max(self.capacity(codec) for codec in CODECS)
         self.wave = 64 if torch.version.hip else 32
         # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.
@@ -76,8 +75,20 @@ class Layer:
         """Index of the page of a block and KV head of this layer."""
         return block * self.block_pages + self.first_page + head
 
-    def capacity(self, codec: str) -> int:
-        """Tokens that a page holds."""
+    def _view(self, storage: Tensor) -> None:
+        self.pool = storage
+        self.raw, self.grid = storage.view(self.dtype), storage.view(self.grid_dtype)
+        self.half, self.words = storage.view(torch.float16), storage.view(torch.int16)
+        self.wide = storage.view(torch.int32)
+
+    def over(self, pages: Tensor) -> Layer:
+        """The same layer with its pages, by index, in another pool: uint8 [n, page_bytes]."""
+        other = copy.copy(self)
+        other._view(pages.view(-1))
+        return other
+
+    def capacity(self, codec: str, head: int = 0) -> int:
+        """Tokens that a page of a KV head holds, whichever it is."""
         return self.geometry.section(codec).capacity
 
 

@@ -67,15 +67,18 @@ def encode(
         )  # fmt: skip
 
 
-def compact(layer: Layer, source: Request, slots: Tensor, target: Request) -> None:
+def compact(
+    layer: Layer, source: Request, slots: Tensor, target: Request, into: Layer | None = None
+) -> None:
     """Moves chosen tokens of a request into new pages, decoding and encoding on the way.
 
     All is read before anything is written: targets may be among this layer's sources.
 
     Args:
-        slots: int64 [kv_heads, n], ascending in each row.
+        slots: int64 [kv_heads, n], ascending in position in each row.
         target: its entries say which pages each head fills, each with as many as its count says.
+        into: the layer over the pool that these pages are in; None: the same.
     """
     key, value, where = gather(layer, source, slots, positions=True)
     assert value is not None
-    encode(layer, target, key, value, where)
+    encode(into or layer, target, key, value, where)

@@ -1,0 +1,48 @@
+"""The V2 model runner, interpreted. Its tests need a process of their own, with Triton and the
+folder `shim` on PYTHONPATH: tests/engine/test_v2.py starts it. By hand:
+
+    PYTHONPATH=$(scripts/triton.sh):tests/gpu/v2/shim:. TRITON_INTERPRET=1 KVCRUSH_V2_TESTS=1 \
+        python -m pytest tests/gpu/v2
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.gpu.v2.engine import Engine, save_model
+
+collect_ignore_glob = [] if os.environ.get("KVCRUSH_V2_TESTS") else ["test_*.py"]
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_launches(interpreter: None) -> None:
+    """After a launch the interpreter copies every argument's whole storage back to the device,
+    which here is where it came from."""
+    from triton.runtime.interpreter import GridExecutor
+
+    GridExecutor._restore_args_dev = lambda *_: None
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("tiny"))
+    save_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def v1(model: str) -> Engine:
+    return Engine(model, v2=False)
+
+
+@pytest.fixture(scope="session")
+def v2(model: str, v1: Engine) -> Engine:
+    return Engine(model, v2=True)

@@ -1,0 +1,68 @@
+"""GPU attention backends in the engine: vLLM's Triton one, which knows nothing of us, with raw
+pages in the layout that it has on GPUs; and ours, with pages of every codec."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu.v2.engine import Engine
+from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def triton_attention(v1: Engine) -> Iterator[None]:
+    """The CPU platform's attention is vLLM's Triton backend for engines to come."""
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends import registry
+
+    name = registry.AttentionBackendEnum.CPU_ATTN
+    plain = torch.cuda.get_device_capability
+    torch.cuda.get_device_capability = lambda *_, **__: (8, 0)
+    path = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+    registry.register_backend(name, path)
+    selector._cached_get_attn_backend.cache_clear()
+    yield
+    name.clear_override()
+    selector._cached_get_attn_backend.cache_clear()
+    torch.cuda.get_device_capability = plain
+
+
+def test_raw_pages_under_vllms_own_backend(model: str, v1: Engine) -> None:
+    engine = Engine(model, v2=True, allow=[*RAW, "none"])
+    layer = engine.runner._layers[0]
+    assert type(layer).__name__ == "StockCacheLayer"
+    assert engine.runner.attn_groups[0][0].backend.__name__ == "TritonAttentionBackend"
+    # Tokens before heads: what vLLM prefers on GPUs, and our CPU kernels do not read.
+    cache = engine.llm.llm_engine.vllm_config.cache_config
+    assert cache.get_resolved_kv_cache_layout().name == "LBNHC"
+    extra: list[dict[str, Any]] = [{"kv_policy": "kvcrush"}, {"kv_policy": "none"}]
+    job = (prompts(180, 40, seed=4), 10, extra)
+    got, want = engine.run(*job), v1.run(*job)
+    assert [a.compactions > 0 for a in got] == [True, False]
+    assert_equal(got, want)
+    for answer in got:
+        assert_slots_follow(answer)
+
+
+def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
+    """Of int8 as on a CPU, bit for bit but for the order of sums, and of int4 beside it."""
+    engine = Engine(model, v2=True)
+    assert type(engine.runner._layers[0]).__name__ == "TritonCacheLayer"
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none", "mikv")]
+    job = (prompts(150, 40, 280, seed=5), 7, extra)
+    parts: dict[Engine, list[Any]] = {engine: [], v1: []}
+    for e, seen in parts.items():
+        # What was kept, by layer: codecs, tokens in them, slots.
+        e.runner.on_select = lambda c, layer, kept, seen=seen: seen.append(
+            (layer, c.parts, kept.tolist())
+        )
+    got, want = engine.run(*job), v1.run(*job)
+    v1.runner.on_select = None
+    assert [a.compactions > 0 for a in got] == [True, False, True]
+    assert parts[engine] == parts[v1]
+    assert {tuple(p.codec for p in c) for _, c, _ in parts[v1]} == {("int8",), ("int8", "int4")}
+    assert_equal(got, want)

@@ -1,0 +1,202 @@
+"""The runner's parts alone."""
+
+from __future__ import annotations
+
+import random
+import types
+
+import pytest
+import torch
+
+from vllm_kvcrush.engine.backend_stock import StockCacheLayer
+from vllm_kvcrush.engine.backend_triton import KVCrushTritonMetadataBuilder, TritonCacheLayer
+from vllm_kvcrush.engine.region import Region, Stage
+from vllm_kvcrush.ops.triton.attention import attention
+from vllm_kvcrush.ops.triton.shift import shift
+from vllm_kvcrush.plan import Part
+
+
+@pytest.mark.parametrize("rows", [[1, 1, 1], [5, 1, 1100], [7]])
+def test_shift(rows: list[int]) -> None:
+    states = random.sample(range(6), len(rows))
+    evicted = torch.randint(0, 90, (6,), dtype=torch.int32)
+    computed = torch.randint(100, 200, (len(rows),))
+    start = torch.tensor([0, *rows]).cumsum(0).int()
+    positions = torch.cat([c + torch.arange(n) for c, n in zip(computed, rows, strict=True)])
+    lengths = torch.full((6,), 77, dtype=torch.int32)
+    slots = torch.full((len(positions) + 4,), -77)
+    seq_lens = (computed + torch.tensor(rows)).int()
+    index = torch.tensor(states)
+    if len(rows) == 3:
+        index[1] = -1  # a row of nobody
+    shift(lengths, slots, seq_lens, positions, index, start, evicted)
+    gone = torch.where(index >= 0, evicted[index], 0)
+    assert torch.equal(lengths[: len(rows)], seq_lens - gone)
+    assert (lengths[len(rows) :] == 0).all()
+    want = positions - gone.long().repeat_interleave(torch.tensor(rows))
+    assert torch.equal(slots[: len(want)], want)
+    assert (slots[len(want) :] == -77).all()
+
+
+@pytest.mark.parametrize("order", ["BHN", "BNH", "HBN"])
+def test_raw_pages_in_any_layout(order: str) -> None:
+    """Survivors of a request move, in place too, whatever the strides; nothing else changes."""
+    blocks, heads, size, k_size, layers = 9, 3, 4, 5, 2
+    axes = [order.index(axis) for axis in "BHN"]
+    sizes = dict(zip("BHN", (blocks, heads, size), strict=True))
+    storage = torch.randn(*[sizes[axis] for axis in order], 2 * k_size)
+    cache = storage.permute(*axes, 3)
+    assert cache.shape == (blocks, heads, size, 2 * k_size)
+    impl = types.SimpleNamespace(head_size=k_size, scale=0.5)
+    layer = StockCacheLayer(types.SimpleNamespace(kv_cache=cache, impl=impl), layers, {})
+    before = cache.clone()
+    source, held = [7, 2, 5, 8], 14
+    tail = torch.tensor(source, dtype=torch.int32)
+    request = layer.request(None, tail, held, 0)
+
+    def tokens(table: list[int], content: torch.Tensor) -> torch.Tensor:
+        return torch.cat([content[block] for block in table], 1)  # [heads, slots, 2 * k_size]
+
+    keys_values = tokens(source, before)[:, :held]
+    seen = layer.held(request, held)
+    assert torch.equal(torch.cat([seen.keys, seen.values], -1), keys_values)
+    # Six survivors of each head, into two blocks, one of them a source.
+    kept = torch.stack([torch.randperm(12)[:6].sort().values for _ in range(heads)])
+    target = Region.of([2, 4], [Part("raw", 6)], [layer.pages] * layers)
+    layer.compact(request, kept, target, None)
+    want = keys_values.gather(1, kept.unsqueeze(-1).expand(-1, -1, 2 * k_size))
+    assert torch.equal(tokens([2, 4], cache)[:, :6], want)
+    untouched = [b for b in range(blocks) if b not in (2, 4)]
+    assert torch.equal(cache[untouched], before[untouched])
+    assert torch.equal(cache[4, :, 2:], before[4, :, 2:])
+
+
+LAYERS, HEADS, GROUP, SIZE, BLOCK = 2, 2, 2, 32, 16
+
+
+def pool_of(blocks: int) -> tuple[torch.Tensor, list[TritonCacheLayer]]:
+    """A cache as vLLM's layout BLHNC has it, NaN where nothing was written, and its layers."""
+    pool = torch.full((blocks, LAYERS, HEADS, BLOCK, 2 * SIZE), torch.nan)
+    layers = []
+    for i in range(LAYERS):
+        impl = types.SimpleNamespace(head_size=SIZE, scale=SIZE**-0.5, num_heads=GROUP * HEADS)
+        attention = types.SimpleNamespace(kv_cache=pool[:, i], impl=impl)
+        layers.append(TritonCacheLayer(attention, LAYERS, {}))
+        assert layers[i].index == impl.index == i
+    return pool, layers
+
+
+def test_compactions_on_triton_pages() -> None:
+    """Three of one request: into own pages, into shared ones in two codecs, and of parts that were
+    chosen by importance. Then attention over what is left."""
+    pool, layers = pool_of(30)
+    n, tail_blocks = 150, [3, 9, 4, 20, 11, 12, 13, 14, 15, 16]
+    key, value = torch.randn(2, LAYERS, HEADS, n, SIZE).unbind()
+    for i, block in enumerate(tail_blocks):
+        part = slice(i * BLOCK, min(n, (i + 1) * BLOCK))
+        content = torch.cat([key[:, :, part], value[:, :, part]], -1)
+        pool[block, :, :, : content.shape[2]] = content
+
+    def step(
+        region: Region | None,
+        held: list[list[int]],
+        tail: list[int],
+        tail_tokens: int,
+        target: list[int],
+        parts: list[Part],
+        choices: list[torch.Tensor],
+    ) -> tuple[Region, list[list[int]]]:
+        """`held`: positions by head, of all slots; `choices`: slots of each part, by head."""
+        new = Region.of(target, parts, [layer.pages for layer in layers])
+        stage = Stage(new, region, layers[0].pages)
+        table = torch.tensor(tail, dtype=torch.int32)
+        for i, layer in enumerate(layers):
+            request = layer.request(region, table, tail_tokens, n - tail_tokens)
+            slots = len(held[0])
+            if region is not None:
+                assert layer.positions(request, slots).tolist() == held
+            seen = layer.held(request, slots)
+            for head in range(HEADS):
+                torch.testing.assert_close(
+                    seen.keys[head], key[i, head, held[head]], rtol=0, atol=0.3
+                )
+                torch.testing.assert_close(
+                    seen.values[head], value[i, head, held[head]], rtol=0, atol=0.5
+                )
+            for part, choice in enumerate(choices):
+                one = part if len(choices) > 1 else None
+                layer.compact(request, choice, new, stage.pages, one)
+        stage.finish()
+        return new, [
+            [held[head][s] for choice in choices for s in choice[head].tolist()]
+            for head in range(HEADS)
+        ]
+
+    # 128 tokens in int8, of which 96 may stay.
+    every = [list(range(n))] * HEADS
+    kept = torch.stack([torch.randperm(128)[:96].sort().values for _ in range(HEADS)])
+    room = layers[0].pages.capacity("int8")
+    first, at = step(
+        None, every, tail_blocks, n, [1, 2, 5, 6][: -(-96 // room)], [Part("int8", 96)], [kept]
+    )
+    assert first.own
+    tail, rest = tail_blocks[8:], list(range(128, n))
+    # All of them: the newest 40 in int8, the others in int4; a target is a source.
+    both = [Part("int4", 56), Part("int8", 40)]
+    all_slots = torch.arange(96).expand(HEADS, -1)
+    second, at = step(first, [a + rest for a in at], tail, len(rest), [2, 7, 8], both, [all_slots])
+    assert not second.own and at == [a[:96] for a in at]
+    # The finer part is chosen by importance: its slots ascend in position, and so do the others'.
+    by_head = [torch.randperm(96) for _ in range(HEADS)]
+    finer = torch.stack([order[:30].sort().values for order in by_head])
+    coarser = torch.stack([order[30:90].sort().values for order in by_head])
+    parts = [Part("int8", 30), Part("int4", 60)]
+    third, at = step(
+        second, [a + rest for a in at], tail, len(rest), [8, 17, 18], parts, [finer, coarser]
+    )
+    check_attention(layers, third, [a + rest for a in at], tail, len(rest), key, value)
+
+
+def check_attention(
+    layers: list[TritonCacheLayer],
+    region: Region,
+    held: list[list[int]],
+    tail: list[int],
+    tail_tokens: int,
+    key: torch.Tensor,
+    value: torch.Tensor,
+) -> None:
+    """A batch of the compacted request and of one without a region, as the engine has it."""
+    spec = types.SimpleNamespace(block_size=BLOCK)
+    builder = KVCrushTritonMetadataBuilder(spec, [], None, torch.device("cpu"))
+    builder.kv_cache_spec, builder.device = spec, torch.device("cpu")
+    builder.regions = [region, None]
+    table = torch.zeros(2, 12, dtype=torch.int32)
+    blocks = [8, 17, 18, *tail]
+    table[0, : len(blocks)] = torch.tensor(blocks)
+    table[1, : len(tail)] = torch.tensor(tail)
+    slots = 3 * BLOCK + tail_tokens
+    common = types.SimpleNamespace(
+        num_reqs=2,
+        seq_lens=torch.tensor([slots, tail_tokens], dtype=torch.int32),
+        block_table_tensor=table,
+        query_start_loc=torch.tensor([0, 1, 3], dtype=torch.int32),
+        max_query_len=2,
+        num_actual_tokens=3,
+        slot_mapping=torch.zeros(3, dtype=torch.int64),
+    )
+    metadata = builder.build(0, common)
+    assert builder.build(0, common).directory is metadata.directory  # made once
+    query = torch.randn(3, GROUP * HEADS, SIZE)
+    for i, layer in enumerate(layers):
+        out = torch.empty_like(query)
+        attention(layer.pages, metadata.of(i), query, out)
+        seen = [held, [h[-tail_tokens:] for h in held], [h[-tail_tokens:] for h in held]]
+        for row in range(3):
+            for head in range(GROUP * HEADS):
+                places = seen[row][head // GROUP]
+                if row == 1:
+                    places = places[:-1]  # the first of two new tokens
+                k, v = key[i, head // GROUP, places], value[i, head // GROUP, places]
+                want = (query[row, head] @ k.T * SIZE**-0.5).softmax(-1) @ v
+                torch.testing.assert_close(out[row, head], want, rtol=0, atol=0.2)

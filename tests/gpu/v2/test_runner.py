@@ -1,0 +1,93 @@
+"""Tokens, lengths, blocks and slots of V2 against V1, whose own are tested against transformers."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.gpu.v2.engine import BLOCK, VOCABULARY, Answer, Engine
+
+RAW = ("streaming", "snapkv", "h2o", "kvcrush")
+PACKED = ("int8", "int4", "mikv")
+
+
+def prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    return [[draw.randrange(VOCABULARY) for _ in range(n)] for n in lengths]
+
+
+def assert_equal(got: list[Answer], want: list[Answer]) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert a.tokens == b.tokens
+        assert a.compactions == b.compactions
+        for mine, its in zip(a.steps, b.steps, strict=True):
+            assert mine._replace(bound=None) == its._replace(bound=None)
+            assert mine.bound == mine.length
+
+
+def assert_slots_follow(answer: Answer) -> None:
+    """A step's tokens go to the last slots that are held, in blocks of the request."""
+    for step in answer.steps:
+        places = range(step.length - step.rows, step.length)
+        want = [step.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in places]
+        assert step.slots == want
+
+
+def test_both_runners_are_there(v1: Engine, v2: Engine) -> None:
+    names = [type(e.runner).__mro__[0].__name__ for e in (v1, v2)]
+    assert names == ["KVCrushCPUModelRunner", "KVCrushCPUModelRunnerV2"]
+
+
+@pytest.mark.parametrize("policy", (*RAW, *PACKED))
+def test_a_request_alone(policy: str, v1: Engine, v2: Engine) -> None:
+    job: tuple[Any, ...] = (prompts(250), 24, [{"kv_policy": policy}])
+    got, want = v2.run(*job), v1.run(*job)
+    assert want[0].compactions >= 3
+    assert_equal(got, want)
+    assert_slots_follow(got[0])
+    # The budget binds: lengths are not those of 274 tokens.
+    assert got[0].steps[-1].length < 274 - 4 * BLOCK
+
+
+def test_a_batch_with_an_uncompressed_sibling(v1: Engine, v2: Engine) -> None:
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("snapkv", "none", "int4", "h2o")]
+    job = (prompts(250, 130, 300, 140, seed=1), 24, extra)
+    got, want = v2.run(*job), v1.run(*job)
+    assert_equal(got, want)
+    assert [a.compactions > 0 for a in got] == [True, False, True, True]
+    sibling = got[1]
+    assert [s.length for s in sibling.steps][-1] == 130 + 24 - 1
+    # It is read as if alone.
+    assert v1.run([job[0][1]], 24, [extra[1]])[0].tokens == sibling.tokens
+
+
+def test_eviction_changes_what_is_said(v1: Engine, v2: Engine) -> None:
+    """Or the comparisons above would compare nothing."""
+    (prompt,) = prompts(250)
+    answers = v2.run([prompt] * 2, 12, [{"kv_policy": "streaming"}, {"kv_policy": "none"}])
+    assert answers[0].tokens != answers[1].tokens
+
+
+def test_a_preempted_request_is_compacted_again(model: str) -> None:
+    """The pool holds three of four requests; the last to come goes, compacted already."""
+    extra: list[dict[str, Any]] = [{"kv_policy": "none"}] * 3 + [{"kv_policy": "kvcrush"}]
+    job = (prompts(120, 121, 122, 240, seed=2), 40, extra)
+    engines = [Engine(model, v2=v2, blocks=19) for v2 in (False, True)]
+    want, got = (engine.run(*job) for engine in engines)
+    for engine in engines:
+        assert any(gone > 0 for _, gone in engine.preempted)
+    assert_equal(got, want)
+    for answer in got:
+        assert_slots_follow(answer)
+
+
+def test_asynchronous_scheduling(model: str, v1: Engine) -> None:
+    engine = Engine(model, v2=True, asynchronous=True)
+    assert type(engine.scheduler).__name__ == "KVCrushAsyncScheduler"
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("kvcrush", "none", "int8")]
+    job = (prompts(250, 80, 300, seed=3), 24, extra)
+    got, want = engine.run(*job), v1.run(*job)
+    assert [a.tokens for a in got] == [a.tokens for a in want]
+    assert [a.compactions for a in got] == [a.compactions for a in want]

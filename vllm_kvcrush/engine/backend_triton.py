@@ -1,0 +1,310 @@
+"""Attention through our own GPU kernels, over one pool of pages: what `backend.py` is on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_kvcrush.config import Settings
+from vllm_kvcrush.engine.compaction import Backend
+from vllm_kvcrush.engine.region import Region
+from vllm_kvcrush.ops.fitted import LayerTable
+from vllm_kvcrush.ops.triton.attention import attention
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request
+from vllm_kvcrush.ops.triton.compaction import compact, gather
+from vllm_kvcrush.ops.triton.scores import window_scores
+from vllm_kvcrush.ops.triton.store import store
+
+
+class KVCrushTritonBackend(TritonAttentionBackend):
+    """vLLM's Triton backend with our kernels."""
+
+    forward_includes_kv_cache_update = True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.BLHNC,)
+
+    @staticmethod
+    def get_impl_cls() -> type[TritonAttentionImpl]:
+        return KVCrushTritonImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
+        return KVCrushTritonMetadataBuilder
+
+
+@dataclass
+class Metadata:
+    """What the layers need to know of a step; `directory` has the compressed pages of all layers,
+    `runs` as [requests, layers, kv_heads, 4]."""
+
+    num_actual_tokens: int
+    slot_mapping: Tensor
+    batch: Batch
+    directory: Directory | None
+
+    def of(self, layer: int) -> Batch:
+        """The batch as layer number `layer` sees it."""
+        if self.directory is None:
+            return self.batch
+        own = dataclasses.replace(self.directory, runs=self.directory.runs[:, layer])
+        return dataclasses.replace(self.batch, directory=own)
+
+
+class KVCrushTritonMetadataBuilder(AttentionMetadataBuilder[Metadata]):
+    """Splits each request's blocks into compressed ones and its tail. The runner leaves the regions
+    of the requests in the batch here."""
+
+    regions: ClassVar[list[Region | None]] = []
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any):
+        super().__init__(kv_cache_spec, layer_names, config, device)
+        # The regions of the last step and what was made of them: they change at compactions only.
+        self._known: list[Region | None] = []
+        self._made: tuple[Directory, Tensor]
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        return AttentionCGSupport.NEVER
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Metadata:
+        common, n = common_attn_metadata, common_attn_metadata.num_reqs
+        length, table = common.seq_lens[:n], common.block_table_tensor[:n]
+        regions, directory = self.regions[:n], None
+        if any(regions):
+            if len(regions) != len(self._known) or any(
+                a is not b for a, b in zip(regions, self._known, strict=True)
+            ):
+                self._known, self._made = regions, self._directory(regions)
+            directory, blocks = self._made
+            columns = torch.arange(table.shape[1], device=table.device) + blocks.unsqueeze(1)
+            table = table.gather(1, columns.clamp_(max=table.shape[1] - 1))
+            length = length - blocks * self.kv_cache_spec.block_size
+        start = common.query_start_loc[: n + 1]
+        batch = Batch(start, length, table, None, common.max_query_len)
+        return Metadata(common.num_actual_tokens, common.slot_mapping, batch, directory)
+
+    def _directory(self, regions: Sequence[Region | None]) -> tuple[Directory, Tensor]:
+        """Pages of all requests and layers, and blocks that they take: int32 [requests]."""
+        known = [region for region in regions if region is not None]
+        begin = torch.zeros(len(regions), *known[0].begin.shape, dtype=torch.int32)
+        end = torch.zeros_like(begin)
+        first = 0
+        for row, region in enumerate(regions):
+            if region is not None:
+                torch.add(region.begin, first, out=begin[row])
+                torch.add(region.end, first, out=end[row])
+                first += len(region.page)
+        made = Directory.of(
+            begin.flatten(0, 1),
+            end.flatten(0, 1),
+            torch.cat([r.page for r in known]),
+            torch.cat([r.count for r in known]),
+            torch.cat([r.codec for r in known]),
+            device=self.device,
+        )
+        blocks = torch.tensor([r.blocks if r else 0 for r in regions], dtype=torch.int32)
+        made.runs = made.runs.view(*begin.shape, -1)
+        return made, blocks.to(self.device, non_blocking=True)
+
+
+class KVCrushTritonImpl(TritonAttentionImpl):
+    """One layer's attention. `cache` and the layer's `index` are set when the cache exists."""
+
+    cache: Layer
+    index: int
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Metadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Stores this step's keys and values and attends; shapes as in vLLM's own `forward`."""
+        if attn_metadata is None:
+            return output.fill_(0)
+        n = attn_metadata.num_actual_tokens
+        store(self.cache, key[:n], value[:n], attn_metadata.slot_mapping[:n])
+        attention(self.cache, attn_metadata.of(self.index), query[:n], output[:n])
+        return output
+
+
+def install(attention: Sequence[Any], settings: Settings) -> Backend:
+    """Gives the model's attention layers our backend in place of vLLM's Triton one."""
+    if settings.fitted:
+        raise ValueError(
+            f"vllm-kvcrush reads pages of {', '.join(settings.fitted)} on CPUs only: start the "
+            "server without transform tables of the model, and with a --kv-policy that needs none."
+        )
+    for layer in attention:
+        impl = layer.impl
+        if type(impl) is not TritonAttentionImpl:
+            raise ValueError(
+                f"vllm-kvcrush replaces vLLM's Triton attention, and this model has "
+                f"{type(impl).__name__}: start the server with --attention-backend TRITON_ATTN, or "
+                "without --kv-policy."
+            )
+        impl.__class__ = KVCrushTritonImpl
+        layer.attn_backend = KVCrushTritonBackend
+    return Backend(TritonCacheLayer, KVCrushTritonMetadataBuilder)
+
+
+class TritonCacheLayer:
+    """One layer's KV cache as compactions see it: `compaction.CacheLayer` on the GPU kernels.
+
+    Args:
+        layer: vLLM's attention layer, whose cache is laid out block-outermost.
+        layers: number of layers that share its storage.
+        tables: none.
+    """
+
+    def __init__(self, layer: Any, layers: int, tables: Mapping[str, LayerTable]):
+        assert not tables, "fitted codecs have no GPU kernels"
+        cache, impl = layer.kv_cache, layer.impl
+        _, self.heads, block_size, double = cache.shape
+        storage = torch.empty(0, dtype=torch.uint8, device=cache.device)
+        storage.set_(cache.untyped_storage())
+        page_bytes = block_size * double * cache.itemsize
+        index, odd = divmod(cache.data_ptr() - storage.data_ptr(), self.heads * page_bytes)
+        block_bytes = layers * self.heads * page_bytes
+        assert not odd and index < layers, "a layer's pages do not lie where blocks are outermost"
+        assert cache.stride(0) * cache.itemsize == block_bytes, "blocks are not outermost"
+        self.scale: float = impl.scale
+        self.index = impl.index = index
+        self.pages = impl.cache = Layer(
+            storage[: len(storage) // block_bytes * block_bytes],
+            index=index,
+            layers=layers,
+            heads=impl.num_heads,
+            kv_heads=self.heads,
+            k_size=impl.head_size,
+            v_size=double - impl.head_size,
+            block_size=block_size,
+            dtype=cache.dtype,
+            scale=impl.scale,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache is."""
+        return self.pages.pool.device
+
+    def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Request:
+        """See `compaction.CacheLayer`, as for all of these."""
+        return self._request(region, None, tail, tokens, position)[0]
+
+    def _request(
+        self, region: Region | None, part: int | None, tail: Tensor, tokens: int, position: int
+    ) -> tuple[Request, Tensor]:
+        """Of a region, or one part of it; and which of its entries are the layer's."""
+        none = torch.zeros(0, dtype=torch.int32)
+        counts, own, parts = none.new_zeros(self.heads), none, [none] * 3
+        if region is not None:
+            begin = (region.second if part == 1 else region.begin)[self.index].tolist()
+            end = (region.second if part == 0 else region.end)[self.index].tolist()
+            ranges = [torch.arange(a, b) for a, b in zip(begin, end, strict=True)]
+            counts, own = torch.tensor([len(r) for r in ranges]), torch.cat(ranges)
+            parts = [x[own] for x in (region.page, region.count.int(), region.codec)]
+        ends = counts.cumsum(0)
+        page, count, codec, begins, ends, own = (
+            x.to(self.device, non_blocking=True) for x in (*parts, ends - counts, ends, own)
+        )
+        ints = region is not None
+        request = Request.of(begins, ends, page, count, codec, tail, tokens, position, ints)
+        return request, own
+
+    def held(self, request: Request, tokens: int) -> TritonHeld:
+        return TritonHeld(self.pages, request, tokens)
+
+    def positions(self, request: Request, tokens: int) -> Tensor:
+        slots = torch.arange(tokens, device=self.device).repeat(self.heads, 1)
+        where = gather(self.pages, request, slots, values=False, positions=True)[2]
+        assert where is not None
+        return where
+
+    def compact(
+        self,
+        request: Request,
+        kept: Tensor,
+        target: Region,
+        staged: Tensor | None,
+        part: int | None = None,
+    ) -> None:
+        nothing = torch.zeros(0, dtype=torch.int32, device=self.device)
+        pages, own = self._request(target, part, nothing, 0, 0)
+        into = None
+        if staged is not None:
+            into, pages = self.pages.over(staged), dataclasses.replace(pages, page=own.int())
+        compact(self.pages, request, kept, pages, into)
+
+
+class TritonHeld:
+    """What a request holds in one layer, on the cache itself: see `policies.base.Held`.
+
+    Args:
+        layer, source: the layer, and the request's tokens in it.
+        tokens: n, held by every KV head.
+    """
+
+    def __init__(self, layer: Layer, source: Request, tokens: int):
+        self._layer, self._source, self._tokens = layer, source, tokens
+
+    @property
+    def num_kv_heads(self) -> int:
+        """H."""
+        return self._layer.kv_heads
+
+    @property
+    def device(self) -> torch.device:
+        """Where policies compute."""
+        return self._layer.pool.device
+
+    @cached_property
+    def _read(self) -> tuple[Tensor, Tensor]:
+        slots = torch.arange(self._tokens, device=self.device).repeat(self._layer.kv_heads, 1)
+        key, value, _ = gather(self._layer, self._source, slots)
+        assert value is not None
+        return key, value
+
+    @property
+    def keys(self) -> Tensor:
+        """Float32 [H, n, D]."""
+        return self._read[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Float32 [H, n, D]."""
+        return self._read[1]
+
+    def window_scores(
+        self, queries: Tensor, scale: float, candidates: int, **options: Any
+    ) -> Tensor:
+        """`scores.window_scores` over these keys, without reading them."""
+        if scale != self._layer.scale:
+            raise ValueError(f"scale={scale!r} is not the layer's, {self._layer.scale!r}")
+        return window_scores(self._layer, self._source, queries, candidates, **options)

@@ -1,0 +1,475 @@
+"""Compaction as a worker does it, whichever of vLLM's model runners it has: what it remembers of
+requests, the queries that the next compaction scores with, and the moving of tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+)
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from vllm_kvcrush import transform
+from vllm_kvcrush.config import RequestParams, Settings
+from vllm_kvcrush.engine import measure
+from vllm_kvcrush.engine.blocks import KVCrushSpec
+from vllm_kvcrush.engine.commands import Compaction, StepCommands
+from vllm_kvcrush.engine.region import Pages, Region, Stage
+from vllm_kvcrush.ops.fitted import Angles, LayerTable
+from vllm_kvcrush.plan import Plan, cdiv
+from vllm_kvcrush.policies.base import Held, Policy, View
+from vllm_kvcrush.transform import Tables
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+logger = init_logger("vllm.kvcrush")
+
+
+class CacheLayer(Protocol):
+    """One layer's KV cache as compactions see it; `request` makes what `held` and `compact` take.
+
+    Attributes:
+        index: of the layer among those that share the cache's storage, in the order of its pages.
+        heads: KV heads of this rank.
+        scale: factor of q·k.
+        pages: what its pages are, for `Region.of`.
+        device: of its cache.
+    """
+
+    index: int
+    heads: int
+    scale: float
+
+    @property
+    def pages(self) -> Pages: ...
+    @property
+    def device(self) -> torch.device: ...
+    def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Any:
+        """A request: its region, then `tokens` raw ones in the blocks `tail` (int32), the first
+        of which stands at `position`."""
+        ...
+
+    def held(self, request: Any, tokens: int) -> Held:
+        """What every head of a request holds, `tokens` tokens."""
+        ...
+
+    def positions(self, request: Any, tokens: int) -> Tensor:
+        """Where each head's first `tokens` slots stand, int32 `[heads, tokens]`."""
+        ...
+
+    def compact(
+        self,
+        request: Any,
+        kept: Tensor,
+        target: Region,
+        staged: Tensor | None,
+        part: int | None = None,
+    ) -> None:
+        """Moves the slots `kept` `[heads, k]` (int64, ascending) into the pages of `target`, or of
+        one part of it, which may be among the request's own, or into `staged`."""
+        ...
+
+
+class Backend(NamedTuple):
+    """How a worker's attention and compactions are done.
+
+    Attributes:
+        layer: makes a CacheLayer of (vLLM's attention layer, number of layers, its tables).
+        builder: metadata builder that is told the regions of the requests in a batch, or None
+            where all pages are raw.
+    """
+
+    layer: Callable[[Any, int, Mapping[str, LayerTable]], CacheLayer]
+    builder: Any
+
+
+@dataclass
+class Request:
+    """Worker-side state of a request with an active policy."""
+
+    params: RequestParams
+    policy: Policy
+    plan: Plan
+    evicted: int = 0
+    # The compressed region in pages of another codec; None while it is raw.
+    region: Region | None = None
+    # The last `window` queries, `[layers, window, query_heads, head_size]`; the one of token p is
+    # at p % window. None until a compaction is near.
+    queries: Tensor | None = None
+    queries_end: int = 0
+    # Per layer [kv_heads, slots of the compressed region], for policies with running scores.
+    running: list[Tensor] | None = None
+    # Leading slots of the compressed region that are in the finer of two codecs, of a policy with
+    # tiers.
+    finer: int = 0
+
+
+class QueryTap:
+    """Copies chosen rows of every layer's queries during one forward pass."""
+
+    def __init__(self, layers: Sequence[Any]):
+        self.rows: Tensor | None = None
+        self._taken: list[Tensor | None] = [None] * len(layers)
+        for index, layer in enumerate(layers):
+            self._wrap(index, layer.impl)
+
+    def _wrap(self, index: int, impl: Any) -> None:
+        forward = impl.forward
+
+        def tapped(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.rows is not None:
+                # A copy: the model reuses its buffers.
+                self._taken[index] = query.index_select(0, self.rows)
+            return forward(layer, query, *args, **kwargs)
+
+        impl.forward = tapped
+
+    def take(self) -> Tensor:
+        """The rows of the last forward pass: `[layers, rows, query_heads, head_size]`."""
+        taken, self._taken = self._taken, [None] * len(self._taken)
+        self.rows = None
+        assert all(t is not None for t in taken), "a layer's attention did not run"
+        return torch.stack([t for t in taken if t is not None])
+
+
+# A mixin at run time; to the type checker it is a runner.
+_Base: Any = GPUModelRunner if TYPE_CHECKING else object
+
+
+class CompactionMixin(_Base):
+    """What both runners have in common. A runner says when compactions run, and takes their result
+    in `_install`; the shift between slots and positions is its own business."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self._settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
+        self._policies: dict[str, Policy] = {}
+        self._crushed: dict[str, Request] = {}
+        self._deferred: frozenset[str] = frozenset()
+        self._backend: Backend
+        self._layers: list[CacheLayer] = []
+        self._tap: QueryTap | None = None
+        self._attention: dict[str, Any] = {}
+        # Rows of the batch whose queries are wanted: (request, first row, first position, count).
+        self._wanted: list[tuple[Request, int, int, int]] = []
+        self._seconds: list[tuple[str, float]] = []
+        # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
+        self.on_select: Callable[[Compaction, int, Tensor], None] | None = None
+
+    # -- what a runner adds ---------------------------------------------------------------------
+
+    def _choose_backend(self, attention: Sequence[Any]) -> Backend:
+        """Prepares the model's attention layers."""
+        raise NotImplementedError
+
+    def _install(self, request_id: str, blocks: list[int], evicted: int) -> None:
+        """Takes the blocks of a compacted request, before those that this step adds."""
+        raise NotImplementedError
+
+    # -- start-up -------------------------------------------------------------------------------
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+        self._backend = self._choose_backend(list(layers.values()))
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        odd = sorted({type(s).__name__ for s in specs.values() if type(s) is not FullAttentionSpec})
+        windowed = [n for n, s in specs.items() if getattr(s, "sliding_window", None)]
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention).values()
+        shared = any(layer.kv_sharing_target_layer_name for layer in layers)
+        if odd or windowed or shared:
+            what = odd or windowed[:1] or ["cross-layer KV sharing"]
+            raise ValueError(
+                f"vllm-kvcrush needs layers with full attention and their own KV cache: this model "
+                f"has {', '.join(what)}. Start the server without --kv-policy."
+            )
+        return {name: KVCrushSpec.convert(spec) for name, spec in specs.items()}
+
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        context = self.compilation_config.static_forward_context
+        (group,) = kv_cache_config.kv_cache_groups
+        self._attention = {name: context[name] for name in group.layer_names}
+        settings = self._settings
+        tables: list[Tables] = []
+        if settings.tables is not None:
+            config = self.model_config.hf_text_config.to_dict()
+            tables = [transform.load(settings.tables, config, codec) for codec in settings.fitted]
+        self._open_layers(tables, get_tensor_model_parallel_rank())
+        if self._tap is None:
+            self._tap = QueryTap(list(self._attention.values()))
+
+    def _open_layers(self, tables: list[Tables], rank: int) -> None:
+        """Describes the cache to the kernels. `tables` are those of the fitted codecs; this
+        rank's KV heads are the ones at place `rank` in them."""
+        names, config, size = list(self._attention), self.model_config, self.cache_config.block_size
+        found: list[dict[str, LayerTable]] = [{} for _ in names]
+        if tables:
+            assert self._settings.page is not None
+            k_size, v_size, itemsize = self._settings.page
+            page_bytes = size * (k_size + v_size) * itemsize
+            count = config.get_num_kv_heads(self.parallel_config)
+            heads = range(rank * count, (rank + 1) * count)
+            angles = Angles(tables[0].rope, config.max_model_len)
+            for own, name in zip(found, names, strict=True):
+                layer = extract_layer_index(name)
+                for each in tables:
+                    own[each.point.name] = LayerTable(
+                        each, layer, heads, page_bytes, v_size, angles
+                    )
+        self._layers = [
+            self._backend.layer(layer, len(names), own)
+            for layer, own in zip(self._attention.values(), found, strict=True)
+        ]
+        self._layers.sort(key=lambda layer: layer.index)
+
+    def take_statistics(self) -> None:
+        """Makes the tables of fitted codecs from what the model does with some text, where there
+        is no file of them. Runs requests of its own: before there are others."""
+        settings = self._settings
+        if not settings.fitted or settings.tables is not None:
+            return
+        began = time.perf_counter()
+        config = self.model_config.hf_text_config.to_dict()
+        rope = transform.Rope.from_config(config)
+        statistics = measure.gather(self._read_pieces(), rope)
+        far = transform.horizon(config)
+        self._open_layers(
+            [transform.fit(statistics, p, rope, far, even=True) for p in transform.POINTS], 0
+        )
+        logger.info(
+            "vllm-kvcrush: statistics of the model for transform coding taken in %.1f s.",
+            time.perf_counter() - began,
+        )
+
+    def _read_pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Queries [L, Hq, n, D] and keys [L, H, n, D], with RoPE, and values [L, H, n, Dv] of
+        each piece of text."""
+        size, tap = self.cache_config.block_size, self._tap
+        assert tap is not None
+        room = (self._layers[0].pages.num_blocks - 1) * size  # vLLM keeps block 0 for itself
+        longest = min(room, self.max_num_tokens, self.model_config.max_model_len - 1)
+        for tokens in measure.pieces(self.model_config, longest):
+            n = len(tokens)
+            blocks = list(range(1, 1 + cdiv(n, size)))
+            tap.rows = torch.arange(n)
+            self.execute_model(measure.scheduled(tokens, blocks))
+            self.sample_tokens(None)
+            self.execute_model(measure.finished())
+            table = torch.tensor(blocks, dtype=torch.int32)
+            held = [layer.held(layer.request(None, table, n, 0), n) for layer in self._layers]
+            keys, values = (
+                torch.stack(x) for x in zip(*((h.keys, h.values) for h in held), strict=True)
+            )
+            yield tap.take().transpose(1, 2), keys, values
+
+    # -- one step -------------------------------------------------------------------------------
+
+    def _begin_step(self, scheduler_output: Any) -> list[Compaction]:
+        """Follows the requests that come and go; returns the compactions of this step."""
+        commands: StepCommands = getattr(scheduler_output, "kvcrush", None) or StepCommands()
+        for request_id in scheduler_output.finished_req_ids:
+            self._crushed.pop(request_id, None)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            self._crushed.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            length = length_from_prompt_token_ids_or_embeds(new.prompt_token_ids, new.prompt_embeds)
+            self._track(new.req_id, new.sampling_params, length)
+        self._deferred = commands.deferred
+        return commands.compactions
+
+    def _track(self, request_id: str, sampling_params: Any, num_prompt_tokens: int) -> None:
+        if sampling_params is None:
+            return
+        params = self._settings.request(sampling_params.extra_args)
+        if params.active:
+            if params.policy not in self._policies:
+                self._policies[params.policy] = self._settings.build(params.policy)
+            self._crushed[request_id] = Request(
+                params,
+                self._policies[params.policy],
+                self._settings.plan(params, num_prompt_tokens, self.cache_config.block_size),
+            )
+
+    def _prepare_batch(
+        self, ids: Sequence[str], computed: np.ndarray, scheduled: np.ndarray
+    ) -> list[Request | None]:
+        """Tells the backend and the tap which requests are in the batch, in its order: their
+        tokens with KV so far, and those of this step. Returns their states."""
+        states = [self._crushed.get(request_id) for request_id in ids]
+        self._want_queries(ids, states, computed, scheduled)
+        if self._backend.builder is not None:
+            self._backend.builder.regions = [s.region if s else None for s in states]
+        return states
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        output = super().sample_tokens(grammar_output)
+        if self._seconds and output is not None:
+            # Where the output is copied asynchronously, the real one is wrapped: by V2, or V1.
+            inner = getattr(output, "model_runner_output", output)
+            inner = getattr(inner, "_model_runner_output", inner)
+            inner.kvcrush_seconds = self._seconds
+            self._seconds = []
+        return output
+
+    # -- observation window ---------------------------------------------------------------------
+
+    def _want_queries(
+        self,
+        ids: Sequence[str],
+        states: Sequence[Request | None],
+        computed: np.ndarray,
+        scheduled: np.ndarray,
+    ) -> None:
+        """Marks the batch rows whose queries the next compaction may score with."""
+        self._wanted = []
+        first_row = 0
+        for row, (request_id, state) in enumerate(zip(ids, states, strict=True)):
+            count = int(scheduled[row])
+            if state is not None and "queries" in state.policy.needs:
+                start = int(computed[row])
+                end, window = start + count, state.plan.window
+                if request_id in self._deferred:
+                    near: int | None = end
+                else:
+                    near = state.plan.next_compaction(start, start - state.evicted, end + window)
+                if near is not None and end > near - window:
+                    first = max(start, end - window, near - window)
+                    self._wanted.append((state, first_row + first - start, first, end - first))
+            first_row += count
+        if self._wanted:
+            assert self._tap is not None
+            rows = [torch.arange(row, row + count) for _, row, _, count in self._wanted]
+            self._tap.rows = torch.cat(rows).to(self.device, non_blocking=True)
+
+    def _keep_queries(self) -> None:
+        """Remembers the queries that the forward pass left in the tap."""
+        if not self._wanted:
+            return
+        assert self._tap is not None
+        taken = self._tap.take()
+        used = 0
+        for state, _, first, count in self._wanted:
+            window = state.plan.window
+            if state.queries is None:
+                layers, _, heads, size = taken.shape
+                state.queries = taken.new_empty(layers, window, heads, size)
+            places = torch.arange(first, first + count, device=taken.device) % window
+            state.queries[:, places] = taken[:, used : used + count]
+            state.queries_end = first + count
+            used += count
+        self._wanted = []
+
+    def _window(self, state: Request, computed: int) -> Tensor:
+        """Queries of the last `window` tokens, in order: `[layers, query_heads, window, size]`."""
+        window = state.plan.window
+        assert state.queries is not None and state.queries_end == computed, (
+            f"observation window ends at {state.queries_end}, compaction at {computed}"
+        )
+        order = torch.arange(computed - window, computed, device=state.queries.device) % window
+        return state.queries[:, order].transpose(1, 2)
+
+    # -- compaction -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _compact(self, command: Compaction) -> None:
+        """Scores, selects and moves, layer by layer, then installs the new block table row."""
+        began = time.perf_counter()
+        state = self._crushed[command.request_id]
+        policy, needs = state.policy, state.policy.needs
+        size, region = self.cache_config.block_size, state.region
+        device = self._layers[0].device
+        # Raw blocks, among them a raw compressed region, are read as one tail: slots are in order.
+        raw = command.source[command.compressed if region else 0 :] + command.tail
+        tail = torch.tensor(raw, dtype=torch.int32, device=device)
+        tail_tokens = (len(raw) - len(command.tail)) * size + command.tail_tokens
+        held = tail_tokens + (command.compressed_tokens if region else 0)
+        candidates, keep = held - command.tail_tokens, command.keep
+        target = Region.of(command.target, command.parts, [layer.pages for layer in self._layers])
+        stage = Stage(target, region, self._layers[0].pages)
+        everything = torch.arange(keep, device=device).expand(self._layers[0].heads, -1)
+        queries = self._window(state, command.computed) if "queries" in needs else None
+        gather_heads = _gather_heads if get_tensor_model_parallel_world_size() > 1 else _identity
+        survivors: list[Tensor] = []
+        tiers = policy.tiers and len(command.parts) > 1
+        finer = command.parts[0].tokens if tiers else 0
+        demoted = range(state.finer, command.compressed_tokens)
+        for index, layer in enumerate(self._layers):
+            request = layer.request(region, tail, tail_tokens, command.computed - tail_tokens)
+            if keep == candidates and "running" not in needs and not tiers:
+                if self.on_select is not None:
+                    self.on_select(command, index, everything)
+                layer.compact(request, everything, target, stage.pages)
+                continue
+            running = None
+            if "running" in needs:
+                running = torch.zeros(layer.heads, candidates, device=device)
+                if state.running is not None:
+                    known = state.running[index]
+                    running[:, : known.shape[1]] = known
+            view = View(
+                held=layer.held(request, held),
+                queries=None if queries is None else queries[index],
+                scale=layer.scale,
+                candidates=candidates,
+                sinks=state.plan.sinks,
+                page_size=size,
+                running=running,
+                layer=index,
+                all_heads=gather_heads,
+            )
+            scores = policy.score(view)
+            kept = policy.select(view, scores, keep)
+            parts: tuple[Tensor, ...] = (kept,)
+            if tiers:
+                # In position order, which slots are not in once tokens were demoted.
+                places = layer.positions(request, candidates)
+                parts = tuple(
+                    part.gather(1, places.gather(1, part).argsort(dim=1, stable=True))
+                    for part in policy.split(view, scores, kept, finer, demoted)
+                )
+            kept = torch.cat(parts, 1)
+            if self.on_select is not None:
+                self.on_select(command, index, kept)
+            for part, slots in enumerate(parts):
+                layer.compact(request, slots, target, stage.pages, part if tiers else None)
+            if (new_running := policy.running(view, scores)) is not None:
+                survivors.append(new_running.gather(1, kept))
+        stage.finish()
+        state.region = target if state.plan.packings else None
+        state.running = survivors or None
+        codecs = [packing.codec for packing in state.plan.packings]
+        state.finer = finer or (keep if [p.codec for p in command.parts] == codecs[:1] else 0)
+        state.evicted = command.evicted
+        # The next window may reach back before this compaction.
+        n, left = command.computed, command.computed - command.evicted
+        if state.plan.next_compaction(n, left, n + state.plan.window - 1) is None:
+            state.queries = None
+        self._install(command.request_id, [*command.target, *command.tail], command.evicted)
+        self._seconds.append((state.params.policy, time.perf_counter() - began))
+
+
+def _gather_heads(x: Tensor) -> Tensor:
+    # vLLM's shared-memory all-gather on CPU takes floats only.
+    return get_tp_group().all_gather(x.to(torch.float32).contiguous(), dim=0).to(x.dtype)
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x

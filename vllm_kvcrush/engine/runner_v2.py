@@ -1,0 +1,161 @@
+"""vLLM's V2 model runner with compaction, on GPUs and, where Triton's kernels can run there, CPUs.
+
+Compactions run while requests are updated. Positions stay true; attention is given lengths, slots
+and block tables of what is held, in buffers of our own that never move, as graphs must have them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.v1.worker.cpu.model_runner import CPUModelRunner
+from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from vllm_kvcrush import policies
+from vllm_kvcrush.config import NONE
+from vllm_kvcrush.engine.commands import Compaction
+from vllm_kvcrush.engine.compaction import Backend, CompactionMixin
+from vllm_kvcrush.ops.triton.shift import shift
+
+
+class KVCrushModelState(DefaultModelState):
+    """vLLM's, with attention metadata of slots held instead of tokens read."""
+
+    as_held: Callable[[InputBatch], InputBatch]
+
+    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return super().prepare_attn(self.as_held(input_batch), *args, **kwargs)
+
+
+class V2Mixin(CompactionMixin):
+    """What a V2 runner does differently."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        # Evicted tokens of each of vLLM's request states, here and on the device, and the states
+        # in which the two differ: a state is written once a step, as the device's writes race.
+        self._evicted = np.zeros(self.max_num_reqs, dtype=np.int32)
+        self._evicted_device = StagedWriteTensor(self.max_num_reqs, torch.int32, device)
+        self._changed: set[int] = set()
+        self._slot_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
+        self._due: list[Compaction] = []
+        self._batch: InputBatch | None = None
+
+    def _choose_backend(self, attention: Sequence[Any]) -> Backend:
+        if self.device.type == "cpu":
+            from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+            if any(isinstance(layer.impl, CPUAttentionBackendImpl) for layer in attention):
+                from vllm_kvcrush.engine import backend
+
+                return backend.install(attention)
+        if any(policies.codecs(name) for name in self._settings.allow if name != NONE):
+            from vllm_kvcrush.engine import backend_triton
+
+            return backend_triton.install(attention, self._settings)
+        # A kernel that knows nothing of us is the best that raw pages can have.
+        from vllm_kvcrush.engine import backend_stock
+
+        return backend_stock.keep(attention)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)
+        state = self.model_state
+        if type(state) is not DefaultModelState:
+            raise ValueError(
+                f"vllm-kvcrush was not verified with models that need {type(state).__name__}: "
+                "start the server without --kv-policy."
+            )
+        state.__class__ = KVCrushModelState
+        state.as_held = self._as_held
+
+    def execute_model(
+        self,
+        scheduler_output: Any,
+        intermediate_tensors: Any = None,
+        dummy_run: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if not dummy_run:
+            self._due = self._begin_step(scheduler_output)
+        output = super().execute_model(scheduler_output, intermediate_tensors, dummy_run, **kwargs)
+        self._keep_queries()
+        return output
+
+    def _remove_request(self, req_id: str) -> bool:
+        # Every way out of the batch leads here, and only now its state is known.
+        state = self.req_states.req_id_to_index.get(req_id)
+        if state is not None:
+            self._evict(state, 0)
+        return super()._remove_request(req_id)
+
+    def update_requests(self, scheduler_output: Any) -> None:
+        for command in self._due:
+            self._compact(command)
+        self._due = []
+        for state in sorted(self._changed):
+            self._evicted_device.stage_write_elem(state, int(self._evicted[state]))
+        self._changed.clear()
+        self._evicted_device.apply_write()
+        super().update_requests(scheduler_output)
+
+    def _install(self, request_id: str, blocks: list[int], evicted: int) -> None:
+        state = self.req_states.req_id_to_index[request_id]
+        self.block_tables.append_block_ids(state, (blocks,), overwrite=True)
+        self._evict(state, evicted)
+
+    def _evict(self, state: int, evicted: int) -> None:
+        if self._evicted[state] != evicted:
+            self._evicted[state] = evicted
+            self._changed.add(state)
+
+    def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[Tensor, ...], Tensor]:
+        self._prepare_batch(
+            input_batch.req_ids,
+            input_batch.num_computed_tokens_np,
+            input_batch.num_scheduled_tokens,
+        )
+        self._batch = input_batch
+        shift(
+            self._slot_lens,
+            self._slots,
+            input_batch.seq_lens,
+            input_batch.positions,
+            input_batch.idx_mapping,
+            input_batch.query_start_loc,
+            self._evicted_device.gpu,
+        )
+        slots = self._slots[: input_batch.num_tokens_after_padding]
+        return super().prepare_attn(dataclasses.replace(input_batch, positions=slots))
+
+    def _as_held(self, batch: InputBatch) -> InputBatch:
+        """The batch as attention is to see it: slots held, on the device and on the host."""
+        lengths = self._slot_lens[: batch.num_reqs_after_padding]
+        bound = batch.seq_lens_cpu_upper_bound
+        if self._batch is not None and batch is self._batch:
+            # Backends derive page counts from this one: too long would reach into freed blocks.
+            bound = bound.clone()
+            bound[: batch.num_reqs] -= torch.from_numpy(self._evicted[batch.idx_mapping_np])
+        else:
+            # A dummy, or a batch to capture: of nobody's requests, but in the same buffer.
+            lengths.copy_(batch.seq_lens[: batch.num_reqs_after_padding])
+            if self._backend.builder is not None:
+                self._backend.builder.regions = []
+        return dataclasses.replace(batch, seq_lens=lengths, seq_lens_cpu_upper_bound=bound)
+
+
+class KVCrushCPUModelRunnerV2(V2Mixin, CPUModelRunner):
+    """The V2 runner on a CPU, where Triton's kernels can run there."""
+
+
+class KVCrushGPUModelRunnerV2(V2Mixin, GPUModelRunner):
+    """The V2 runner on a GPU."""

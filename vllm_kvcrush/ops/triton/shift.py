@@ -1,0 +1,37 @@
+"""Slots of a batch from its positions: what a step of the V2 model runner calls."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from vllm_kvcrush.ops.triton.shift_kernel import shift_kernel
+
+ROWS = 1024  # of a pass
+
+
+def shift(
+    slot_lens: Tensor,
+    slots: Tensor,
+    seq_lens: Tensor,
+    positions: Tensor,
+    states: Tensor,
+    query_start: Tensor,
+    evicted: Tensor,
+) -> None:
+    """Subtracts what each request has evicted from its length and from its tokens' positions.
+
+    Nothing waits for the device, and the grid depends on the number of requests alone.
+
+    Args:
+        slot_lens: int32 [most], receives slots held; 0 in rows past the batch's.
+        slots: int64 [most tokens], receives the tokens' slots, counted within their request.
+        seq_lens: int32 [requests or more], tokens with this step's.
+        positions: int64 [tokens or more].
+        states: int64 [requests], index of each request in `evicted`; -1: nobody's.
+        query_start: int32 [requests + 1 or more], rows of `positions` of each request.
+        evicted: int32 [states].
+    """
+    shift_kernel[(len(states) + 1,)](
+        slot_lens, slots, seq_lens, positions, states, query_start, evicted, len(slot_lens),
+        ROWS=ROWS,
+    )  # fmt: skip

@@ -1,0 +1,28 @@
+"""Slots of a batch from its positions."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def shift_kernel(
+    slot_lens, slots, seq_lens, positions, states, query_start, evicted, most, ROWS: tl.constexpr
+):
+    """Grid (requests + 1): a program a request, and one that clears the lengths of the rows after
+    them, which full graphs read."""
+    row, rows = tl.program_id(0), tl.num_programs(0) - 1
+    if row == rows:
+        for i in tl.range(rows, most, ROWS):
+            at = i + tl.arange(0, ROWS)
+            tl.store(slot_lens + at, 0, mask=at < most)
+        return
+    state = tl.load(states + row)
+    gone = tl.load(evicted + state, mask=state >= 0, other=0)
+    tl.store(slot_lens + row, tl.load(seq_lens + row) - gone)
+    end = tl.load(query_start + row + 1)
+    for i in tl.range(tl.load(query_start + row), end, ROWS):
+        at = i + tl.arange(0, ROWS)
+        position = tl.load(positions + at, mask=at < end)
+        tl.store(slots + at, position - gone, mask=at < end)
