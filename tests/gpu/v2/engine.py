@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -34,6 +36,19 @@ def save_model(path: str) -> None:
     LlamaForCausalLM(config).save_pretrained(path)
 
 
+def save_tables(model: str, path: str) -> None:
+    """Transform tables of the model, of what is not its own: they need not be good."""
+    from vllm_kvcrush import transform
+
+    config = json.loads((pathlib.Path(model) / "config.json").read_text())
+    rope = transform.Rope.from_config(config)
+    keys, values = torch.randn(2, LAYERS, KV_HEADS, 512, HEAD_SIZE).unbind()
+    queries = torch.randn(LAYERS, 2 * KV_HEADS, 512, HEAD_SIZE)
+    statistics = transform.Statistics.of(keys, queries, values)
+    tables = [transform.fit(statistics, point, rope, 512) for point in transform.POINTS]
+    transform.save(path, transform.Model.from_config(config), tables, "random")
+
+
 class Step(NamedTuple):
     """What attention was told of one request in one step."""
 
@@ -57,7 +72,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: str, v2: bool, blocks: int = 64, asynchronous: bool = False, **kvcrush: Any
+        self,
+        model: str,
+        v2: bool,
+        blocks: int = 64,
+        asynchronous: bool = False,
+        tables: str | None = None,
+        **kvcrush: Any,
     ):
         import vllm.envs
         from vllm import LLM
@@ -79,7 +100,12 @@ class Engine:
                 distributed_executor_backend="uni",
                 disable_log_stats=False,
                 additional_config={
-                    "kvcrush": {"policy": "none", "config": INTERVALS, "budget": 96, **kvcrush}
+                    "kvcrush": {
+                        "policy": "none",
+                        "config": INTERVALS | ({"tables": tables} if tables else {}),
+                        "budget": 96,
+                        **kvcrush,
+                    }
                 },
             )
         core = self.llm.llm_engine.engine_core.engine_core

@@ -3,6 +3,8 @@ pages in the layout that it has on GPUs; and ours, with pages of every codec."""
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from tests.gpu.v2.engine import Engine
 from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
+from vllm_kvcrush.config import Settings
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,3 +69,28 @@ def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
     assert parts[engine] == parts[v1]
     assert {tuple(p.codec for p in c) for _, c, _ in parts[v1]} == {("int8",), ("int8", "int4")}
     assert_equal(got, want)
+
+
+def test_what_cannot_run_is_refused_in_a_sentence() -> None:
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+
+    from vllm_kvcrush.engine import backend_stock, backend_triton
+
+    class Unknown:
+        pass
+
+    settings = Settings("int4", 0.5)
+    odd = [types.SimpleNamespace(impl=Unknown())]
+    for refuse in (
+        lambda: backend_stock.keep(odd),
+        lambda: backend_triton.install(odd, settings),
+    ):
+        with pytest.raises(ValueError, match=r"Unknown.*--attention-backend TRITON_ATTN"):
+            refuse()
+    good = [types.SimpleNamespace(impl=object.__new__(TritonAttentionImpl))]
+    fitted = dataclasses.replace(settings, fitted={"tc4": (((64, 4),),)})
+    with pytest.raises(ValueError, match="pages of tc4 on CPUs only"):
+        backend_triton.install(good, fitted)
+    assert type(good[0].impl) is TritonAttentionImpl
+    assert backend_triton.install(good, settings).builder is not None
+    assert type(good[0].impl).__name__ == "KVCrushTritonImpl"

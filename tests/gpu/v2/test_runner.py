@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
 import random
 from typing import Any
 
 import pytest
 
-from tests.gpu.v2.engine import BLOCK, VOCABULARY, Answer, Engine
+from tests.gpu.v2.engine import BLOCK, VOCABULARY, Answer, Engine, save_tables
 
 RAW = ("streaming", "snapkv", "h2o", "kvcrush")
 PACKED = ("int8", "int4", "mikv")
@@ -68,6 +69,16 @@ def test_eviction_changes_what_is_said(v1: Engine, v2: Engine) -> None:
     (prompt,) = prompts(250)
     answers = v2.run([prompt] * 2, 12, [{"kv_policy": "streaming"}, {"kv_policy": "none"}])
     assert answers[0].tokens != answers[1].tokens
+
+
+def test_fitted_codecs(model: str, tmp_path: pathlib.Path) -> None:
+    tables = str(tmp_path / "tables.safetensors")
+    save_tables(model, tables)
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("tc4", "none", "auto", "tc8")]
+    job = (prompts(250, 40, 300, 280, seed=6), 12, extra)
+    want, got = (Engine(model, v2=v2, tables=tables).run(*job) for v2 in (False, True))
+    assert_equal(got, want)
+    assert [a.compactions > 0 for a in got] == [True, False, True, True]
 
 
 def test_a_preempted_request_is_compacted_again(model: str) -> None:
