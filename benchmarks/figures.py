@@ -253,7 +253,6 @@ PICKED = (
     ("auto", 0.125, "bits"),
     ("tc4", 0.25, "bits"),
     ("tc6", 0.125, "bits"),
-    ("mikv", 0.25, "bits"),
     ("int4", 0.25, "bits"),
     ("kvcrush", 0.5, "quality"),
     ("kvcrush", 0.25, "quality"),

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -179,7 +180,7 @@ def write(path: pathlib.Path, rows: Sequence[Row], **extra: Any) -> None:
     body = {
         "schema": SCHEMA,
         "environment": environment(),
-        "command": "python -m " + " ".join([_module(), *_portable(sys.argv[1:])]),
+        "command": "python -m " + shlex.join([_module(), *_portable(sys.argv[1:])]),
         "sources": sources(),
         **extra,
         "rows": list(rows),
@@ -204,8 +205,13 @@ def _module() -> str:
 
 
 def _portable(argv: Iterable[str]) -> list[str]:
-    # Committed results name no paths of the machine they were made on.
-    return [a.replace(str(ROOT) + os.sep, "") for a in argv]
+    # Committed results name no paths of the machine they were made on, nor where they went.
+    found, skip = [], False
+    for a in argv:
+        if not skip and a != "--json":
+            found.append(a.replace(str(ROOT) + os.sep, ""))
+        skip = a == "--json"
+    return found
 
 
 @contextlib.contextmanager
