@@ -13,13 +13,16 @@ import pytest
 
 from tests.gpu.v2.engine import Engine, save_model
 
-collect_ignore_glob = [] if os.environ.get("KVCRUSH_V2_TESTS") else ["test_*.py"]
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    VLLM_NO_USAGE_STATS="1",
-    VLLM_LOGGING_LEVEL="WARNING",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-)
+collect_ignore_glob = ["test_*.py"]
+if os.environ.get("KVCRUSH_V2_TESTS"):
+    collect_ignore_glob = []
+    # Not otherwise: a session that ignores these tests still reads this file.
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_NO_USAGE_STATS="1",
+        VLLM_LOGGING_LEVEL="WARNING",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    )
 
 
 @pytest.fixture(autouse=True, scope="session")
