@@ -41,6 +41,24 @@ def test_both_runners_are_there(v1: Engine, v2: Engine) -> None:
     assert names == ["KVCrushCPUModelRunner", "KVCrushCPUModelRunnerV2"]
 
 
+def test_graphs_are_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.envs
+    from vllm.engine.arg_utils import EngineArgs
+
+    vllm.envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    arguments: dict[str, Any] = {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "block_size": BLOCK,
+        "additional_config": {"kvcrush": {"policy": "kvcrush"}},
+    }
+    assert EngineArgs(**arguments, enforce_eager=True).create_engine_config().use_v2_model_runner
+    with pytest.raises(ValueError, match=r"the V2 model runner with graphs .*--enforce-eager"):
+        EngineArgs(**arguments).create_engine_config()
+
+
 @pytest.mark.parametrize("policy", (*RAW, *PACKED))
 def test_a_request_alone(policy: str, v1: Engine, v2: Engine) -> None:
     job: tuple[Any, ...] = (prompts(250), 24, [{"kv_policy": policy}])
