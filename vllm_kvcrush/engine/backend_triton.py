@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.compaction import Backend
-from vllm_kvcrush.engine.region import Region
+from vllm_kvcrush.engine.region import Region, joined
 from vllm_kvcrush.ops.fitted import LayerTable
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request
@@ -105,24 +105,10 @@ class KVCrushTritonMetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
     def _directory(self, regions: Sequence[Region | None]) -> tuple[Directory, Tensor]:
         """Pages of all requests and layers, and blocks that they take: int32 [requests]."""
-        known = [region for region in regions if region is not None]
-        begin = torch.zeros(len(regions), *known[0].begin.shape, dtype=torch.int32)
-        end = torch.zeros_like(begin)
-        first = 0
-        for row, region in enumerate(regions):
-            if region is not None:
-                torch.add(region.begin, first, out=begin[row])
-                torch.add(region.end, first, out=end[row])
-                first += len(region.page)
+        begin, end, page, count, codec, blocks = joined(regions)
         made = Directory.of(
-            begin.flatten(0, 1),
-            end.flatten(0, 1),
-            torch.cat([r.page for r in known]),
-            torch.cat([r.count for r in known]),
-            torch.cat([r.codec for r in known]),
-            device=self.device,
+            begin.flatten(0, 1), end.flatten(0, 1), page, count, codec, device=self.device
         )
-        blocks = torch.tensor([r.blocks if r else 0 for r in regions], dtype=torch.int32)
         made.runs = made.runs.view(*begin.shape, -1)
         return made, blocks.to(self.device, non_blocking=True)
 

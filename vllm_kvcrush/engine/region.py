@@ -139,6 +139,29 @@ class Stage:
             pool[self._target.page.to(pool.device).long()] = self.pages
 
 
+def joined(
+    regions: Sequence[Region | None],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The pages of n requests, of which some have regions, in one list: `begin` and `end`
+    [n, layers, kv_heads], `page`, `count` and `codec` as in `Region`; and blocks that each
+    request's take, int32 [n]."""
+    known = [region for region in regions if region is not None]
+    begin = torch.zeros(len(regions), *known[0].begin.shape, dtype=torch.int32)
+    end = torch.zeros_like(begin)
+    first = 0
+    for row, region in enumerate(regions):
+        if region is not None:
+            torch.add(region.begin, first, out=begin[row])
+            torch.add(region.end, first, out=end[row])
+            first += len(region.page)
+    page, count, codec = (
+        torch.cat([getattr(region, name) for region in known])
+        for name in ("page", "count", "codec")
+    )
+    blocks = torch.tensor([region.blocks if region else 0 for region in regions], dtype=torch.int32)
+    return begin, end, page, count, codec, blocks
+
+
 def batches(
     start: Tensor,
     length: Tensor,
@@ -154,24 +177,11 @@ def batches(
         table: int32 [n, columns], all blocks of each sequence, compressed ones first.
         regions: [n].
     """
-    known = [r for r in regions if r is not None]
-    blocks = torch.tensor([r.blocks if r else 0 for r in regions], dtype=torch.int32)
+    begin, end, page, count, codec, blocks = joined(regions)
     columns = (torch.arange(table.shape[1]) + blocks.unsqueeze(1)).clamp_(max=table.shape[1] - 1)
     tails = table.gather(1, columns)
-    layers, heads = known[0].begin.shape
-    begin = torch.zeros(len(regions), layers, heads, dtype=torch.int32)
-    end = torch.zeros_like(begin)
-    first = 0
-    for row, region in enumerate(regions):
-        if region is not None:
-            torch.add(region.begin, first, out=begin[row])
-            torch.add(region.end, first, out=end[row])
-            first += len(region.page)
-    page = torch.cat([r.page for r in known])
-    count = torch.cat([r.count for r in known])
-    codec = torch.cat([r.codec for r in known])
     lengths = length - blocks * block_size
     return [
         cpu.Batch(start, lengths, tails, cpu.Directory(begin[:, i], end[:, i], page, count, codec))
-        for i in range(layers)
+        for i in range(begin.shape[1])
     ]
