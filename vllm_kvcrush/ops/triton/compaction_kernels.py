@@ -230,7 +230,7 @@ def _encode_int4_values(x, half, codes, page, group, n, T: tl.constexpr, G: tl.c
     scale = tl.zeros([T], tl.float32)
     for k in tl.static_range(4):
         # The fractions of the peak that csrc/encode.h tries.
-        clip: tl.constexpr = 1.0 if k == 0 else 0.88 if k == 1 else 0.76 if k == 2 else 0.66
+        clip = 1.0 if k == 0 else 0.88 if k == 1 else 0.76 if k == 2 else 0.66
         levels = y * inverse(peak * clip / 7.5)[:, None] + 7.5
         levels = rounded(tl.minimum(tl.maximum(levels, 0.0), 15.0)) - 7.5
         levels = tl.where((c < G.v_size)[None, :], levels, 0.0)
