@@ -273,8 +273,7 @@ def _encode_positions(
             before += tl.sum(counted.to(tl.int32), 0)
         before = tl.where(before == n, NO_STEP, before).to(tl.int16)
         tl.store(wide + page * (G.page_bytes // 4) + G.header // 4, base)
-        at = words + page_at + (G.header + 4) // 2 + j
-        tl.store(at, before, mask=j < STEP_COUNT)
+        tl.store(words + page_at + (G.header + 4) // 2 + j, before, mask=j < STEP_COUNT)
 
 
 @triton.jit
@@ -312,9 +311,10 @@ def encode_kernel(
         _encode_int8(v, codes, half, v_at, v_scale, n, T, G.v_size, G.v_pad)
     else:
         size: tl.constexpr = G.k_size + G.v_size
-        at = raw + page * (G.page_bytes // G.itemsize) + (group * T + t)[:, None] * size
-        tl.store(at + c, k.to(raw.dtype.element_ty), mask=k_mask)
-        tl.store(at + G.k_size + d, v.to(raw.dtype.element_ty), mask=v_mask)
+        # A name of its own: Triton wants one type of what both branches name.
+        rows = raw + page * (G.page_bytes // G.itemsize) + (group * T + t)[:, None] * size
+        tl.store(rows + c, k.to(raw.dtype.element_ty), mask=k_mask)
+        tl.store(rows + G.k_size + d, v.to(raw.dtype.element_ty), mask=v_mask)
     if POSITIONS:  # noqa: SIM102 (one is known to the compiler, the other is not)
         if codec >= EXACT:
             _encode_positions(position, words, wide, page, first, total, codec, group, T, G)
