@@ -52,7 +52,7 @@ def cases(dry: bool) -> list[Case]:
         tiny = {"shape": "tiny", "block_size": 16}
         return [
             Case("decode", batch=2, context=80, rows=1, candidates=attention, **tiny),
-            Case("prefill", batch=1, context=48, rows=8, candidates=attention, **tiny),
+            Case("prefill", batch=1, context=48, rows=8, candidates=OURS, **tiny),
             Case("store", batch=2, context=16, rows=2, candidates=("raw",), **tiny),
             Case("gather", batch=1, context=64, rows=1, candidates=OURS, **tiny),
             Case("encode", batch=1, context=64, rows=1, candidates=OURS, **tiny),

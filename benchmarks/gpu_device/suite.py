@@ -24,9 +24,11 @@ SAMPLE = (
     "test_attention.py::test_misfits_are_refused",
     "test_attention.py::test_only_the_log_sum",
     "test_compaction.py::test_store_refuses_another_dtype",
-    "test_device.py",
+    "test_device.py::test_a_graph_follows_lengths",
+    "test_device.py::test_pages_far_into_the_pool",
 )
 _TEST_SECONDS = 90  # after which a test counts as hung; compilation included
+_START_SECONDS = 240  # that a process may take between tests: imports, the device's context
 _POLL = 0.2
 
 
@@ -61,9 +63,9 @@ class Journal:
             if "began" in line:
                 found.running = line["began"]
             elif "test" in line:
-                name, known = line.pop("test"), found.tests
-                if known.get(name, line)["outcome"] != "failed":
-                    known[name] = line
+                name = line.pop("test")
+                if name not in found.tests or line["outcome"] == "failed":
+                    found.tests[name] = line
                 found.running = None
         return found
 
@@ -113,17 +115,18 @@ def _process(
             [sys.executable, "-m", "pytest", *options, *tests],
             env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
-    size, heard = 0, time.monotonic()
+    size, heard, limit = 0, time.monotonic(), _START_SECONDS
     try:
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(_POLL)
             now = path.stat().st_size if path.exists() else 0
-            if now == size and time.monotonic() - heard < _TEST_SECONDS:
-                continue
             if now == size:
-                break
-            size, heard = now, time.monotonic()
+                if time.monotonic() - heard > limit:
+                    break
+                continue
             known = Journal.read(path)
+            size, heard = now, time.monotonic()
+            limit = _START_SECONDS if known.running is None else _TEST_SECONDS
             bar.total = len(known.collected)
             bar.update(len(known.tests) - bar.n)
     finally:
@@ -133,9 +136,10 @@ def _process(
     bar.update(len(known.tests) - bar.n)
     late = time.monotonic() >= deadline
     if known.running is not None and not late and status != LOST:
-        ended = {"test": known.running, "outcome": "failed", "seconds": time.monotonic() - heard}
-        hung = ended["seconds"] >= _TEST_SECONDS
-        ended["message"] = "hung" if hung else f"its process ended with status {status}"
+        seconds = time.monotonic() - heard
+        message = "hung" if seconds > limit else f"its process ended with status {status}"
+        ended = {"test": known.running, "outcome": "failed"}
+        ended |= {"seconds": seconds, "message": message}
         with path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(ended) + "\n")
 
