@@ -64,7 +64,7 @@ def encode(
     geometry = layer.geometry
     most = max(layer.capacity(codec) for codec in ("raw", "exact", "int8", "int4"))
     if len(target.page) and key.shape[1]:
-        encode_kernel[(len(target.page), triton.cdiv(most, GROUP))](
+        encode_kernel[(len(target.page), triton.cdiv(most, GROUP), 2)](
             key, value, key if positions is None else positions,
             layer.raw, layer.grid, layer.half, layer.words, layer.wide, layer.pool,
             target.head, target.page, target.count, target.codec, target.first, key.shape[1],
