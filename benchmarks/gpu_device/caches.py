@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -90,20 +92,17 @@ class Cache:
             directory = Directory.of(*self.entries(layer), device=self.device)
         start = torch.arange(case.batch + 1, dtype=torch.int32) * case.rows
         length = torch.full((case.batch,), self.tail, dtype=torch.int32)
-        tensors = [x.to(self.device) for x in (start, length, self.table.int())]
-        return Batch(*tensors, directory, case.rows)
+        start, length, table = (x.to(self.device) for x in (start, length, self.table.int()))
+        return Batch(start, length, table, directory, case.rows)
 
     def request(self, layer: Layer, seq: int) -> Request:
         """One sequence, as compactions see it."""
         begin, end, page, count, codec = self.entries(layer)
         first, last = int(begin[seq, 0]), int(end[seq, -1])
         own = slice(first, last)
-        tensors = [
-            x.to(self.device)
-            for x in (begin[seq] - first, end[seq] - first, page[own], count[own], codec[own])
-        ]
-        table = self.table[seq].int().to(self.device)
-        return Request.of(*tensors, table, self.tail, self.paged, self.pages > 0)
+        entries = (begin[seq] - first, end[seq] - first, page[own], count[own], codec[own])
+        table = self.table[seq].int()
+        return _request(self.device, *entries, table, self.tail, self.paged, self.pages > 0)
 
     def tokens(self, layer: Layer, seq: int) -> tuple[Tensor, Tensor]:
         """Float32 keys and values of a sequence: [kv_heads, context, size] each."""
@@ -111,6 +110,11 @@ class Cache:
         key, value, _ = compaction.gather(layer, self.request(layer, seq), slots)
         assert value is not None
         return key, value
+
+
+def _request(device: str, *arguments: Any) -> Request:
+    """`Request.of`, from the host's tensors."""
+    return Request.of(*(x.to(device) if isinstance(x, Tensor) else x for x in arguments))
 
 
 def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -> Request:
@@ -124,8 +128,8 @@ def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -
     begin = (heads * pages).int()
     codecs = torch.full((layer.kv_heads * pages,), CODECS[codec], dtype=torch.uint8)
     none = torch.zeros(0, dtype=torch.int32)
-    tensors = (begin, begin + pages, page.flatten().int(), count.flatten(), codecs, none)
-    return Request.of(*(x.to(device) for x in tensors), 0, 0)
+    entries = (begin, begin + pages, page.flatten().int(), count.flatten(), codecs)
+    return _request(device, *entries, none, 0, 0)
 
 
 def distinct(layer: Layer, codec: str) -> Tensor:
@@ -140,7 +144,6 @@ def distinct(layer: Layer, codec: str) -> Tensor:
     page = torch.arange(heads * DISTINCT, dtype=torch.int32)
     codecs = torch.full((heads * DISTINCT,), CODECS[codec], dtype=torch.uint8)
     none = torch.zeros(0, dtype=torch.int32)
-    tensors = (begin, begin + DISTINCT, page, count, codecs, none)
-    request = Request.of(*(x.to(device) for x in tensors), 0, 0)
+    request = _request(str(device), begin, begin + DISTINCT, page, count, codecs, none, 0, 0)
     compaction.encode(layer.over(pages), request, key, value, where)
     return pages

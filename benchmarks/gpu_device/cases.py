@@ -49,7 +49,7 @@ def cases(dry: bool) -> list[Case]:
     """The cases of a run, what matters most first: a run that is out of time lacks the last."""
     attention = (FLASH, *OURS)
     if dry:
-        tiny = {"shape": "tiny", "block_size": 16}
+        tiny: dict[str, Any] = {"shape": "tiny", "block_size": 16}
         return [
             Case("decode", batch=2, context=80, rows=1, candidates=attention, **tiny),
             Case("prefill", batch=1, context=48, rows=8, candidates=OURS, **tiny),

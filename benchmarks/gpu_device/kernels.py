@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -56,7 +57,7 @@ def measure(worker: Worker, case: Case, settings: dict[str, Any], timeout: float
 
     def ask(names: Sequence[str]) -> Result:
         job = {**case.job(), "candidates": list(names)}
-        return worker.ask(timeout, kind="measure", case=job, **settings)  # type: ignore[no-any-return]
+        return worker.ask(timeout, kind="measure", case=job, **settings)
 
     try:
         return ask(case.candidates)
@@ -92,8 +93,8 @@ def run_all(
             continue
         timeout = min(CASE_SECONDS, max(left, 10))
         found[case] = run.step(
-            case.name, lambda c=case, t=timeout: measure(worker, c, settings, t)
-        )  # fmt: skip
+            case.name, functools.partial(measure, worker, case, settings, timeout)
+        )
     return found, late
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.gpu_device import kernels, machine, serving, suite
 from benchmarks.gpu_device.kernels import Worker
-from benchmarks.report import Run, environment, say, table
+from benchmarks.report import ROOT, Run, environment, say, table
 
 # Ends of the parts as shares of the whole time: what one leaves unused, the next may have.
 ENDS = {"correctness": 0.42, "kernels": 0.74, "serving": 1.0}
@@ -95,7 +95,7 @@ class Parts:
         if not known.collected:
             log = self._journal.with_suffix(".log")
             self.parts["correctness"]["why"] = machine.anonymous(
-                log.read_text(errors="replace")[-3000:], suite.ROOT
+                log.read_text(errors="replace")[-3000:], ROOT
             )
 
     def kernels(self) -> None:
@@ -122,7 +122,7 @@ class Parts:
         if why is None and left < 1:
             why = "out of time"
         if why is not None:
-            found = {"ran": False, "why": why, "rows": []}
+            found: dict[str, Any] = {"ran": False, "why": why, "rows": []}
         elif self.run.has("serving"):
             found = self.run.step("serving", dict)
         else:

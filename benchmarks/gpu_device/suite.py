@@ -138,7 +138,7 @@ def _process(
     if known.running is not None and not late and status != LOST:
         seconds = time.monotonic() - heard
         message = "hung" if seconds > limit else f"its process ended with status {status}"
-        ended = {"test": known.running, "outcome": "failed"}
+        ended: dict[str, Any] = {"test": known.running, "outcome": "failed"}
         ended |= {"seconds": seconds, "message": message}
         with path.open("a", encoding="utf-8") as out:
             out.write(json.dumps(ended) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -31,13 +32,14 @@ class Burst:
             began = time.perf_counter()
             self._run()
             return (time.perf_counter() - began) / self.launches
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event  # untyped
+        begin, end = (event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(self._times):
             self._run()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / self._times / self.launches
+        return float(begin.elapsed_time(end)) / 1e3 / self._times / self.launches
 
 
 def eager(calls: Sequence[Call]) -> Call:

@@ -175,7 +175,8 @@ class Job:
             q = query[rows].float().transpose(0, 1)  # [heads, last, size]
             group = len(q) // len(key)
             logits = (
-                torch.einsum("hgrd,hnd->hgrn", q.unflatten(0, (-1, group)), key) * self.size**-0.5
+                torch.einsum("hgrd,hnd->hgrn", q.reshape(-1, group, *q.shape[1:]), key)
+                * self.size**-0.5
             )
             n = torch.arange(case.context, device=q.device)
             seen = case.context - last + torch.arange(last, device=q.device)

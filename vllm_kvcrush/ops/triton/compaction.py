@@ -48,7 +48,7 @@ def gather(
 
 def encode_warps(geometry: Geometry) -> int:
     """Of a program that encodes: a thread's share of keys and values is its registers."""
-    return min(8, max(geometry.k_pad, geometry.v_pad) // 16)
+    return max(geometry.k_pad, geometry.v_pad) // 16
 
 
 def encode(
