@@ -114,7 +114,8 @@ class Cache:
 
 def _request(device: str, *arguments: Any) -> Request:
     """`Request.of`, from the host's tensors."""
-    return Request.of(*(x.to(device) if isinstance(x, Tensor) else x for x in arguments))
+    there: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
+    return Request.of(*there)
 
 
 def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -> Request:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -49,7 +50,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def _alive() -> bool:
     import torch
 
-    if not torch.cuda.is_initialized():
+    initialized: Callable[[], bool] = torch.cuda.is_initialized
+    if not initialized():
         return True
     try:
         torch.cuda.synchronize()

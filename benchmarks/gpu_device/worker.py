@@ -174,10 +174,8 @@ class Job:
             rows = slice((seq + 1) * case.rows - last, (seq + 1) * case.rows)
             q = query[rows].float().transpose(0, 1)  # [heads, last, size]
             group = len(q) // len(key)
-            logits = (
-                torch.einsum("hgrd,hnd->hgrn", q.reshape(-1, group, *q.shape[1:]), key)
-                * self.size**-0.5
-            )
+            q = q.reshape(len(key), group, last, -1) * self.size**-0.5
+            logits = torch.einsum("hgrd,hnd->hgrn", q, key)
             n = torch.arange(case.context, device=q.device)
             seen = case.context - last + torch.arange(last, device=q.device)
             logits.masked_fill_(n > seen[:, None], -torch.inf)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
+import inspect
 import json
 import pathlib
 import time
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from benchmarks.gpu_device import kernels, machine, serving, suite
+from benchmarks.gpu_device import flash, kernels, machine, serving, suite
 from benchmarks.gpu_device.cases import FLASH, OURS, Case, cases
 from benchmarks.gpu_device.suite import Journal
+from benchmarks.kernels.check import attention
 from benchmarks.report import ROOT, Run
 from benchmarks.serving.__main__ import parser
 from vllm_kvcrush import gate
@@ -197,6 +203,43 @@ def test_cases_out_of_time_are_named_and_finished_ones_kept(run: Run) -> None:
         {},
         [c.name for c in cases(False)],
     )
+
+
+def paged_attention(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int,
+    seqused_k: Tensor, max_seqlen_k: int, softmax_scale: float, causal: bool,
+    block_table: Tensor, fa_version: int,
+) -> None:  # fmt: skip
+    """FlashAttention's contract, in plain torch."""
+    assert causal and fa_version == 3 and max_seqlen_k == int(seqused_k.max())
+    for i, n in enumerate(seqused_k.tolist()):
+        rows = slice(int(cu_seqlens_q[i]), int(cu_seqlens_q[i + 1]))
+        assert rows.stop - rows.start == max_seqlen_q
+        key, value = (x[block_table[i].long()].flatten(0, 1)[:n].transpose(0, 1) for x in (k, v))
+        out[rows] = attention(q[rows], key, value, softmax_scale)
+
+
+def test_flash_attention_is_asked_for_what_ours_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "load", lambda size: (paged_attention, 3))
+    case = Case("prefill", "tiny", 2, 40, 5, (FLASH,), block_size=16)
+    one = flash.Flash(case, torch.float32, "cpu", 1)
+    (call,) = one.calls()
+    call()
+    for seq in range(2):
+        rows = slice(5 * seq, 5 * seq + 5)
+        want = attention(one.query[rows], *one.tokens(seq), 64**-0.5)
+        torch.testing.assert_close(one.out[rows], want.float())
+    # All of these are arguments of vLLM's own, which cannot be imported without a GPU's build.
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.submodule_search_locations
+    source = pathlib.Path(spec.submodule_search_locations[0], "vllm_flash_attn")
+    tree = ast.parse((source / "flash_attn_interface.py").read_text())
+    (theirs,) = [
+        {argument.arg for argument in node.args.args}
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func"
+    ]
+    assert set(inspect.signature(paged_attention).parameters) <= theirs
 
 
 @pytest.mark.parametrize("dry", [True, False])
