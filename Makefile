@@ -6,6 +6,9 @@
 #              UBSan (make sanitize SEED=2 FUZZ_SECONDS=600)
 # make bench   set up, then every benchmark in its quick form and one report (half an hour on two
 #              quiet cores; a killed run goes on where it was)
+# make bench-gpu  for whoever has a GPU: correctness, kernels and serving in under 20 minutes, into
+#              gpu-results.json; docs/gpu.md says where to send it. Nothing is set up: name a Python
+#              with vLLM 0.32 for GPUs (make bench-gpu PYTHON=/path/to/python ARGS="--minutes 10")
 # make figures draw the pictures and fill the tables from benchmarks/results/*.json
 # make clean   remove what the others made, except .venv and the model
 
@@ -18,7 +21,7 @@ export VLLM_KVCRUSH_CACHE ?= $(CURDIR)/.cache
 # processes would compile everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup model serve test lint sanitize bench figures clean
+.PHONY: help setup model serve test lint sanitize bench bench-gpu figures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,6 +56,9 @@ sanitize: setup
 
 bench: model
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-gpu:
+	@$(or $(PYTHON),python3) -m benchmarks.gpu_device $(ARGS)
 
 figures: setup
 	$(BIN)/python -m benchmarks.figures

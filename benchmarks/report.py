@@ -72,8 +72,9 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def row(metric: str, value: float, unit: str, n: int = 1, **where: Any) -> Row:
-    """One measurement in long form. Raises ValueError for a column that the schema lacks."""
+def row(metric: str, value: float | None, unit: str, n: int = 1, **where: Any) -> Row:
+    """One measurement in long form; no value: it could not be made, and `mode` says why. Raises
+    ValueError for a column that the schema lacks."""
     if unknown := where.keys() - set(WHERE):
         raise ValueError(f"no such column: {', '.join(sorted(unknown))}")
     return {**dict.fromkeys(WHERE), "metric": metric, "value": value, "unit": unit, "n": n, **where}

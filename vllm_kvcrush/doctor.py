@@ -138,6 +138,7 @@ def _environment() -> str:
         "VLLM_CPU_OMP_THREADS_BIND",
         "OMP_NUM_THREADS",
         "KVCRUSH_ISA",
+        gate.UNVERIFIED_GPU,
     )
     found = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     return ", ".join(found) or "no setting of note"

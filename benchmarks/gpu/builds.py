@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from vllm_kvcrush.ops.triton import attention_kernel, compaction_kernels, scores_kernel
 from vllm_kvcrush.ops.triton import store_kernel as stores
+from vllm_kvcrush.ops.triton.compaction import encode_warps
 from vllm_kvcrush.ops.triton.config import attention_tiles
 from vllm_kvcrush.ops.triton.layout import Geometry
 
@@ -140,7 +141,7 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
         )  # fmt: skip
     yield Build(
         "encode", "mixed", *same, compaction_kernels.encode_kernel,
-        {"T": 64, "POSITIONS": True, "G": geometry}, 8 if size > 128 else 4, 3, scratch,
+        {"T": 64, "POSITIONS": True, "G": geometry}, encode_warps(geometry), 3, scratch,
     )  # fmt: skip
     constants = {"T": 64, "W": 32, "GROUP": group, "HEADS": 8 * group}
     constants |= {"DTYPE": DTYPES[dtype], "G": geometry}

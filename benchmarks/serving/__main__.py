@@ -20,12 +20,13 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import pathlib
 import signal
 from typing import Any
 
 from benchmarks.report import Run, arguments, progress
 from benchmarks.serving import results, workloads
-from benchmarks.serving.bench import Bench
+from benchmarks.serving.bench import ITEMSIZE, Bench
 from benchmarks.serving.metrics import MetricsError
 from benchmarks.serving.results import PLAIN, POLICY
 from benchmarks.serving.servers import ServerError
@@ -61,6 +62,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--budget", type=_budget, default=0.25, help="its KV budget")
     p.add_argument("--repeats", type=_count, help="rounds; by default 3, with --quick 1")
     p.add_argument("--workloads", nargs="+", metavar="NAME", help="these only; by default all")
+    p.add_argument("--model", type=pathlib.Path, help="its directory; by default the demo model")
+    p.add_argument("--dtype", choices=list(ITEMSIZE), default="float32", help="of both servers")
+    p.add_argument(
+        "--policy-flags", default="", help="more flags of vLLM for the server with a policy"
+    )
     p.add_argument("--plain-url", help="a running server of plain vLLM, to measure it")
     p.add_argument("--policy-url", help="a running server with the policy, to measure it")
     p.add_argument(

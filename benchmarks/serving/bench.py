@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import shlex
 import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
 WARM_UP = 256  # tokens
 
 
-def block_bytes(model: str) -> int:
-    """Bytes of one block in float32, over all layers."""
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def block_bytes(model: str, dtype: str = "float32") -> int:
+    """Bytes of one block over all layers."""
     config = json.loads((pathlib.Path(model) / "config.json").read_text())
     heads = config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
-    per_token = config["num_hidden_layers"] * config["num_key_value_heads"] * 2 * size * 4
-    return BLOCK_SIZE * per_token
+    per_token = config["num_hidden_layers"] * config["num_key_value_heads"] * 2 * size
+    return BLOCK_SIZE * per_token * ITEMSIZE[dtype]
 
 
 class Bench:
@@ -44,26 +48,31 @@ class Bench:
 
     @functools.cached_property
     def pair(self) -> dict[str, Server]:
-        """Both servers: the user's, or the demo model's."""
+        """Both servers: the user's, or ones on a model of this machine."""
         args = self.args
         if args.plain_url:
             return {
                 PLAIN: Server(args.plain_url.rstrip("/")),
                 POLICY: Server(args.policy_url.rstrip("/")),
             }
-        from vllm_kvcrush import demo_model
+        if args.model is None:
+            from vllm_kvcrush import demo_model
 
-        model = str(demo_model.prepare(say=say))
+            model = str(demo_model.prepare(say=say))
+        else:
+            model = str(args.model)
         # No longer than needed: the pool must be able to hold one such request raw.
         longest = max(WARM_UP + 8, *(load.tokens for load in self.loads))
         return self.stack.enter_context(
             servers.started(
                 model,
                 # One more: vLLM keeps a null block.
-                pool_bytes=(args.pool_blocks + 1) * block_bytes(model),
+                pool_bytes=(args.pool_blocks + 1) * block_bytes(model, args.dtype),
                 max_model_len=longest,
                 policy=args.policy,
                 budget=args.budget,
+                dtype=args.dtype,
+                policy_flags=shlex.split(args.policy_flags),
             )
         )
 

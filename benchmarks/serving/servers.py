@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,17 +159,24 @@ def _environment(plain: bool) -> dict[str, str]:
 
 @contextlib.contextmanager
 def started(
-    model: str, pool_bytes: int, max_model_len: int, policy: str, budget: float | int
+    model: str,
+    pool_bytes: int,
+    max_model_len: int,
+    policy: str,
+    budget: float | int,
+    dtype: str = "float32",
+    policy_flags: Sequence[str] = (),
 ) -> Iterator[dict[str, Server]]:
-    """Both servers by name, each with a pool of `pool_bytes`; `model` is a directory."""
+    """Both servers by name, each with a pool of `pool_bytes`; `model` is a directory, and
+    `policy_flags` are more flags of the one with a policy."""
     vllm = pathlib.Path(sys.executable).parent / "vllm"
     flags = (
-        f"--served-model-name={NAME} --host=127.0.0.1 --dtype=float32 --enforce-eager "
+        f"--served-model-name={NAME} --host=127.0.0.1 --dtype={dtype} --enforce-eager "
         f"--block-size={BLOCK_SIZE} --max-model-len={max_model_len} --max-num-seqs=128 "
         f"--kv-cache-memory-bytes={pool_bytes} --max-num-batched-tokens=2048 "
         "--enable-prefix-caching"
     ).split()
-    own = {PLAIN: [], POLICY: [f"--kv-policy={policy}", f"--kv-budget={budget}"]}
+    own = {PLAIN: [], POLICY: [f"--kv-policy={policy}", f"--kv-budget={budget}", *policy_flags]}
     say("starting plain vLLM and vLLM with the policy …")
     began = time.monotonic()
     with contextlib.ExitStack() as stack:

@@ -22,10 +22,10 @@ class Cache:
     def __init__(
         self, draw: random.Random, device: str, group: int, k_size: int, v_size: int,
         dtype: torch.dtype = torch.float16, kv_heads: int = 2, block_size: int = 32,
-        blocks: int = 24,
+        blocks: int = 24, layers: int = 0,
     ):  # fmt: skip
         self.draw, self.device, self.dtype, self.block_size = draw, device, dtype, block_size
-        layers = draw.randrange(1, 4)
+        layers = layers or draw.randrange(1, 4)
         page_bytes = block_size * (k_size + v_size) * dtype.itemsize
         # All bits set: NaN as a float of any width.
         pool = torch.full((blocks * layers * kv_heads * page_bytes,), 255, dtype=torch.uint8)

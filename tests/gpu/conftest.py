@@ -1,6 +1,7 @@
 """The GPU kernels' tests. They need a process of their own, because Triton decides at import time
 whether kernels are interpreted: tests/unit/test_gpu.py starts it. On a machine with a GPU,
-`KVCRUSH_GPU_TESTS=1 python -m pytest tests/gpu` runs the same tests on the device.
+`KVCRUSH_GPU_TESTS=1 python -m pytest tests/gpu` runs the same tests on the device, and
+`make bench-gpu` does so one crash or hang at a time.
 """
 
 from __future__ import annotations
@@ -25,17 +26,31 @@ def draw() -> random.Random:
     return random.Random(seed)
 
 
+# One a process, and part of every test's name: whoever reads a result sees where it ran.
+MODE = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@pytest.fixture(scope="session", params=[MODE])
+def mode(request: pytest.FixtureRequest) -> str:
+    """How kernels run: "interpreter", or "cuda" (which is also what torch calls ROCm)."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def device() -> str:
+def device(mode: str) -> str:
     """Interpreted kernels read CPU memory."""
-    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    return "cpu" if mode == "interpreter" else "cuda"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreter() -> None:
     """Mends two things of Triton's interpreter."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
+    if MODE == "interpreter":
+        mend_interpreter()
+
+
+def mend_interpreter() -> None:
+    """Its bfloat16 products, and its slow launches."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -372,6 +372,24 @@ def test_the_v2_runner_is_taken_in_eager_mode_on_one_rank() -> None:
     assert "--enforce-eager" in clause and "VLLM_USE_V2_MODEL_RUNNER=0" in clause
 
 
+def test_a_gpu_passes_only_where_the_operator_insists(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = plain()
+    assert gate.unverified(config) is None
+    config.device_config.device_type = "cuda"
+    config.use_v2_model_runner = config.model_config.enforce_eager = True
+    config.parallel_config.tensor_parallel_size = 1
+    for value in ("", "0", "true"):
+        monkeypatch.setenv(gate.UNVERIFIED_GPU, value)
+        assert "platform cuda" in gate.refusals(config)[0]
+    monkeypatch.setenv(gate.UNVERIFIED_GPU, "1")
+    assert gate.refusals(config) == []
+    assert "never verified on cuda" in str(gate.unverified(config))
+    config.use_v2_model_runner = False
+    assert "cuda under the V1 model runner" in gate.refusals(config)[0]
+    config.device_config.device_type = "xpu"
+    assert "platform xpu" in gate.refusals(config)[0]
+
+
 def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     (clause,) = gate.refusals(plain())

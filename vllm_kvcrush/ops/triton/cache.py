@@ -6,6 +6,7 @@ Shapes and meanings are those of `vllm_kvcrush.ops.cpu`, so an engine can use ei
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,12 @@ RUNS = ("int4", "int8", "raw")
 _RANK = torch.zeros(256, dtype=torch.int64)
 for _codec in CODECS:
     _RANK[NUMBERS[_codec]] = RUNS.index("raw" if _codec == "exact" else _codec)
+
+
+@functools.cache
+def _rank(device: torch.device) -> Tensor:
+    # Copied once: a copy from the host waits for the device, and no graph can have it.
+    return _RANK.to(device)
 
 
 class Layer:
@@ -156,7 +163,7 @@ class Directory:
     def ordered(cls, request: Request) -> Directory:
         """A request's pages as the directory of a batch of one, without waiting for the device."""
         kinds = len(RUNS)
-        key = request.head * kinds + _RANK.to(request.codec.device)[request.codec.long()]
+        key = request.head * kinds + _rank(request.codec.device)[request.codec.long()]
         order = key.argsort(stable=True)
         starts = torch.arange(len(request.begin) + 1, device=key.device) * kinds
         bounds = starts[:-1, None] + torch.arange(kinds + 1, device=key.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vllm_kvcrush.ops.triton.cache import Layer, Request
 from vllm_kvcrush.ops.triton.compaction_kernels import encode_kernel, gather_kernel
+from vllm_kvcrush.ops.triton.layout import Geometry
 from vllm_kvcrush.pages import GROUP
 
 SLOTS = 32  # of a program that gathers
@@ -45,6 +46,11 @@ def gather(
     return key, value, where
 
 
+def encode_warps(geometry: Geometry) -> int:
+    """Of a program that encodes: a thread's share of keys and values is its registers."""
+    return max(geometry.k_pad, geometry.v_pad) // 16
+
+
 def encode(
     layer: Layer, target: Request, key: Tensor, value: Tensor, positions: Tensor | None
 ) -> None:
@@ -58,12 +64,12 @@ def encode(
     geometry = layer.geometry
     most = max(layer.capacity(codec) for codec in ("raw", "exact", "int8", "int4"))
     if len(target.page) and key.shape[1]:
-        encode_kernel[(len(target.page), triton.cdiv(most, GROUP))](
+        encode_kernel[(len(target.page), triton.cdiv(most, GROUP), 2)](
             key, value, key if positions is None else positions,
             layer.raw, layer.grid, layer.half, layer.words, layer.wide, layer.pool,
             target.head, target.page, target.count, target.codec, target.first, key.shape[1],
             T=GROUP, POSITIONS=positions is not None, G=geometry,
-            num_warps=8 if max(geometry.k_pad, geometry.v_pad) > 128 else 4,
+            num_warps=encode_warps(geometry),
         )  # fmt: skip
 
 

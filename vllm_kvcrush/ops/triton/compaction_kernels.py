@@ -228,9 +228,9 @@ def _encode_int4_values(x, half, codes, page, group, n, T: tl.constexpr, G: tl.c
     peak = tl.max(tl.abs(y), 1)
     best = tl.zeros([T], tl.float32)
     scale = tl.zeros([T], tl.float32)
-    for k in tl.static_range(4):
-        # The fractions of the peak that csrc/encode.h tries.
-        clip: tl.constexpr = 1.0 if k == 0 else 0.88 if k == 1 else 0.76 if k == 2 else 0.66
+    for k in range(4):
+        # The fractions of the peak that csrc/encode.h tries. Not unrolled: that would spill.
+        clip = tl.where(k == 0, 1.0, tl.where(k == 1, 0.88, tl.where(k == 2, 0.76, 0.66)))
         levels = y * inverse(peak * clip / 7.5)[:, None] + 7.5
         levels = rounded(tl.minimum(tl.maximum(levels, 0.0), 15.0)) - 7.5
         levels = tl.where((c < G.v_size)[None, :], levels, 0.0)
@@ -273,8 +273,25 @@ def _encode_positions(
             before += tl.sum(counted.to(tl.int32), 0)
         before = tl.where(before == n, NO_STEP, before).to(tl.int16)
         tl.store(wide + page * (G.page_bytes // 4) + G.header // 4, base)
-        at = words + page_at + (G.header + 4) // 2 + j
-        tl.store(at, before, mask=j < STEP_COUNT)
+        tl.store(words + page_at + (G.header + 4) // 2 + j, before, mask=j < STEP_COUNT)
+
+
+@triton.jit
+def _store_rows(
+    x, raw, page, group, n, OFFSET: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr,
+    T: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    t, c = tl.arange(0, T), tl.arange(0, PAD)[None, :]
+    row: tl.constexpr = G.k_size + G.v_size
+    at = raw + page * (G.page_bytes // G.itemsize) + (group * T + t)[:, None] * row + OFFSET + c
+    tl.store(at, x.to(raw.dtype.element_ty), mask=(t < n)[:, None] & (c < SIZE))
+
+
+@triton.jit
+def _load_rows(x, first, n, SIZE: tl.constexpr, PAD: tl.constexpr, T: tl.constexpr):
+    t, c = tl.arange(0, T), tl.arange(0, PAD)[None, :]
+    mask = (t < n)[:, None] & (c < SIZE)
+    return tl.load(x + (first + t)[:, None] * SIZE + c, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -283,38 +300,40 @@ def encode_kernel(
     heads, pages, counts, codecs, firsts, count,
     T: tl.constexpr, POSITIONS: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Grid (entries, groups of T = 64 tokens of the largest page). Fills each entry's page with
-    counts[entry] rows of its head, from row firsts[entry], of float32 key [heads, count, k_size],
-    value likewise and int32 position [heads, count]."""
+    """Grid (entries, groups of T = 64 tokens of the largest page, 2): a program has keys or values,
+    for both would not fit its registers. Fills each entry's page with counts[entry] rows of its
+    head, from row firsts[entry], of float32 key [heads, count, k_size], value likewise and int32
+    position [heads, count]."""
     entry, group = tl.program_id(0), tl.program_id(1)
     total = tl.load(counts + entry)
     n = total - group * T
     if n <= 0:
         return
     page, codec = tl.load(pages + entry).to(tl.int64), tl.load(codecs + entry)
-    t = tl.arange(0, T)
     first = tl.load(heads + entry).to(tl.int64) * count + tl.load(firsts + entry)
-    row = (first + group * T + t)[:, None]
-    c = tl.arange(0, G.k_pad)[None, :]
-    k_mask = (t < n)[:, None] & (c < G.k_size)
-    k = tl.load(key + row * G.k_size + c, mask=k_mask, other=0.0).to(tl.float32)
-    d = tl.arange(0, G.v_pad)[None, :]
-    v_mask = (t < n)[:, None] & (d < G.v_size)
-    v = tl.load(value + row * G.v_size + d, mask=v_mask, other=0.0).to(tl.float32)
-    if codec == INT4:
-        _encode_int4_keys(k, grid, codes, page, group, n, T, G)
-        _encode_int4_values(v, half, codes, page, group, n, T, G)
-    elif codec == INT8:
-        at, scale_at = page * G.page_bytes, page * (G.page_bytes // 2) + group * T
-        k_at, v_at = at + G.int8.k + group * T * G.k_size, at + G.int8.v + group * T * G.v_size
-        k_scale, v_scale = scale_at + G.int8.k_scale // 2, scale_at + G.int8.v_scale // 2
-        _encode_int8(k, codes, half, k_at, k_scale, n, T, G.k_size, G.k_pad)
-        _encode_int8(v, codes, half, v_at, v_scale, n, T, G.v_size, G.v_pad)
+    row = first + group * T
+    scale_at = page * (G.page_bytes // 2) + group * T
+    # Branches use no name of their own twice: Triton wants one type of what both of them name.
+    if tl.program_id(2) == 0:
+        k = _load_rows(key, row, n, G.k_size, G.k_pad, T)
+        if codec == INT4:
+            _encode_int4_keys(k, grid, codes, page, group, n, T, G)
+        elif codec == INT8:
+            k_at = page * G.page_bytes + G.int8.k + group * T * G.k_size
+            k_scale = scale_at + G.int8.k_scale // 2
+            _encode_int8(k, codes, half, k_at, k_scale, n, T, G.k_size, G.k_pad)
+        else:
+            _store_rows(k, raw, page, group, n, 0, G.k_size, G.k_pad, T, G)
+        if POSITIONS:  # noqa: SIM102 (one is known to the compiler, the other is not)
+            if codec >= EXACT:
+                _encode_positions(position, words, wide, page, first, total, codec, group, T, G)
     else:
-        size: tl.constexpr = G.k_size + G.v_size
-        at = raw + page * (G.page_bytes // G.itemsize) + (group * T + t)[:, None] * size
-        tl.store(at + c, k.to(raw.dtype.element_ty), mask=k_mask)
-        tl.store(at + G.k_size + d, v.to(raw.dtype.element_ty), mask=v_mask)
-    if POSITIONS:  # noqa: SIM102 (one is known to the compiler, the other is not)
-        if codec >= EXACT:
-            _encode_positions(position, words, wide, page, first, total, codec, group, T, G)
+        v = _load_rows(value, row, n, G.v_size, G.v_pad, T)
+        if codec == INT4:
+            _encode_int4_values(v, half, codes, page, group, n, T, G)
+        elif codec == INT8:
+            v_at = page * G.page_bytes + G.int8.v + group * T * G.v_size
+            v_scale = scale_at + G.int8.v_scale // 2
+            _encode_int8(v, codes, half, v_at, v_scale, n, T, G.v_size, G.v_pad)
+        else:
+            _store_rows(v, raw, page, group, n, G.k_size, G.v_size, G.v_pad, T, G)
