@@ -148,7 +148,8 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     for codec in ("raw", "mixed"):
         yield Build(
             "scores", codec, *same, scores_kernel.scores_kernel,
-            constants | {"TAIL": codec == "raw", "INTS": codec == "mixed"}, 4, 3, {"out": "*fp32"},
+            constants | {"TAIL": codec == "raw", "INTS": codec == "mixed"}, 4, 3,
+            {"out": "*fp32", "tail_length": "i32"},
         )  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def builds(quick: bool, target: str) -> list[Build]:
         return [
             attention("int4", 128, 4, "bf16", True, target),
             attention("raw", 64, 3, "bf16", False, target),
-            next(b for b in others(64, 3, "bf16") if b.kernel == "store"),
+            *others(64, 3, "bf16"),
         ]
     codecs = ("raw", "int8", "int4", "mixed")
     found = [
