@@ -251,6 +251,8 @@ def _measured_on(path: pathlib.Path) -> str:
 PICKED = (
     ("auto", 0.25, "bits"),
     ("auto", 0.125, "bits"),
+    ("auto", 0.25, "long"),
+    ("auto", 0.125, "long"),
     ("tc4", 0.25, "bits"),
     ("tc6", 0.125, "bits"),
     ("int4", 0.25, "bits"),
@@ -264,7 +266,7 @@ PICKED = (
 def summary() -> str:
     """README's table: what some policies hold, and what they lose."""
     lines, notes = [], []
-    for name in ("bits", "quality"):
+    for name in ("bits", "long", "quality"):
         path = RESULTS / f"{name}.json"
         found = rows(path, task="all", mode="question_after")
         items = next(r["n"] for r in found if r["metric"] == "delta_nll")
@@ -303,8 +305,8 @@ def bits() -> str:
     """What fewer bits lose: the quality benchmark on policies that keep every token."""
     from benchmarks.quality.summary import tables
 
-    path = RESULTS / "bits.json"
-    return f"{_measured_on(path)}\n\n{tables(read(path)['rows'])}"
+    paths = [RESULTS / "bits.json", RESULTS / "long.json"]
+    return "\n\n".join(f"{_measured_on(p)}\n\n{tables(read(p)['rows'])}" for p in paths)
 
 
 def capacity() -> str:
