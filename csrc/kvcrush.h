@@ -176,11 +176,11 @@ typedef struct {
 } kvc_request;
 
 /* Compaction of one layer: head h's slots slots[slot_start[h]] ... slots[slot_start[h + 1] - 1],
- * in any order, are decoded and encoded into the pages of `target`, each taking as many as its count
- * says. A source page whose tokens fill a page of the same codec is copied. All is read before
- * anything is written, so targets may be sources. With `staged`, entry e of `target` is written at
- * staged + e * page_bytes instead of its page, for the caller to copy there: pages of one layer may
- * then lie where other layers have not been read yet. */
+ * in any order, are decoded and encoded into the pages of `target`, each taking as many as its
+ * count says. A source page whose tokens fill a page of the same codec is copied. All is read
+ * before anything is written, so targets may be sources. With `staged`, entry e of `target` is
+ * written at staged + e * page_bytes instead of its page, for the caller to copy there: pages of
+ * one layer may then lie where other layers have not been read yet. */
 int kvc_compact(const kvc_layer *layer, const kvc_request *source, const int64_t *slots,
                 const int64_t *slot_start, const kvc_directory *target, uint8_t *staged);
 
