@@ -4,8 +4,8 @@
 # make lint    set up, then check style and types
 # make sanitize  set up, then call the CPU kernels with hostile arguments under AddressSanitizer and
 #              UBSan (make sanitize SEED=2 FUZZ_SECONDS=600)
-# make bench   set up, then every benchmark in its quick form and one report (half an hour on two
-#              quiet cores; a killed run goes on where it was)
+# make bench   set up, then every benchmark in its quick form and one report (some 40 minutes on
+#              two cores; a killed run goes on where it was)
 # make bench-gpu  for whoever has a GPU: correctness, kernels and serving in under 20 minutes, into
 #              gpu-results.json; docs/gpu.md says where to send it. Nothing is set up: name a Python
 #              with vLLM 0.32 for GPUs (make bench-gpu PYTHON=/path/to/python ARGS="--minutes 10")

@@ -210,6 +210,7 @@ def test_statistics_taken_at_start_are_the_models(
     engine: Engine, model_path: str, monkeypatch: Any
 ) -> None:
     """Without a file of tables: the same moments as transformers finds in the same text."""
+    assert measure.pieces(engine.runner.model_config, 9) == []
     found = measure.pieces(engine.runner.model_config, 512)[:2]
     assert [len(piece) for piece in found] == [512, 512]
     monkeypatch.setattr(measure, "pieces", lambda *_: found)
@@ -223,6 +224,8 @@ def test_statistics_taken_at_start_are_the_models(
     with pytest.raises(TablesError, match="not the one that its configuration describes"):
         other = Rope(reader.rope.frequencies * 1.5)
         measure.gather(engine.runner._read_pieces(), other)
+    with pytest.raises(TablesError, match="too short to take statistics"):
+        measure.gather(iter(()), reader.rope)
     engine.reset()
     engine.assert_idle()
 
@@ -256,11 +259,11 @@ def test_mikv_keeps_everything_and_the_important_tokens_finer(
 ) -> None:
     """Compacted again and again: a demoted token is in the finer tier again only if
     all others are."""
-    tiers: list[list[torch.Tensor]] = []
+    tiers: list[tuple[Any, torch.Tensor]] = []
 
     def record(command: Any, layer: int, slots: torch.Tensor) -> None:
         if layer == 0:
-            tiers.append([command, slots])
+            tiers.append((command, slots))
 
     engine.runner.on_select = record
     prompt, new = ids[4000:5000], 2 * DECODE_INTERVAL + 4

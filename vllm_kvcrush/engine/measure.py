@@ -17,8 +17,8 @@ from vllm_kvcrush.config import NONE, POLICY_KEY
 from vllm_kvcrush.transform import SINKS, Rope, Statistics, TablesError
 
 # Packages that vLLM requires and whose descriptions are long: English with code and lists in it.
-TEXTS = ("openai", "torch", "fastapi", "transformers")
-TOKENS = 4096  # to read; more change nothing that can be measured
+TEXTS = ("openai", "torch")
+TOKENS = 4096  # to read
 # Tokens of one request: its first half is read twice in a row, because the second time queries
 # look for what they have seen before, as a question over a context does.
 PIECE = 512
@@ -37,8 +37,10 @@ def text() -> str:
 
 
 def pieces(model_config: Any, longest: int) -> list[list[int]]:
-    """Token ids of the requests to run, none longer than `longest`."""
+    """Token ids of the requests to run, none longer than `longest`; none if that is too short."""
     half = min(PIECE, longest) // 2
+    if half <= SINKS:
+        return []
     tokenizer = cached_tokenizer_from_config(model_config)
     ids = tokenizer.encode(text(), add_special_tokens=False)[: TOKENS // 2]
     return [2 * ids[i : i + half] for i in range(0, len(ids) - half + 1, half)]
@@ -103,5 +105,8 @@ def gather(read: Iterator[tuple[Tensor, Tensor, Tensor]], rope: Rope) -> Statist
         total = new if total is None else total.merged(new, count, more)
         count += more
     if total is None:
-        raise TablesError("there is no text to take statistics of: use int8 or int4.")
+        raise TablesError(
+            "the context or the KV cache is too short to take statistics of the model in: make "
+            "tables with `vllm-kvcrush calibrate MODEL`, or use int8 or int4."
+        )
     return total
