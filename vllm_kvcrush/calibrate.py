@@ -1,8 +1,10 @@
-"""Calibration: reads a model's keys, queries and values on some text and writes transform tables.
+"""Calibration: reads a model's keys and what their errors would cost on some text, and writes
+transform tables.
 
 Runs the model in transformers, on the CPU, in float32. Knows no model type: queries and keys are
 taken where attention gets them, and RoPE is turned back after a check that it is the one that the
-configuration describes.
+configuration describes. What errors cost are gradients: a text is read, then the model goes on over
+keys that are leaves of a graph, which is how a compressed cache is used.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ from vllm_kvcrush.transform import (
     save,
 )
 
-# Tokens of one forward pass; keys have no position before RoPE, so longer ones teach nothing new.
-PIECE = 1024
+# Tokens whose keys are studied at once, tokens that then look back at them, and how often.
+CONTEXT, QUESTION, LESSONS = 1536, 512, 4
 # More tokens than this change nothing that can be measured.
 MOST_TOKENS = 4096
 FEWEST_TOKENS = 512
@@ -77,6 +79,7 @@ class Reader:
         self.model = Model.from_config(self.config, folder.resolve().name)
         self.rope = Rope.from_config(self.config)
         self._layers: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._past: tuple[Tensor, Tensor, Tensor | None] | None = None
         AttentionInterface.register(self.ATTENTION, self.attention)
         AttentionMaskInterface.register(self.ATTENTION, sdpa_mask)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -88,9 +91,20 @@ class Reader:
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any
     ) -> Any:
-        """transformers' own attention, which also notes what it is given while `read` runs."""
+        """transformers' own attention, which also notes what it is given while `read` runs, and
+        has more to attend to while `over` runs."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        if self._past is not None:
+            keys, values, kept = self._past
+            layer, m, n = module.layer_idx, query.shape[2], keys.shape[2]
+            key = torch.cat([keys[layer][None], key], 2)
+            value = torch.cat([values[layer][None], value], 2)
+            mask = torch.ones(len(keys[layer]), m, n + m, dtype=torch.bool).tril(n)
+            if kept is not None:
+                mask[..., :n] &= kept[layer][:, None]
+            groups = query.shape[1] // key.shape[1]
+            mask = mask.repeat_interleave(groups, 0)[None]
         if self._layers is not None:
             self._layers[module.layer_idx] = query[0], key[0], value[0]
         return sdpa_attention_forward(module, query, key, value, mask, **rest)
@@ -111,6 +125,41 @@ class Reader:
             )
         q, k, v = (torch.stack([layers[i][part] for i in sorted(layers)]) for part in range(3))
         return q, k, v
+
+    def over(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        start: int,
+        tokens: Sequence[int],
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """Log-probabilities [m, vocabulary] after each of m tokens that attend to keys [L, H, n, D]
+        with RoPE, values [L, H, n, Dv] and one another; the first has position `start`. `kept`,
+        bool [L, H, n], hides the other keys."""
+        self._past, places = (keys, values, kept), torch.arange(start, start + len(tokens))
+        try:
+            logits = self.network(
+                input_ids=torch.tensor([list(tokens)]),
+                position_ids=places[None],
+                use_cache=False,
+            ).logits[0]
+        finally:
+            self._past = None
+        return logits.log_softmax(-1)
+
+    def gradients(
+        self, keys: Tensor, values: Tensor, tokens: Sequence[int], generator: torch.Generator
+    ) -> Tensor:
+        """Gradients [L, H, n, D] that keys have of the log-likelihood of what the model might
+        have said in place of each of the tokens that come next: their second moment is Fisher
+        information, which the tokens' own likelihood gives only where the model is right."""
+        # What was made in inference mode cannot be part of a graph.
+        keys, values = keys.clone().requires_grad_(), values.clone()
+        logp = self.over(keys, values, keys.shape[2], tokens)
+        said = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+        (found,) = torch.autograd.grad(logp.gather(1, said).sum(), keys)
+        return found
 
     def _verify(self) -> None:
         # Rotary embeddings see distances only: moving all positions turns every layer's keys by
@@ -159,23 +208,38 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def lessons(tokens: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Contexts, all over the tokens, and what is read over each: half of it goes on with the text,
+    half repeats a part, as questions and answers do."""
+    n = len(tokens)
+    question = min(QUESTION, n // 4)
+    size = min(CONTEXT, n - question)
+    last, generator = n - size - question // 2, _generator()
+    found = []
+    for start in range(0, last + 1, max(1, last // (LESSONS - 1))) if last else [0]:
+        context, ahead = tokens[start : start + size], tokens[start + size :][: question // 2]
+        again = int(torch.randint(size - question // 2 + 1, (), generator=generator))
+        found.append((list(context), [*ahead, *context[again : again + question // 2]]))
+    return found[:LESSONS]
+
+
 def gather(
-    reader: Reader, pieces: Iterable[Sequence[int]], progress: Callable[..., Any]
+    reader: Reader,
+    texts: Iterable[tuple[Sequence[int], Sequence[int]]],
+    progress: Callable[..., Any],
 ) -> Statistics:
-    """Moments over all tokens of all pieces, save each one's sinks."""
-    pieces = [p for p in pieces if len(p) > 2 * SINKS]
+    """Moments over all tokens of all contexts, save each one's sinks."""
     total: Statistics | None = None
-    count = 0
-    for piece in progress(pieces, "reading text"):
-        positions = torch.arange(len(piece))
-        q, k, v = reader.read(piece)
-        q, k = reader.rope.rotate(q, -positions), reader.rope.rotate(k, -positions)
-        new = Statistics.of(k[:, :, SINKS:], q[:, :, SINKS:], v[:, :, SINKS:])
-        more = len(piece) - SINKS
+    count, generator = 0, _generator()
+    for context, question in progress(list(texts), "reading text"):
+        positions = torch.arange(len(context))
+        q, k, v = reader.read(context)
+        g = reader.gradients(k, v, question, generator)
+        q, k, g = (reader.rope.rotate(x, -positions)[:, :, SINKS:] for x in (q, k, g))
+        new, more = Statistics.of(k, q, g), len(context) - SINKS
         total = new if total is None else total.merged(new, count, more)
         count += more
-    if total is None:
-        raise TablesError("there is no text to calibrate on: give a longer one.")
+    assert total is not None
     return total
 
 
@@ -225,19 +289,16 @@ def calibrate(
             raise TablesError(f"{text} cannot be read as UTF-8 text: {error}.") from None
     reader = Reader(path)
     if content is None:
-        pieces = reader.samples(progress)
-        # Twice in a row: the second time, queries look for what they have seen before, which is
-        # what a question over a context does.
-        pieces = [piece + piece for piece in pieces]
+        tokens = [token for sample in reader.samples(progress) for token in sample]
     else:
         tokens = reader.tokenizer.encode(content, add_special_tokens=False)[:MOST_TOKENS]
         if len(tokens) < FEWEST_TOKENS:
             raise TablesError(
                 f"{text} has only {len(tokens)} tokens: give at least {FEWEST_TOKENS}."
             )
-        pieces = [tokens[i : i + PIECE] for i in range(0, len(tokens), PIECE)]
-    read = hashlib.sha256(json.dumps(pieces).encode()).hexdigest()
-    statistics = gather(reader, pieces, progress)
+    texts = lessons(tokens)
+    read = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    statistics = gather(reader, texts, progress)
     far = transform.horizon(reader.config)
     tables = [
         fit(statistics, point, reader.rope, far) for point in progress(points, "fitting tables")

@@ -300,39 +300,35 @@ class Statistics:
         key_mean: [L, H, D].
         key_second: [L, H, D, D], E[k kᵀ].
         query_second: [L, H, D, D], E[q qᵀ] summed over the query heads of a KV head.
-        value_mean: [L, H, Dv].
-        value_square: [L, H], E[|v|²].
+        key_gradient: [L, H, D, D], E[g gᵀ] of the gradient g that a key has of the log-likelihood
+            of text that comes after it; None where nobody took it.
     """
 
     key_mean: Tensor
     key_second: Tensor
     query_second: Tensor
-    value_mean: Tensor
-    value_square: Tensor
+    key_gradient: Tensor | None = None
 
     @classmethod
-    def of(cls, keys: Tensor, queries: Tensor, values: Tensor) -> Statistics:
-        """From keys [L, H, n, D], values [L, H, n, Dv] and queries [L, Hq, m, D], all without
-        RoPE."""
-        k, v = keys.double(), values.double()
+    def of(cls, keys: Tensor, queries: Tensor, gradients: Tensor | None = None) -> Statistics:
+        """From keys [L, H, n, D], their gradients and queries [L, Hq, m, D], all without RoPE."""
+        k = keys.double()
         layers, heads, n, size = k.shape
         q = queries.double().reshape(layers, heads, -1, size)
+        g = gradients.double() if gradients is not None else None
         return cls(
             k.mean(2),
             k.mT @ k / n,
             q.mT @ q / queries.shape[2],
-            v.mean(2),
-            v.square().sum((2, 3)) / n,
+            g.mT @ g / n if g is not None else None,
         )
 
     def merged(self, other: Statistics, mine: int, others: int) -> Statistics:
         """Of `mine` tokens here and `others` there together."""
         share = others / (mine + others)
+        both = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return Statistics(
-            *(
-                torch.lerp(getattr(self, f.name), getattr(other, f.name), share)
-                for f in fields(self)
-            )
+            *(torch.lerp(a, b, share) if a is not None else None for a, b in both)  # type: ignore[arg-type]
         )
 
 
@@ -347,7 +343,7 @@ class Tables:
         key_mean: [L, H, D], of keys as the point codes them.
         forward: [L, H, D, D]; row i gives component i of a centred key.
         inverse: [L, H, D, D], the inverse of `forward`; column i belongs to component i.
-        cost: [L, H, D]: what an error of 1 in a component costs in the squared logit.
+        cost: [L, H, D]: what an error of 1 in a component costs, relative to all others.
         bits: uint8 [L, H, D], descending, equal within quads.
     """
 
@@ -447,16 +443,22 @@ def fit(
 ) -> Tables:
     """Makes the tables of a point.
 
-    The transform is the Karhunen-Loeve transform of W(k - mean) with W = E[q qᵀ]^½: of all
-    transforms with these bits it loses least in E[(q·k - q·k̂)²]. Queries are taken at all
-    distances up to `horizon` from the key, and keys at all positions up to it, or in a strip.
-    With `even`, every head gets `even_words`.
+    The transform is the Karhunen-Loeve transform of W(k - mean): of all transforms with these bits
+    it loses least in E[(k - k̂)ᵀ W² (k - k̂)]. W² is what errors of a key cost: to second order in
+    the divergence of the model's output E[g gᵀ], the Fisher information of the key (its gradient g
+    on text that the model is unsure of as the text is); without gradients E[q qᵀ], so that logits
+    lose least, whatever becomes of them. Queries are taken at all distances up to `horizon` from
+    the key, and keys at all positions up to it, or in a strip. With `even`, every head gets
+    `even_words`.
     """
     far = torch.arange(horizon)
     near = torch.arange(pages.STRIP) if point.local else far
     mean, second = rope.spread(statistics.key_mean, statistics.key_second, near)
-    _, query = rope.spread(statistics.key_mean, statistics.query_second, far)
-    weight, back = _root(query)
+    if statistics.key_gradient is not None:
+        _, cost = rope.spread(statistics.key_mean, statistics.key_gradient, near)
+    else:
+        _, cost = rope.spread(statistics.key_mean, statistics.query_second, far)
+    weight, back = _root(cost)
     spread = weight @ (second - mean[..., :, None] * mean[..., None, :]) @ weight
     variances, vectors = torch.linalg.eigh((spread + spread.mT) / 2)
     variances, vectors = variances.flip(-1).clamp(min=0), vectors.flip(-1)

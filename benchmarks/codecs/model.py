@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,41 +51,8 @@ class Coded:
 class Forcer:
     """Reads contexts and forces answers."""
 
-    NAME = "kvcrush_codecs"
-
     def __init__(self, path: str) -> None:
         self.reader = Reader(path)
-        self._coded: Coded | None = None
-        self._install()
-        self.reader.network.set_attn_implementation(self.NAME)
-
-    def _install(self) -> None:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-        AttentionInterface.register(self.NAME, self._attention)
-        AttentionMaskInterface.register(self.NAME, sdpa_mask)
-
-    def _attention(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any
-    ) -> Any:
-        coded = self._coded
-        if coded is None:
-            return self.reader.attention(module, query, key, value, mask, **rest)
-        layer, (heads, m, size) = module.layer_idx, query[0].shape
-        keys = torch.cat([coded.keys[layer], key[0]], 1)
-        values = torch.cat([coded.values[layer], value[0]], 1)
-        kv_heads, total = keys.shape[:2]
-        n = total - m
-        rows = query[0].reshape(kv_heads, -1, size)
-        logits = ((rows @ keys.mT) * rest["scaling"]).view(heads, m, total)
-        logits[..., n:] += torch.full((m, m), -torch.inf).triu(1)
-        if coded.kept is not None:
-            groups = logits.view(kv_heads, -1, m, total)
-            groups[..., :n].masked_fill_(~coded.kept[layer][:, None, None], -torch.inf)
-        weights = logits.softmax(-1).view(kv_heads, -1, total)
-        output = (weights @ values).view(heads, m, -1)
-        return output.transpose(0, 1)[None], None
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> Cache:
@@ -97,16 +63,7 @@ class Forcer:
     @torch.inference_mode()
     def force(self, coded: Coded, start: int, tokens: Sequence[int]) -> Tensor:
         """Log-probabilities [m, vocab] after each of m tokens; the first has position `start`."""
-        self._coded, places = coded, torch.arange(start, start + len(tokens))
-        try:
-            logits = self.reader.network(
-                input_ids=torch.tensor([list(tokens)]),
-                position_ids=places[None],
-                use_cache=False,
-            ).logits[0]
-        finally:
-            self._coded = None
-        return logits.log_softmax(-1)
+        return self.reader.over(coded.keys, coded.values, start, tokens, coded.kept)
 
 
 def measure(

@@ -80,7 +80,7 @@ def random_tables(name: str, layers: int, heads: int, k_size: int, v_size: int) 
     mix = torch.randn(layers, heads, k_size, k_size) * torch.rand(k_size) ** 3 * k_size**-0.5
     keys = 3 * torch.randn(layers, heads, 600, k_size) @ mix + torch.randn(layers, heads, 1, k_size)
     queries = torch.randn(layers, 2 * heads, 300, k_size)
-    moments = Statistics.of(keys, queries, torch.randn(layers, heads, 8, v_size))
+    moments = Statistics.of(keys, queries)
     bits = {"tc4": (3.25, 4), "tc6": (2.0, 3), "tc8": (1.5, 2)}[name]
     point = Point(name, name != "tc4", *bits, 0.02)
     return fit(moments, point, rope, 512)

@@ -50,10 +50,10 @@ def fresh(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
 
 
 def tables(point: Point, most: int = tc.MAX_BITS, even: bool = False) -> tc.Tables:
-    keys, queries, values, positions = fresh(4000, 1)
+    keys, queries, _, positions = fresh(4000, 1)
     rope = Rope.from_config(CONFIG)
     keys, queries = rope.rotate(keys, -positions), rope.rotate(queries, -positions)
-    return tc.fit(Statistics.of(keys, queries, values), point, rope, 4000, most, even)
+    return tc.fit(Statistics.of(keys, queries), point, rope, 4000, most, even)
 
 
 def steps(t: tc.Tables) -> torch.Tensor:

@@ -90,7 +90,7 @@ def gather(read: Iterator[tuple[Tensor, Tensor, Tensor]], rope: Rope) -> Statist
     """
     total: Statistics | None = None
     count = 0
-    for q, k, v in read:
+    for q, k, _ in read:
         positions = torch.arange(k.shape[2])
         q, k = rope.rotate(q.float(), -positions), rope.rotate(k.float(), -positions)
         # A token's key in the first layer depends on nothing but its position.
@@ -100,7 +100,7 @@ def gather(read: Iterator[tuple[Tensor, Tensor, Tensor]], rope: Rope) -> Statist
                 "the model's rotary embedding is not the one that its configuration describes to "
                 "vllm-kvcrush: use int8 or int4."
             )
-        new = Statistics.of(k[:, :, SINKS:], q[:, :, SINKS:], v[:, :, SINKS:].float())
+        new = Statistics.of(k[:, :, SINKS:], q[:, :, SINKS:])
         more = k.shape[2] - SINKS
         total = new if total is None else total.merged(new, count, more)
         count += more

@@ -42,9 +42,9 @@ def save_tables(model: str, path: str) -> None:
 
     config = json.loads((pathlib.Path(model) / "config.json").read_text())
     rope = transform.Rope.from_config(config)
-    keys, values = torch.randn(2, LAYERS, KV_HEADS, 512, HEAD_SIZE).unbind()
+    keys = torch.randn(LAYERS, KV_HEADS, 512, HEAD_SIZE)
     queries = torch.randn(LAYERS, 2 * KV_HEADS, 512, HEAD_SIZE)
-    statistics = transform.Statistics.of(keys, queries, values)
+    statistics = transform.Statistics.of(keys, queries)
     tables = [transform.fit(statistics, point, rope, 512) for point in transform.POINTS]
     transform.save(path, transform.Model.from_config(config), tables, "random")
 
