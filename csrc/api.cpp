@@ -120,10 +120,8 @@ constexpr int kMostExceptions = 128;
 
 // What kernels trust of a fitted codec.
 int check_table(const Layer &layer, const kvc_table &table) {
-    if (table.v_bits < 2 || table.v_bits > 4)
-        return fail("a table with %d bits a value: 2 to 4", table.v_bits);
-    if (!(table.v_step > 0) || table.positions <= 0 || table.heads == nullptr)
-        return fail("a table without value step, positions or heads");
+    if (table.positions <= 0 || table.heads == nullptr)
+        return fail("a table without positions or heads");
     if (table.local != 0 && (table.coarse == nullptr || table.fine == nullptr))
         return fail("a table for keys as seen from their strip needs angles");
     for (int h = 0; h < layer.num_kv_heads; ++h) {
@@ -132,6 +130,8 @@ int check_table(const Layer &layer, const kvc_table &table) {
             head.inverse == nullptr || head.cost == nullptr || head.weight == nullptr ||
             head.middle == nullptr)
             return fail("the table of head %d is not complete", h);
+        if (head.v_bits < 2 || head.v_bits > 4 || !(head.v_step > 0))
+            return fail("%d bits a value of head %d: 2 to 4, with a step", head.v_bits, h);
         if (head.components < 0 || head.components % 4 != 0 || head.components > layer.k_size ||
             head.stride < head.components || head.stride % 16 != 0 ||
             head.stride > (kMaxHead + 15) / 16 * 16)
@@ -155,7 +155,7 @@ int check_table(const Layer &layer, const kvc_table &table) {
             head.exceptions > kMostExceptions)
             return fail("%d tokens and %d exceptions in a page of head %d", head.capacity,
                         head.exceptions, h);
-        const PageLayout at = fitted_layout(head, table.v_bits, layer.k_size, layer.v_size);
+        const PageLayout at = fitted_layout(head, layer.k_size, layer.v_size);
         if (at.end > layer.page_bytes - int64_t{sizeof(PageHeader)})
             return fail("%d tokens of head %d do not fit a page of %lld bytes", head.capacity, h,
                         static_cast<long long>(layer.page_bytes));

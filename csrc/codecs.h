@@ -547,7 +547,7 @@ inline void fitted_scores(const Layer &layer, const Tile &tile, Prepared &prepar
 
 // Bits of the values of a tile in codes.
 KVC_INLINE int code_bits(const Layer &layer, const Tile &tile) {
-    return tile.codec == KVC_INT4 ? 4 : layer.table(tile.codec)->v_bits;
+    return tile.codec == KVC_INT4 ? 4 : head_table(layer, tile.codec, tile.strip[0].head).v_bits;
 }
 
 // s[g][token] of a tile for one query token, while the next tile comes from memory.

@@ -430,12 +430,12 @@ void encode_fitted_keys(const kvc_head_table &head, int k_size, float *keys, flo
 }
 
 // V of 16 tokens with a scale each that loses least with the codes of a unit variance.
-void encode_fitted_values(const kvc_table &table, const float *const *value, int v_size,
+void encode_fitted_values(const kvc_head_table &head, const float *const *value, int v_size,
                           TokenScales &scales, uint8_t *v) {
     alignas(64) float turned[kMaxHead * kStrip];
     alignas(64) float inverse[kStrip], dots[kStrip], norms[kStrip];
     rotate_strip(value, v_size, turned);
-    const float centre = middle(table.v_bits), top = 2 * centre;
+    const float centre = middle(head.v_bits), top = 2 * centre;
     const auto level = [&](int c, int l) {
         const vf y = vmul(vload(turned + c * kStrip + l), vload(inverse + l));
         return vround(vclamp(vadd(y, vset(centre)), 0, top));
@@ -449,7 +449,7 @@ void encode_fitted_values(const kvc_table &table, const float *const *value, int
         vstore(norms + l, square);
         for (int t = l; t < l + W; ++t) {
             const float rms = __builtin_sqrtf(norms[t] / static_cast<float>(v_size));
-            inverse[t] = rms > 1e-30f && rms < 1e30f ? 1 / (rms * table.v_step) : 0.0f;
+            inverse[t] = rms > 1e-30f && rms < 1e30f ? 1 / (rms * head.v_step) : 0.0f;
         }
         for (int c = 0; c < v_size; ++c) {
             const vf code = vsub(level(c, l), vset(centre));
@@ -464,9 +464,9 @@ void encode_fitted_values(const kvc_table &table, const float *const *value, int
         const float byte = scale > 0 ? 128 + 16 * __builtin_log2f(scale) : 0.0f;
         scales.v[t] = scale > 0 ? static_cast<uint8_t>(clamp(byte + 0.5f, 1, 255)) : 0;
     }
-    if (table.v_bits == 4)
+    if (head.v_bits == 4)
         store_nibbles(v_size, v, level);
-    else if (table.v_bits == 3)
+    else if (head.v_bits == 3)
         store_triples(v_size, v, level);
     else
         store_pairs(v_size, v, level);
@@ -512,7 +512,7 @@ void encode_fitted(const Layer &layer, int codec, int own, uint8_t *page, int co
         uint8_t *k = page + at.strip_at(first / kStrip);
         encode_fitted_keys(head, k_size, turned, loss, k);
         TokenScales scales{};
-        encode_fitted_values(table, v_rows, v_size, scales, k + at.v);
+        encode_fitted_values(head, v_rows, v_size, scales, k + at.v);
         std::memcpy(page + at.scales + first / kStrip * int64_t{sizeof scales}, &scales,
                     sizeof scales);
         for (int t = 0; t < n; ++t)

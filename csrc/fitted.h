@@ -157,7 +157,7 @@ inline void expand_fitted_keys(const Layer &layer, const Strip &strip, float *ke
 
 // Rotated values of a strip as float32 panels. The last 8 channels may write 8 floats more.
 inline void expand_fitted_values(const Layer &layer, const Strip &strip, float *values) {
-    const int bits = layer.table(strip.codec)->v_bits, mask = bits == 4 ? 15 : 3;
+    const int bits = head_table(layer, strip.codec, strip.head).v_bits, mask = bits == 4 ? 15 : 3;
     float scale[kStrip];
     token_scales(strip.scales, strip.count, scale);
     const vf centre = vset(middle(bits));

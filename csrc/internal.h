@@ -30,8 +30,7 @@ struct Layer : kvc_layer {
     }
     KVC_OWN PageLayout layout(int codec, int head) const {
         if (!fitted(codec)) return flat[codec];
-        const kvc_table &own = *table(codec);
-        return fitted_layout(own.heads[head], own.v_bits, k_size, v_size);
+        return fitted_layout(table(codec)->heads[head], k_size, v_size);
     }
     // Of the first `count` tokens of a page, those that are int8.
     KVC_OWN int exceptions(int codec, int head, int count, const uint8_t *page) const {

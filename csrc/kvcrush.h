@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KVC_VERSION 2
+#define KVC_VERSION 3
 
 enum { KVC_F32 = 0, KVC_BF16 = 1, KVC_F16 = 2 };
 
@@ -48,7 +48,7 @@ typedef struct {
     uint8_t bits;   /* 1 to 4 */
 } kvc_piece;
 
-/* How the keys of one KV head become codes, and where a page keeps them. */
+/* How keys and values of one KV head become codes, and where a page keeps them. */
 typedef struct {
     int32_t capacity;   /* tokens of a page, a multiple of 16 */
     int32_t exceptions; /* of them, kept as int8 */
@@ -63,18 +63,18 @@ typedef struct {
     const float *cost;    /* [k_size]: what an error of 1 in a component costs */
     /* For products with queries, by field: four for each piece, up to a multiple of 16. */
     int32_t fields;
-    int32_t reserved;
+    int32_t v_bits; /* 2 to 4 */
     const float
         *weight; /* [k_size, fields]: `inverse` of the field's component, times its weight */
     const float *middle; /* [fields up to a multiple of 32]: of the field's codes */
+    float v_step;        /* between the levels of a value of unit variance */
+    int32_t reserved;
 } kvc_head_table;
 
 /* One fitted codec in one layer. A component of b bits has the codes 0 ... 2^b - 1, which stand
  * for code - (2^b - 1) / 2. */
 typedef struct {
-    int32_t v_bits;    /* 2 to 4 */
     int32_t local;     /* keys are coded as seen from the position of their strip's first token */
-    float v_step;      /* between the levels of a value of unit variance */
     int32_t positions; /* below which tokens must stand */
     const kvc_head_table *heads;
     /* Rotary embedding: cosines, then sines, of each pair (c, c + k_size / 2), at 256 * i and at

@@ -130,11 +130,11 @@ constexpr int code_bytes(int bits, int v_size) {
 }
 
 // A page of a fitted codec.
-KVC_OWN PageLayout fitted_layout(const kvc_head_table &head, int v_bits, int k_size, int v_size) {
+KVC_OWN PageLayout fitted_layout(const kvc_head_table &head, int k_size, int v_size) {
     PageLayout at{};
     at.group_strips = 1;
     at.v = int64_t{kStrip} * 4 * head.words;
-    at.strip = at.v + code_bytes(v_bits, v_size);
+    at.strip = at.v + code_bytes(head.v_bits, v_size);
     const int64_t strips = head.capacity / kStrip;
     at.scales = strips * at.strip;
     at.exceptions = at.scales + strips * int64_t{sizeof(TokenScales)};

@@ -150,16 +150,19 @@ class Reader:
 
     def gradients(
         self, keys: Tensor, values: Tensor, tokens: Sequence[int], generator: torch.Generator
-    ) -> Tensor:
-        """Gradients [L, H, n, D] that keys have of the log-likelihood of what the model might
-        have said in place of each of the tokens that come next: their second moment is Fisher
-        information, which the tokens' own likelihood gives only where the model is right."""
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients [L, H, n, D] and [L, H, n, Dv] that keys and values have of the log-likelihood
+        of what the model might have said in place of each of the tokens that come next: their
+        second moment is Fisher information, which the tokens' own likelihood gives only where the
+        model is right."""
         # What was made in inference mode cannot be part of a graph.
-        keys, values = keys.clone().requires_grad_(), values.clone()
+        keys, values = keys.clone().requires_grad_(), values.clone().requires_grad_()
         logp = self.over(keys, values, keys.shape[2], tokens)
         said = torch.multinomial(logp.detach().exp(), 1, generator=generator)
-        (found,) = torch.autograd.grad(logp.gather(1, said).sum(), keys)
-        return found
+        key_gradients, value_gradients = torch.autograd.grad(
+            logp.gather(1, said).sum(), (keys, values)
+        )
+        return key_gradients, value_gradients
 
     def _verify(self) -> None:
         # Rotary embeddings see distances only: moving all positions turns every layer's keys by
@@ -234,9 +237,10 @@ def gather(
     for context, question in progress(list(texts), "reading text"):
         positions = torch.arange(len(context))
         q, k, v = reader.read(context)
-        g = reader.gradients(k, v, question, generator)
+        g, v_g = reader.gradients(k, v, question, generator)
         q, k, g = (reader.rope.rotate(x, -positions)[:, :, SINKS:] for x in (q, k, g))
-        new, more = Statistics.of(k, q, g), len(context) - SINKS
+        values = v[:, :, SINKS:], v_g[:, :, SINKS:]
+        new, more = Statistics.of(k, q, g, values), len(context) - SINKS
         total = new if total is None else total.merged(new, count, more)
         count += more
     assert total is not None

@@ -31,7 +31,7 @@ from vllm_kvcrush import pages
 from vllm_kvcrush.demo_model import cache_root
 
 FORMAT = "vllm-kvcrush-tables"
-VERSION = 3
+VERSION = 4
 # Components that share a field of bits: one in each byte of a word.
 QUAD = 4
 # Bits of a quad's components that fill a word of 32 bits.
@@ -39,6 +39,7 @@ WORD_BITS = 32 // QUAD
 MAX_BITS = 8
 PIECE_BITS = 4  # most bits of a field
 MAX_INT8 = 127
+VALUE_BITS = (2, 4)  # fewest and most bits of a value's channel
 # A request's first tokens draw attention whatever the query: they are always exceptions.
 SINKS = 4
 _WORD = 0xFFFFFFFF
@@ -266,22 +267,22 @@ class Point:
         local: whether keys are coded as seen from the position of their strip's first token: fewer
             bits say as much, and a query is turned anew for every strip.
         key_bits: bits per key component, the mean over all layers and heads.
-        value_bits: bits per value channel; the scale comes on top.
+        value_bits: bits per value channel, likewise, 2 to 4 in each head; the scale comes on top.
         exceptions: share of a page's tokens that are int8 instead.
     """
 
     name: str
     local: bool
     key_bits: float
-    value_bits: int
+    value_bits: float
     exceptions: float
 
 
 # What there is, those that lose least first.
 POINTS = (
-    Point("tc4", local=False, key_bits=3.25, value_bits=4, exceptions=0.005),
-    Point("tc6", local=True, key_bits=2.0, value_bits=3, exceptions=0.005),
-    Point("tc8", local=True, key_bits=1.5, value_bits=2, exceptions=0.005),
+    Point("tc4", local=False, key_bits=3.25, value_bits=4.0, exceptions=0.005),
+    Point("tc6", local=True, key_bits=1.75, value_bits=2.5, exceptions=0.005),
+    Point("tc8", local=True, key_bits=1.375, value_bits=2.25, exceptions=0.005),
 )
 # Queries are taken at distances up to this from a key: further ones look alike.
 HORIZON = 8192
@@ -302,16 +303,25 @@ class Statistics:
         query_second: [L, H, D, D], E[q qᵀ] summed over the query heads of a KV head.
         key_gradient: [L, H, D, D], E[g gᵀ] of the gradient g that a key has of the log-likelihood
             of text that comes after it; None where nobody took it.
+        value_gradient: [L, H], E[|g|² |v|²] of values' gradients, likewise.
     """
 
     key_mean: Tensor
     key_second: Tensor
     query_second: Tensor
     key_gradient: Tensor | None = None
+    value_gradient: Tensor | None = None
 
     @classmethod
-    def of(cls, keys: Tensor, queries: Tensor, gradients: Tensor | None = None) -> Statistics:
-        """From keys [L, H, n, D], their gradients and queries [L, Hq, m, D], all without RoPE."""
+    def of(
+        cls,
+        keys: Tensor,
+        queries: Tensor,
+        gradients: Tensor | None = None,
+        values: tuple[Tensor, Tensor] | None = None,
+    ) -> Statistics:
+        """From keys [L, H, n, D], their gradients and queries [L, Hq, m, D], all without RoPE;
+        and values with their gradients, [L, H, n, Dv] each."""
         k = keys.double()
         layers, heads, n, size = k.shape
         q = queries.double().reshape(layers, heads, -1, size)
@@ -321,6 +331,9 @@ class Statistics:
             k.mT @ k / n,
             q.mT @ q / queries.shape[2],
             g.mT @ g / n if g is not None else None,
+            values[0].double().square().sum(-1).mul(values[1].double().square().sum(-1)).mean(-1)
+            if values is not None
+            else None,
         )
 
     def merged(self, other: Statistics, mine: int, others: int) -> Statistics:
@@ -345,6 +358,7 @@ class Tables:
         inverse: [L, H, D, D], the inverse of `forward`; column i belongs to component i.
         cost: [L, H, D]: what an error of 1 in a component costs, relative to all others.
         bits: uint8 [L, H, D], descending, equal within quads.
+        value_bits: uint8 [L, H], of every channel of a value.
     """
 
     point: Point
@@ -354,11 +368,19 @@ class Tables:
     inverse: Tensor
     cost: Tensor
     bits: Tensor
+    value_bits: Tensor
 
     @property
     def words(self) -> Tensor:
         """[L, H], 32-bit words of a key's codes."""
         return self.bits.long().sum(-1) // 32
+
+    def capacity(self, layer: int, head: int, page_bytes: int, value_size: int) -> tuple[int, int]:
+        """Tokens of a page of this head, and how many of them are int8."""
+        words, bits = int(self.words[layer, head]), int(self.value_bits[layer, head])
+        return pages.fitted_capacity(
+            page_bytes, words, bits, self.rope.size, value_size, self.point.exceptions
+        )
 
     @classmethod
     def of(
@@ -370,6 +392,7 @@ class Tables:
         inverse: Tensor,
         weight: Tensor,
         bits: Tensor,
+        value_bits: Tensor,
     ) -> Tables:
         """From transforms whose components have unit variance; `weight` [L, H, D] is what their
         squared error costs."""
@@ -383,6 +406,7 @@ class Tables:
             (inverse * step[..., None, :]).float(),
             (weight * step.square()).float(),
             bits,
+            value_bits,
         )
 
 
@@ -417,6 +441,26 @@ def pooled_bits(variances: Tensor, mean_bits: float, most: int = MAX_BITS) -> Te
     return held.to(torch.uint8).repeat_interleave(QUAD, -1).view(variances.shape)
 
 
+def head_bits(costs: Tensor, mean_bits: float) -> Tensor:
+    """Gives the values of each head 2 to 4 bits a channel, `mean_bits` on average: more where they
+    take most off the error times its cost.
+
+    Args:
+        costs: [L, H], of an error as large as the value.
+
+    Returns:
+        uint8 [L, H].
+    """
+    few, most = VALUE_BITS
+    errors = torch.tensor([quantiser(b).distortion for b in range(few, most + 1)])
+    # Errors fall convexly with bits: a head's second bit gains less than its first.
+    gains = (costs.double().flatten()[:, None] * -errors.diff()).flatten()
+    spare = round((mean_bits - few) * costs.numel())
+    taken = gains.sort(descending=True, stable=True).indices[:spare] // (most - few)
+    given = torch.bincount(taken, minlength=costs.numel())
+    return (few + given).to(torch.uint8).view(costs.shape)
+
+
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Square root of a symmetric positive matrix [..., D, D] and its inverse. Directions with
     next to no energy count as having a little, so that neither is infinite."""
@@ -425,6 +469,11 @@ def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     floor = RIDGE * values.mean(-1, keepdim=True) + torch.finfo(torch.float64).tiny
     root = (values + floor).sqrt()[..., None, :]
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def even_value_bits(point: Point) -> int:
+    """Bits of a value's channel where every head has the same: no more than heads share out."""
+    return int(point.value_bits)
 
 
 def even_words(point: Point, size: int) -> int:
@@ -449,7 +498,7 @@ def fit(
     on text that the model is unsure of as the text is); without gradients E[q qᵀ], so that logits
     lose least, whatever becomes of them. Queries are taken at all distances up to `horizon` from
     the key, and keys at all positions up to it, or in a strip. With `even`, every head gets
-    `even_words`.
+    `even_words`. Values have `even_value_bits` then, and where there are no gradients.
     """
     far = torch.arange(horizon)
     near = torch.arange(pages.STRIP) if point.local else far
@@ -470,6 +519,10 @@ def fit(
         bits = torch.stack(heads).view(variances.shape)
     else:
         bits = pooled_bits(variances, point.key_bits, most)
+    if even or statistics.value_gradient is None:
+        value_bits = torch.full(bits.shape[:2], even_value_bits(point), dtype=torch.uint8)
+    else:
+        value_bits = head_bits(statistics.value_gradient, point.value_bits)
     return Tables.of(
         point,
         rope,
@@ -478,6 +531,7 @@ def fit(
         back @ vectors * sigma[..., None, :],
         variances,
         bits,
+        value_bits,
     )
 
 
@@ -637,7 +691,7 @@ def encode_page(
         exceptions: how many; all if there are fewer tokens.
     """
     key_codes, loss = encode_keys(keys, positions, tables, layer, head)
-    value_codes, scales = encode_values(values, tables.point.value_bits)
+    value_codes, scales = encode_values(values, int(tables.value_bits[layer, head]))
     # topk returns equal values in any order; a stable sort prefers the lower slot everywhere.
     order = loss.masked_fill(positions < SINKS, torch.inf).sort(descending=True, stable=True)
     slots = order.indices[:exceptions].sort().values
@@ -650,7 +704,8 @@ def decode_page(
 ) -> tuple[Tensor, Tensor]:
     """Keys [n, D], with RoPE, and values [n, Dv] of a page."""
     keys = decode_keys(page.key_codes, page.positions, tables, layer, head, dtype)
-    values = decode_values(page.value_codes, page.value_scales, tables.point.value_bits, dtype)
+    bits = int(tables.value_bits[layer, head])
+    values = decode_values(page.value_codes, page.value_scales, bits, dtype)
     keys[page.slots] = page.keys.to(dtype)
     values[page.slots] = page.values.to(dtype)
     return keys, values
@@ -745,7 +800,8 @@ def packings(
     for codec in pages.FITTED:
         tables = load(path, config, codec)
         size = tables.rope.size
-        found[codec] = _packing(tables.point, tables.words, page_bytes, size, value_size, ranks)
+        widths = torch.stack([tables.words, tables.value_bits.long()], -1)
+        found[codec] = _packing(tables.point, widths, page_bytes, size, value_size, ranks)
     return found
 
 
@@ -756,38 +812,39 @@ def even_packings(
     model = Model.from_config(config)
     found = {}
     for point in POINTS:
-        words = torch.full((model.layers, model.kv_heads), even_words(point, model.size))
-        found[point.name] = _packing(point, words, page_bytes, model.size, value_size, ranks)
+        own = torch.tensor([even_words(point, model.size), even_value_bits(point)])
+        widths = own.expand(model.layers, model.kv_heads, 2)
+        found[point.name] = _packing(point, widths, page_bytes, model.size, value_size, ranks)
     return found
 
 
 def _packing(
-    point: Point, words: Tensor, page_bytes: int, size: int, value_size: int, ranks: int
+    point: Point, widths: Tensor, page_bytes: int, size: int, value_size: int, ranks: int
 ) -> tuple[tuple[tuple[int, int], ...], ...]:
-    heads = words.shape[1] // ranks
-    if heads * ranks != words.shape[1]:
+    """`widths` are a head's words of a key and bits of a value's channel, [L, H, 2]."""
+    heads = widths.shape[1] // ranks
+    if heads * ranks != widths.shape[1]:
         raise TablesError(
-            f"{words.shape[1]} KV heads do not divide over {ranks} ranks: use int8 or int4."
+            f"{widths.shape[1]} KV heads do not divide over {ranks} ranks: use int8 or int4."
         )
-    rooms = {
-        width: pages.fitted_capacity(
-            page_bytes, width, point.value_bits, size, value_size, point.exceptions
-        )[0]
-        for width in set(words.flatten().tolist())
-    }
-    if not all(rooms.values()):
+
+    @functools.cache
+    def room(words: int, bits: int) -> int:
+        return pages.fitted_capacity(page_bytes, words, bits, size, value_size, point.exceptions)[0]
+
+    rooms = [
+        [room(*own) for own in widths[:, r * heads : (r + 1) * heads].flatten(0, 1).tolist()]
+        for r in range(ranks)
+    ]
+    if not all(map(all, rooms)):
         raise TablesError(
             f"a page of {page_bytes} bytes is too small for {point.name}: use a larger "
             "--block-size."
         )
-    counts = [
-        Counter(rooms[w] for w in words[:, r * heads : (r + 1) * heads].flatten().tolist())
-        for r in range(ranks)
-    ]
-    return tuple(tuple(sorted(c.items())) for c in counts)
+    return tuple(tuple(sorted(Counter(own).items())) for own in rooms)
 
 
-_TENSORS = ("key_mean", "forward", "inverse", "cost", "bits")
+_TENSORS = ("key_mean", "forward", "inverse", "cost", "bits", "value_bits")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

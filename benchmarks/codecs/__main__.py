@@ -56,7 +56,7 @@ def points() -> list[Any]:
         tc4,
         replace(tc4, name="tc4 local", local=True),
         replace(tc4, name="tc4 K4", key_bits=4.0),
-        replace(tc4, name="tc4 V3", value_bits=3),
+        replace(tc4, name="tc4 V3", value_bits=3.0),
         replace(tc4, name="tc4 0%", exceptions=0.0),
         tc6,
         tc8,

@@ -125,21 +125,17 @@ def flat(codec: str) -> Encode:
 
 def _fitted(cache: Cache, tables: tc.Tables, setting: Setting, tokens: int) -> Coded:
     """Pages of a point, and the bytes of `tokens` tokens in them."""
-    point, words = tables.point, tables.words
+    layers, heads = cache.keys.shape[:2]
     rooms, exact = {}, {}
     for at in setting.sizes:
         both = [
-            pages.fitted_capacity(
-                _page_bytes(cache, *at),
-                width,
-                point.value_bits,
-                cache.keys.shape[-1],
-                cache.values.shape[-1],
-                point.exceptions,
-            )
-            for width in words.flatten().tolist()
+            tables.capacity(layer, head, _page_bytes(cache, *at), cache.values.shape[-1])
+            for layer in range(layers)
+            for head in range(heads)
         ]
-        rooms[at], exact[at] = (torch.tensor(x).view(words.shape) for x in zip(*both, strict=True))
+        rooms[at], exact[at] = (
+            torch.tensor(x).view(layers, heads) for x in zip(*both, strict=True)
+        )
     first = setting.sizes[0]
 
     def kept(layer: int, head: int, here: slice) -> tuple[Tensor, Tensor]:

@@ -256,8 +256,6 @@ struct Tables {
     }
     static void fill(Random &random, const kvc_layer &layer, Codec &codec) {
         kvc_table &table = codec.table;
-        table.v_bits = random.of({2, 3, 4});
-        table.v_step = table.v_bits == 2 ? 1.0f : table.v_bits == 3 ? 0.59f : 0.34f;
         table.positions = Angles::kPositions;
         table.local = random.chance(50);
         if (table.local != 0) {
@@ -268,7 +266,7 @@ struct Tables {
         codec.data.resize(static_cast<size_t>(layer.num_kv_heads));
         codec.heads.resize(codec.data.size());
         for (size_t h = 0; h < codec.data.size(); ++h)
-            fill_head(random, layer, table.v_bits, codec.data[h], codec.heads[h]);
+            fill_head(random, layer, codec.data[h], codec.heads[h]);
         int32_t capacity = 65520;
         for (const kvc_head_table &head : codec.heads) capacity = std::min(capacity, head.capacity);
         for (kvc_head_table &head : codec.heads) {
@@ -277,9 +275,11 @@ struct Tables {
         }
         table.heads = codec.heads.data();
     }
-    static void fill_head(Random &random, const kvc_layer &layer, int v_bits, Head &data,
+    static void fill_head(Random &random, const kvc_layer &layer, Head &data,
                           kvc_head_table &head) {
         const int k_size = layer.k_size;
+        head.v_bits = random.of({2, 3, 4});
+        head.v_step = head.v_bits == 2 ? 1.0f : head.v_bits == 3 ? 0.59f : 0.34f;
         head.components =
             static_cast<int32_t>(random.chance(60) ? k_size : 4 * random.in(0, k_size / 4));
         head.stride = (head.components + 15) / 16 * 16;
@@ -344,8 +344,8 @@ struct Tables {
         head.weight = data.weight.data();
         head.middle = data.middle.data();
         // What layout.h says of such a page.
-        const int64_t wasted = v_bits == 3 ? 2 * (layer.v_size % 16) : 0;
-        const int64_t strip = 64 * head.words + 2 * v_bits * layer.v_size + wasted + 18 + 2;
+        const int64_t wasted = head.v_bits == 3 ? 2 * (layer.v_size % 16) : 0;
+        const int64_t strip = 64 * head.words + 2 * head.v_bits * layer.v_size + wasted + 18 + 2;
         const int64_t exception = layer.k_size + layer.v_size + 4, room = layer.page_bytes - 32;
         head.exceptions =
             static_cast<int32_t>(random.in(0, std::min<int64_t>(128, room / exception / 2)));
@@ -1940,10 +1940,10 @@ class Case {
         table.heads = heads.data();
         switch (random_.in(0, 12)) {
             case 0:
-                table.v_bits = random_.of({0, 1, 5, 8, -2, INT32_MAX, INT32_MIN});
+                head.v_bits = random_.of({0, 1, 5, 8, -2, INT32_MAX, INT32_MIN});
                 break;
             case 1:
-                table.v_step = random_.of({0.0f, -1.0f, NAN});
+                head.v_step = random_.of({0.0f, -1.0f, NAN});
                 break;
             case 2:
                 table.positions = random_.of({0, -1, INT32_MIN});

@@ -155,14 +155,7 @@ class Cache:
             return reference.kept(codec, key, value, self.dtype)
         assert where is not None
         tables, layer = self.tables[codec], self.layer
-        _, exceptions = pages.fitted_capacity(
-            layer.page_bytes,
-            int(tables.words[0, head]),
-            tables.point.value_bits,
-            layer.k_size,
-            layer.v_size,
-            tables.point.exceptions,
-        )
+        _, exceptions = tables.capacity(0, head, layer.page_bytes, layer.v_size)
         return reference.kept_fitted(key, value, where.long(), tables, 0, head, exceptions)
 
     def page(self) -> int:

@@ -128,7 +128,10 @@ def blank_tables(words: list[int], v_bits: int, k_size: int, share: float) -> Ta
     square = zeros[..., None].expand(-1, -1, -1, k_size)
     rope = Rope(torch.ones(k_size // 2, dtype=torch.float64))
     point = Point("tc4", False, 0.0, v_bits, share)
-    return Tables(point, rope, zeros, square, square, zeros, torch.stack(bits).byte()[None])
+    value_bits = torch.full((1, len(words)), v_bits, dtype=torch.uint8)
+    return Tables(
+        point, rope, zeros, square, square, zeros, torch.stack(bits).byte()[None], value_bits
+    )
 
 
 @settings(max_examples=60, deadline=None)

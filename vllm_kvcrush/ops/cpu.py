@@ -21,7 +21,7 @@ from torch import Tensor
 from vllm_kvcrush.ops.fitted import LayerTable
 from vllm_kvcrush.pages import CODECS, FITTED
 
-VERSION = 2
+VERSION = 3
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p

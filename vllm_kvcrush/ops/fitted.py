@@ -7,7 +7,6 @@ import ctypes
 import torch
 from torch import Tensor
 
-from vllm_kvcrush import pages
 from vllm_kvcrush.transform import QUAD, Rope, Tables, pieces, quantiser
 
 _i32, _u8, _ptr = ctypes.c_int32, ctypes.c_uint8, ctypes.c_void_p
@@ -24,16 +23,16 @@ class _HeadTable(ctypes.Structure):
         *((name, _i32) for name in ("capacity", "exceptions", "words", "pieces")),
         *((name, _i32) for name in ("components", "stride")),
         *((name, _ptr) for name in ("piece", "mean", "forward", "inverse", "cost")),
-        *((name, _i32) for name in ("fields", "reserved")),
+        *((name, _i32) for name in ("fields", "v_bits")),
         *((name, _ptr) for name in ("weight", "middle")),
+        ("v_step", ctypes.c_float),
+        ("reserved", _i32),
     ]
 
 
 class _Table(ctypes.Structure):
     _fields_ = [
-        ("v_bits", _i32),
         ("local", _i32),
-        ("v_step", ctypes.c_float),
         ("positions", _i32),
         ("heads", _ptr),
         *((name, _ptr) for name in ("coarse", "fine")),
@@ -81,7 +80,6 @@ class LayerTable:
         v_size: int,
         angles: Angles,
     ) -> None:
-        point = tables.point
         self._kept: list[object] = [angles]
         table = (_HeadTable * len(heads))()
         self.capacity: list[int] = []
@@ -89,16 +87,16 @@ class LayerTable:
         for own, head in zip(table, heads, strict=True):
             bits = tables.bits[layer, head]
             fields = pieces(bits)
-            words = int(tables.words[layer, head])
-            capacity, exceptions = pages.fitted_capacity(
-                page_bytes, words, point.value_bits, len(bits), v_size, point.exceptions
-            )
+            capacity, exceptions = tables.capacity(layer, head, page_bytes, v_size)
             components = int((bits > 0).sum())
             assert components % QUAD == 0
             stride = max(1, -(-components // 16)) * 16
             inverse = torch.zeros(len(bits), stride)
             inverse[:, :components] = tables.inverse[layer, head][:, :components]
-            own.capacity, own.exceptions, own.words = capacity, exceptions, words
+            own.capacity, own.exceptions = capacity, exceptions
+            own.words = int(tables.words[layer, head])
+            own.v_bits = int(tables.value_bits[layer, head])
+            own.v_step = quantiser(own.v_bits).step
             own.pieces, own.components, own.stride = len(fields), components, stride
             array = (_Piece * max(1, len(fields)))(*(_Piece(*f) for f in fields))
             self._kept.append(array)
@@ -119,9 +117,7 @@ class LayerTable:
             self.exceptions.append(exceptions)
         self._kept.append(table)
         self._struct = _Table(
-            point.value_bits,
-            int(point.local),
-            quantiser(point.value_bits).step,
+            int(tables.point.local),
             angles.positions,
             ctypes.addressof(table),
             angles.coarse.data_ptr(),

@@ -129,7 +129,7 @@ def kept_fitted(
         positions: int [n], ascending.
         tables, layer, head: the codec's tables and which of them.
     """
-    exact, bits = key.double(), tables.point.value_bits
+    exact, bits = key.double(), int(tables.value_bits[layer, head])
     codes, loss = transform.encode_keys(exact, positions, tables, layer, head)
     keys = transform.decode_keys(codes, positions, tables, layer, head, torch.float64)
     values = transform.decode_values(
