@@ -86,6 +86,7 @@ class Reader:
         self.network = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=self.ATTENTION
         ).eval()
+        self.network.requires_grad_(False)  # only keys and values get gradients
         self._verify()
 
     def attention(

@@ -472,8 +472,8 @@ def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def even_value_bits(point: Point) -> int:
-    """Bits of a value's channel where every head has the same: no more than heads share out."""
-    return int(point.value_bits)
+    """Bits of a value's channel where every head has the same: about what heads share out."""
+    return int(point.value_bits + 0.5)
 
 
 def even_words(point: Point, size: int) -> int:

@@ -151,3 +151,64 @@ def test_a_rope_that_differs_from_the_configuration_is_found(tmp_path):
     path.write_text(json.dumps(changed))
     with pytest.raises(TablesError, match="'yarn'"):
         cal.Reader(folder)
+
+
+def test_going_on_over_a_cache_is_going_on(tiny):
+    reader = cal.Reader(tiny)
+    context, question = list(range(30, 90)), list(range(100, 120))
+    _, keys, values = reader.read(context)
+    with torch.inference_mode():
+        whole = reader.network(input_ids=torch.tensor([context + question])).logits[0]
+        got = reader.over(keys, values, len(context), question)
+        kept = torch.ones(keys.shape[:3], dtype=torch.bool)
+        kept[1, 0, 5:50] = False
+        hidden = reader.over(keys, values, len(context), question, kept)
+    torch.testing.assert_close(got, whole[len(context) :].log_softmax(-1), atol=1e-4, rtol=1e-4)
+    assert (hidden - got).abs().max() > 1e-3
+    # What is hidden could be anything.
+    keys[1, 0, 5:50], values[1, 0, 5:50] = 7.0, -7.0
+    with torch.inference_mode():
+        again = reader.over(keys, values, len(context), question, kept)
+    torch.testing.assert_close(again, hidden)
+
+
+def test_gradients_are_what_small_errors_cost(tiny):
+    reader = cal.Reader(tiny)
+    _, keys, values = reader.read(list(range(30, 70)))
+    question = list(range(100, 112))
+
+    def likelihood(k: torch.Tensor, v: torch.Tensor) -> float:
+        with torch.inference_mode():
+            logp = reader.over(k, v, 40, question).double()
+            return float(logp.gather(1, said).sum())
+
+    with torch.inference_mode():
+        logp = reader.over(keys, values, 40, question)
+    said = torch.multinomial(logp.exp(), 1, generator=torch.Generator().manual_seed(3))
+    found = reader.gradients(keys, values, question, torch.Generator().manual_seed(3))
+    for i, gradient in enumerate(found):
+        assert gradient.shape == (keys, values)[i].shape
+        step = 1e-2 * gradient / gradient.norm()
+        ends = []
+        for sign in (1, -1):
+            moved = [keys, values]
+            moved[i] = moved[i] + sign * step
+            ends.append(likelihood(*moved))
+        slope = (ends[0] - ends[1]) / 2e-2
+        assert slope == pytest.approx(gradient.norm().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("n", [512, 513, 1500, 3584, 4096])
+def test_lessons_cover_the_text(n):
+    texts = cal.lessons(list(range(n)))
+    assert 1 <= len(texts) <= cal.LESSONS
+    assert texts[0][0][0] == 0
+    ends = [context[-1] for context, _ in texts]
+    assert max(*ends, *(q[0] for _, q in texts)) >= n - cal.QUESTION
+    for context, question in texts:
+        assert context == list(range(context[0], context[0] + len(context)))
+        assert len(context) <= cal.CONTEXT and len(question) <= cal.QUESTION
+        half = len(question) // 2
+        assert question[:half] == list(range(context[-1] + 1, context[-1] + 1 + half))
+        assert question[half:] == list(range(question[half], question[half] + half))
+        assert set(question[half:]) <= set(context)

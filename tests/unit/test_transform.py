@@ -625,3 +625,53 @@ def test_the_default_place_is_that_of_the_models_shape(monkeypatch, tmp_path):
     assert len(others) == len(changes) and place not in others
     with pytest.raises(TablesError, match="'yarn'"):
         tc.default_path({**CONFIG, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_gradients_decide_what_is_lost(local):
+    """With gradients, errors cost less along them than where only logits counted."""
+    keys, queries, _, positions = fresh(4000, 1)
+    rope = Rope.from_config(CONFIG)
+    keys, queries = rope.rotate(keys, -positions), rope.rotate(queries, -positions)
+    g = torch.Generator().manual_seed(5)
+    scale = torch.logspace(-2, 1, L * H, dtype=torch.float64).view(L, H, 1, 1)
+    slope = torch.linspace(3, 0.1, D, dtype=torch.float64)
+    gradients = scale * slope * torch.randn(L, H, 4000, D, generator=g).double()
+    values = torch.randn(L, H, 4000, D, generator=g).double()
+    moments = Statistics.of(keys, queries, gradients, (values, scale * values.flip(2)))
+    point = Point("tc8", local, 1.5, 2.5, 0.0)
+    costs, made = [], []
+    for own in (moments, Statistics.of(keys, queries)):
+        t = tc.fit(own, point, rope, 4000)
+        cost = 0.0
+        for layer in range(L):
+            for head in range(H):
+                k = rope.rotate(keys[layer, head], positions)
+                codes, _ = tc.encode_keys(k, positions, t, layer, head)
+                back = tc.decode_keys(codes, positions, t, layer, head, torch.float64)
+                wrong = rope.rotate(back - k, -positions)
+                cost += (wrong * gradients[layer, head]).sum(-1).square().mean().item()
+        costs.append(cost)
+        made.append(t)
+    assert costs[0] < 0.5 * costs[1]
+    with_gradients, without = made
+    assert with_gradients.value_bits.double().mean() == 2.5
+    order = with_gradients.value_bits.flatten().tolist()
+    assert order == sorted(order) and order[0] < order[-1], "costly heads come last"
+    assert without.value_bits.eq(tc.even_value_bits(point)).all()
+
+
+@given(
+    costs=st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12),
+    share=st.floats(0, 1),
+)
+def test_head_bits_are_as_many_as_asked(costs, share):
+    few, most = tc.VALUE_BITS
+    spare = round(share * (most - few) * len(costs))
+    found = tc.head_bits(torch.tensor([costs]), few + spare / len(costs))
+    assert found.dtype == torch.uint8 and found.shape == (1, len(costs))
+    assert found.min() >= few and found.max() <= most
+    assert found.sum() == few * len(costs) + spare
+    for a, cost in enumerate(costs):
+        for b, other in enumerate(costs):
+            assert not (cost > other and found[0, a] < found[0, b])

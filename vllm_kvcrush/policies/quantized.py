@@ -49,8 +49,8 @@ class TC4(Quantized):
 
 @dataclass
 class TC6(Quantized):
-    """Some two and a half bits a channel: keys as in `tc8` in two bits, values in three. Needs the
-    model's tables."""
+    """Less than two and a half bits a channel: as `tc8`, but keys in 1.75 bits and values in 2.5.
+    Needs the model's tables."""
 
     name: ClassVar[str] = "tc6"
     codecs: ClassVar[tuple[str, ...]] = ("tc6",)
@@ -58,8 +58,8 @@ class TC6(Quantized):
 
 @dataclass
 class TC8(Quantized):
-    """Less than two bits a channel by transform coding: keys without their rotary embedding, values
-    in two bits. Needs the model's tables."""
+    """Less than two bits a channel by transform coding: keys without their rotary embedding in
+    1.375 bits, values in 2.25, as means over all heads. Needs the model's tables."""
 
     name: ClassVar[str] = "tc8"
     codecs: ClassVar[tuple[str, ...]] = ("tc8",)
