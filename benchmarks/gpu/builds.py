@@ -19,9 +19,10 @@ from triton.compiler import ASTSource
 
 from vllm_kvcrush.ops.triton import attention_kernel, compaction_kernels, scores_kernel
 from vllm_kvcrush.ops.triton import store_kernel as stores
-from vllm_kvcrush.ops.triton.compaction import encode_warps
-from vllm_kvcrush.ops.triton.config import attention_tiles
+from vllm_kvcrush.ops.triton.cache import RUNS
+from vllm_kvcrush.ops.triton.config import attention_tiles, encode_tiles, token_warps
 from vllm_kvcrush.ops.triton.layout import Geometry
+from vllm_kvcrush.pages import CODECS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -126,6 +127,7 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     """Everything but attention."""
     geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
+    warps = token_warps(geometry.k_pad, geometry.v_pad)
     yield Build(
         "merge", "-", *same, attention_kernel.merge_kernel,
         {"HEADS": 8 * group, "SIZE": size, "PAD": geometry.v_pad, "SPLITS": 16, "VALUES": True},
@@ -134,21 +136,24 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     yield Build("store", "raw", *same, stores.store_kernel, {"T": 4, "G": geometry}, 2, 3)
     scratch = {"key": "*fp32", "value": "*fp32"}
     constants = {"T": 32, "STEPS": 8, "VALUES": True, "POSITIONS": True, "G": geometry}
-    for codec in ("raw", "mixed"):
+    for codec in RUNS:
         yield Build(
             "gather", codec, *same, compaction_kernels.gather_kernel,
-            constants | {"INTS": codec == "mixed"}, 4, 3, scratch,
+            constants | {"CODEC": CODECS[codec]}, warps, 3, scratch,
         )  # fmt: skip
-    yield Build(
-        "encode", "mixed", *same, compaction_kernels.encode_kernel,
-        {"T": 64, "POSITIONS": True, "G": geometry}, encode_warps(geometry), 3, scratch,
-    )  # fmt: skip
+    tokens, encode_warps = encode_tiles(geometry.k_pad, geometry.v_pad)
+    constants = {"T": 64, "V": tokens, "POSITIONS": True, "G": geometry}
+    for codec in RUNS:
+        yield Build(
+            "encode", codec, *same, compaction_kernels.encode_kernel,
+            constants | {"CODEC": CODECS[codec]}, encode_warps, 3, scratch,
+        )  # fmt: skip
     constants = {"T": 64, "W": 32, "GROUP": group, "HEADS": 8 * group}
     constants |= {"DTYPE": DTYPES[dtype], "G": geometry}
-    for codec in ("raw", "mixed"):
+    for codec in RUNS:
         yield Build(
             "scores", codec, *same, scores_kernel.scores_kernel,
-            constants | {"TAIL": codec == "raw", "INTS": codec == "mixed"}, 4, 3,
+            constants | {"TAIL": codec == "raw", "CODEC": CODECS[codec]}, warps, 3,
             {"out": "*fp32", "tail_length": "i32"},
         )  # fmt: skip
 

@@ -85,6 +85,19 @@ def attention_tiles(
     )
 
 
+def token_warps(k_pad: int, v_pad: int) -> int:
+    """Warps of a program that reads a fixed number of tokens: a thread's share of their keys, or
+    values, is its registers."""
+    return 8 if max(k_pad, v_pad) > 128 else 4
+
+
+def encode_tiles(k_pad: int, v_pad: int) -> tuple[int, int]:
+    """Tokens whose values a program encodes, and its warps. Int4's values need the most registers:
+    with more than 32 of them a thread, or with 16 warps, which have half the registers, they
+    spill."""
+    return min(GROUP, GROUP * 128 // v_pad), min(8, max(k_pad, v_pad) // 16)
+
+
 def splits(sequences: int, kv_heads: int, processors: int) -> int:
     """Programs that share one decode row's context: enough to fill the processors about twice.
 
