@@ -22,10 +22,11 @@ from vllm_kvcrush.ops.triton import store_kernel as stores
 from vllm_kvcrush.ops.triton.cache import RUNS
 from vllm_kvcrush.ops.triton.config import (
     SCORES_STAGES,
+    SCORES_WARPS,
     attention_tiles,
     encode_tiles,
+    gather_warps,
     product_options,
-    token_warps,
 )
 from vllm_kvcrush.ops.triton.layout import Geometry
 from vllm_kvcrush.pages import CODECS
@@ -136,7 +137,7 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     """Everything but attention."""
     geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
-    warps = token_warps(geometry.k_pad, geometry.v_pad)
+    warps = gather_warps(geometry.k_pad, geometry.v_pad)
     yield Build(
         "merge", "-", *same, attention_kernel.merge_kernel,
         {"HEADS": 8 * group, "SIZE": size, "PAD": geometry.v_pad, "SPLITS": 16, "VALUES": True},
@@ -162,8 +163,8 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     for codec in RUNS:
         yield Build(
             "scores", codec, *same, scores_kernel.scores_kernel,
-            constants | {"TAIL": codec == "raw", "CODEC": CODECS[codec]}, warps,
-            SCORES_STAGES, {"out": "*fp32", "tail_length": "i32"},
+            constants | {"TAIL": codec == "raw", "CODEC": CODECS[codec]},
+            SCORES_WARPS, SCORES_STAGES, {"out": "*fp32", "tail_length": "i32"},
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_kvcrush.ops.triton.cache import Layer, Request
 from vllm_kvcrush.ops.triton.compaction_kernels import encode_kernel, gather_kernel
-from vllm_kvcrush.ops.triton.config import encode_tiles, token_warps
+from vllm_kvcrush.ops.triton.config import encode_tiles, gather_warps
 from vllm_kvcrush.pages import CODECS, GROUP
 
 SLOTS = 32  # of a program that gathers
@@ -43,7 +43,7 @@ def gather(
             source.tail_table, count, slots.stride(0), layer.block_pages, layer.first_page,
             source.tail_position, T=SLOTS, STEPS=len(source.page).bit_length(),
             CODEC=CODECS[run], VALUES=values, POSITIONS=positions, G=layer.geometry,
-            num_warps=token_warps(layer.geometry.k_pad, layer.geometry.v_pad),
+            num_warps=gather_warps(layer.geometry.k_pad, layer.geometry.v_pad),
         )  # fmt: skip
     return key, value, where
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from vllm_kvcrush.pages import GROUP
 
-# Of scores: queries are few and in the cache. With 3, ptxas spills a register for one block more.
-SCORES_STAGES = 2
+# Of scores. With 4 warps or a third tile on its way, ptxas spills a register at some head sizes, in
+# order to fit one block more.
+SCORES_WARPS, SCORES_STAGES = 8, 2
 SLACK = 1.15  # slots of a page's tiles over its capacity that are worth larger tiles
 
 
@@ -87,9 +88,9 @@ def attention_tiles(
     )
 
 
-def token_warps(k_pad: int, v_pad: int) -> int:
-    """Warps of a program that reads a fixed number of tokens: a thread's share of their keys, or
-    values, is its registers."""
+def gather_warps(k_pad: int, v_pad: int) -> int:
+    """Warps of a program that gathers: a thread's share of its tokens' keys, or values, is its
+    registers."""
     return 8 if max(k_pad, v_pad) > 128 else 4
 
 

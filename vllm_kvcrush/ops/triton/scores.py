@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Request
-from vllm_kvcrush.ops.triton.config import SCORES_STAGES, product_options, token_warps
+from vllm_kvcrush.ops.triton.config import SCORES_STAGES, SCORES_WARPS, product_options
 from vllm_kvcrush.ops.triton.scores_kernel import scores_kernel
 from vllm_kvcrush.pages import CODECS
 
@@ -68,8 +68,7 @@ def window_scores(
             window, layer.block_pages, layer.first_page,
             T=SLOTS, W=min(ROWS, max(16, triton.next_power_of_2(window))), GROUP=layer.group,
             HEADS=layer.heads, TAIL=tail, CODEC=CODECS[run], DTYPE=DTYPES[layer.dtype], G=geometry,
-            num_warps=token_warps(geometry.k_pad, geometry.v_pad), num_stages=SCORES_STAGES,
-            **product_options(layer.wave),
+            num_warps=SCORES_WARPS, num_stages=SCORES_STAGES, **product_options(layer.wave),
         )  # fmt: skip
     if mean:
         out /= window
