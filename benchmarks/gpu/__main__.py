@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from benchmarks import report
-from benchmarks.gpu import builds, disassembly, model
+from benchmarks.gpu import builds, child, disassembly, model
 from vllm_kvcrush.ops.triton.layout import Geometry
 
 DOCS = report.ROOT / "docs" / "gpu.md"
@@ -24,8 +24,9 @@ CODECS = ("raw", "int8", "int4")
 
 
 def compiled(build: builds.Build, target: str) -> dict[str, Any]:
-    """One row: a kernel for a target."""
-    facts = disassembly.facts(build.compile(target), target)
+    """One row: a kernel for a target. Where it does not compile, `error` says why."""
+    facts, error = child.call(lambda: disassembly.facts(build.compile(target), target))
+    names = [field.name for field in dataclasses.fields(disassembly.Facts)]
     return {
         "kernel": build.kernel,
         "codec": build.codec,
@@ -33,26 +34,29 @@ def compiled(build: builds.Build, target: str) -> dict[str, Any]:
         "group": build.group,
         "dtype": build.dtype,
         "target": target,
-        **dataclasses.asdict(facts),
+        **(dict.fromkeys(names) if error else dataclasses.asdict(facts)),
         "warps": build.warps,
         "stages": build.stages,
         "tile": build.tile or None,
+        "error": error,
     }
 
 
 def problems(row: dict[str, Any]) -> list[str]:
     """What a row must not say."""
+    if row["error"]:
+        return [f"does not compile: {row['error']}"]
     found = []
     if row["spills"]:
         found.append(f"spills {row['spills']} bytes")
     if row["blocks"] < 1:
         found.append("does not fit a processor")
-    multiplies = row["kernel"] in ("decode", "prefill", "scores")
-    if multiplies and not row["tensor_core_instructions"]:
-        found.append("has no tensor core instruction")
-    even = row["head_size"] % 64 == 0 and row["target"].startswith("sm_")
-    if row["kernel"] in ("decode", "prefill") and even and not row["wide_loads"]:
-        found.append("has no 128-bit load in its loops")
+    if row["kernel"] in builds.PRODUCTS:
+        if not row["tensor_core_instructions"]:
+            found.append("has no tensor core instruction")
+        # On AMD a lane's share of a tile of codes may be 8 bytes.
+        if row["target"].startswith("sm_") and not row["wide_loads"]:
+            found.append("has no 128-bit load in its loops")
     return found
 
 
@@ -62,8 +66,12 @@ def compile_table(rows: list[dict[str, Any]]) -> str:
     header += ["blocks", "occupancy", "tensor", "128-bit loads", "async", "loop", "tile"]
     lines = []
     for r in rows:
+        name = [r["kernel"], r["codec"], f"{r['head_size']}/{r['group']}", r["dtype"], r["target"]]
+        if r["error"]:
+            lines.append([*name, "does not compile", *["-"] * (len(header) - len(name) - 1)])
+            continue
         lines.append(
-            [r["kernel"], r["codec"], f"{r['head_size']}/{r['group']}", r["dtype"], r["target"]]
+            name
             + [str(r[k]) for k in ("registers", "spills", "shared_bytes", "blocks")]
             + [f"{r['occupancy']:.0%}"]
             + [str(r[k]) for k in ("tensor_core_instructions", "wide_loads", "async_loads")]
@@ -82,7 +90,7 @@ def floors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             wanted = ("decode", codec, SIZE, GROUP, "bf16", device.target)
             keys = ("kernel", "codec", "head_size", "group", "dtype", "target")
             row = next((r for r in rows if tuple(r[k] for k in keys) == wanted), None)
-            if row is None:
+            if row is None or row["error"]:
                 continue
             for context in CONTEXTS:
                 read = model.decode_bytes(codec, geometry, context, *shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu_device.cases import SHAPES, Case
 from vllm_kvcrush.ops.triton import compaction
-from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
 from vllm_kvcrush.pages import CODECS
 
 DISTINCT = 4  # pages of a KV head with contents of their own; all others are copies of them
@@ -102,7 +102,7 @@ class Cache:
         own = slice(first, last)
         entries = (begin[seq] - first, end[seq] - first, page[own], count[own], codec[own])
         table = self.table[seq].int()
-        return _request(self.device, *entries, table, self.tail, self.paged, self.pages > 0)
+        return _request(self.device, *entries, table, self.tail, self.paged, runs_of(codec[own]))
 
     def tokens(self, layer: Layer, seq: int) -> tuple[Tensor, Tensor]:
         """Float32 keys and values of a sequence: [kv_heads, context, size] each."""
@@ -130,7 +130,7 @@ def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -
     codecs = torch.full((layer.kv_heads * pages,), CODECS[codec], dtype=torch.uint8)
     none = torch.zeros(0, dtype=torch.int32)
     entries = (begin, begin + pages, page.flatten().int(), count.flatten(), codecs)
-    return _request(device, *entries, none, 0, 0)
+    return _request(device, *entries, none, 0, 0, runs_of(codecs))
 
 
 def distinct(layer: Layer, codec: str) -> Tensor:
@@ -145,6 +145,7 @@ def distinct(layer: Layer, codec: str) -> Tensor:
     page = torch.arange(heads * DISTINCT, dtype=torch.int32)
     codecs = torch.full((heads * DISTINCT,), CODECS[codec], dtype=torch.uint8)
     none = torch.zeros(0, dtype=torch.int32)
-    request = _request(str(device), begin, begin + DISTINCT, page, count, codecs, none, 0, 0)
+    entries = (begin, begin + DISTINCT, page, count, codecs)
+    request = _request(str(device), *entries, none, 0, 0, runs_of(codecs))
     compaction.encode(layer.over(pages), request, key, value, where)
     return pages

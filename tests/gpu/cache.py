@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.gpu import oracle
 from vllm_kvcrush.ops import pages_reference as reference
 from vllm_kvcrush.ops.triton import attention
-from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
 from vllm_kvcrush.pages import CODECS
 
 
@@ -158,7 +158,7 @@ class Cache:
         return Request.of(
             begin, end, page[own], count[own], codec[own],
             torch.tensor(self.tails[seq], dtype=torch.int32, device=self.device),
-            self.lengths[seq], self.starts[seq],
+            self.lengths[seq], self.starts[seq], runs_of(codec[own].cpu()),
         )  # fmt: skip
 
     def biases(self, seq: int) -> list[Tensor]:

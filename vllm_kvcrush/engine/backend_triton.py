@@ -23,7 +23,7 @@ from vllm_kvcrush.engine.compaction import Backend
 from vllm_kvcrush.engine.region import Region, joined
 from vllm_kvcrush.ops.fitted import LayerTable
 from vllm_kvcrush.ops.triton.attention import attention
-from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
 from vllm_kvcrush.ops.triton.compaction import compact, gather
 from vllm_kvcrush.ops.triton.scores import window_scores
 from vllm_kvcrush.ops.triton.store import store
@@ -220,8 +220,8 @@ class TritonCacheLayer:
         page, count, codec, begins, ends, own = (
             x.to(self.device, non_blocking=True) for x in (*parts, ends - counts, ends, own)
         )
-        ints = region is not None
-        request = Request.of(begins, ends, page, count, codec, tail, tokens, position, ints)
+        runs = runs_of(parts[2])
+        request = Request.of(begins, ends, page, count, codec, tail, tokens, position, runs)
         return request, own
 
     def held(self, request: Request, tokens: int) -> TritonHeld:

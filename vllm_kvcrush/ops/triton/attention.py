@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_kvcrush.ops.triton.attention_kernel import attention_kernel, merge_kernel
 from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Layer
-from vllm_kvcrush.ops.triton.config import Tiles, attention_tiles, splits
+from vllm_kvcrush.ops.triton.config import Tiles, attention_tiles, product_options, splits
 
 
 def tiles_for(layer: Layer, longest: int) -> Tiles:
@@ -105,6 +105,7 @@ def attention(
         PTX=layer.ptx,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
+        **product_options(layer.wave),
     )
     if parts > 1:
         merge_kernel[(rows, layer.heads)](

@@ -146,9 +146,8 @@ def _int8_run(
     C: tl.constexpr = G.v_pad // 2
     t = tl.arange(0, T)
     q0, q1 = _query_planes2(query, query_at, row_mask, G, DTYPE)
-    before = peak
-    a0 = tl.zeros([M, C], tl.float32)
-    a1 = tl.zeros([M, C], tl.float32)
+    # What was added up before goes on in planes: beside them it would not fit the registers.
+    a0, a1 = tl.split(tl.reshape(acc * 128.0, [M, C, 2]))
     for i in range(begin * PER + split, end * PER, SPLITS):
         entry = i // PER
         first = i % PER * T
@@ -168,10 +167,7 @@ def _int8_run(
             weights = (weights * (128.0 * v_steps)[None, :]).to(DTYPE)
             a0 = dot(weights, codes8(v, 0, DTYPE, PTX), a0 * factor[:, None])
             a1 = dot(weights, codes8(v, 1, DTYPE, PTX), a1 * factor[:, None])
-    if VALUES:
-        kept = tl.exp2(before - tl.where(peak == float("-inf"), 0.0, peak))
-        acc = acc * kept[:, None] + tl.reshape(tl.join(a0, a1), [M, 2 * C]) * 0.0078125
-    return acc, peak, total
+    return tl.reshape(tl.join(a0, a1), [M, 2 * C]) * 0.0078125, peak, total
 
 
 @triton.jit

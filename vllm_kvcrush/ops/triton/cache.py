@@ -19,11 +19,17 @@ from vllm_kvcrush.ops.triton.layout import CODECS, Geometry
 from vllm_kvcrush.pages import CODECS as NUMBERS
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Runs of a directory, in the order in which they are read; exact pages are read as raw ones.
+# Codecs that kernels tell apart, in the order in which attention reads their pages; exact pages are
+# read as raw ones.
 RUNS = ("int4", "int8", "raw")
 _RANK = torch.zeros(256, dtype=torch.int64)
 for _codec in CODECS:
     _RANK[NUMBERS[_codec]] = RUNS.index("raw" if _codec == "exact" else _codec)
+
+
+def runs_of(codecs: Tensor) -> tuple[str, ...]:
+    """Which of RUNS occur among codec numbers, which are on the host."""
+    return tuple(RUNS[i] for i in sorted(set(_RANK[codecs.long()].tolist())))
 
 
 @functools.cache
@@ -117,7 +123,7 @@ class Directory:
     count: Tensor
     bias: Tensor | None = None
     log_bias: Tensor | None = None
-    present: tuple[bool, bool, bool] = (True, True, True)
+    present: tuple[bool, ...] = (True,) * len(RUNS)
 
     @classmethod
     def of(
@@ -156,7 +162,7 @@ class Directory:
             put(F.pad(count.int()[entry], (0, 1)), torch.int32),
             None if bias is None else put(bias[entry], torch.int64),
             None if log_bias is None else put(log_bias, torch.float32),
-            (present[0], present[1], present[2]),
+            tuple(present),
         )
 
     @classmethod
@@ -172,7 +178,7 @@ class Directory:
             runs.unsqueeze(0),
             F.pad(request.page[order], (0, 1)),
             F.pad(request.count[order], (0, 1)),
-            present=(request.ints, request.ints, True),
+            present=tuple(run in request.runs for run in RUNS),
         )
 
 
@@ -212,7 +218,7 @@ class Request:
         tail_slot: int32 [kv_heads], slot of the tail's first token.
         tail_table: int32 [blocks].
         tail_length, tail_position: tokens in the tail, and position of its first.
-        ints: there may be int8 and int4 pages.
+        runs: of RUNS those that entries may be of. For the others nothing is launched.
     """
 
     begin: Tensor
@@ -226,7 +232,7 @@ class Request:
     tail_table: Tensor
     tail_length: int
     tail_position: int
-    ints: bool = True
+    runs: tuple[str, ...] = RUNS
 
     @classmethod
     def of(
@@ -239,7 +245,7 @@ class Request:
         tail_table: Tensor,
         tail_length: int,
         tail_position: int,
-        ints: bool = True,
+        runs: tuple[str, ...] = RUNS,
     ) -> Request:
         """From a directory's first row (begin and end [1, kv_heads] or [kv_heads]), on the tensors'
         device and without waiting for it."""
@@ -264,5 +270,5 @@ class Request:
             tail_table.int(),
             tail_length,
             tail_position,
-            ints,
+            runs,
         )

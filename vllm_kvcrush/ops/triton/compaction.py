@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vllm_kvcrush.ops.triton.cache import Layer, Request
 from vllm_kvcrush.ops.triton.compaction_kernels import encode_kernel, gather_kernel
-from vllm_kvcrush.ops.triton.layout import Geometry
-from vllm_kvcrush.pages import GROUP
+from vllm_kvcrush.ops.triton.config import encode_tiles, gather_warps
+from vllm_kvcrush.pages import CODECS, GROUP
 
 SLOTS = 32  # of a program that gathers
 
@@ -34,21 +34,18 @@ def gather(
     key = torch.empty(*shape, layer.k_size, device=device)
     value = torch.empty(*shape, layer.v_size, device=device) if values else None
     where = torch.empty(shape, dtype=torch.int32, device=device) if positions else None
-    if count:
+    # The tail is read with the raw pages.
+    for run in dict.fromkeys((*source.runs, "raw")) if count else ():
         gather_kernel[(triton.cdiv(count, SLOTS), layer.kv_heads)](
             key, key if value is None else value, key if where is None else where, slots,
-            layer.raw, layer.grid, layer.half, layer.words, layer.wide, layer.pool,
+            layer.raw, layer.grid, layer.half, layer.words, layer.wide,
             source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
             source.tail_table, count, slots.stride(0), layer.block_pages, layer.first_page,
             source.tail_position, T=SLOTS, STEPS=len(source.page).bit_length(),
-            INTS=source.ints, VALUES=values, POSITIONS=positions, G=layer.geometry,
+            CODEC=CODECS[run], VALUES=values, POSITIONS=positions, G=layer.geometry,
+            num_warps=gather_warps(layer.geometry.k_pad, layer.geometry.v_pad),
         )  # fmt: skip
     return key, value, where
-
-
-def encode_warps(geometry: Geometry) -> int:
-    """Of a program that encodes: a thread's share of keys and values is its registers."""
-    return max(geometry.k_pad, geometry.v_pad) // 16
 
 
 def encode(
@@ -62,14 +59,15 @@ def encode(
         positions: int32 [kv_heads, n], ascending, or None if only raw pages are filled.
     """
     geometry = layer.geometry
-    most = max(layer.capacity(codec) for codec in ("raw", "exact", "int8", "int4"))
-    if len(target.page) and key.shape[1]:
-        encode_kernel[(len(target.page), triton.cdiv(most, GROUP), 2)](
+    tokens, warps = encode_tiles(geometry.k_pad, geometry.v_pad)
+    for run in target.runs if len(target.page) and key.shape[1] else ():
+        groups, parts = triton.cdiv(layer.capacity(run), GROUP), 1 + GROUP // tokens
+        encode_kernel[(len(target.page), groups, parts)](
             key, value, key if positions is None else positions,
             layer.raw, layer.grid, layer.half, layer.words, layer.wide, layer.pool,
             target.head, target.page, target.count, target.codec, target.first, key.shape[1],
-            T=GROUP, POSITIONS=positions is not None, G=geometry,
-            num_warps=encode_warps(geometry),
+            T=GROUP, V=tokens, CODEC=CODECS[run], POSITIONS=positions is not None, G=geometry,
+            num_warps=warps,
         )  # fmt: skip
 
 

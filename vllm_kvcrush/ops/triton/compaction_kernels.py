@@ -8,11 +8,21 @@ Between the two the tokens lie in a scratch buffer, because target pages may be 
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.ops.triton.layout import NEVER, STEPS
+from vllm_kvcrush.ops.triton.layout import NEVER
 from vllm_kvcrush.ops.triton.tiles import hadamard, rotation_sign
+from vllm_kvcrush.ops.triton.tokens import (
+    INT4,
+    INT8,
+    RAW,
+    STEP_COUNT,
+    keys_of,
+    positions_at,
+    positions_of,
+    reads,
+    values_of,
+)
 
-EXACT, INT8, INT4 = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-STEP_COUNT, NO_STEP = tl.constexpr(STEPS), tl.constexpr(NEVER)
+NO_STEP = tl.constexpr(NEVER)
 HALF_MAX = tl.constexpr(65504.0)
 
 
@@ -56,101 +66,17 @@ def locate(slots, begin, end, firsts, STEPS: tl.constexpr):
     return low
 
 
-@triton.jit
-def any_keys(
-    raw, grid, half, codes, page, index, codec, mask, INTS: tl.constexpr, G: tl.constexpr
-):  # fmt: skip
-    """float32 [T, k_pad], keys of tokens of any pages.
-
-    Args:
-        codes: the pool as uint8. page: int64 [T]; index: place in the page; codec: a number in
-            pages.CODECS; mask: bool [T], the others are 0.
-        INTS: there may be int8 and int4 pages.
-    """
-    c = tl.arange(0, G.k_pad)[None, :]
-    mask = mask[:, None] & (c < G.k_size)
-    page, index, codec = page[:, None], index[:, None], codec[:, None]
-    row: tl.constexpr = G.k_size + G.v_size
-    at = raw + page * (G.page_bytes // G.itemsize) + index * row + c
-    x = tl.load(at, mask=mask & (codec <= EXACT), other=0.0).to(tl.float32)
-    if INTS:
-        is8, is4 = mask & (codec == INT8), mask & (codec == INT4)
-        base = codes + page * G.page_bytes
-        at = tl.where(
-            is8, G.int8.k + index * G.int8.k_row + c, G.int4.k + index * G.int4.k_row + c // 2
-        )
-        byte = tl.load(base + at, mask=is8 | is4, other=0).to(tl.int32)
-        scale_at = tl.where(
-            is8,
-            G.int8.k_scale // 2 + index,
-            G.int4.k_scale // 2 + index // 64 * G.k_size + c % 4 * (G.k_size // 4) + c // 4,
-        )
-        base = page * (G.page_bytes // 2) + scale_at
-        scale = tl.load(half + base, mask=is8, other=0.0).to(tl.float32)
-        x += ((byte << 24) >> 24).to(tl.float32) * scale
-        steps = tl.load(grid + base, mask=is4, other=0.0).to(tl.float32)
-        more: tl.constexpr = (G.int4.k_middle - G.int4.k_scale) // 2
-        middle = tl.load(grid + base + more, mask=is4, other=0.0).to(tl.float32)
-        nibble = (byte >> (c % 2 * 4)) & 15
-        x += (2 * nibble - 15).to(tl.float32) * steps + middle
-    return x
-
-
-@triton.jit
-def any_values(
-    raw, half, codes, page, index, codec, mask, T: tl.constexpr, INTS: tl.constexpr,
-    G: tl.constexpr,
-):  # fmt: skip
-    """float32 [T, v_pad], values of tokens of any pages; arguments as `any_keys`."""
-    channel = tl.arange(0, G.v_pad)
-    c = channel[None, :]
-    mask = mask[:, None] & (c < G.v_size)
-    page, index, codec = page[:, None], index[:, None], codec[:, None]
-    row: tl.constexpr = G.k_size + G.v_size
-    at = raw + page * (G.page_bytes // G.itemsize) + index * row + G.k_size + c
-    x = tl.load(at, mask=mask & (codec <= EXACT), other=0.0).to(tl.float32)
-    if INTS:
-        is8, is4 = mask & (codec == INT8), mask & (codec == INT4)
-        base = codes + page * G.page_bytes
-        at = tl.where(
-            is8, G.int8.v + index * G.int8.v_row + c, G.int4.v + index * G.int4.v_row + c // 2
-        )
-        byte = tl.load(base + at, mask=is8 | is4, other=0).to(tl.int32)
-        at = tl.where(is8, G.int8.v_scale // 2, G.int4.v_scale // 2) + index
-        scale = tl.load(half + page * (G.page_bytes // 2) + at, mask=is8 | is4, other=0.0)
-        nibble = (byte >> (c % 2 * 4)) & 15
-        code = tl.where(is8, ((byte << 24) >> 24).to(tl.float32), nibble.to(tl.float32) - 7.5)
-        x += code * scale.to(tl.float32)
-        back = rotate(x, T, G.v_pad, G.rotation) * rotation_sign(channel)[None, :]
-        x = tl.where(codec == INT4, back, x)
-    return x
-
-
-@triton.jit
-def any_positions(words, wide, page, index, codec, mask, G: tl.constexpr):
-    """int32 [T], positions of tokens of any pages but raw ones; `wide` is the pool as int32."""
-    at = tl.where(codec == INT8, G.int8.positions // 2, G.int4.positions // 2)
-    at = tl.where(codec == EXACT, G.exact.positions // 2, at) + index
-    low = tl.load(words + page * (G.page_bytes // 2) + at, mask=mask, other=0)
-    base = tl.load(wide + page * (G.page_bytes // 4) + G.header // 4, mask=mask, other=0)
-    steps = tl.zeros_like(base)
-    for j in tl.static_range(STEP_COUNT):
-        first = words + page * (G.page_bytes // 2) + (G.header + 4) // 2 + j
-        first = tl.load(first, mask=mask, other=-1).to(tl.int32) & 0xFFFF
-        steps += (first <= index).to(tl.int32)
-    return base + (low.to(tl.int32) & 0xFFFF) + 65536 * steps
-
-
 @triton.jit(do_not_specialize=["count", "block_pages", "first_page", "tail_position"])
 def gather_kernel(
-    key, value, position, slots, raw, grid, half, words, wide, codes,
+    key, value, position, slots, raw, grid, half, words, wide,
     begins, ends, pages, codecs, firsts, tail_slot, tail_table,
     count, slot_stride, block_pages, first_page, tail_position,
-    T: tl.constexpr, STEPS: tl.constexpr, INTS: tl.constexpr, VALUES: tl.constexpr,
+    T: tl.constexpr, STEPS: tl.constexpr, CODEC: tl.constexpr, VALUES: tl.constexpr,
     POSITIONS: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of T slots, KV heads). Writes float32 key [heads, count, k_size], value likewise
-    and int32 position [heads, count] of slots int64 [heads, count]; -1 skips."""
+    and int32 position [heads, count] of slots int64 [heads, count] that lie in pages of CODEC, as
+    the tail does in RAW's; -1 skips."""
     head = tl.program_id(1)
     i = tl.program_id(0) * T + tl.arange(0, T)
     slot = tl.load(slots + head * slot_stride + i, mask=i < count, other=-1).to(tl.int32)
@@ -159,25 +85,30 @@ def gather_kernel(
     in_tail = slot >= before
     entry = locate(slot, tl.load(begins + head), tl.load(ends + head), firsts, STEPS)
     paged = mask & (in_tail == 0)
+    codec = tl.load(codecs + entry, mask=paged, other=RAW)
+    mask = mask & reads(codec, CODEC)
+    if tl.max(mask.to(tl.int32), 0) == 0:
+        return
     index = slot - tl.load(firsts + entry, mask=paged, other=0)
     page = tl.load(pages + entry, mask=paged, other=0).to(tl.int64)
-    codec = tl.load(codecs + entry, mask=paged, other=0)
     place = slot - before
-    block = tl.load(tail_table + place // G.block_size, mask=mask & in_tail, other=0).to(tl.int64)
-    page = tl.where(in_tail, block * block_pages + first_page + head, page)
-    index = tl.where(in_tail, place % G.block_size, index)
+    if CODEC == RAW:
+        block = tl.load(tail_table + place // G.block_size, mask=mask & in_tail, other=0)
+        at = block.to(tl.int64) * block_pages + first_page + head
+        page = tl.where(in_tail, at, page)
+        index = tl.where(in_tail, place % G.block_size, index)
     row = (head.to(tl.int64) * count + i)[:, None]
     c = tl.arange(0, G.k_pad)[None, :]
-    x = any_keys(raw, grid, half, codes, page, index, codec, mask, INTS, G)
+    x = keys_of(raw, grid, half, words, page, index, mask, T, CODEC, G)
     tl.store(key + row * G.k_size + c, x, mask=mask[:, None] & (c < G.k_size))
     if VALUES:
         c = tl.arange(0, G.v_pad)[None, :]
-        x = any_values(raw, half, codes, page, index, codec, mask, T, INTS, G)
+        x = values_of(raw, half, words, page, index, mask, T, CODEC, G)
         tl.store(value + row * G.v_size + c, x, mask=mask[:, None] & (c < G.v_size))
     if POSITIONS:
-        kept = any_positions(words, wide, page, index, codec, paged & (codec >= EXACT), G)
-        kept = tl.where(paged & (codec < EXACT), -1, kept)
-        kept = tl.where(in_tail, tail_position + place, kept)
+        kept = positions_of(words, wide, page, index, mask & (codec != RAW), CODEC, G)
+        if CODEC == RAW:
+            kept = tl.where(in_tail, tail_position + place, tl.where(codec == RAW, -1, kept))
         tl.store(position + head.to(tl.int64) * count + i, kept, mask=mask)
 
 
@@ -222,7 +153,7 @@ def _encode_int4_keys(x, grid, codes, page, group, n, T: tl.constexpr, G: tl.con
 
 
 @triton.jit
-def _encode_int4_values(x, half, codes, page, group, n, T: tl.constexpr, G: tl.constexpr):
+def _encode_int4_values(x, half, codes, page, start, n, T: tl.constexpr, G: tl.constexpr):
     t, c = tl.arange(0, T), tl.arange(0, G.v_pad)
     y = rotate(x * rotation_sign(c)[None, :], T, G.v_pad, G.rotation)
     peak = tl.max(tl.abs(y), 1)
@@ -244,25 +175,25 @@ def _encode_int4_values(x, half, codes, page, group, n, T: tl.constexpr, G: tl.c
     levels = rounded(tl.minimum(tl.maximum(levels, 0.0), 15.0))
     b = tl.arange(0, G.v_pad // 2)[None, :]
     row: tl.constexpr = G.v_size // 2
-    at = codes + page * G.page_bytes + G.int4.v + (group * T + t)[:, None] * row + b
+    at = codes + page * G.page_bytes + G.int4.v + (start + t)[:, None] * row + b
     tl.store(at, _pack(levels, T, G.v_pad), mask=(t < n)[:, None] & (b < row))
-    at = half + page * (G.page_bytes // 2) + G.int4.v_scale // 2 + group * T + t
+    at = half + page * (G.page_bytes // 2) + G.int4.v_scale // 2 + start + t
     tl.store(at, scale.to(tl.float16), mask=t < n)
 
 
 @triton.jit
 def _encode_positions(
-    position, words, wide, page, first, n, codec, group, T: tl.constexpr, G: tl.constexpr
+    position, words, wide, page, first, n, group, START: tl.constexpr, T: tl.constexpr,
+    G: tl.constexpr,
 ):  # fmt: skip
-    """Low halves of a group's positions; the first group also writes the page's header."""
+    """Low halves of a group's positions, to byte START of the page; the first group also writes the
+    page's header."""
     t = tl.arange(0, T)
     base = tl.load(position + first) // 65536 * 65536
-    at = tl.where(codec == INT8, G.int8.positions // 2, G.int4.positions // 2)
-    at = tl.where(codec == EXACT, G.exact.positions // 2, at)
     page_at = page * (G.page_bytes // 2)
     i = group * T + t
     mine = tl.load(position + first + i, mask=i < n, other=0)
-    tl.store(words + page_at + at + i, mine.to(tl.int16), mask=i < n)
+    tl.store(words + page_at + START // 2 + i, mine.to(tl.int16), mask=i < n)
     if group == 0:
         j = tl.arange(0, 16)
         before = tl.zeros([16], tl.int32)
@@ -278,12 +209,12 @@ def _encode_positions(
 
 @triton.jit
 def _store_rows(
-    x, raw, page, group, n, OFFSET: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr,
+    x, raw, page, start, n, OFFSET: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr,
     T: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     t, c = tl.arange(0, T), tl.arange(0, PAD)[None, :]
     row: tl.constexpr = G.k_size + G.v_size
-    at = raw + page * (G.page_bytes // G.itemsize) + (group * T + t)[:, None] * row + OFFSET + c
+    at = raw + page * (G.page_bytes // G.itemsize) + (start + t)[:, None] * row + OFFSET + c
     tl.store(at, x.to(raw.dtype.element_ty), mask=(t < n)[:, None] & (c < SIZE))
 
 
@@ -298,42 +229,47 @@ def _load_rows(x, first, n, SIZE: tl.constexpr, PAD: tl.constexpr, T: tl.constex
 def encode_kernel(
     key, value, position, raw, grid, half, words, wide, codes,
     heads, pages, counts, codecs, firsts, count,
-    T: tl.constexpr, POSITIONS: tl.constexpr, G: tl.constexpr,
+    T: tl.constexpr, V: tl.constexpr, CODEC: tl.constexpr, POSITIONS: tl.constexpr,
+    G: tl.constexpr,
 ):  # fmt: skip
-    """Grid (entries, groups of T = 64 tokens of the largest page, 2): a program has keys or values,
-    for both would not fit its registers. Fills each entry's page with counts[entry] rows of its
-    head, from row firsts[entry], of float32 key [heads, count, k_size], value likewise and int32
-    position [heads, count]."""
-    entry, group = tl.program_id(0), tl.program_id(1)
+    """Fills the page of each entry of CODEC with counts[entry] rows of its head, from row
+    firsts[entry], of float32 key [heads, count, k_size], value likewise and int32 position [heads,
+    count]. Grid (entries, groups of T = 64 tokens of CODEC's pages, 1 + T / V): a program has a
+    group's keys, or values of V of its tokens, for all would not fit its registers."""
+    entry, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     total = tl.load(counts + entry)
-    n = total - group * T
-    if n <= 0:
+    codec = tl.load(codecs + entry)
+    if (total <= group * T) | (reads(codec, CODEC) == 0):
         return
-    page, codec = tl.load(pages + entry).to(tl.int64), tl.load(codecs + entry)
+    page = tl.load(pages + entry).to(tl.int64)
     first = tl.load(heads + entry).to(tl.int64) * count + tl.load(firsts + entry)
-    row = first + group * T
-    scale_at = page * (G.page_bytes // 2) + group * T
     # Branches use no name of their own twice: Triton wants one type of what both of them name.
-    if tl.program_id(2) == 0:
-        k = _load_rows(key, row, n, G.k_size, G.k_pad, T)
-        if codec == INT4:
+    if part == 0:
+        start = group * T
+        n = total - start
+        k = _load_rows(key, first + start, n, G.k_size, G.k_pad, T)
+        if CODEC == INT4:
             _encode_int4_keys(k, grid, codes, page, group, n, T, G)
-        elif codec == INT8:
-            k_at = page * G.page_bytes + G.int8.k + group * T * G.k_size
-            k_scale = scale_at + G.int8.k_scale // 2
+        elif CODEC == INT8:
+            k_at = page * G.page_bytes + G.int8.k + start * G.k_size
+            k_scale = page * (G.page_bytes // 2) + G.int8.k_scale // 2 + start
             _encode_int8(k, codes, half, k_at, k_scale, n, T, G.k_size, G.k_pad)
         else:
-            _store_rows(k, raw, page, group, n, 0, G.k_size, G.k_pad, T, G)
+            _store_rows(k, raw, page, start, n, 0, G.k_size, G.k_pad, T, G)
         if POSITIONS:  # noqa: SIM102 (one is known to the compiler, the other is not)
-            if codec >= EXACT:
-                _encode_positions(position, words, wide, page, first, total, codec, group, T, G)
+            if codec != RAW:
+                _encode_positions(
+                    position, words, wide, page, first, total, group, positions_at(CODEC, G), T, G
+                )
     else:
-        v = _load_rows(value, row, n, G.v_size, G.v_pad, T)
-        if codec == INT4:
-            _encode_int4_values(v, half, codes, page, group, n, T, G)
-        elif codec == INT8:
-            v_at = page * G.page_bytes + G.int8.v + group * T * G.v_size
-            v_scale = scale_at + G.int8.v_scale // 2
-            _encode_int8(v, codes, half, v_at, v_scale, n, T, G.v_size, G.v_pad)
+        begin = group * T + (part - 1) * V
+        left = total - begin
+        v = _load_rows(value, first + begin, left, G.v_size, G.v_pad, V)
+        if CODEC == INT4:
+            _encode_int4_values(v, half, codes, page, begin, left, V, G)
+        elif CODEC == INT8:
+            v_at = page * G.page_bytes + G.int8.v + begin * G.v_size
+            v_scale = page * (G.page_bytes // 2) + G.int8.v_scale // 2 + begin
+            _encode_int8(v, codes, half, v_at, v_scale, left, V, G.v_size, G.v_pad)
         else:
-            _store_rows(v, raw, page, group, n, G.k_size, G.v_size, G.v_pad, T, G)
+            _store_rows(v, raw, page, begin, left, G.k_size, G.v_size, G.v_pad, V, G)

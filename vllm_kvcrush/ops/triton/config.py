@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from vllm_kvcrush.pages import GROUP
 
+# Of scores. With 4 warps or a third tile on its way, ptxas spills a register at some head sizes, in
+# order to fit one block more.
+SCORES_WARPS, SCORES_STAGES = 8, 2
 SLACK = 1.15  # slots of a page's tiles over its capacity that are worth larger tiles
 
 
@@ -83,6 +86,28 @@ def attention_tiles(
         warps=warps,
         stages=2 if prefill or size * itemsize > 256 else 3,
     )
+
+
+def gather_warps(k_pad: int, v_pad: int) -> int:
+    """Warps of a program that gathers: a thread's share of its tokens' keys, or values, is its
+    registers."""
+    return 8 if max(k_pad, v_pad) > 128 else 4
+
+
+def encode_tiles(k_pad: int, v_pad: int) -> tuple[int, int]:
+    """Tokens whose values a program encodes, and its warps. Int4's values need the most registers:
+    with more than 32 of them a thread, or with 16 warps, which have half the registers, they
+    spill."""
+    return min(GROUP, GROUP * 128 // v_pad), min(8, max(k_pad, v_pad) // 16)
+
+
+def product_options(wave: int) -> dict[str, int]:
+    """What kernels that multiply are compiled with besides, by threads of a warp. On AMD: matrix
+    instructions of 16 rows, not 32. With 32, int8's prefill at 64, which reads tiles of 64 tokens
+    ahead, ends in an error of Triton 3.9's LLVM ("Bad machine code: Virtual register defs don't
+    dominate all uses"), and scores and prefill at 256 spill; with 16, scores need a third of the
+    registers and no prefill needs more than before."""
+    return {"matrix_instr_nonkdim": 16} if wave == 64 else {}
 
 
 def splits(sequences: int, kv_heads: int, processors: int) -> int:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Request
+from vllm_kvcrush.ops.triton.config import SCORES_STAGES, SCORES_WARPS, product_options
 from vllm_kvcrush.ops.triton.scores_kernel import scores_kernel
+from vllm_kvcrush.pages import CODECS
 
 SLOTS = 64  # of a program
 ROWS = 64  # query rows of a product
@@ -54,19 +56,20 @@ def window_scores(
     lse = torch.empty(window, layer.heads, dtype=torch.float32, device=device)
     attention(layer, batch, rows, None, lse)
     out = torch.zeros(layer.heads, candidates, dtype=torch.float32, device=device)
-    tiles = {False: (len(source.page), triton.cdiv(layer.most, SLOTS))}
-    tiles[True] = (triton.cdiv(source.tail_length, SLOTS), layer.kv_heads)
-    for tail, grid in tiles.items():
-        if grid[0]:
-            scores_kernel[grid](
-                out, rows, lse, layer.raw, layer.grid, layer.half, layer.pool,
-                source.head, source.page, source.count, source.codec, source.first,
-                source.tail_slot, source.tail_table, source.tail_length, candidates, layer.scale,
-                window, layer.block_pages, layer.first_page,
-                T=SLOTS, W=min(ROWS, max(16, triton.next_power_of_2(window))), GROUP=layer.group,
-                HEADS=layer.heads, TAIL=tail, INTS=source.ints and not tail,
-                DTYPE=DTYPES[layer.dtype], G=geometry,
-            )  # fmt: skip
+    # The tail's slots, then the pages' of each codec.
+    launches = [(True, "raw", (triton.cdiv(source.tail_length, SLOTS), layer.kv_heads))]
+    for run in source.runs if len(source.page) else ():
+        launches.append((False, run, (len(source.page), triton.cdiv(layer.capacity(run), SLOTS))))
+    for tail, run, grid in launches:
+        scores_kernel[grid](
+            out, rows, lse, layer.raw, layer.grid, layer.half, layer.words,
+            source.head, source.page, source.count, source.codec, source.first,
+            source.tail_slot, source.tail_table, source.tail_length, candidates, layer.scale,
+            window, layer.block_pages, layer.first_page,
+            T=SLOTS, W=min(ROWS, max(16, triton.next_power_of_2(window))), GROUP=layer.group,
+            HEADS=layer.heads, TAIL=tail, CODEC=CODECS[run], DTYPE=DTYPES[layer.dtype], G=geometry,
+            num_warps=SCORES_WARPS, num_stages=SCORES_STAGES, **product_options(layer.wave),
+        )  # fmt: skip
     if mean:
         out /= window
     if pool > 1:

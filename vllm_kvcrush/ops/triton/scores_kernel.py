@@ -5,19 +5,19 @@
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.ops.triton.compaction_kernels import any_keys
 from vllm_kvcrush.ops.triton.tiles import LOG2E, dot
+from vllm_kvcrush.ops.triton.tokens import keys_of, reads
 
 
 @triton.jit(do_not_specialize=["candidates", "tail_length", "block_pages", "first_page"])
 def scores_kernel(
-    out, query, lse, raw, grid, half, codes,
+    out, query, lse, raw, grid, half, words,
     heads, pages, counts, codecs, firsts, tail_slot, tail_table,
     tail_length, candidates, scale, window, block_pages, first_page,
     T: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    TAIL: tl.constexpr, INTS: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr,
+    TAIL: tl.constexpr, CODEC: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Grid (entries, tiles of the largest page), or with TAIL (tiles of the tail, KV heads).
+    """Grid (entries, tiles of CODEC's pages), or with TAIL (tiles of the tail, KV heads).
 
     Args:
         out: float32 [HEADS, candidates], receives the sum over the window of softmax weights.
@@ -33,18 +33,18 @@ def scores_kernel(
         block = tl.load(tail_table + place // G.block_size, mask=t < n, other=0).to(tl.int64)
         page = block * block_pages + first_page + head
         index = place % G.block_size
-        codec = tl.zeros([T], tl.int32)
     else:
         entry = tl.program_id(0)
+        n = tl.load(counts + entry) - tl.program_id(1) * T
+        if (n <= 0) | (reads(tl.load(codecs + entry), CODEC) == 0):
+            return
         head = tl.load(heads + entry)
         index = tl.program_id(1) * T + t
-        n = tl.load(counts + entry) - tl.program_id(1) * T
         slot = tl.load(firsts + entry) + index
         place = tl.zeros([T], tl.int32) - 1
         page = tl.zeros([T], tl.int64) + tl.load(pages + entry)
-        codec = tl.zeros([T], tl.int32) + tl.load(codecs + entry)
     mask = (t < n) & (slot < candidates)
-    k = tl.trans(any_keys(raw, grid, half, codes, page, index, codec, mask, INTS, G).to(DTYPE))
+    k = tl.trans(keys_of(raw, grid, half, words, page, index, mask, T, CODEC, G).to(DTYPE))
     c = tl.arange(0, G.k_pad)[None, :]
     for g in range(GROUP):
         q_head = head * GROUP + g
