@@ -505,8 +505,12 @@ def fit(
     mean, second = rope.spread(statistics.key_mean, statistics.key_second, near)
     if statistics.key_gradient is not None:
         _, cost = rope.spread(statistics.key_mean, statistics.key_gradient, near)
+        # How much more one head matters than another depends on the text: half of it, in the
+        # logarithm, loses no more, and heads whose pages hold alike waste fewer of them.
+        trust = cost.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
     else:
         _, cost = rope.spread(statistics.key_mean, statistics.query_second, far)
+        trust = torch.ones(cost.shape[:2], dtype=torch.float64)
     weight, back = _root(cost)
     spread = weight @ (second - mean[..., :, None] * mean[..., None, :]) @ weight
     variances, vectors = torch.linalg.eigh((spread + spread.mT) / 2)
@@ -518,11 +522,11 @@ def fit(
         heads = [pooled_bits(own, each, most) for own in variances.flatten(0, 1)]
         bits = torch.stack(heads).view(variances.shape)
     else:
-        bits = pooled_bits(variances, point.key_bits, most)
+        bits = pooled_bits(variances / trust[..., None], point.key_bits, most)
     if even or statistics.value_gradient is None:
         value_bits = torch.full(bits.shape[:2], even_value_bits(point), dtype=torch.uint8)
     else:
-        value_bits = head_bits(statistics.value_gradient, point.value_bits)
+        value_bits = head_bits(statistics.value_gradient.sqrt(), point.value_bits)
     return Tables.of(
         point,
         rope,
