@@ -253,6 +253,7 @@ PICKED = (
     ("auto", 0.125, "bits"),
     ("auto", 0.25, "long"),
     ("auto", 0.125, "long"),
+    ("tc8", 0.125, "long"),
     ("tc4", 0.25, "bits"),
     ("tc6", 0.125, "bits"),
     ("int4", 0.25, "bits"),

@@ -161,7 +161,7 @@ def rounding_of(engine: Engine, codec: str, tables: Any) -> Any:
         ("int4", 0.5),
         ("int8", 128),
         ("int4", 128),
-        ("tc4", 0.25),
+        ("tc4", 0.33),
         ("tc6", 0.25),
         ("tc8", 0.25),
     ],
