@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from vllm_kvcrush.ops.triton.fitted import Fitted, LayerTable
 from vllm_kvcrush.ops.triton.layout import CODECS, Geometry
 from vllm_kvcrush.pages import CODECS as NUMBERS
+from vllm_kvcrush.pages import FITTED
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Codecs that kernels tell apart, in the order in which attention reads their pages; exact pages are
@@ -47,7 +50,10 @@ class Layer:
         index: of this layer among `layers`.
         dtype: of raw pages: float32, bfloat16 or float16.
         scale: factor of q·k.
+        tables: of fitted codecs for this layer, by name.
     """
+
+    fitted: Fitted
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class Layer:
         block_size: int,
         dtype: torch.dtype,
         scale: float,
+        tables: Mapping[str, LayerTable] | None = None,
     ):
         self.geometry = Geometry.of(block_size, k_size, v_size, dtype.itemsize)
         block_bytes = layers * kv_heads * self.geometry.page_bytes
@@ -77,6 +84,8 @@ class Layer:
         self.num_blocks = len(storage) // block_bytes
         self.grid_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         self._view(storage)
+        if tables:
+            self.fitted = Fitted(tables, dtype, self.geometry.k_pad).to(storage.device)
         self.most = max(self.capacity(codec) for codec in CODECS)
         self.wave = 64 if torch.version.hip else 32
         # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.
@@ -102,6 +111,8 @@ class Layer:
 
     def capacity(self, codec: str, head: int = 0) -> int:
         """Tokens that a page of a KV head holds, whichever it is."""
+        if codec in FITTED:
+            return self.fitted.sections[codec][head].capacity
         return self.geometry.section(codec).capacity
 
 
