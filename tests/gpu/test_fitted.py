@@ -9,6 +9,7 @@ import torch
 
 from tests.gpu import oracle
 from tests.gpu.cache import TABLE_LAYER, Cache
+from tests.gpu.test_attention import TOLERANCE
 from vllm_kvcrush import transform
 from vllm_kvcrush.ops import pages_reference as reference
 from vllm_kvcrush.ops.triton import fitted_ops
@@ -118,3 +119,16 @@ def test_pages_keep_what_their_codec_says(
             assert close.double().mean() > 0.999
     clean = [p for p in range(24 * layer.block_pages) if p not in pages]
     assert all((cache.bytes_of(p) == 255).all() for p in clean)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+@pytest.mark.parametrize("codec", FITTED)
+def test_decode(draw: random.Random, device: str, codec: str, size: int, group: int) -> None:
+    cache = Cache(
+        draw, device, group, size, size, kv_heads=2 if group == 3 else 1, fitted_codecs=(codec,)
+    )
+    full = cache.layer.capacity(codec)
+    cache.put([codec] * 3, draw.randrange(1, 34), [full, draw.randrange(1, full), 0])
+    cache.put([], draw.randrange(1, 50))
+    cache.check([1, 1], TOLERANCE[torch.float16], parts=draw.choice([1, 2]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 from torch import Tensor
 
 from vllm_kvcrush.ops.triton.attention_kernel import attention_kernel, merge_kernel
-from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Layer
+from vllm_kvcrush.ops.triton.cache import DTYPES, RUNS, Batch, Layer
 from vllm_kvcrush.ops.triton.config import Tiles, attention_tiles, product_options, splits
 
 
@@ -63,7 +65,10 @@ def attention(
         sums = torch.empty(shape, dtype=torch.float32, device=device)
         if out is not None:
             to = torch.empty((*shape, layer.v_size), dtype=torch.float32, device=device)
-    present = (False,) * 3 if directory is None else directory.present
+    present = (False,) * len(RUNS) if directory is None else directory.present
+    there = {run for run, any_pages in zip(RUNS, present, strict=True) if any_pages}
+    fitted = layer.fitted
+    loops = [] if fitted is None else [fitted.loops[c] for c in fitted.codecs if c in there]
     bias = None if directory is None else directory.bias
     attention_kernel[(blocks, layer.kv_heads, parts)](
         to if to is not None else lse,
@@ -73,6 +78,8 @@ def attention(
         layer.grid,
         layer.half,
         layer.words,
+        layer.wide,
+        layer.pool,
         batch.query_start,
         batch.tail_length,
         batch.tail_table,
@@ -82,6 +89,7 @@ def attention(
         batch.query_start if directory is None else directory.count,
         batch.query_start if bias is None else bias,
         lse if directory is None or directory.log_bias is None else directory.log_bias,
+        *(_no_tables(lse) if fitted is None else fitted.tables()),
         layer.scale,
         batch.seqs,
         layer.block_pages,
@@ -97,9 +105,10 @@ def attention(
         DTYPE=DTYPES[layer.dtype],
         UNIFORM=uniform,
         SPLITS=parts,
-        INT4=present[0],
-        INT8=present[1],
-        RAW=present[2],
+        LOOPS=tuple(itertools.chain(*loops)),
+        INT4="int4" in there,
+        INT8="int8" in there,
+        RAW="raw" in there,
         BIAS=bias is not None,
         VALUES=out is not None,
         PTX=layer.ptx,
@@ -123,6 +132,10 @@ def attention(
             VALUES=out is not None,
             num_warps=1,
         )
+
+
+def _no_tables(anything: Tensor) -> tuple[object, ...]:
+    return (*(anything,) * 6, 0)
 
 
 def _processors(device: torch.device) -> int:

@@ -24,9 +24,9 @@ from vllm_kvcrush.pages import FITTED
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Codecs that kernels tell apart, in the order in which attention reads their pages; exact pages are
 # read as raw ones.
-RUNS = ("int4", "int8", "raw")
+RUNS = (*FITTED, "int4", "int8", "raw")
 _RANK = torch.zeros(256, dtype=torch.int64)
-for _codec in CODECS:
+for _codec in (*FITTED, *CODECS):
     _RANK[NUMBERS[_codec]] = RUNS.index("raw" if _codec == "exact" else _codec)
 
 
@@ -53,7 +53,7 @@ class Layer:
         tables: of fitted codecs for this layer, by name.
     """
 
-    fitted: Fitted
+    fitted: Fitted | None = None
 
     def __init__(
         self,
@@ -109,9 +109,13 @@ class Layer:
         other._view(pages.view(-1))
         return other
 
+    def reads(self, run: str) -> bool:
+        """Whether pages of one of RUNS can be read: fitted ones need tables."""
+        return run not in FITTED or (self.fitted is not None and run in self.fitted.codecs)
+
     def capacity(self, codec: str, head: int = 0) -> int:
         """Tokens that a page of a KV head holds, whichever it is."""
-        if codec in FITTED:
+        if self.fitted is not None and codec in FITTED:
             return self.fitted.sections[codec][head].capacity
         return self.geometry.section(codec).capacity
 
@@ -121,8 +125,8 @@ class Directory:
     """Which pages each (row, KV head) owns, ordered by codec.
 
     Attributes:
-        runs: int32 [rows, kv_heads, 4]: where the int4, int8 and raw (with exact) entries of a head
-            begin, and where its last ones end.
+        runs: int32 [rows, kv_heads, len(RUNS) + 1]: where the entries of a head begin that are in
+            each of RUNS, and where its last ones end.
         page, count: int32 [entries].
         bias, log_bias: int64 [entries] and float32, as in `cpu.Directory`, or both None.
         present: for each of RUNS whether any head may have such pages. What is absent here is

@@ -28,7 +28,8 @@ class Tiles:
     Attributes:
         rows: query rows times query heads of a KV head in a program, a power of two.
         queries: query rows in a program.
-        raw, int8, int4: tokens of a tile of each codec.
+        raw, int8, int4: tokens of a tile of each codec; fitted: of all fitted ones, whose tiles are
+            whole strips.
         warps, stages: of the compiled kernel.
     """
 
@@ -37,6 +38,7 @@ class Tiles:
     raw: int
     int8: int
     int4: int
+    fitted: int
     warps: int
     stages: int
 
@@ -83,6 +85,7 @@ def attention_tiles(
         raw=raw,
         int8=int8,
         int4=min(int4, GROUP),
+        fitted=32,
         warps=warps,
         stages=2 if prefill or size * itemsize > 256 else 3,
     )

@@ -43,20 +43,39 @@ class LayerTable:
         return found
 
 
+@dataclass(frozen=True)
+class Loop:
+    """Attention's loop over one kind of fitted pages: a compile-time constant.
+
+    Attributes:
+        place: of the codec among a layer's. run: of the codec among `cache.RUNS`.
+        local: whether keys are coded as seen from their strip's first token.
+        bits: of values.
+        first: of this codec. shared: the codec has loops for other bits as well.
+    """
+
+    place: int
+    run: int
+    local: bool
+    bits: int
+    first: bool = True
+    shared: bool = False
+
+
 class Fitted:
     """A layer's tables on its device.
 
     Attributes:
         codecs: names of the fitted codecs that there are, in the order of `pages.FITTED`.
         sections: by codec, of each head.
-        loops: by codec, (its place in `codecs`, local, bits of values) of each loop that reads it.
+        loops: by codec, one for each number of bits that values have.
         info: int32 [codecs, heads, len(FIELDS)].
         exceptions: int32 [codecs, heads], of a full page; a part of `info`.
         fields: int32, rows that `info` points to: word, first bit and mask of each piece; quad,
             weight, mask and first bit of each word's fields.
         inverse: [rows, 2, 2, half], the model's dtype: for each piece's components key channels
             c < k_size / 2 and c + k_size / 2, and what rounding to this dtype left over.
-        start: float32 [codecs, heads, 2, 2 half]: what codes of 0 stand for under the rounded
+        base: float32 [codecs, heads, 2, 2 half]: what codes of 0 stand for under the rounded
             inverse, and under both of its parts.
         mean: float32 [codecs, heads, 2 half], of keys.
         forward: float32 [codecs, heads, 2 half, k_pad]: a component is a column.
@@ -68,7 +87,7 @@ class Fitted:
     def __init__(self, tables: Mapping[str, LayerTable], dtype: torch.dtype, k_pad: int):
         self.codecs = tuple(codec for codec in pages.FITTED if codec in tables)
         self.sections = {codec: tables[codec].sections for codec in self.codecs}
-        self.loops: dict[str, tuple[tuple[int, bool, int], ...]] = {}
+        self.loops: dict[str, tuple[Loop, ...]] = {}
         self._dtype, self._k_pad = dtype, k_pad
         self._fields: list[Tensor] = []
         self._inverse: list[Tensor] = []
@@ -77,14 +96,17 @@ class Fitted:
         for i, codec in enumerate(self.codecs):
             own = tables[codec]
             bits = sorted({section.v_bits for section in self.sections[codec]})
-            self.loops[codec] = tuple((i, own.tables.point.local, b) for b in bits)
+            run, local = pages.FITTED.index(codec), own.tables.point.local
+            self.loops[codec] = tuple(
+                Loop(i, run, local, b, b == bits[0], len(bits) > 1) for b in bits
+            )
             for head, section in zip(own.heads, self.sections[codec], strict=True):
                 heads.append(self._head(own.tables, own.layer, head, section))
         angles = tables[self.codecs[0]].angles
         self.positions = angles.positions
         shape = (len(self.codecs), len(tables[self.codecs[0]].heads))
         columns = [torch.stack(x).view(*shape, *x[0].shape) for x in zip(*heads, strict=True)]
-        self.info, self.start, self.mean, self.forward, self.cost, self.top = columns
+        self.info, self.base, self.mean, self.forward, self.cost, self.top = columns
         self.exceptions = self.info[..., FIELDS.index("exceptions")].contiguous()
         self.fields, self.inverse = torch.cat(self._fields), torch.cat(self._inverse)
         self.coarse, self.fine = _halves(angles.coarse), _halves(angles.fine)
@@ -96,6 +118,14 @@ class Fitted:
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
         return self
+
+    def tables(self, place: int | slice = slice(None)) -> tuple[object, ...]:
+        """What kernels take as `info`, `fields`, `inverse`, `base`, `coarse`, `fine`, `limit`: of
+        one codec or of all."""
+        return (
+            *(self.info[place], self.fields, self.inverse, self.base[place]),
+            *(self.coarse, self.fine, self.positions),
+        )
 
     def _head(self, t: Tables, layer: int, head: int, at: FittedSection) -> tuple[Tensor, ...]:
         bits, inverse = t.bits[layer, head].long(), t.inverse[layer, head].double()

@@ -15,7 +15,7 @@ WORDS = tl.constexpr(FIELDS.index("words"))
 
 @triton.jit
 def fitted_run(
-    query, query_at, row_mask, words, wide, codes, info, fields, inverse, start, coarse, fine,
+    query, query_at, row_mask, words, wide, codes, info, fields, inverse, base, coarse, fine,
     limit, begin, end, pages, counts, bias, log_bias, scale, split, a0, a1, a2, a3, peak, total,
     LOCAL: tl.constexpr, BITS: tl.constexpr, SPLITS: tl.constexpr, G: tl.constexpr,
     TILES: tl.constexpr, DTYPE: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr,
@@ -45,7 +45,7 @@ def fitted_run(
             v = tiles.value_words(words, codes, page, first + t, mask, info, BITS, G)
         rows = wide + page * (G.page_bytes // 4) + (first + t) * held
         low, high = tiles.fitted_keys(
-            rows, mask, info, fields, inverse, start, T, 0, G, DTYPE, PTX
+            rows, mask, info, fields, inverse, base, T, 0, G, DTYPE, PTX
         )  # fmt: skip
         if LOCAL:
             strip = first // 16 + tl.arange(0, T // 16)

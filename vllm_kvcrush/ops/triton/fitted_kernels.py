@@ -58,7 +58,7 @@ def token_positions(words, wide, page, index, mask, info, G: tl.constexpr):
 
 @triton.jit
 def token_keys(
-    half, words, wide, codes, page, index, mask, info, fields, inverse, start, coarse, fine, limit,
+    half, words, wide, codes, page, index, mask, info, fields, inverse, base, coarse, fine, limit,
     T: tl.constexpr, LOCAL: tl.constexpr, PART: tl.constexpr, G: tl.constexpr,
     DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -71,7 +71,7 @@ def token_keys(
     c = tl.arange(0, H)
     rows = wide + page * (G.page_bytes // 4) + index * tl.load(info + WORDS)
     low, high = tiles.fitted_keys(
-        rows, mask, info, fields, inverse, start, T, PART, G, DTYPE, PTX
+        rows, mask, info, fields, inverse, base, T, PART, G, DTYPE, PTX
     )  # fmt: skip
     if LOCAL:
         position = token_positions(words, wide, page, index, mask, info, G)
@@ -126,7 +126,7 @@ def token_values(
 def fitted_gather_kernel(
     key, value, position, slots, half, words, wide, codes,
     begins, ends, pages, codecs, firsts, tail_slot,
-    info, fields, inverse, start, coarse, fine, limit,
+    info, fields, inverse, base, coarse, fine, limit,
     count, slot_stride,
     T: tl.constexpr, STEPS: tl.constexpr, CODEC: tl.constexpr, LOCAL: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, POSITIONS: tl.constexpr, G: tl.constexpr,
@@ -148,7 +148,7 @@ def fitted_gather_kernel(
     c = tl.arange(0, G.half)[None, :]
     low, high = token_keys(
         half, words, wide, codes, page, index, mask, info, fields, inverse,
-        start + head * (4 * G.half), coarse, fine, limit, T, LOCAL, 1, G, DTYPE, PTX,
+        base + head * (4 * G.half), coarse, fine, limit, T, LOCAL, 1, G, DTYPE, PTX,
     )  # fmt: skip
     at = key + row[:, None] * G.k_size + c
     inside = mask[:, None] & (c < G.k_size // 2)
@@ -167,7 +167,7 @@ def fitted_gather_kernel(
 @triton.jit(do_not_specialize=["candidates", "limit"])
 def fitted_scores_kernel(
     out, query, lse, half, words, wide, codes, heads, pages, counts, codecs, firsts,
-    info, fields, inverse, start, coarse, fine, limit, candidates, scale, window,
+    info, fields, inverse, base, coarse, fine, limit, candidates, scale, window,
     T: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     CODEC: tl.constexpr, LOCAL: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr,
     PTX: tl.constexpr,
@@ -185,7 +185,7 @@ def fitted_scores_kernel(
     page = tl.zeros([T], tl.int64) + tl.load(pages + entry)
     low, high = token_keys(
         half, words, wide, codes, page, index, mask, info + head * ROW, fields, inverse,
-        start + head * (4 * H), coarse, fine, limit, T, LOCAL, 0, G, DTYPE, PTX,
+        base + head * (4 * H), coarse, fine, limit, T, LOCAL, 0, G, DTYPE, PTX,
     )  # fmt: skip
     low, high = tl.trans(low.to(DTYPE)), tl.trans(high.to(DTYPE))
     c = tl.arange(0, H)[None, :]

@@ -7,7 +7,6 @@ import triton
 from torch import Tensor
 
 from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Request
-from vllm_kvcrush.ops.triton.fitted import Fitted
 from vllm_kvcrush.ops.triton.fitted_kernels import (
     fitted_components_kernel,
     fitted_gather_kernel,
@@ -23,27 +22,21 @@ TOKENS = 32  # of a program that finds or packs keys' codes
 VALUES = 32  # of a program that encodes values
 
 
-def _tables(fitted: Fitted, place: int) -> tuple[object, ...]:
-    return (
-        *(fitted.info[place], fitted.fields, fitted.inverse, fitted.start[place]),
-        *(fitted.coarse, fitted.fine, fitted.positions),
-    )
-
-
 def gather(
     layer: Layer, codec: str, source: Request, slots: Tensor, key: Tensor, value: Tensor | None,
     position: Tensor | None,
 ) -> None:  # fmt: skip
     """The part of `compaction.gather` that lies in pages of one fitted codec."""
-    count = slots.shape[1]
-    for place, local, bits in layer.fitted.loops[codec]:
+    fitted, count = layer.fitted, slots.shape[1]
+    assert fitted is not None
+    for loop in fitted.loops[codec]:
         fitted_gather_kernel[(triton.cdiv(count, SLOTS), layer.kv_heads)](
             key, key if value is None else value, key if position is None else position, slots,
             layer.half, layer.words, layer.wide, layer.pool,
             source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
-            *_tables(layer.fitted, place), count, slots.stride(0),
-            T=SLOTS, STEPS=len(source.page).bit_length(), CODEC=CODECS[codec], LOCAL=local,
-            BITS=bits, VALUES=value is not None, POSITIONS=position is not None,
+            *fitted.tables(loop.place), count, slots.stride(0),
+            T=SLOTS, STEPS=len(source.page).bit_length(), CODEC=CODECS[codec],
+            LOCAL=loop.local, BITS=loop.bits, VALUES=value is not None, POSITIONS=position is not None,
             G=layer.geometry, DTYPE=DTYPES[layer.dtype], PTX=layer.ptx,
         )  # fmt: skip
 
@@ -53,14 +46,16 @@ def scores(
 ) -> None:
     """The part of `scores.window_scores` that lies in pages of one fitted codec; `width`: query
     rows of a product."""
-    place, local, _ = layer.fitted.loops[codec][0]
-    most = max(section.capacity for section in layer.fitted.sections[codec])
+    fitted = layer.fitted
+    assert fitted is not None
+    loop = fitted.loops[codec][0]
+    most = max(section.capacity for section in fitted.sections[codec])
     fitted_scores_kernel[(len(source.page), triton.cdiv(most, SLOTS))](
         out, rows, lse, layer.half, layer.words, layer.wide, layer.pool,
         source.head, source.page, source.count, source.codec, source.first,
-        *_tables(layer.fitted, place), out.shape[1], layer.scale, len(rows),
-        T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, CODEC=CODECS[codec], LOCAL=local,
-        G=layer.geometry, DTYPE=DTYPES[layer.dtype], PTX=layer.ptx,
+        *fitted.tables(loop.place), out.shape[1], layer.scale, len(rows),
+        T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, CODEC=CODECS[codec],
+        LOCAL=loop.local, G=layer.geometry, DTYPE=DTYPES[layer.dtype], PTX=layer.ptx,
     )  # fmt: skip
 
 
@@ -69,8 +64,9 @@ def encode(
 ) -> None:
     """The part of `compaction.encode` that goes into pages of one fitted codec."""
     fitted, geometry, device = layer.fitted, layer.geometry, key.device
+    assert fitted is not None
     loops = fitted.loops[codec]
-    place, local, _ = loops[0]
+    place = loops[0].place
     entries, count = len(target.page), key.shape[1]
     most = max(section.capacity for section in fitted.sections[codec])
     component = torch.empty(entries, most, geometry.k_pad, dtype=torch.uint8, device=device)
@@ -81,7 +77,7 @@ def encode(
         key, positions, component, loss, target.head, target.count, target.codec, target.first,
         fitted.mean[place], fitted.forward[place], fitted.cost[place], fitted.top[place],
         fitted.coarse, fitted.fine, fitted.positions, count, most,
-        T=TOKENS, CODEC=CODECS[codec], LOCAL=local, G=geometry,
+        T=TOKENS, CODEC=CODECS[codec], LOCAL=loops[0].local, G=geometry,
     )  # fmt: skip
     numbers = _exceptions(loss, fitted.exceptions[place][target.head.long()])
     fitted_keys_kernel[(entries, groups)](
@@ -90,10 +86,11 @@ def encode(
         *where, fitted.info[place], fitted.fields, count, most,
         T=TOKENS, CODEC=CODECS[codec], G=geometry,
     )  # fmt: skip
-    for _, _, bits in loops:
+    for loop in loops:
         fitted_values_kernel[(entries, triton.cdiv(min(most, count), VALUES))](
             value, numbers, layer.half, layer.pool, *where, fitted.info[place], count, most,
-            T=VALUES, CODEC=CODECS[codec], BITS=bits, STEP=quantiser(bits).step, G=geometry,
+            T=VALUES, CODEC=CODECS[codec], BITS=loop.bits, STEP=quantiser(loop.bits).step,
+            G=geometry,
         )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def components(words, j, DTYPE: tl.constexpr, PTX: tl.constexpr):
 
 @triton.jit
 def fitted_keys(
-    rows, mask, info, fields, inverse, start, T: tl.constexpr, PART: tl.constexpr,
+    rows, mask, info, fields, inverse, base, T: tl.constexpr, PART: tl.constexpr,
     G: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Both halves of the channels of keys as they were coded, float32 [T, H].
@@ -41,8 +41,8 @@ def fitted_keys(
     chunks = tl.load(info + CHUNKS)
     fields += tl.load(info + DECODE)
     inverse += tl.load(info + INVERSE).to(tl.int64) * (4 * H)
-    low = tl.zeros([T, H], tl.float32) + tl.load(start + PART * 2 * H + c)[None, :]
-    high = tl.zeros([T, H], tl.float32) + tl.load(start + PART * 2 * H + H + c)[None, :]
+    low = tl.zeros([T, H], tl.float32) + tl.load(base + PART * 2 * H + c)[None, :]
+    high = tl.zeros([T, H], tl.float32) + tl.load(base + PART * 2 * H + H + c)[None, :]
     for i in range(chunks):
         at = fields + i * PIECES + p
         word = tl.load(at)
@@ -84,10 +84,11 @@ def turn(low, high, cos, sin, T: tl.constexpr, S: tl.constexpr, H: tl.constexpr)
 
 
 @triton.jit
-def strip_positions(words, wide, page, strip, info, G: tl.constexpr):
+def strip_positions(words, wide, page, strip, mask, info, G: tl.constexpr):
     """int32 [S], where the first tokens of a page's strips stand."""
     at = words + page * (G.page_bytes // 2)
-    low = tl.load(at + tl.load(info + POSITIONS) // 2 + strip).to(tl.int32) & 0xFFFF
+    low = tl.load(at + tl.load(info + POSITIONS) // 2 + strip, mask=mask, other=0)
+    low = low.to(tl.int32) & 0xFFFF
     base = tl.load(wide + page * (G.page_bytes // 4) + G.header // 4)
     j = tl.arange(0, 16)
     first = tl.load(at + (G.header + 4) // 2 + j, mask=j < STEP_COUNT, other=-1).to(tl.int32)
