@@ -28,8 +28,10 @@ from vllm_kvcrush.ops.triton.config import (
     gather_warps,
     product_options,
 )
+from vllm_kvcrush.ops.triton.fitted import Loop
 from vllm_kvcrush.ops.triton.layout import Geometry
-from vllm_kvcrush.pages import CODECS
+from vllm_kvcrush.pages import CODECS, FITTED
+from vllm_kvcrush.transform import POINTS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,11 +49,20 @@ POINTERS = {
     **dict.fromkeys(("counts", "begins", "ends", "codecs", "firsts", "heads"), "*i32"),
     **dict.fromkeys(("tail_slot", "position", "wide"), "*i32"),
     **dict.fromkeys(("bias", "slots"), "*i64"),
-    **{"half": "*fp16", "words": "*i16", "codes": "*u8"},
+    **{"half": "*fp16", "words": "*i16", "codes": "*u8", "info": "*i32", "fields": "*i32"},
+    **dict.fromkeys(("base", "mean", "forward", "cost", "top", "coarse", "fine", "loss"), "*fp32"),
+    **{"numbers": "*i32", "component": "*u8"},
 }
-MODEL = ("query", "raw", "key", "value", "out")
+MODEL = ("query", "raw", "key", "value", "out", "inverse")
 # Strides that are multiples of 16 wherever head sizes are: Triton's JIT sees and uses that.
 ALIGNED = ("query_stride", "out_stride", "key_stride", "value_stride")
+
+
+# Of a layer that has tables of all fitted codecs.
+LOOPS = {
+    point.name: Loop(i, FITTED.index(point.name), point.local, point.value_bits)
+    for i, point in enumerate(POINTS)
+}
 
 
 @dataclass(frozen=True)
@@ -119,13 +130,15 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
         group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, int(decode), wave
     )
     present = {c: codec in (c, "mixed") for c in ("int4", "int8")}
+    loops = () if codec not in LOOPS else (dataclasses.replace(LOOPS[codec], place=0),)
     constants = {
         **{"HEADS": 8 * group, "GROUP": group, "G": geometry, "TILES": tiles},
         **{"DTYPE": DTYPES[dtype], "UNIFORM": decode, "SPLITS": 16 if decode else 1},
-        **{"INT4": present["int4"], "INT8": present["int8"], "RAW": codec == "mixed"},
+        **{"LOOPS": loops, "INT4": present["int4"], "INT8": present["int8"], "RAW": codec == "mixed"},
         **{"BIAS": False, "VALUES": True},
     }
-    tile = {"int4": tiles.int4, "int8": tiles.int8}.get(codec, tiles.raw)
+    tile = {"int4": tiles.int4, "int8": tiles.int8, **dict.fromkeys(LOOPS, tiles.fitted)}
+    tile = tile.get(codec, tiles.raw)
     return Build(
         "decode" if decode else "prefill", codec, size, group, dtype,
         attention_kernel.attention_kernel, constants, tiles.warps, tiles.stages,

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from vllm_kvcrush.ops.triton.fitted_attention import exceptions_run, fitted_run
-from vllm_kvcrush.ops.triton.layout import FIELDS
 from vllm_kvcrush.ops.triton.pages import (
     int4_key_plane,
     int4_key_words,
@@ -31,9 +30,6 @@ from vllm_kvcrush.ops.triton.tiles import (
     planes_hadamard,
     softmax_step,
 )
-
-
-ROW, V_BITS = tl.constexpr(len(FIELDS)), tl.constexpr(FIELDS.index("v_bits"))
 
 
 @triton.jit
@@ -288,16 +284,11 @@ def attention_kernel(
         a2 = tl.zeros([M, C], tl.float32)
         a3 = tl.zeros([M, C], tl.float32)
         for i in tl.static_range(len(LOOPS)):
-            loop: tl.constexpr = LOOPS[i]
-            own = head + loop.place * (HEADS // GROUP)
-            begin, end = tl.load(at + loop.run), tl.load(at + loop.run + 1)
-            if loop.shared:
-                end = tl.where(tl.load(info + own * ROW + V_BITS) == loop.bits, end, begin)
             a0, a1, a2, a3, peak, total = fitted_run(
-                query, query_at, row_mask, words, wide, codes, info + own * ROW, fields, inverse,
-                base + own * (4 * G.half), coarse, fine, limit, begin, end, pages, counts, bias,
-                log_bias, factor, split, a0, a1, a2, a3, peak, total,
-                loop.local, loop.bits, SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
+                query, query_at, row_mask, words, wide, codes, info, fields, inverse, base,
+                coarse, fine, limit, head, at, pages, counts, bias, log_bias, factor, split,
+                a0, a1, a2, a3, peak, total,
+                LOOPS[i], HEADS // GROUP, SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
             )  # fmt: skip
         if INT4:
             a0, a1, a2, a3, peak, total = _int4_run(
@@ -311,14 +302,11 @@ def attention_kernel(
         q0, q1 = _query_planes2(query, query_at, row_mask, G, DTYPE)
         a0, a1 = tl.split(tl.reshape(acc * 128.0, [M, G.v_pad // 2, 2]))
         for i in tl.static_range(len(LOOPS)):
-            loop: tl.constexpr = LOOPS[i]
-            if loop.first:
-                own = head + loop.place * (HEADS // GROUP)
-                a0, a1, peak, total = exceptions_run(
-                    q0, q1, words, half, info + own * ROW, tl.load(at + loop.run),
-                    tl.load(at + loop.run + 1), pages, counts, bias, log_bias, factor, split,
-                    a0, a1, peak, total, SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
-                )  # fmt: skip
+            a0, a1, peak, total = exceptions_run(
+                q0, q1, words, half, info, head, at, pages, counts, bias, log_bias, factor, split,
+                a0, a1, peak, total,
+                LOOPS[i], HEADS // GROUP, SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
+            )  # fmt: skip
         acc = tl.reshape(tl.join(a0, a1), [M, G.v_pad]) * 0.0078125
     if INT8:
         acc, peak, total = _int8_run(

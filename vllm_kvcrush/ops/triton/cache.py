@@ -85,7 +85,7 @@ class Layer:
         self.grid_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         self._view(storage)
         if tables:
-            self.fitted = Fitted(tables, dtype, self.geometry.k_pad).to(storage.device)
+            self.fitted = Fitted(tables, dtype, self.geometry.k_pad, storage.device)
         self.most = max(self.capacity(codec) for codec in CODECS)
         self.wave = 64 if torch.version.hip else 32
         # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.

@@ -6,6 +6,7 @@ kernels read them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -84,7 +85,13 @@ class Fitted:
         positions: how many are known.
     """
 
-    def __init__(self, tables: Mapping[str, LayerTable], dtype: torch.dtype, k_pad: int):
+    def __init__(
+        self,
+        tables: Mapping[str, LayerTable],
+        dtype: torch.dtype,
+        k_pad: int,
+        device: torch.device,
+    ):
         self.codecs = tuple(codec for codec in pages.FITTED if codec in tables)
         self.sections = {codec: tables[codec].sections for codec in self.codecs}
         self.loops: dict[str, tuple[Loop, ...]] = {}
@@ -103,21 +110,16 @@ class Fitted:
             for head, section in zip(own.heads, self.sections[codec], strict=True):
                 heads.append(self._head(own.tables, own.layer, head, section))
         angles = tables[self.codecs[0]].angles
-        self.positions = angles.positions
+        self.positions, (self.coarse, self.fine) = angles.positions, _shared(angles, device)
         shape = (len(self.codecs), len(tables[self.codecs[0]].heads))
-        columns = [torch.stack(x).view(*shape, *x[0].shape) for x in zip(*heads, strict=True)]
+        columns = [
+            torch.stack(x).view(*shape, *x[0].shape).to(device) for x in zip(*heads, strict=True)
+        ]
         self.info, self.base, self.mean, self.forward, self.cost, self.top = columns
         self.exceptions = self.info[..., FIELDS.index("exceptions")].contiguous()
-        self.fields, self.inverse = torch.cat(self._fields), torch.cat(self._inverse)
-        self.coarse, self.fine = _halves(angles.coarse), _halves(angles.fine)
+        self.fields = torch.cat(self._fields).to(device)
+        self.inverse = torch.cat(self._inverse).to(device)
         del self._fields, self._inverse
-
-    def to(self, device: torch.device) -> Fitted:
-        """Moves the tensors there."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-        return self
 
     def tables(self, place: int | slice = slice(None)) -> tuple[object, ...]:
         """What kernels take as `info`, `fields`, `inverse`, `base`, `coarse`, `fine`, `limit`: of
@@ -172,6 +174,12 @@ class Fitted:
             F.pad(t.cost[layer, head].float(), pad),
             F.pad((2**bits - 1).float(), pad),
         )
+
+
+@functools.lru_cache(maxsize=1)
+def _shared(angles: fitted.Angles, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Coarse and fine rows of all layers."""
+    return _halves(angles.coarse).to(device), _halves(angles.fine).to(device)
 
 
 def _mask(piece: Piece) -> int:

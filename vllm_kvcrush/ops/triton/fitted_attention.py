@@ -10,23 +10,30 @@ from vllm_kvcrush.ops.triton.layout import FIELDS
 from vllm_kvcrush.ops.triton.tiles import LOG2E, codes8, dot, softmax_step
 
 CAPACITY, EXCEPTIONS = (tl.constexpr(FIELDS.index(x)) for x in ("capacity", "exceptions"))
-WORDS = tl.constexpr(FIELDS.index("words"))
+WORDS, V_BITS = (tl.constexpr(FIELDS.index(x)) for x in ("words", "v_bits"))
+ROW = tl.constexpr(len(FIELDS))
 
 
 @triton.jit
 def fitted_run(
     query, query_at, row_mask, words, wide, codes, info, fields, inverse, base, coarse, fine,
-    limit, begin, end, pages, counts, bias, log_bias, scale, split, a0, a1, a2, a3, peak, total,
-    LOCAL: tl.constexpr, BITS: tl.constexpr, SPLITS: tl.constexpr, G: tl.constexpr,
+    limit, head, runs, pages, counts, bias, log_bias, scale, split, a0, a1, a2, a3, peak, total,
+    LOOP: tl.constexpr, KV_HEADS: tl.constexpr, SPLITS: tl.constexpr, G: tl.constexpr,
     TILES: tl.constexpr, DTYPE: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
     """Adds the tokens that are no exceptions; values in the rotated space, in planes a0 to a3,
-    times 8 as int4's are."""
+    times 8 as int4's are. `runs` points to those of a sequence and head."""
     M: tl.constexpr = TILES.rows
     T: tl.constexpr = TILES.fitted
     H: tl.constexpr = G.half
     t, c = tl.arange(0, T), tl.arange(0, H)
+    own = head + LOOP.place * KV_HEADS
+    info += own * ROW
+    base += own * (4 * H)
+    begin, end = tl.load(runs + LOOP.run), tl.load(runs + LOOP.run + 1)
+    if LOOP.shared:
+        end = tl.where(tl.load(info + V_BITS) == LOOP.bits, end, begin)
     at = query + query_at[:, None] + c[None, :]
     inside = row_mask[:, None] & (c < G.k_size // 2)[None, :]
     q_low = tl.load(at, mask=inside, other=0.0).to(DTYPE)
@@ -42,12 +49,12 @@ def fitted_run(
         plain = mask & (tiles.exceptional(words, page, first + t, mask, info, G) == 0)
         if VALUES:
             byte = tiles.value_bytes(codes, page, first + t, mask, info, G)
-            v = tiles.value_words(words, codes, page, first + t, mask, info, BITS, G)
+            v = tiles.value_words(words, codes, page, first + t, mask, info, LOOP.bits, G)
         rows = wide + page * (G.page_bytes // 4) + (first + t) * held
         low, high = tiles.fitted_keys(
             rows, mask, info, fields, inverse, base, T, 0, G, DTYPE, PTX
         )  # fmt: skip
-        if LOCAL:
+        if LOOP.local:
             strip = first // 16 + tl.arange(0, T // 16)
             position = tiles.strip_positions(words, wide, page, strip, 16 * strip < first + n, info, G)
             cos, sin = tiles.angles(position, c, coarse, fine, limit, G)
@@ -56,24 +63,27 @@ def fitted_run(
         logits = dot(q_high, tl.trans(high.to(DTYPE)), logits) * scale
         if BIAS:
             where = tl.load(bias + entry)
-            added = tl.load(log_bias + where + first + t, mask=mask & (where >= 0), other=0.0)
+            added = tl.load(
+                log_bias + where + first + t, mask=t < tl.where(where >= 0, n, 0), other=0.0
+            )
             logits += added[None, :] * LOG2E
         logits = tl.where(plain[None, :], logits, float("-inf"))
         weights, factor, peak, total = softmax_step(logits, peak, total)
         if VALUES:
             weights = (weights * (4.0 * tiles.value_scales(byte))[None, :]).to(DTYPE)
-            a0 = dot(weights, tiles.value_plane(v, 0, BITS, DTYPE, PTX), a0 * factor[:, None])
-            a1 = dot(weights, tiles.value_plane(v, 1, BITS, DTYPE, PTX), a1 * factor[:, None])
-            a2 = dot(weights, tiles.value_plane(v, 2, BITS, DTYPE, PTX), a2 * factor[:, None])
-            a3 = dot(weights, tiles.value_plane(v, 3, BITS, DTYPE, PTX), a3 * factor[:, None])
+            a0 = dot(weights, tiles.value_plane(v, 0, LOOP.bits, DTYPE, PTX), a0 * factor[:, None])
+            a1 = dot(weights, tiles.value_plane(v, 1, LOOP.bits, DTYPE, PTX), a1 * factor[:, None])
+            a2 = dot(weights, tiles.value_plane(v, 2, LOOP.bits, DTYPE, PTX), a2 * factor[:, None])
+            a3 = dot(weights, tiles.value_plane(v, 3, LOOP.bits, DTYPE, PTX), a3 * factor[:, None])
     return a0, a1, a2, a3, peak, total
 
 
 @triton.jit
 def exceptions_run(
-    q0, q1, words, half, info, begin, end, pages, counts, bias, log_bias, scale, split,
+    q0, q1, words, half, info, head, runs, pages, counts, bias, log_bias, scale, split,
     a0, a1, peak, total,
-    SPLITS: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
+    LOOP: tl.constexpr, KV_HEADS: tl.constexpr, SPLITS: tl.constexpr, G: tl.constexpr,
+    TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Adds the exceptions, those of several pages in one tile; `q0`, `q1`: the query's even and odd
@@ -81,6 +91,10 @@ def exceptions_run(
     M: tl.constexpr = TILES.rows
     T: tl.constexpr = TILES.fitted
     t = tl.arange(0, T)
+    info += (head + LOOP.place * KV_HEADS) * ROW
+    begin = tl.load(runs + LOOP.run)
+    # Another of the codec's loops would add the same.
+    end = tl.load(runs + LOOP.run + 1) if LOOP.first else begin
     most = tl.maximum(tl.load(info + EXCEPTIONS), 1)
     for i in range(split, ((end - begin) * most + T - 1) // T, SPLITS):
         entry = begin + (i * T + t) // most
