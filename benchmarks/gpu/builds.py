@@ -17,9 +17,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_kvcrush.ops.triton import attention_kernel, compaction_kernels, scores_kernel
+from vllm_kvcrush.ops.triton import (
+    attention_kernel,
+    compaction_kernels,
+    fitted_kernels,
+    fitted_ops,
+    scores_kernel,
+)
 from vllm_kvcrush.ops.triton import store_kernel as stores
-from vllm_kvcrush.ops.triton.cache import RUNS
 from vllm_kvcrush.ops.triton.config import (
     SCORES_STAGES,
     SCORES_WARPS,
@@ -31,7 +36,7 @@ from vllm_kvcrush.ops.triton.config import (
 from vllm_kvcrush.ops.triton.fitted import Loop
 from vllm_kvcrush.ops.triton.layout import Geometry
 from vllm_kvcrush.pages import CODECS, FITTED
-from vllm_kvcrush.transform import POINTS
+from vllm_kvcrush.transform import POINTS, quantiser
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,6 +47,7 @@ TARGETS = {
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 PRODUCTS = ("decode", "prefill", "scores")  # kernels that multiply matrices
 BLOCK_SIZE = 128  # tokens of a raw page
+PLAIN = ("int4", "int8", "raw")
 # Pointers whose type is not the model's dtype.
 POINTERS = {
     **dict.fromkeys(("lse", "partial", "partial_lse", "log_bias"), "*fp32"),
@@ -159,25 +165,60 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     yield Build("store", "raw", *same, stores.store_kernel, {"T": 4, "G": geometry}, 2, 3)
     scratch = {"key": "*fp32", "value": "*fp32"}
     constants = {"T": 32, "STEPS": 8, "VALUES": True, "POSITIONS": True, "G": geometry}
-    for codec in RUNS:
+    for codec in PLAIN:
         yield Build(
             "gather", codec, *same, compaction_kernels.gather_kernel,
             constants | {"CODEC": CODECS[codec]}, warps, 3, scratch,
         )  # fmt: skip
     tokens, encode_warps = encode_tiles(geometry.k_pad, geometry.v_pad)
     constants = {"T": 64, "V": tokens, "POSITIONS": True, "G": geometry}
-    for codec in RUNS:
+    for codec in PLAIN:
         yield Build(
             "encode", codec, *same, compaction_kernels.encode_kernel,
             constants | {"CODEC": CODECS[codec]}, encode_warps, 3, scratch,
         )  # fmt: skip
     constants = {"T": 64, "W": 32, "GROUP": group, "HEADS": 8 * group}
     constants |= {"DTYPE": DTYPES[dtype], "G": geometry}
-    for codec in RUNS:
+    for codec in PLAIN:
         yield Build(
             "scores", codec, *same, scores_kernel.scores_kernel,
             constants | {"TAIL": codec == "raw", "CODEC": CODECS[codec]},
             SCORES_WARPS, SCORES_STAGES, {"out": "*fp32", "tail_length": "i32"},
+        )  # fmt: skip
+
+
+def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
+    """Everything but attention that fitted codecs have kernels of their own for."""
+    geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    same = (size, group, dtype)
+    for codec, loop in LOOPS.items():
+        warps = fitted_ops.warps(geometry)
+        pages = {"CODEC": CODECS[codec], "G": geometry}
+        keys = {"LOCAL": loop.local, "DTYPE": DTYPES[dtype]}
+        yield Build(
+            "gather", codec, *same, fitted_kernels.fitted_gather_kernel,
+            {"T": fitted_ops.SLOTS, "STEPS": 8, "BITS": loop.bits, **pages, **keys}
+            | {"VALUES": True, "POSITIONS": True},
+            warps, 3, {"key": "*fp32", "value": "*fp32"},
+        )  # fmt: skip
+        yield Build(
+            "scores", codec, *same, fitted_kernels.fitted_scores_kernel,
+            {"T": fitted_ops.SLOTS, "W": 32, "GROUP": group, "HEADS": 8 * group, **pages, **keys},
+            warps, 3, {"out": "*fp32"},
+        )  # fmt: skip
+        yield Build(
+            "encode: codes", codec, *same, fitted_kernels.fitted_components_kernel,
+            {"T": fitted_ops.TOKENS, "LOCAL": loop.local, **pages},
+            warps, 3, {"key": "*fp32"},
+        )  # fmt: skip
+        yield Build(
+            "encode: keys", codec, *same, fitted_kernels.fitted_keys_kernel,
+            {"T": fitted_ops.TOKENS, **pages}, warps, 3, {"key": "*fp32", "component": "*i32"},
+        )  # fmt: skip
+        yield Build(
+            "encode: values", codec, *same, fitted_kernels.fitted_values_kernel,
+            {"T": fitted_ops.VALUES, "BITS": loop.bits, "STEP": quantiser(loop.bits).step, **pages},
+            warps, 3, {"value": "*fp32"},
         )  # fmt: skip
 
 
@@ -189,10 +230,12 @@ def builds(quick: bool, target: str) -> list[Build]:
             attention("int4", 128, 4, "bf16", True, target),
             attention("mixed", 128, 4, "bf16", False, target),
             attention("int8", 64, 3, "bf16", False, target),
+            attention("tc6", 128, 4, "bf16", True, target),
         ]
         codec = {"gather": "int4", "encode": "int4", "scores": "int8", "merge": "-", "store": "raw"}
-        return found + [b for b in others(256, 8, "bf16") if b.codec == codec[b.kernel]]
-    codecs = ("raw", "int8", "int4", "mixed")
+        found += [b for b in others(256, 8, "bf16") if b.codec == codec[b.kernel]]
+        return found + [b for b in fitted(256, 8, "bf16") if b.codec == "tc6"]
+    codecs = ("raw", "int8", "int4", *FITTED, "mixed")
     found = [
         attention(codec, size, group, "bf16", True, target)
         for size, group in ((64, 3), (96, 8), (128, 4), (256, 8))
@@ -207,4 +250,5 @@ def builds(quick: bool, target: str) -> list[Build]:
     found += [attention("mixed", 256, 8, "bf16", False, target)]
     for size, group in ((64, 3), (128, 4), (256, 8)):
         found += others(size, group, "bf16")
+        found += fitted(size, group, "bf16")
     return found

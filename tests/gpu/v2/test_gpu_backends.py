@@ -3,7 +3,6 @@ pages in the layout that it has on GPUs; and ours, with pages of every codec."""
 
 from __future__ import annotations
 
-import pathlib
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.v2.engine import Engine, save_tables
+from tests.gpu.v2.engine import Engine
 from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
+from vllm_kvcrush.pages import FITTED
 
 
 @pytest.fixture(scope="module", autouse=True)
-def triton_attention(v1: Engine) -> Iterator[None]:
+def triton_attention(v1: Engine, v1_fitted: Engine) -> Iterator[None]:
     """The CPU platform's attention is vLLM's Triton backend for engines to come."""
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends import registry
@@ -70,25 +70,24 @@ def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
     assert_equal(got, want)
 
 
-def test_pages_of_fitted_codecs_under_ours(
-    model: str, tmp_path: pathlib.Path, v1: Engine
-) -> None:
-    """Their keys are coded under a rounded transform and their scores summed in another order, so a
-    token may be chosen that nearly was on a CPU: what both must agree on is where tokens lie."""
-    tables = str(tmp_path / "tables.safetensors")
-    save_tables(model, tables)
-    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("tc4", "none", "auto", "tc8")]
-    job = (prompts(250, 40, 300, 280, seed=6), 12, extra)
-    want = Engine(model, v2=False, tables=tables).run(*job)
+def test_pages_of_fitted_codecs_under_ours(model: str, tables: str, v1_fitted: Engine) -> None:
+    """Queries are rounded to bytes on a CPU and not here, so texts may part after some tokens; where
+    tokens lie may not."""
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("tc4", "none", "auto")]
+    job = (prompts(150, 40, 170, seed=6), 5, extra)
+    want = v1_fitted.run(*job)
     engine = Engine(model, v2=True, tables=tables)
-    assert engine.runner._layers[0].pages.fitted.codecs == ("tc4", "tc6", "tc8")
+    assert engine.runner._layers[0].pages.fitted.codecs == FITTED
     got = engine.run(*job)
-    assert [a.compactions > 0 for a in got] == [True, False, True, True]
-    print([(a.tokens, b.tokens) for a, b in zip(got, want)])
+    assert [a.compactions > 0 for a in got] == [True, False, True]
     for a, b in zip(got, want, strict=True):
         assert a.compactions == b.compactions
-        assert [s._replace(bound=None) for s in a.steps] == [s._replace(bound=None) for s in b.steps]
+        assert [s._replace(bound=None) for s in a.steps] == [
+            s._replace(bound=None) for s in b.steps
+        ]
         assert_slots_follow(a)
+    same = [x == y for a, b in zip(got, want, strict=True) for x, y in zip(a.tokens, b.tokens)]
+    assert sum(same) > len(same) / 2
 
 
 def test_what_cannot_run_is_refused_in_a_sentence() -> None:

@@ -74,10 +74,10 @@ class Fitted:
         exceptions: int32 [codecs, heads], of a full page; a part of `info`.
         fields: int32, rows that `info` points to: word, first bit and mask of each piece; quad,
             weight, mask and first bit of each word's fields.
-        inverse: [rows, 2, 2, half], the model's dtype: for each piece's components key channels
-            c < k_size / 2 and c + k_size / 2, and what rounding to this dtype left over.
-        base: float32 [codecs, heads, 2, 2 half]: what codes of 0 stand for under the rounded
-            inverse, and under both of its parts.
+        inverse: [rows, 2, 2 half], the model's dtype: a key for each piece's components, and what
+            rounding to this dtype left over; channels in the order of `fitted_tiles.fitted_keys`.
+        base: float32 [codecs, heads, 2, 2 half], in the same order: what codes of 0 stand for under
+            the rounded inverse, and under both of its parts.
         mean: float32 [codecs, heads, 2 half], of keys.
         forward: float32 [codecs, heads, 2 half, k_pad]: a component is a column.
         cost, top: float32 [codecs, heads, k_pad]: of an error of 1, and the largest code.
@@ -145,9 +145,7 @@ class Fitted:
         first = rows.to(self._dtype)
         rest = (rows - first.double()).to(self._dtype)
         start = [mean - (part * middle).sum((0, 1)) for part in (first.double(), rows)]
-        parts = _halves(torch.stack([first, rest], 2)).view(padded, QUAD, -1)
-        # A product reads the rows of CHUNK pieces' first components, then of their second ones ...
-        parts = parts.view(-1, CHUNK, QUAD, parts.shape[-1]).transpose(1, 2)
+        parts = _pairs(torch.stack([first, rest], 2))
         words = -(-max(1, at.words) // 4) * 4
         encode = torch.zeros(4, words, WORD_FIELDS, dtype=torch.int32)
         used = [0] * words
@@ -161,14 +159,14 @@ class Fitted:
             **{"encode": self._used + decode.numel(), "slots": words * WORD_FIELDS},
         }
         self._fields += [decode.flatten(), encode.flatten()]
-        self._inverse.append(parts.reshape(-1, parts.shape[-1]))
+        self._inverse.append(parts.flatten(0, 1))
         self._used += decode.numel() + encode.numel()
         self._rows += padded * QUAD
         pad = (0, self._k_pad - len(bits))
         forward = F.pad(_halves(t.forward[layer, head].float()).T, pad)
         return (
             torch.tensor([own[name] for name in FIELDS], dtype=torch.int32),
-            _halves(torch.stack(start)).float(),
+            _pairs(torch.stack(start)).float(),
             _halves(mean).float(),
             forward.contiguous(),
             F.pad(t.cost[layer, head].float(), pad),
@@ -190,3 +188,8 @@ def _halves(x: Tensor) -> Tensor:
     """[..., D] as [..., 2 half]: each half of the channels padded to what a tile can have."""
     size = x.shape[-1] // 2
     return F.pad(x.unflatten(-1, (2, size)), (0, half_pad(2 * size) - size)).flatten(-2)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """The same with the two halves' channels in turn."""
+    return _halves(x).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)

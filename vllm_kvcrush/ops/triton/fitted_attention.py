@@ -34,10 +34,11 @@ def fitted_run(
     begin, end = tl.load(runs + LOOP.run), tl.load(runs + LOOP.run + 1)
     if LOOP.shared:
         end = tl.where(tl.load(info + V_BITS) == LOOP.bits, end, begin)
-    at = query + query_at[:, None] + c[None, :]
-    inside = row_mask[:, None] & (c < G.k_size // 2)[None, :]
-    q_low = tl.load(at, mask=inside, other=0.0).to(DTYPE)
-    q_high = tl.load(at + G.k_size // 2, mask=inside, other=0.0).to(DTYPE)
+    # In the order of `fitted_keys`.
+    column = tl.arange(0, 2 * H)
+    at = query + query_at[:, None] + (column // 2 + column % 2 * (G.k_size // 2))[None, :]
+    inside = row_mask[:, None] & (column < G.k_size)[None, :]
+    q = tl.load(at, mask=inside, other=0.0).to(DTYPE)
     held = tl.load(info + WORDS)
     tiles_of_page = (tl.load(info + CAPACITY) + T - 1) // T
     for i in range(begin * tiles_of_page + split, end * tiles_of_page, SPLITS):
@@ -51,16 +52,15 @@ def fitted_run(
             byte = tiles.value_bytes(codes, page, first + t, mask, info, G)
             v = tiles.value_words(words, codes, page, first + t, mask, info, LOOP.bits, G)
         rows = wide + page * (G.page_bytes // 4) + (first + t) * held
-        low, high = tiles.fitted_keys(
-            rows, mask, info, fields, inverse, base, T, 0, G, DTYPE, PTX
-        )  # fmt: skip
+        k = tiles.fitted_keys(rows, mask, info, fields, inverse, base, T, 0, G, DTYPE, PTX)
         if LOOP.local:
             strip = first // 16 + tl.arange(0, T // 16)
             position = tiles.strip_positions(words, wide, page, strip, 16 * strip < first + n, info, G)
             cos, sin = tiles.angles(position, c, coarse, fine, limit, G)
+            low, high = tiles.halves(k, T, G)
             low, high = tiles.turn(low, high, cos, sin, T, T // 16, H)
-        logits = dot(q_low, tl.trans(low.to(DTYPE)), tl.zeros([M, T], tl.float32))
-        logits = dot(q_high, tl.trans(high.to(DTYPE)), logits) * scale
+            k = tl.reshape(tl.join(low, high), [T, 2 * H])
+        logits = dot(q, tl.trans(k.to(DTYPE)), tl.zeros([M, T], tl.float32)) * scale
         if BIAS:
             where = tl.load(bias + entry)
             added = tl.load(

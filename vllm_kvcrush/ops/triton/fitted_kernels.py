@@ -62,7 +62,7 @@ def token_keys(
     T: tl.constexpr, LOCAL: tl.constexpr, PART: tl.constexpr, G: tl.constexpr,
     DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Keys of tokens of any pages of a head: halves of their channels, float32 [T, H].
+    """Keys of tokens of any pages of a head: both halves of their channels, float32 [T, H].
 
     Args:
         page: int64 [T]; index: int32 [T], places in them; mask: bool [T], the others are anything.
@@ -70,9 +70,8 @@ def token_keys(
     H: tl.constexpr = G.half
     c = tl.arange(0, H)
     rows = wide + page * (G.page_bytes // 4) + index * tl.load(info + WORDS)
-    low, high = tiles.fitted_keys(
-        rows, mask, info, fields, inverse, base, T, PART, G, DTYPE, PTX
-    )  # fmt: skip
+    keys = tiles.fitted_keys(rows, mask, info, fields, inverse, base, T, PART, G, DTYPE, PTX)
+    low, high = tiles.halves(keys, T, G)
     if LOCAL:
         position = token_positions(words, wide, page, index, mask, info, G)
         cos, sin = tiles.angles(position, c, coarse, fine, limit, G)

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Request
+from vllm_kvcrush.ops.triton.config import gather_warps, product_options
 from vllm_kvcrush.ops.triton.fitted_kernels import (
     fitted_components_kernel,
     fitted_gather_kernel,
@@ -14,12 +15,18 @@ from vllm_kvcrush.ops.triton.fitted_kernels import (
     fitted_scores_kernel,
     fitted_values_kernel,
 )
+from vllm_kvcrush.ops.triton.layout import Geometry
 from vllm_kvcrush.pages import CODECS
 from vllm_kvcrush.transform import quantiser
 
 SLOTS = 32  # of a program that gathers or scores
 TOKENS = 32  # of a program that finds or packs keys' codes
 VALUES = 32  # of a program that encodes values
+
+
+def warps(geometry: Geometry) -> int:
+    """Of all these programs: a thread's share of a tile is its registers."""
+    return gather_warps(geometry.k_pad, geometry.v_pad)
 
 
 def gather(
@@ -38,6 +45,7 @@ def gather(
             T=SLOTS, STEPS=len(source.page).bit_length(), CODEC=CODECS[codec],
             LOCAL=loop.local, BITS=loop.bits, VALUES=value is not None, POSITIONS=position is not None,
             G=layer.geometry, DTYPE=DTYPES[layer.dtype], PTX=layer.ptx,
+            num_warps=warps(layer.geometry), **product_options(layer.wave),
         )  # fmt: skip
 
 
@@ -56,6 +64,7 @@ def scores(
         *fitted.tables(loop.place), out.shape[1], layer.scale, len(rows),
         T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, CODEC=CODECS[codec],
         LOCAL=loop.local, G=layer.geometry, DTYPE=DTYPES[layer.dtype], PTX=layer.ptx,
+            num_warps=warps(layer.geometry), **product_options(layer.wave),
     )  # fmt: skip
 
 
@@ -77,20 +86,20 @@ def encode(
         key, positions, component, loss, target.head, target.count, target.codec, target.first,
         fitted.mean[place], fitted.forward[place], fitted.cost[place], fitted.top[place],
         fitted.coarse, fitted.fine, fitted.positions, count, most,
-        T=TOKENS, CODEC=CODECS[codec], LOCAL=loops[0].local, G=geometry,
+        T=TOKENS, CODEC=CODECS[codec], LOCAL=loops[0].local, G=geometry, num_warps=warps(geometry),
     )  # fmt: skip
     numbers = _exceptions(loss, fitted.exceptions[place][target.head.long()])
     fitted_keys_kernel[(entries, groups)](
         key, positions, component.view(torch.int32), numbers,
         layer.half, layer.words, layer.wide, layer.pool,
         *where, fitted.info[place], fitted.fields, count, most,
-        T=TOKENS, CODEC=CODECS[codec], G=geometry,
+        T=TOKENS, CODEC=CODECS[codec], G=geometry, num_warps=warps(geometry),
     )  # fmt: skip
     for loop in loops:
         fitted_values_kernel[(entries, triton.cdiv(min(most, count), VALUES))](
             value, numbers, layer.half, layer.pool, *where, fitted.info[place], count, most,
             T=VALUES, CODEC=CODECS[codec], BITS=loop.bits, STEP=quantiser(loop.bits).step,
-            G=geometry,
+            G=geometry, num_warps=warps(geometry),
         )  # fmt: skip
 
 

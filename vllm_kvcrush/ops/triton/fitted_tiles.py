@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, STEPS, WORD_FIELDS
-from vllm_kvcrush.ops.triton.tiles import code_steps, dot, exact
+from vllm_kvcrush.ops.triton.tiles import code_steps, dot, exact, interleave
 
 CAPACITY, EXCEPTIONS, WORDS, V_BITS, V, V_HIGH, V_SCALE, X_K, X_V, X_SCALE, BITS, POSITIONS, CHUNKS, DECODE, INVERSE, ENCODE, SLOTS = (  # noqa: E501
     tl.constexpr(i) for i in range(len(FIELDS))
@@ -20,9 +20,13 @@ PIECES, SLOT_FIELDS, STEP_COUNT = tl.constexpr(CHUNK), tl.constexpr(WORD_FIELDS)
 
 
 @triton.jit
-def components(words, j, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """Byte j of fields int32 [T, P], whose codes are below 16: DTYPE, exact."""
-    return exact(((words >> (8 * j)) & 15).to(tl.float32), DTYPE)
+def components(words, T: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """The bytes of fields int32 [T, P], codes below 16: DTYPE [T, 4 P], exact."""
+    a = exact((words & 15).to(tl.float32), DTYPE)
+    b = exact(((words >> 8) & 15).to(tl.float32), DTYPE)
+    c = exact(((words >> 16) & 15).to(tl.float32), DTYPE)
+    d = exact(((words >> 24) & 15).to(tl.float32), DTYPE)
+    return interleave(a, b, c, d, T, PIECES)
 
 
 @triton.jit
@@ -30,19 +34,19 @@ def fitted_keys(
     rows, mask, info, fields, inverse, base, T: tl.constexpr, PART: tl.constexpr,
     G: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Both halves of the channels of keys as they were coded, float32 [T, H].
+    """Keys as they were coded, float32 [T, 2 H]: channel c in column 2 c, beside the one that it
+    turns with, c + k_size / 2. Both are then in one thread.
 
     Args:
         rows: [T], pointers to the tokens' codes as int32. mask: bool [T]; else codes are 0.
         PART: 0: with the inverse rounded to the model's dtype; 1: with what that left over, too.
     """
-    H: tl.constexpr = G.half
-    p, c = tl.arange(0, PIECES), tl.arange(0, H)
+    N: tl.constexpr = 2 * G.half
+    p, row, c = tl.arange(0, PIECES), tl.arange(0, 4 * PIECES), tl.arange(0, N)
     chunks = tl.load(info + CHUNKS)
     fields += tl.load(info + DECODE)
-    inverse += tl.load(info + INVERSE).to(tl.int64) * (4 * H)
-    low = tl.zeros([T, H], tl.float32) + tl.load(base + PART * 2 * H + c)[None, :]
-    high = tl.zeros([T, H], tl.float32) + tl.load(base + PART * 2 * H + H + c)[None, :]
+    inverse += tl.load(info + INVERSE).to(tl.int64) * (2 * N)
+    keys = tl.zeros([T, N], tl.float32) + tl.load(base + PART * N + c)[None, :]
     for i in range(chunks):
         at = fields + i * PIECES + p
         word = tl.load(at)
@@ -50,15 +54,18 @@ def fitted_keys(
         kept = tl.load(at + 2 * chunks * PIECES)
         x = tl.load(rows[:, None] + word[None, :], mask=mask[:, None], other=0)
         x = (x >> first[None, :]) & kept[None, :]
-        for j in tl.static_range(4):
-            a = components(x, j, DTYPE, PTX)
-            at = inverse + (p + (i * 4 + j) * PIECES)[:, None] * (4 * H) + c[None, :]
-            low = dot(a, tl.load(at), low)
-            high = dot(a, tl.load(at + H), high)
-            if PART == 1:
-                low = dot(a, tl.load(at + 2 * H), low)
-                high = dot(a, tl.load(at + 3 * H), high)
-    return low, high
+        x = components(x, T, DTYPE, PTX)
+        at = inverse + (row + i * 4 * PIECES)[:, None] * (2 * N) + c[None, :]
+        keys = dot(x, tl.load(at), keys)
+        if PART == 1:
+            keys = dot(x, tl.load(at + N), keys)
+    return keys
+
+
+@triton.jit
+def halves(keys, T: tl.constexpr, G: tl.constexpr):
+    """Channels c and c + k_size / 2 of `fitted_keys`: [T, H] each."""
+    return tl.split(tl.reshape(keys, [T, G.half, 2]))
 
 
 @triton.jit
