@@ -64,9 +64,9 @@ MODEL = ("query", "raw", "key", "value", "out", "inverse")
 ALIGNED = ("query_stride", "out_stride", "key_stride", "value_stride")
 
 
-# Of a layer that has tables of all fitted codecs.
+# Of a layer that has tables of all fitted codecs. Any head's values can have 2 to 4 bits: one each.
 LOOPS = {
-    point.name: Loop(i, FITTED.index(point.name), point.local, point.value_bits)
+    point.name: Loop(i, FITTED.index(point.name), point.local, 4 - i)
     for i, point in enumerate(POINTS)
 }
 
@@ -140,7 +140,12 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
     constants = {
         **{"HEADS": 8 * group, "GROUP": group, "G": geometry, "TILES": tiles},
         **{"DTYPE": DTYPES[dtype], "UNIFORM": decode, "SPLITS": 16 if decode else 1},
-        **{"LOOPS": loops, "INT4": present["int4"], "INT8": present["int8"], "RAW": codec == "mixed"},
+        **{
+            "LOOPS": loops,
+            "INT4": present["int4"],
+            "INT8": present["int8"],
+            "RAW": codec == "mixed",
+        },
         **{"BIAS": False, "VALUES": True},
     }
     tile = {"int4": tiles.int4, "int8": tiles.int8, **dict.fromkeys(LOOPS, tiles.fitted)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 
@@ -23,13 +24,19 @@ TABLE_LAYER = 1  # in the tables
 
 @functools.cache
 def tables_of(size: int, kv_heads: int) -> dict[str, transform.Tables]:
-    """Tables of two layers' heads that differ in what their keys look like, and in their bits."""
+    """Tables of two layers' heads that differ in what their keys look like, and in their bits, also
+    those of values."""
     rope = transform.Rope(1e4 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size))
     generator = torch.Generator().manual_seed(size)
-    draw = torch.randn(3, 2, kv_heads, 600, size, generator=generator, dtype=torch.float64)
+    draw = torch.randn(2, 2, kv_heads, 600, size, generator=generator, dtype=torch.float64)
     spread = torch.logspace(0.5, -1, size).double() * torch.linspace(1, 2, kv_heads)[:, None, None]
-    statistics = transform.Statistics.of(draw[0] * spread + 1, draw[1] * spread, draw[2])
-    return {p.name: transform.fit(statistics, p, rope, 512) for p in transform.POINTS}
+    statistics = transform.Statistics.of(draw[0] * spread + 1, draw[1] * spread)
+    found = {}
+    for i, point in enumerate(transform.POINTS):
+        bits = (4 - i + torch.arange(kv_heads) % 2).clamp(max=4).to(torch.uint8)
+        fitted_tables = transform.fit(statistics, point, rope, 512)
+        found[point.name] = dataclasses.replace(fitted_tables, value_bits=bits.expand(2, -1))
+    return found
 
 
 class Cache:

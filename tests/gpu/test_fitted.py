@@ -210,8 +210,6 @@ def test_compact_onto_its_own_sources(draw: random.Random, device: str, codec: s
     for head, page in enumerate(request.page.tolist()[::2]):
         at, section = (tables, TABLE_LAYER, head), layer.fitted.sections[codec][head]
         got, _ = oracle.decode_fitted(cache.bytes_of(page), section, layer.geometry, n - 5, *at)
-        want = transform.encode_page(
-            keys[head], values[head], where[head], *at, section.exceptions
-        )
+        want = transform.encode_page(keys[head], values[head], where[head], *at, section.exceptions)
         same = (got.key_codes == want.key_codes).double().mean()
         assert same > 0.99 and (got.value_codes == want.value_codes).double().mean() > 0.99

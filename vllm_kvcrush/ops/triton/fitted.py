@@ -34,13 +34,11 @@ class LayerTable:
     @property
     def sections(self) -> list[FittedSection]:
         """Where each head's pages keep things."""
-        point, found = self.tables.point, []
+        t, found = self.tables, []
         for head in self.heads:
-            words, k_size = int(self.tables.words[self.layer, head]), self.tables.rope.size
-            room = pages.fitted_capacity(
-                self.page_bytes, words, point.value_bits, k_size, self.v_size, point.exceptions
-            )
-            found.append(FittedSection.of(*room, words, point.value_bits, k_size, self.v_size))
+            room = t.capacity(self.layer, head, self.page_bytes, self.v_size)
+            words, bits = int(t.words[self.layer, head]), int(t.value_bits[self.layer, head])
+            found.append(FittedSection.of(*room, words, bits, t.rope.size, self.v_size))
         return found
 
 

@@ -55,7 +55,9 @@ def fitted_run(
         k = tiles.fitted_keys(rows, mask, info, fields, inverse, base, T, 0, G, DTYPE, PTX)
         if LOOP.local:
             strip = first // 16 + tl.arange(0, T // 16)
-            position = tiles.strip_positions(words, wide, page, strip, 16 * strip < first + n, info, G)
+            position = tiles.strip_positions(
+                words, wide, page, strip, 16 * strip < first + n, info, G
+            )
             cos, sin = tiles.angles(position, c, coarse, fine, limit, G)
             low, high = tiles.halves(k, T, G)
             low, high = tiles.turn(low, high, cos, sin, T, T // 16, H)

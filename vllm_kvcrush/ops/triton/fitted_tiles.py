@@ -13,10 +13,32 @@ import triton.language as tl
 from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, STEPS, WORD_FIELDS
 from vllm_kvcrush.ops.triton.tiles import code_steps, dot, exact, interleave
 
-CAPACITY, EXCEPTIONS, WORDS, V_BITS, V, V_HIGH, V_SCALE, X_K, X_V, X_SCALE, BITS, POSITIONS, CHUNKS, DECODE, INVERSE, ENCODE, SLOTS = (  # noqa: E501
+(
+    CAPACITY,
+    EXCEPTIONS,
+    WORDS,
+    V_BITS,
+    V,
+    V_HIGH,
+    V_SCALE,
+    X_K,
+    X_V,
+    X_SCALE,
+    BITS,
+    POSITIONS,
+    CHUNKS,
+    DECODE,
+    INVERSE,
+    ENCODE,
+    SLOTS,
+) = (  # noqa: E501
     tl.constexpr(i) for i in range(len(FIELDS))
 )
-PIECES, SLOT_FIELDS, STEP_COUNT = tl.constexpr(CHUNK), tl.constexpr(WORD_FIELDS), tl.constexpr(STEPS)
+PIECES, SLOT_FIELDS, STEP_COUNT = (
+    tl.constexpr(CHUNK),
+    tl.constexpr(WORD_FIELDS),
+    tl.constexpr(STEPS),
+)
 
 
 @triton.jit

@@ -55,7 +55,9 @@ def _int8_ptx(shift: int, bf16: bool) -> str:
 # Of codes of 2, 3 and 4 bits at bits 0, 2, ... 14.
 STEPS_PTX = {
     bf16: tl.constexpr(
-        tuple(_codes_ptx(shift, bits, bf16, False) for bits in (2, 3, 4) for shift in range(0, 16, 2))
+        tuple(
+            _codes_ptx(shift, bits, bf16, False) for bits in (2, 3, 4) for shift in range(0, 16, 2)
+        )
     )
     for bf16 in (False, True)
 }
