@@ -133,7 +133,14 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
     geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     room = tuple(geometry.section(c).capacity for c in ("raw", "int8", "int4"))
     tiles = attention_tiles(
-        group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, int(decode), wave
+        group,
+        geometry.k_pad,
+        geometry.v_pad,
+        geometry.itemsize,
+        room,
+        int(decode),
+        wave,
+        codec in LOOPS,
     )
     present = {c: codec in (c, "mixed") for c in ("int4", "int8")}
     loops = () if codec not in LOOPS else (dataclasses.replace(LOOPS[codec], place=0),)

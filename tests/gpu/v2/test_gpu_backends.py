@@ -71,8 +71,8 @@ def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
 
 
 def test_pages_of_fitted_codecs_under_ours(model: str, tables: str, v1_fitted: Engine) -> None:
-    """Queries are rounded to bytes on a CPU and not here, so texts may part after some tokens; where
-    tokens lie may not."""
+    """Queries are rounded to bytes on a CPU and not here, so texts may part after some tokens;
+    where tokens lie may not."""
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("tc4", "none", "auto")]
     job = (prompts(150, 40, 170, seed=6), 5, extra)
     want = v1_fitted.run(*job)
@@ -86,7 +86,11 @@ def test_pages_of_fitted_codecs_under_ours(model: str, tables: str, v1_fitted: E
             s._replace(bound=None) for s in b.steps
         ]
         assert_slots_follow(a)
-    same = [x == y for a, b in zip(got, want, strict=True) for x, y in zip(a.tokens, b.tokens)]
+    same = [
+        x == y
+        for a, b in zip(got, want, strict=True)
+        for x, y in zip(a.tokens, b.tokens, strict=True)
+    ]
     assert sum(same) > len(same) / 2
 
 

@@ -13,12 +13,20 @@ from vllm_kvcrush.ops.triton.cache import DTYPES, RUNS, Batch, Layer
 from vllm_kvcrush.ops.triton.config import Tiles, attention_tiles, product_options, splits
 
 
-def tiles_for(layer: Layer, longest: int) -> Tiles:
-    """The tiles of a step whose sequences have up to `longest` query rows."""
+def tiles_for(layer: Layer, longest: int, fitted: bool = False) -> Tiles:
+    """The tiles of a step whose sequences have up to `longest` query rows, and perhaps pages of
+    fitted codecs."""
     geometry = layer.geometry
     room = (layer.capacity("raw"), layer.capacity("int8"), layer.capacity("int4"))
     return attention_tiles(
-        layer.group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, longest, layer.wave
+        layer.group,
+        geometry.k_pad,
+        geometry.v_pad,
+        geometry.itemsize,
+        room,
+        longest,
+        layer.wave,
+        fitted,
     )
 
 
@@ -51,13 +59,17 @@ def attention(
         raise ValueError(f"out {tuple(out.shape)} does not fit the layer")
     if rows == 0 or batch.seqs == 0:
         return
-    tiles = tiles_for(layer, batch.longest)
+    device, directory = query.device, batch.directory
+    present = (False,) * len(RUNS) if directory is None else directory.present
+    there = {run for run, any_pages in zip(RUNS, present, strict=True) if any_pages}
+    fitted = layer.fitted
+    loops = [] if fitted is None else [fitted.loops[c] for c in fitted.codecs if c in there]
+    tiles = tiles_for(layer, batch.longest, bool(loops))
     uniform = batch.longest <= tiles.queries
     blocks = batch.seqs if uniform else rows // tiles.queries + batch.seqs
     if parts is None:
         parts = splits(blocks, layer.kv_heads, _processors(query.device))
     shape = (rows, layer.heads, parts)
-    device, directory = query.device, batch.directory
     if lse is None:
         lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
     to, sums = out, lse
@@ -65,10 +77,6 @@ def attention(
         sums = torch.empty(shape, dtype=torch.float32, device=device)
         if out is not None:
             to = torch.empty((*shape, layer.v_size), dtype=torch.float32, device=device)
-    present = (False,) * len(RUNS) if directory is None else directory.present
-    there = {run for run, any_pages in zip(RUNS, present, strict=True) if any_pages}
-    fitted = layer.fitted
-    loops = [] if fitted is None else [fitted.loops[c] for c in fitted.codecs if c in there]
     bias = None if directory is None else directory.bias
     attention_kernel[(blocks, layer.kv_heads, parts)](
         to if to is not None else lse,

@@ -1,7 +1,8 @@
 """Attention over mixed pages: one program for a block of query rows, a KV head and a split.
 
-A program walks over its sequence's pages by codec, then over the raw tail; each codec has a loop of its own, since loads under a run-time branch are not made asynchronous. Tiles
-are dealt out to the splits in turn. Everything that depends on lengths is read on the device.
+A program walks over its sequence's pages by codec, then over the raw tail; each codec has a loop of
+its own, since loads under a run-time branch are not made asynchronous. Tiles are dealt out to the
+splits in turn. Everything that depends on lengths is read on the device.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"

@@ -6,12 +6,8 @@ import triton
 import triton.language as tl
 
 from vllm_kvcrush.ops.triton import fitted_tiles as tiles
-from vllm_kvcrush.ops.triton.layout import FIELDS
+from vllm_kvcrush.ops.triton.fitted_tiles import CAPACITY, EXCEPTIONS, ROW, V_BITS, WORDS
 from vllm_kvcrush.ops.triton.tiles import LOG2E, codes8, dot, softmax_step
-
-CAPACITY, EXCEPTIONS = (tl.constexpr(FIELDS.index(x)) for x in ("capacity", "exceptions"))
-WORDS, V_BITS = (tl.constexpr(FIELDS.index(x)) for x in ("words", "v_bits"))
-ROW = tl.constexpr(len(FIELDS))
 
 
 @triton.jit
@@ -52,7 +48,7 @@ def fitted_run(
             byte = tiles.value_bytes(codes, page, first + t, mask, info, G)
             v = tiles.value_words(words, codes, page, first + t, mask, info, LOOP.bits, G)
         rows = wide + page * (G.page_bytes // 4) + (first + t) * held
-        k = tiles.fitted_keys(rows, mask, info, fields, inverse, base, T, 0, G, DTYPE, PTX)
+        k = tiles.fitted_keys(rows, mask, info, fields, inverse, base, T, 0, G, DTYPE)
         if LOOP.local:
             strip = first // 16 + tl.arange(0, T // 16)
             position = tiles.strip_positions(

@@ -19,7 +19,21 @@ from vllm_kvcrush.ops.triton.compaction_kernels import (
     rounded,
     to_half,
 )
-from vllm_kvcrush.ops.triton.layout import FIELDS
+from vllm_kvcrush.ops.triton.fitted_tiles import BITS as BITS_AT
+from vllm_kvcrush.ops.triton.fitted_tiles import (
+    ENCODE,
+    ROW,
+    SLOTS,
+    V_BITS,
+    V_HIGH,
+    V_SCALE,
+    WORDS,
+    X_K,
+    X_SCALE,
+    X_V,
+    V,
+)
+from vllm_kvcrush.ops.triton.fitted_tiles import POSITIONS as POSITIONS_AT
 from vllm_kvcrush.ops.triton.pages import plane_signs
 from vllm_kvcrush.ops.triton.tiles import (
     LOG2E,
@@ -31,16 +45,7 @@ from vllm_kvcrush.ops.triton.tiles import (
 )
 from vllm_kvcrush.transform import SINKS
 
-CAPACITY, WORDS, V_BITS, V, V_HIGH = (
-    tl.constexpr(FIELDS.index(x)) for x in ("capacity", "words", "v_bits", "v", "v_high")
-)
-V_SCALE, X_K, X_V, X_SCALE, BITS_AT = (
-    tl.constexpr(FIELDS.index(x)) for x in ("v_scale", "x_k", "x_v", "x_scale", "bits")
-)
-POSITIONS_AT, ENCODE, SLOTS = (
-    tl.constexpr(FIELDS.index(x)) for x in ("positions", "encode", "slots")
-)
-ROW, FIRST = tl.constexpr(len(FIELDS)), tl.constexpr(SINKS)
+FIRST = tl.constexpr(SINKS)
 
 
 @triton.jit
@@ -60,7 +65,7 @@ def token_positions(words, wide, page, index, mask, info, G: tl.constexpr):
 def token_keys(
     half, words, wide, codes, page, index, mask, info, fields, inverse, base, coarse, fine, limit,
     T: tl.constexpr, LOCAL: tl.constexpr, PART: tl.constexpr, G: tl.constexpr,
-    DTYPE: tl.constexpr, PTX: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Keys of tokens of any pages of a head: both halves of their channels, float32 [T, H].
 
@@ -70,7 +75,7 @@ def token_keys(
     H: tl.constexpr = G.half
     c = tl.arange(0, H)
     rows = wide + page * (G.page_bytes // 4) + index * tl.load(info + WORDS)
-    keys = tiles.fitted_keys(rows, mask, info, fields, inverse, base, T, PART, G, DTYPE, PTX)
+    keys = tiles.fitted_keys(rows, mask, info, fields, inverse, base, T, PART, G, DTYPE)
     low, high = tiles.halves(keys, T, G)
     if LOCAL:
         position = token_positions(words, wide, page, index, mask, info, G)
@@ -129,7 +134,7 @@ def fitted_gather_kernel(
     count, slot_stride,
     T: tl.constexpr, STEPS: tl.constexpr, CODEC: tl.constexpr, LOCAL: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, POSITIONS: tl.constexpr, G: tl.constexpr,
-    DTYPE: tl.constexpr, PTX: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """What `gather_kernel` does, with the tokens of CODEC's pages."""
     head = tl.program_id(1)
@@ -147,7 +152,7 @@ def fitted_gather_kernel(
     c = tl.arange(0, G.half)[None, :]
     low, high = token_keys(
         half, words, wide, codes, page, index, mask, info, fields, inverse,
-        base + head * (4 * G.half), coarse, fine, limit, T, LOCAL, 1, G, DTYPE, PTX,
+        base + head * (4 * G.half), coarse, fine, limit, T, LOCAL, 1, G, DTYPE,
     )  # fmt: skip
     at = key + row[:, None] * G.k_size + c
     inside = mask[:, None] & (c < G.k_size // 2)
@@ -169,7 +174,6 @@ def fitted_scores_kernel(
     info, fields, inverse, base, coarse, fine, limit, candidates, scale, window,
     T: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
     CODEC: tl.constexpr, LOCAL: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr,
-    PTX: tl.constexpr,
 ):  # fmt: skip
     """What `scores_kernel` does, with CODEC's pages. Grid (entries, tiles of the largest one)."""
     H: tl.constexpr = G.half
@@ -184,7 +188,7 @@ def fitted_scores_kernel(
     page = tl.zeros([T], tl.int64) + tl.load(pages + entry)
     low, high = token_keys(
         half, words, wide, codes, page, index, mask, info + head * ROW, fields, inverse,
-        base + head * (4 * H), coarse, fine, limit, T, LOCAL, 0, G, DTYPE, PTX,
+        base + head * (4 * H), coarse, fine, limit, T, LOCAL, 0, G, DTYPE,
     )  # fmt: skip
     low, high = tl.trans(low.to(DTYPE)), tl.trans(high.to(DTYPE))
     c = tl.arange(0, H)[None, :]

@@ -43,8 +43,8 @@ def gather(
             source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
             *fitted.tables(loop.place), count, slots.stride(0),
             T=SLOTS, STEPS=len(source.page).bit_length(), CODEC=CODECS[codec],
-            LOCAL=loop.local, BITS=loop.bits, VALUES=value is not None, POSITIONS=position is not None,
-            G=layer.geometry, DTYPE=DTYPES[layer.dtype], PTX=layer.ptx,
+            LOCAL=loop.local, BITS=loop.bits, VALUES=value is not None,
+            POSITIONS=position is not None, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
             num_warps=warps(layer.geometry), **product_options(layer.wave),
         )  # fmt: skip
 
@@ -63,7 +63,7 @@ def scores(
         source.head, source.page, source.count, source.codec, source.first,
         *fitted.tables(loop.place), out.shape[1], layer.scale, len(rows),
         T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, CODEC=CODECS[codec],
-        LOCAL=loop.local, G=layer.geometry, DTYPE=DTYPES[layer.dtype], PTX=layer.ptx,
+        LOCAL=loop.local, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
             num_warps=warps(layer.geometry), **product_options(layer.wave),
     )  # fmt: skip
 

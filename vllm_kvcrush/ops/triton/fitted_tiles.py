@@ -5,12 +5,11 @@ are those of `pages`; `info` points to the FIELDS of one head, the other tables 
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
-# ruff: noqa: SIM300
 
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, STEPS, WORD_FIELDS
+from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, STEPS
 from vllm_kvcrush.ops.triton.tiles import code_steps, dot, exact, interleave
 
 (
@@ -31,18 +30,12 @@ from vllm_kvcrush.ops.triton.tiles import code_steps, dot, exact, interleave
     INVERSE,
     ENCODE,
     SLOTS,
-) = (  # noqa: E501
-    tl.constexpr(i) for i in range(len(FIELDS))
-)
-PIECES, SLOT_FIELDS, STEP_COUNT = (
-    tl.constexpr(CHUNK),
-    tl.constexpr(WORD_FIELDS),
-    tl.constexpr(STEPS),
-)
+) = (tl.constexpr(i) for i in range(len(FIELDS)))
+ROW, PIECES, STEP_COUNT = (tl.constexpr(x) for x in (len(FIELDS), CHUNK, STEPS))
 
 
 @triton.jit
-def components(words, T: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+def components(words, T: tl.constexpr, DTYPE: tl.constexpr):
     """The bytes of fields int32 [T, P], codes below 16: DTYPE [T, 4 P], exact."""
     a = exact((words & 15).to(tl.float32), DTYPE)
     b = exact(((words >> 8) & 15).to(tl.float32), DTYPE)
@@ -54,7 +47,7 @@ def components(words, T: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
 @triton.jit
 def fitted_keys(
     rows, mask, info, fields, inverse, base, T: tl.constexpr, PART: tl.constexpr,
-    G: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
+    G: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Keys as they were coded, float32 [T, 2 H]: channel c in column 2 c, beside the one that it
     turns with, c + k_size / 2. Both are then in one thread.
@@ -69,14 +62,15 @@ def fitted_keys(
     fields += tl.load(info + DECODE)
     inverse += tl.load(info + INVERSE).to(tl.int64) * (2 * N)
     keys = tl.zeros([T, N], tl.float32) + tl.load(base + PART * N + c)[None, :]
-    for i in range(chunks):
+    # Not read ahead: the tables are in the caches, and registers are what is short.
+    for i in tl.range(0, chunks, num_stages=1):
         at = fields + i * PIECES + p
         word = tl.load(at)
         first = tl.load(at + chunks * PIECES)
         kept = tl.load(at + 2 * chunks * PIECES)
         x = tl.load(rows[:, None] + word[None, :], mask=mask[:, None], other=0)
         x = (x >> first[None, :]) & kept[None, :]
-        x = components(x, T, DTYPE, PTX)
+        x = components(x, T, DTYPE)
         at = inverse + (row + i * 4 * PIECES)[:, None] * (2 * N) + c[None, :]
         keys = dot(x, tl.load(at), keys)
         if PART == 1:

@@ -28,10 +28,11 @@ floats. A group's half scales (and middles) are stored plane by plane. A Hadamar
 channels is one of 4 between the planes and one of 2^(n-2) within each.
 
     tc4, tc6, tc8 (fitted to a model; what is in them differs by head)
-            | K codes     | V codes | V high | V scales | exceptions' K  | exceptions' V  |
-            | cap x words x 4 | cap x v_size/4 or /2 | cap x v_size/8 | cap B | x k_size | x v_size |
-            | exceptions' scales | exception bits | positions  |     | header |
-            | K, V f16 of each   | u16 a strip    | u16 a strip |     | 32 B   |
+            | K codes         | V codes              | V high         | V scales |
+            | cap x words x 4 | cap x v_size/4 or /2 | cap x v_size/8 | cap x u8 |
+            | exceptions' K | exceptions' V | their scales     | exception bits | positions   |
+            | n x k_size    | n x v_size    | K, V f16 of each | u16 a strip    | u16 a strip |
+            and the header
 
 Keys of fitted codecs are words of fields (`kvc_piece` of csrc/kvcrush.h), in byte j component j of
 a quad. Values are rotated, R v = scale * (code - (2^bits - 1) / 2) with scale = 2^((byte - 128) /
