@@ -148,8 +148,8 @@ class Fitted:
         encode = torch.zeros(4, words, WORD_FIELDS, dtype=torch.int32)
         used = [0] * words
         for piece in found:
-            own = torch.tensor([piece.quad, piece.weight, _mask(piece), piece.first])
-            encode[:, piece.word, used[piece.word]] = own.int()
+            field = torch.tensor([piece.quad, piece.weight, _mask(piece), piece.first])
+            encode[:, piece.word, used[piece.word]] = field.int()
             used[piece.word] += 1
         own = {
             **{name: getattr(at, name) for name in FIELDS if hasattr(at, name)},
@@ -185,9 +185,11 @@ def _mask(piece: Piece) -> int:
 def _halves(x: Tensor) -> Tensor:
     """[..., D] as [..., 2 half]: each half of the channels padded to what a tile can have."""
     size = x.shape[-1] // 2
-    return F.pad(x.unflatten(-1, (2, size)), (0, half_pad(2 * size) - size)).flatten(-2)
+    parts = x.reshape(*x.shape[:-1], 2, size)
+    return F.pad(parts, (0, half_pad(2 * size) - size)).flatten(-2)
 
 
 def _pairs(x: Tensor) -> Tensor:
     """The same with the two halves' channels in turn."""
-    return _halves(x).unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    parts = _halves(x)
+    return parts.reshape(*x.shape[:-1], 2, -1).transpose(-1, -2).flatten(-2)

@@ -12,7 +12,6 @@ import triton.language as tl
 from vllm_kvcrush.ops.triton import fitted_tiles as tiles
 from vllm_kvcrush.ops.triton.compaction_kernels import (
     NO_STEP,
-    STEP_COUNT,
     inverse,
     locate,
     rotate,
@@ -43,6 +42,7 @@ from vllm_kvcrush.ops.triton.tiles import (
     planes_hadamard,
     rotation_sign,
 )
+from vllm_kvcrush.ops.triton.tokens import STEP_COUNT
 from vllm_kvcrush.transform import SINKS
 
 FIRST = tl.constexpr(SINKS)
