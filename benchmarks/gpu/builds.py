@@ -17,9 +17,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_kvcrush.ops.triton import attention_kernel, compaction_kernels, scores_kernel
+from vllm_kvcrush.ops.triton import (
+    attention_kernel,
+    compaction_kernels,
+    fitted_kernels,
+    fitted_ops,
+    scores_kernel,
+)
 from vllm_kvcrush.ops.triton import store_kernel as stores
-from vllm_kvcrush.ops.triton.cache import RUNS
 from vllm_kvcrush.ops.triton.config import (
     SCORES_STAGES,
     SCORES_WARPS,
@@ -28,8 +33,10 @@ from vllm_kvcrush.ops.triton.config import (
     gather_warps,
     product_options,
 )
+from vllm_kvcrush.ops.triton.fitted import Loop
 from vllm_kvcrush.ops.triton.layout import Geometry
-from vllm_kvcrush.pages import CODECS
+from vllm_kvcrush.pages import CODECS, FITTED
+from vllm_kvcrush.transform import POINTS, quantiser
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,6 +47,7 @@ TARGETS = {
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 PRODUCTS = ("decode", "prefill", "scores")  # kernels that multiply matrices
 BLOCK_SIZE = 128  # tokens of a raw page
+PLAIN = ("int4", "int8", "raw")
 # Pointers whose type is not the model's dtype.
 POINTERS = {
     **dict.fromkeys(("lse", "partial", "partial_lse", "log_bias"), "*fp32"),
@@ -47,11 +55,20 @@ POINTERS = {
     **dict.fromkeys(("counts", "begins", "ends", "codecs", "firsts", "heads"), "*i32"),
     **dict.fromkeys(("tail_slot", "position", "wide"), "*i32"),
     **dict.fromkeys(("bias", "slots"), "*i64"),
-    **{"half": "*fp16", "words": "*i16", "codes": "*u8"},
+    **{"half": "*fp16", "words": "*i16", "codes": "*u8", "info": "*i32", "fields": "*i32"},
+    **dict.fromkeys(("base", "mean", "forward", "cost", "top", "coarse", "fine", "loss"), "*fp32"),
+    **{"numbers": "*i32", "component": "*u8"},
 }
-MODEL = ("query", "raw", "key", "value", "out")
+MODEL = ("query", "raw", "key", "value", "out", "inverse")
 # Strides that are multiples of 16 wherever head sizes are: Triton's JIT sees and uses that.
 ALIGNED = ("query_stride", "out_stride", "key_stride", "value_stride")
+
+
+# Of a layer that has tables of all fitted codecs. Any head's values can have 2 to 4 bits: one each.
+LOOPS = {
+    point.name: Loop(i, FITTED.index(point.name), point.local, 4 - i)
+    for i, point in enumerate(POINTS)
+}
 
 
 @dataclass(frozen=True)
@@ -116,16 +133,30 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
     geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     room = tuple(geometry.section(c).capacity for c in ("raw", "int8", "int4"))
     tiles = attention_tiles(
-        group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, int(decode), wave
+        group,
+        geometry.k_pad,
+        geometry.v_pad,
+        geometry.itemsize,
+        room,
+        int(decode),
+        wave,
+        codec in LOOPS,
     )
     present = {c: codec in (c, "mixed") for c in ("int4", "int8")}
+    loops = () if codec not in LOOPS else (dataclasses.replace(LOOPS[codec], place=0),)
     constants = {
         **{"HEADS": 8 * group, "GROUP": group, "G": geometry, "TILES": tiles},
         **{"DTYPE": DTYPES[dtype], "UNIFORM": decode, "SPLITS": 16 if decode else 1},
-        **{"INT4": present["int4"], "INT8": present["int8"], "RAW": codec == "mixed"},
+        **{
+            "LOOPS": loops,
+            "INT4": present["int4"],
+            "INT8": present["int8"],
+            "RAW": codec == "mixed",
+        },
         **{"BIAS": False, "VALUES": True},
     }
-    tile = {"int4": tiles.int4, "int8": tiles.int8}.get(codec, tiles.raw)
+    tile = {"int4": tiles.int4, "int8": tiles.int8, **dict.fromkeys(LOOPS, tiles.fitted)}
+    tile = tile.get(codec, tiles.raw)
     return Build(
         "decode" if decode else "prefill", codec, size, group, dtype,
         attention_kernel.attention_kernel, constants, tiles.warps, tiles.stages,
@@ -146,25 +177,60 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     yield Build("store", "raw", *same, stores.store_kernel, {"T": 4, "G": geometry}, 2, 3)
     scratch = {"key": "*fp32", "value": "*fp32"}
     constants = {"T": 32, "STEPS": 8, "VALUES": True, "POSITIONS": True, "G": geometry}
-    for codec in RUNS:
+    for codec in PLAIN:
         yield Build(
             "gather", codec, *same, compaction_kernels.gather_kernel,
             constants | {"CODEC": CODECS[codec]}, warps, 3, scratch,
         )  # fmt: skip
     tokens, encode_warps = encode_tiles(geometry.k_pad, geometry.v_pad)
     constants = {"T": 64, "V": tokens, "POSITIONS": True, "G": geometry}
-    for codec in RUNS:
+    for codec in PLAIN:
         yield Build(
             "encode", codec, *same, compaction_kernels.encode_kernel,
             constants | {"CODEC": CODECS[codec]}, encode_warps, 3, scratch,
         )  # fmt: skip
     constants = {"T": 64, "W": 32, "GROUP": group, "HEADS": 8 * group}
     constants |= {"DTYPE": DTYPES[dtype], "G": geometry}
-    for codec in RUNS:
+    for codec in PLAIN:
         yield Build(
             "scores", codec, *same, scores_kernel.scores_kernel,
             constants | {"TAIL": codec == "raw", "CODEC": CODECS[codec]},
             SCORES_WARPS, SCORES_STAGES, {"out": "*fp32", "tail_length": "i32"},
+        )  # fmt: skip
+
+
+def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
+    """Everything but attention that fitted codecs have kernels of their own for."""
+    geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    same = (size, group, dtype)
+    for codec, loop in LOOPS.items():
+        warps = fitted_ops.warps(geometry)
+        pages = {"CODEC": CODECS[codec], "G": geometry}
+        keys = {"LOCAL": loop.local, "DTYPE": DTYPES[dtype]}
+        yield Build(
+            "gather", codec, *same, fitted_kernels.fitted_gather_kernel,
+            {"T": fitted_ops.SLOTS, "STEPS": 8, "BITS": loop.bits, **pages, **keys}
+            | {"VALUES": True, "POSITIONS": True},
+            warps, 3, {"key": "*fp32", "value": "*fp32"},
+        )  # fmt: skip
+        yield Build(
+            "scores", codec, *same, fitted_kernels.fitted_scores_kernel,
+            {"T": fitted_ops.SLOTS, "W": 32, "GROUP": group, "HEADS": 8 * group, **pages, **keys},
+            warps, 3, {"out": "*fp32"},
+        )  # fmt: skip
+        yield Build(
+            "encode: codes", codec, *same, fitted_kernels.fitted_components_kernel,
+            {"T": fitted_ops.TOKENS, "LOCAL": loop.local, **pages},
+            warps, 3, {"key": "*fp32"},
+        )  # fmt: skip
+        yield Build(
+            "encode: keys", codec, *same, fitted_kernels.fitted_keys_kernel,
+            {"T": fitted_ops.TOKENS, **pages}, warps, 3, {"key": "*fp32", "component": "*i32"},
+        )  # fmt: skip
+        yield Build(
+            "encode: values", codec, *same, fitted_kernels.fitted_values_kernel,
+            {"T": fitted_ops.VALUES, "BITS": loop.bits, "STEP": quantiser(loop.bits).step, **pages},
+            warps, 3, {"value": "*fp32"},
         )  # fmt: skip
 
 
@@ -176,10 +242,12 @@ def builds(quick: bool, target: str) -> list[Build]:
             attention("int4", 128, 4, "bf16", True, target),
             attention("mixed", 128, 4, "bf16", False, target),
             attention("int8", 64, 3, "bf16", False, target),
+            attention("tc6", 128, 4, "bf16", True, target),
         ]
         codec = {"gather": "int4", "encode": "int4", "scores": "int8", "merge": "-", "store": "raw"}
-        return found + [b for b in others(256, 8, "bf16") if b.codec == codec[b.kernel]]
-    codecs = ("raw", "int8", "int4", "mixed")
+        found += [b for b in others(256, 8, "bf16") if b.codec == codec[b.kernel]]
+        return found + [b for b in fitted(256, 8, "bf16") if b.codec == "tc6"]
+    codecs = ("raw", "int8", "int4", *FITTED, "mixed")
     found = [
         attention(codec, size, group, "bf16", True, target)
         for size, group in ((64, 3), (96, 8), (128, 4), (256, 8))
@@ -194,4 +262,5 @@ def builds(quick: bool, target: str) -> list[Build]:
     found += [attention("mixed", 256, 8, "bf16", False, target)]
     for size, group in ((64, 3), (128, 4), (256, 8)):
         found += others(size, group, "bf16")
+        found += fitted(size, group, "bf16")
     return found

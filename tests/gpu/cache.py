@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
 
 import torch
 from torch import Tensor
 
 from tests.gpu import oracle
+from vllm_kvcrush import transform
+from vllm_kvcrush.ops import fitted
 from vllm_kvcrush.ops import pages_reference as reference
 from vllm_kvcrush.ops.triton import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
-from vllm_kvcrush.pages import CODECS
+from vllm_kvcrush.ops.triton.fitted import LayerTable
+from vllm_kvcrush.pages import CODECS, FITTED
+
+POSITIONS = 90_000  # that tables know
+TABLE_LAYER = 1  # in the tables
+
+
+@functools.cache
+def tables_of(size: int, kv_heads: int) -> dict[str, transform.Tables]:
+    """Tables of two layers' heads that differ in what their keys look like, and in their bits, also
+    those of values."""
+    rope = transform.Rope(1e4 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size))
+    generator = torch.Generator().manual_seed(size)
+    draw = torch.randn(2, 2, kv_heads, 600, size, generator=generator, dtype=torch.float64)
+    spread = torch.logspace(0.5, -1, size).double() * torch.linspace(1, 2, kv_heads)[:, None, None]
+    statistics = transform.Statistics.of(draw[0] * spread + 1, draw[1] * spread)
+    found = {}
+    for i, point in enumerate(transform.POINTS):
+        bits = (4 - i + torch.arange(kv_heads) % 2).clamp(max=4).to(torch.uint8)
+        fitted_tables = transform.fit(statistics, point, rope, 512)
+        found[point.name] = dataclasses.replace(fitted_tables, value_bits=bits.expand(2, -1))
+    return found
 
 
 class Cache:
@@ -22,17 +47,23 @@ class Cache:
     def __init__(
         self, draw: random.Random, device: str, group: int, k_size: int, v_size: int,
         dtype: torch.dtype = torch.float16, kv_heads: int = 2, block_size: int = 32,
-        blocks: int = 24, layers: int = 0,
+        blocks: int = 24, layers: int = 0, fitted_codecs: tuple[str, ...] = (),
     ):  # fmt: skip
         self.draw, self.device, self.dtype, self.block_size = draw, device, dtype, block_size
         layers = layers or draw.randrange(1, 4)
         page_bytes = block_size * (k_size + v_size) * dtype.itemsize
         # All bits set: NaN as a float of any width.
         pool = torch.full((blocks * layers * kv_heads * page_bytes,), 255, dtype=torch.uint8)
+        self.tables = {c: tables_of(k_size, kv_heads)[c] for c in fitted_codecs}
+        angles = [fitted.Angles(t.rope, POSITIONS) for t in self.tables.values()]
         self.layer = Layer(
             pool.to(device), index=draw.randrange(layers), layers=layers, heads=group * kv_heads,
             kv_heads=kv_heads, k_size=k_size, v_size=v_size, block_size=block_size, dtype=dtype,
             scale=k_size**-0.5,
+            tables={
+                c: LayerTable(t, TABLE_LAYER, range(kv_heads), page_bytes, v_size, angles[0])
+                for c, t in self.tables.items()
+            },
         )  # fmt: skip
         self.free = list(range(blocks))
         draw.shuffle(self.free)
@@ -74,10 +105,22 @@ class Cache:
             value[0] *= 0.02
         return key, value
 
-    def fill(self, page: int, codec: str, key: Tensor, value: Tensor, where: Tensor | None) -> None:
-        content = self.bytes_of(page)
-        oracle.encode(content, codec, self.layer.geometry, key, value, where, self.dtype)
+    def fill(
+        self, page: int, codec: str, key: Tensor, value: Tensor, where: Tensor | None, head: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Writes a page; returns what it gives back, float64."""
+        content, geometry = self.bytes_of(page), self.layer.geometry
+        if codec in FITTED:
+            assert where is not None
+            section, tables = self.layer.fitted.sections[codec][head], self.tables[codec]
+            kept = oracle.encode_fitted(
+                content, section, geometry, key, value, where, tables, TABLE_LAYER, head
+            )
+        else:
+            oracle.encode(content, codec, geometry, key, value, where, self.dtype)
+            kept = oracle.kept(codec, key, value, self.dtype)
         self.write(page, content)
+        return kept
 
     def put(self, codecs: list[str], tail: int, counts: list[int] | None = None) -> None:
         """A sequence: for each head pages of the codecs, then `tail` raw tokens.
@@ -95,16 +138,20 @@ class Cache:
             at = self.draw.randrange(1000)
             order = list(enumerate(codecs))
             for i, codec in order if head % 2 == 0 else order[::-1]:
-                full = layer.capacity(codec)
+                full = layer.capacity(codec, head)
                 some = [full, self.draw.randrange(full + 1), min(full, 5), 0]
-                count = counts[i] if counts else self.draw.choice(some)
+                count = min(full, counts[i]) if counts else self.draw.choice(some)
                 key, value = self.content(count)
                 where = (at + torch.randint(1, 9, (count,)).cumsum(0)).int()
                 at += 9 * count
                 page = self.page()
-                self.fill(page, codec, key, value, None if codec == "raw" else where)
                 self.entries.append((page, count, CODECS[codec]))
-                k_kept, v_kept = oracle.kept(codec, key, value, self.dtype)
+                k_kept, v_kept = self.fill(
+                    page, codec, key, value, None if codec == "raw" else where, head
+                )
+                if codec in FITTED:  # they keep the positions of strips
+                    steps = torch.arange(count) % 16
+                    where = (transform.origins(where) + steps).int()
                 k_parts.append(k_kept)
                 v_parts.append(v_kept)
                 p_parts.append(where)

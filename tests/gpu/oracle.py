@@ -6,9 +6,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vllm_kvcrush import transform
 from vllm_kvcrush.ops import pages_reference as reference
-from vllm_kvcrush.ops.triton.layout import NEVER, STEPS, Geometry, Section
-from vllm_kvcrush.pages import GROUP
+from vllm_kvcrush.ops.triton.layout import NEVER, STEPS, FittedSection, Geometry, Section
+from vllm_kvcrush.pages import GROUP, STRIP
 
 
 def grid_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -90,13 +91,25 @@ def encode(
         _rows(page, at.v, at.v_row, _nibbles(codes))
         _put(page, at.v_scale, scale[:, 0].half())
     if positions is not None and codec != "raw":
-        _put(page, at.positions, (positions % 65536).to(torch.uint16))
-        base = int(positions[0]) // 65536 * 65536
-        steps = (positions - base) // 65536
-        first = [int((steps <= j).sum()) for j in range(STEPS)]
-        first = [NEVER if f == n else f for f in first]
-        _put(page, geometry.header, torch.tensor([base], dtype=torch.int32))
-        _put(page, geometry.header + 4, torch.tensor(first).to(torch.uint16))
+        _put_positions(page, at.positions, geometry, positions)
+
+
+def _put_positions(page: Tensor, at: int, geometry: Geometry, positions: Tensor) -> None:
+    _put(page, at, (positions % 65536).to(torch.uint16))
+    base = int(positions[0]) // 65536 * 65536
+    steps = (positions - base) // 65536
+    first = [int((steps <= j).sum()) for j in range(STEPS)]
+    first = [NEVER if f == len(positions) else f for f in first]
+    _put(page, geometry.header, torch.tensor([base], dtype=torch.int32))
+    _put(page, geometry.header + 4, torch.tensor(first).to(torch.uint16))
+
+
+def _get_positions(page: Tensor, at: int, geometry: Geometry, n: int) -> Tensor:
+    low = _get(page, at, (n,), torch.uint16).int()
+    base = _get(page, geometry.header, (1,), torch.int32)
+    first = _get(page, geometry.header + 4, (STEPS,), torch.uint16).int()
+    steps = (first.unsqueeze(0) <= torch.arange(n).unsqueeze(1)).sum(1)
+    return base + low + 65536 * steps.int()
 
 
 def _nibbles(codes: Tensor) -> Tensor:
@@ -140,8 +153,102 @@ def decode(
         value = value @ reference.rotation(v_size)
     if codec == "raw":
         return key, value, None
-    low = _get(page, at.positions, (n,), torch.uint16).int()
-    base = _get(page, geometry.header, (1,), torch.int32)
-    first = _get(page, geometry.header + 4, (STEPS,), torch.uint16).int()
-    steps = (first.unsqueeze(0) <= torch.arange(n).unsqueeze(1)).sum(1)
-    return key, value, base + low + 65536 * steps.int()
+    return key, value, _get_positions(page, at.positions, geometry, n)
+
+
+# -- fitted codecs ---------------------------------------------------------------------------------
+
+
+def encode_fitted(
+    page: Tensor, at: FittedSection, geometry: Geometry, key: Tensor, value: Tensor,
+    positions: Tensor, tables: transform.Tables, layer: int, head: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fills a page's bytes from float32 K and V [n, D] and positions [n]; returns what the page
+    gives back, float64."""
+    n = len(key)
+    kept = transform.encode_page(
+        key.double(), value.double(), positions, tables, layer, head, at.exceptions
+    )
+    back = transform.decode_page(kept, tables, layer, head, torch.float64)
+    if n == 0:
+        return back
+    words = torch.zeros(n, at.words, 4, dtype=torch.long)
+    codes = kept.key_codes.long().view(n, -1, 4)
+    for p in transform.pieces(tables.bits[layer, head]):
+        words[:, p.word] |= (codes[:, p.quad] >> p.weight & (1 << p.bits) - 1) << p.first
+    scales = kept.value_scales.clone()
+    scales[kept.slots] = torch.arange(len(kept.slots), dtype=torch.uint8)
+    codes = kept.value_codes.clone()
+    # What a token's codes say that is an exception does not count.
+    words[kept.slots] = torch.randint(256, words[kept.slots].shape)
+    codes[kept.slots] = torch.randint(1 << at.v_bits, codes[kept.slots].shape).to(torch.uint8)
+    _rows(page, 0, 4 * at.words, words.to(torch.uint8))
+    columns = codes.long().view(n, -1, 4)
+    half = columns.shape[1] // 2
+    if at.v_bits == 4:
+        _rows(page, at.v, geometry.v_size // 2, _nibbles(codes))
+    else:
+        low = ((columns & 3) << 2 * torch.arange(4)).sum(-1)
+        _rows(page, at.v, geometry.v_size // 4, _pairs(low, half).to(torch.uint8))
+    if at.v_bits == 3:
+        high = ((columns >> 2) << torch.arange(4)).sum(-1)
+        high = high[:, :half] | high[:, half:] << 4
+        _rows(page, at.v_high, half, high.to(torch.uint8))
+    _put(page, at.v_scale, scales)
+    for rows, codes_at, side in ((key, at.x_k, 0), (value, at.x_v, 1)):
+        codes, scale = reference.int8(rows[kept.slots])
+        _rows(page, codes_at, rows.shape[1], codes.to(torch.int8))
+        for i, one in enumerate(scale.half()):
+            _put(page, at.x_scale + 4 * i + 2 * side, one)
+    bits = torch.zeros(-(-n // STRIP) * STRIP, dtype=torch.int32)
+    bits[kept.slots] = 1
+    bits = (bits.view(-1, STRIP) << torch.arange(STRIP)).sum(1)
+    _put(page, at.bits, bits.to(torch.uint16))
+    _put_positions(page, at.positions, geometry, positions[::STRIP])
+    return back
+
+
+def _pairs(columns: Tensor, half: int) -> Tensor:
+    return torch.stack([columns[:, :half], columns[:, half:]], -1).flatten(1)
+
+
+def decode_fitted(
+    page: Tensor, at: FittedSection, geometry: Geometry, n: int, tables: transform.Tables,
+    layer: int, head: int,
+) -> tuple[transform.Page, Tensor]:  # fmt: skip
+    """What is in a page: as `transform.Page`, and the positions of its tokens."""
+    words = _read_rows(page, 0, 4 * at.words, n, 4 * at.words, torch.uint8).long()
+    words = words.view(n, at.words, 4)
+    codes = torch.zeros(n, geometry.k_size // 4, 4, dtype=torch.long)
+    for p in transform.pieces(tables.bits[layer, head]):
+        codes[:, p.quad] |= (words[:, p.word] >> p.first & (1 << p.bits) - 1) << p.weight
+    size = geometry.v_size
+    row = size * (4 if at.v_bits == 4 else 2) // 8
+    value = _read_rows(page, at.v, row, n, row, torch.uint8)
+    if at.v_bits == 4:
+        value = _codes(value).long()
+    else:
+        value = torch.cat([value[:, ::2], value[:, 1::2]], 1).long()
+        value = (value.unsqueeze(-1) >> 2 * torch.arange(4) & 3).flatten(1)
+    if at.v_bits == 3:
+        high = _read_rows(page, at.v_high, size // 8, n, size // 8, torch.uint8).long()
+        high = torch.cat([high & 15, high >> 4], 1)
+        value |= (high.unsqueeze(-1) >> torch.arange(4) & 1).flatten(1) << 2
+    strips = -(-n // STRIP)
+    bits = _get(page, at.bits, (strips, 1), torch.uint16).int() >> torch.arange(STRIP) & 1
+    slots = bits.flatten()[:n].nonzero()[:, 0]
+    assert bits.sum() == len(slots)
+    scales = _get(page, at.v_scale, (n,), torch.uint8)
+    assert torch.equal(scales[slots].long(), torch.arange(len(slots)))
+    count = len(slots)
+    factor = _get(page, at.x_scale, (count, 2), torch.float16).double()
+    keys = _read_rows(page, at.x_k, geometry.k_size, count, geometry.k_size, torch.int8)
+    values = _read_rows(page, at.x_v, size, count, size, torch.int8)
+    strip = _get_positions(page, at.positions, geometry, strips)
+    positions = (strip.unsqueeze(1) + torch.arange(STRIP)).flatten()[:n].int()
+    found = transform.Page(
+        strip.repeat_interleave(STRIP)[:n], codes.flatten(1).to(torch.uint8),
+        value.to(torch.uint8), scales, slots, keys.double() * factor[:, :1],
+        values.double() * factor[:, 1:],
+    )  # fmt: skip
+    return found, positions

@@ -18,13 +18,12 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.compaction import Backend
 from vllm_kvcrush.engine.region import Region, joined
-from vllm_kvcrush.ops.fitted import LayerTable
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
 from vllm_kvcrush.ops.triton.compaction import compact, gather
+from vllm_kvcrush.ops.triton.fitted import LayerTable
 from vllm_kvcrush.ops.triton.scores import window_scores
 from vllm_kvcrush.ops.triton.store import store
 
@@ -140,13 +139,8 @@ class KVCrushTritonImpl(TritonAttentionImpl):
         return output
 
 
-def install(attention: Sequence[Any], settings: Settings) -> Backend:
+def install(attention: Sequence[Any]) -> Backend:
     """Gives the model's attention layers our backend in place of vLLM's Triton one."""
-    if settings.fitted:
-        raise ValueError(
-            f"vllm-kvcrush reads pages of {', '.join(settings.fitted)} on CPUs only: start the "
-            "server without transform tables of the model, and with a --kv-policy that needs none."
-        )
     for layer in attention:
         impl = layer.impl
         if type(impl) is not TritonAttentionImpl:
@@ -157,7 +151,7 @@ def install(attention: Sequence[Any], settings: Settings) -> Backend:
             )
         impl.__class__ = KVCrushTritonImpl
         layer.attn_backend = KVCrushTritonBackend
-    return Backend(TritonCacheLayer, KVCrushTritonMetadataBuilder)
+    return Backend(TritonCacheLayer, KVCrushTritonMetadataBuilder, LayerTable)
 
 
 class TritonCacheLayer:
@@ -166,11 +160,10 @@ class TritonCacheLayer:
     Args:
         layer: vLLM's attention layer, whose cache is laid out block-outermost.
         layers: number of layers that share its storage.
-        tables: none.
+        tables: of fitted codecs for this layer, by name.
     """
 
     def __init__(self, layer: Any, layers: int, tables: Mapping[str, LayerTable]):
-        assert not tables, "fitted codecs have no GPU kernels"
         cache, impl = layer.kv_cache, layer.impl
         _, self.heads, block_size, double = cache.shape
         storage = torch.empty(0, dtype=torch.uint8, device=cache.device)
@@ -193,6 +186,7 @@ class TritonCacheLayer:
             block_size=block_size,
             dtype=cache.dtype,
             scale=impl.scale,
+            tables=tables,
         )
 
     @property

@@ -92,10 +92,12 @@ class Backend(NamedTuple):
         layer: makes a CacheLayer of (vLLM's attention layer, number of layers, its tables).
         builder: metadata builder that is told the regions of the requests in a batch, or None
             where all pages are raw.
+        table: makes what `layer` wants for a fitted codec; arguments as `LayerTable`.
     """
 
-    layer: Callable[[Any, int, Mapping[str, LayerTable]], CacheLayer]
+    layer: Callable[[Any, int, Mapping[str, Any]], CacheLayer]
     builder: Any
+    table: Callable[[Tables, int, range, int, int, Angles], Any] = LayerTable
 
 
 @dataclass
@@ -220,7 +222,7 @@ class CompactionMixin(_Base):
         """Describes the cache to the kernels. `tables` are those of the fitted codecs; this
         rank's KV heads are the ones at place `rank` in them."""
         names, config, size = list(self._attention), self.model_config, self.cache_config.block_size
-        found: list[dict[str, LayerTable]] = [{} for _ in names]
+        found: list[dict[str, Any]] = [{} for _ in names]
         if tables:
             assert self._settings.page is not None
             k_size, v_size, itemsize = self._settings.page
@@ -231,7 +233,7 @@ class CompactionMixin(_Base):
             for own, name in zip(found, names, strict=True):
                 layer = extract_layer_index(name)
                 for each in tables:
-                    own[each.point.name] = LayerTable(
+                    own[each.point.name] = self._backend.table(
                         each, layer, heads, page_bytes, v_size, angles
                     )
         self._layers = [
@@ -269,16 +271,16 @@ class CompactionMixin(_Base):
         for tokens in measure.pieces(self.model_config, longest):
             n = len(tokens)
             blocks = list(range(1, 1 + cdiv(n, size)))
-            tap.rows = torch.arange(n)
+            tap.rows = torch.arange(n, device=self.device)
             self.execute_model(measure.scheduled(tokens, blocks))
             self.sample_tokens(None)
             self.execute_model(measure.finished())
-            table = torch.tensor(blocks, dtype=torch.int32)
+            table = torch.tensor(blocks, dtype=torch.int32, device=self._layers[0].device)
             held = [layer.held(layer.request(None, table, n, 0), n) for layer in self._layers]
             keys, values = (
                 torch.stack(x) for x in zip(*((h.keys, h.values) for h in held), strict=True)
             )
-            yield tap.take().transpose(1, 2), keys, values
+            yield tap.take().transpose(1, 2).cpu(), keys.cpu(), values.cpu()
 
     # -- one step -------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class V2Mixin(CompactionMixin):
         if any(policies.codecs(name) for name in self._settings.allow if name != NONE):
             from vllm_kvcrush.engine import backend_triton
 
-            return backend_triton.install(attention, self._settings)
+            return backend_triton.install(attention)
         # A kernel that knows nothing of us is the best that raw pages can have.
         from vllm_kvcrush.engine import backend_stock
 

@@ -11,7 +11,7 @@ import os
 
 import pytest
 
-from tests.gpu.v2.engine import Engine, save_model
+from tests.gpu.v2.engine import Engine, save_model, save_tables
 
 collect_ignore_glob = ["test_*.py"]
 if os.environ.get("KVCRUSH_V2_TESTS"):
@@ -49,3 +49,15 @@ def v1(model: str) -> Engine:
 @pytest.fixture(scope="session")
 def v2(model: str, v1: Engine) -> Engine:
     return Engine(model, v2=True)
+
+
+@pytest.fixture(scope="session")
+def tables(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("tables") / "tables.safetensors")
+    save_tables(model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def v1_fitted(model: str, tables: str) -> Engine:
+    return Engine(model, v2=False, tables=tables)

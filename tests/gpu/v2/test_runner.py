@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import pathlib
 import random
 from typing import Any
 
 import pytest
 
-from tests.gpu.v2.engine import BLOCK, VOCABULARY, Answer, Engine, save_tables
+from tests.gpu.v2.engine import BLOCK, VOCABULARY, Answer, Engine
 
 RAW = ("streaming", "snapkv", "h2o", "kvcrush")
 PACKED = ("int8", "int4", "mikv")
@@ -99,12 +98,10 @@ def test_eviction_changes_what_is_said(v1: Engine, v2: Engine) -> None:
     assert answers[0].tokens != answers[1].tokens
 
 
-def test_fitted_codecs(model: str, tmp_path: pathlib.Path) -> None:
-    tables = str(tmp_path / "tables.safetensors")
-    save_tables(model, tables)
+def test_fitted_codecs(model: str, tables: str, v1_fitted: Engine) -> None:
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("tc4", "none", "auto", "tc8")]
     job = (prompts(250, 40, 300, 280, seed=6), 12, extra)
-    want, got = (Engine(model, v2=v2, tables=tables).run(*job) for v2 in (False, True))
+    want, got = (e.run(*job) for e in (v1_fitted, Engine(model, v2=True, tables=tables)))
     assert_equal(got, want)
     assert [a.compactions > 0 for a in got] == [True, False, True, True]
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 from torch import Tensor
 
 from vllm_kvcrush.ops.triton.attention_kernel import attention_kernel, merge_kernel
-from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Layer
+from vllm_kvcrush.ops.triton.cache import DTYPES, RUNS, Batch, Layer
 from vllm_kvcrush.ops.triton.config import Tiles, attention_tiles, product_options, splits
 
 
-def tiles_for(layer: Layer, longest: int) -> Tiles:
-    """The tiles of a step whose sequences have up to `longest` query rows."""
+def tiles_for(layer: Layer, longest: int, fitted: bool = False) -> Tiles:
+    """The tiles of a step whose sequences have up to `longest` query rows, and perhaps pages of
+    fitted codecs."""
     geometry = layer.geometry
     room = (layer.capacity("raw"), layer.capacity("int8"), layer.capacity("int4"))
     return attention_tiles(
-        layer.group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room, longest, layer.wave
+        layer.group,
+        geometry.k_pad,
+        geometry.v_pad,
+        geometry.itemsize,
+        room,
+        longest,
+        layer.wave,
+        fitted,
     )
 
 
@@ -49,13 +59,17 @@ def attention(
         raise ValueError(f"out {tuple(out.shape)} does not fit the layer")
     if rows == 0 or batch.seqs == 0:
         return
-    tiles = tiles_for(layer, batch.longest)
+    device, directory = query.device, batch.directory
+    present = (False,) * len(RUNS) if directory is None else directory.present
+    there = {run for run, any_pages in zip(RUNS, present, strict=True) if any_pages}
+    fitted = layer.fitted
+    loops = [] if fitted is None else [fitted.loops[c] for c in fitted.codecs if c in there]
+    tiles = tiles_for(layer, batch.longest, bool(loops))
     uniform = batch.longest <= tiles.queries
     blocks = batch.seqs if uniform else rows // tiles.queries + batch.seqs
     if parts is None:
         parts = splits(blocks, layer.kv_heads, _processors(query.device))
     shape = (rows, layer.heads, parts)
-    device, directory = query.device, batch.directory
     if lse is None:
         lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
     to, sums = out, lse
@@ -63,7 +77,6 @@ def attention(
         sums = torch.empty(shape, dtype=torch.float32, device=device)
         if out is not None:
             to = torch.empty((*shape, layer.v_size), dtype=torch.float32, device=device)
-    present = (False,) * 3 if directory is None else directory.present
     bias = None if directory is None else directory.bias
     attention_kernel[(blocks, layer.kv_heads, parts)](
         to if to is not None else lse,
@@ -73,6 +86,8 @@ def attention(
         layer.grid,
         layer.half,
         layer.words,
+        layer.wide,
+        layer.pool,
         batch.query_start,
         batch.tail_length,
         batch.tail_table,
@@ -82,6 +97,7 @@ def attention(
         batch.query_start if directory is None else directory.count,
         batch.query_start if bias is None else bias,
         lse if directory is None or directory.log_bias is None else directory.log_bias,
+        *(_no_tables(lse) if fitted is None else fitted.tables()),
         layer.scale,
         batch.seqs,
         layer.block_pages,
@@ -97,9 +113,10 @@ def attention(
         DTYPE=DTYPES[layer.dtype],
         UNIFORM=uniform,
         SPLITS=parts,
-        INT4=present[0],
-        INT8=present[1],
-        RAW=present[2],
+        LOOPS=tuple(itertools.chain(*loops)),
+        INT4="int4" in there,
+        INT8="int8" in there,
+        RAW="raw" in there,
         BIAS=bias is not None,
         VALUES=out is not None,
         PTX=layer.ptx,
@@ -123,6 +140,10 @@ def attention(
             VALUES=out is not None,
             num_warps=1,
         )
+
+
+def _no_tables(anything: Tensor) -> tuple[object, ...]:
+    return (*(anything,) * 6, 0)
 
 
 def _processors(device: torch.device) -> int:

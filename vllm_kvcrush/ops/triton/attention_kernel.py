@@ -1,8 +1,8 @@
 """Attention over mixed pages: one program for a block of query rows, a KV head and a split.
 
-A program walks over its sequence's int4, int8, raw and exact pages, then over the raw tail; each
-codec has a loop of its own, since loads under a run-time branch are not made asynchronous. Tiles
-are dealt out to the splits in turn. Everything that depends on lengths is read on the device.
+A program walks over its sequence's pages by codec, then over the raw tail; each codec has a loop of
+its own, since loads under a run-time branch are not made asynchronous. Tiles are dealt out to the
+splits in turn. Everything that depends on lengths is read on the device.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
@@ -10,6 +10,7 @@ are dealt out to the splits in turn. Everything that depends on lengths is read 
 import triton
 import triton.language as tl
 
+from vllm_kvcrush.ops.triton.fitted_attention import exceptions_run, fitted_run
 from vllm_kvcrush.ops.triton.pages import (
     int4_key_plane,
     int4_key_words,
@@ -85,20 +86,15 @@ def _query_planes2(query, at, mask, G: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _int4_run(
     query, query_at, row_mask, words, grid, half, begin, end, pages, counts, bias, log_bias, scale,
-    split, peak, total,
+    split, a0, a1, a2, a3, peak, total,
     SPLITS: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = TILES.rows
     T: tl.constexpr = TILES.int4
     PER: tl.constexpr = (G.int4.capacity + T - 1) // T
-    C: tl.constexpr = G.v_pad // 4
     t = tl.arange(0, T)
     q0, q1, q2, q3 = _query_planes4(query, query_at, row_mask, G, DTYPE)
-    a0 = tl.zeros([M, C], tl.float32)
-    a1 = tl.zeros([M, C], tl.float32)
-    a2 = tl.zeros([M, C], tl.float32)
-    a3 = tl.zeros([M, C], tl.float32)
     for i in range(begin * PER + split, end * PER, SPLITS):
         entry = i // PER
         first = i % PER * T
@@ -124,13 +120,19 @@ def _int4_run(
             a1 = dot(weights, half_steps(v, 1, DTYPE, PTX), a1 * factor[:, None])
             a2 = dot(weights, half_steps(v, 2, DTYPE, PTX), a2 * factor[:, None])
             a3 = dot(weights, half_steps(v, 3, DTYPE, PTX), a3 * factor[:, None])
-    if VALUES:
-        a0, a1, a2, a3 = planes_hadamard(a0, a1, a2, a3, M, C, G.rotation)
-        a0 *= 0.125 * plane_signs(0, G)[None, :]
-        a1 *= 0.125 * plane_signs(1, G)[None, :]
-        a2 *= 0.125 * plane_signs(2, G)[None, :]
-        a3 *= 0.125 * plane_signs(3, G)[None, :]
-    return interleave(a0, a1, a2, a3, M, C), peak, total
+    return a0, a1, a2, a3, peak, total
+
+
+@triton.jit
+def _rotated_back(a0, a1, a2, a3, M: tl.constexpr, G: tl.constexpr):
+    """Sums of values [M, v_pad] from those in the rotated space, in planes and times 8."""
+    C: tl.constexpr = G.v_pad // 4
+    a0, a1, a2, a3 = planes_hadamard(a0, a1, a2, a3, M, C, G.rotation)
+    a0 *= 0.125 * plane_signs(0, G)[None, :]
+    a1 *= 0.125 * plane_signs(1, G)[None, :]
+    a2 *= 0.125 * plane_signs(2, G)[None, :]
+    a3 *= 0.125 * plane_signs(3, G)[None, :]
+    return interleave(a0, a1, a2, a3, M, C)
 
 
 @triton.jit
@@ -225,29 +227,32 @@ def _tail_run(
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["seqs", "block_pages", "first_page"])
+@triton.jit(do_not_specialize=["seqs", "block_pages", "first_page", "limit"])
 def attention_kernel(
-    out, lse, query, raw, grid, half, words,
+    out, lse, query, raw, grid, half, words, wide, codes,
     query_start, tail_length, tail_table,
     runs, pages, counts, bias, log_bias,
+    info, fields, inverse, base, coarse, fine, limit,
     scale, seqs, block_pages, first_page,
     query_stride, out_stride, table_stride, runs_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr,
     DTYPE: tl.constexpr, UNIFORM: tl.constexpr, SPLITS: tl.constexpr,
-    INT4: tl.constexpr, INT8: tl.constexpr, RAW: tl.constexpr, BIAS: tl.constexpr,
-    VALUES: tl.constexpr, PTX: tl.constexpr,
+    LOOPS: tl.constexpr, INT4: tl.constexpr, INT8: tl.constexpr, RAW: tl.constexpr,
+    BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of query rows, KV heads, SPLITS).
 
     Args:
         out: [rows, HEADS, v_size] if SPLITS is 1, else float32 [rows, HEADS, SPLITS, v_size].
         lse: float32 [rows, HEADS], or [rows, HEADS, SPLITS] in powers of two; -inf of no tokens.
-        runs: int32 [seqs, KV heads, 4]: where the int4, int8 and raw entries of a head begin, and
-            where the last end; `runs_stride` from one sequence to the next.
+        runs: int32 [seqs, KV heads, 7]: where the entries of a head begin that are in each of
+            RUNS, and where the last end; `runs_stride` from one sequence to the next.
         pages, counts: int32 [entries].
         bias: int64 [entries], where an entry's tokens start in log_bias, or -1.
+        info to limit: of `Fitted`.
         scale: of q·k.
         UNIFORM: every sequence has at most TILES.queries query rows: block i is sequence i.
+        LOOPS: a `fitted.Loop` for each kind of fitted pages that there may be.
         INT4, INT8, RAW: there may be such pages. VALUES: else only lse is written.
     """
     M: tl.constexpr = TILES.rows
@@ -272,16 +277,41 @@ def attention_kernel(
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, G.v_pad], tl.float32)
-    at = runs + seq * runs_stride + head * 4
-    if INT4:
-        acc, peak, total = _int4_run(
-            query, query_at, row_mask, words, grid, half, tl.load(at), tl.load(at + 1), pages,
-            counts, bias, log_bias, factor, split, peak, total,
-            SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
-        )  # fmt: skip
+    at = runs + seq * runs_stride + head * 7
+    if INT4 or len(LOOPS) > 0:
+        C: tl.constexpr = G.v_pad // 4
+        a0 = tl.zeros([M, C], tl.float32)
+        a1 = tl.zeros([M, C], tl.float32)
+        a2 = tl.zeros([M, C], tl.float32)
+        a3 = tl.zeros([M, C], tl.float32)
+        for i in tl.static_range(len(LOOPS)):
+            a0, a1, a2, a3, peak, total = fitted_run(
+                query, query_at, row_mask, words, wide, codes, info, fields, inverse, base,
+                coarse, fine, limit, head, at, pages, counts, bias, log_bias, factor, split,
+                a0, a1, a2, a3, peak, total,
+                LOOPS[i], HEADS // GROUP, SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
+            )  # fmt: skip
+        if INT4:
+            a0, a1, a2, a3, peak, total = _int4_run(
+                query, query_at, row_mask, words, grid, half, tl.load(at + 3), tl.load(at + 4),
+                pages, counts, bias, log_bias, factor, split, a0, a1, a2, a3, peak, total,
+                SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
+            )  # fmt: skip
+        if VALUES:
+            acc = _rotated_back(a0, a1, a2, a3, M, G)
+    if len(LOOPS) > 0:
+        q0, q1 = _query_planes2(query, query_at, row_mask, G, DTYPE)
+        a0, a1 = tl.split(tl.reshape(acc * 128.0, [M, G.v_pad // 2, 2]))
+        for i in tl.static_range(len(LOOPS)):
+            a0, a1, peak, total = exceptions_run(
+                q0, q1, words, half, info, head, at, pages, counts, bias, log_bias, factor, split,
+                a0, a1, peak, total,
+                LOOPS[i], HEADS // GROUP, SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
+            )  # fmt: skip
+        acc = tl.reshape(tl.join(a0, a1), [M, G.v_pad]) * 0.0078125
     if INT8:
         acc, peak, total = _int8_run(
-            query, query_at, row_mask, words, half, tl.load(at + 1), tl.load(at + 2), pages,
+            query, query_at, row_mask, words, half, tl.load(at + 4), tl.load(at + 5), pages,
             counts, bias, log_bias, factor, split, acc, peak, total,
             SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
         )  # fmt: skip
@@ -290,7 +320,7 @@ def attention_kernel(
     q = tl.load(query + query_at[:, None] + channel[None, :], mask=q_mask, other=0.0).to(DTYPE)
     if RAW:
         acc, peak, total = _raw_run(
-            q, raw, tl.load(at + 2), tl.load(at + 3), pages, counts, bias, log_bias,
+            q, raw, tl.load(at + 5), tl.load(at + 6), pages, counts, bias, log_bias,
             factor, split, acc, peak, total, SPLITS, G, TILES, DTYPE, BIAS, VALUES,
         )  # fmt: skip
     length = tl.load(tail_length + seq)

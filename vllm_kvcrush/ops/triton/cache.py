@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +16,17 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from vllm_kvcrush.ops.triton.fitted import Fitted, LayerTable
 from vllm_kvcrush.ops.triton.layout import CODECS, Geometry
 from vllm_kvcrush.pages import CODECS as NUMBERS
+from vllm_kvcrush.pages import FITTED
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Codecs that kernels tell apart, in the order in which attention reads their pages; exact pages are
 # read as raw ones.
-RUNS = ("int4", "int8", "raw")
+RUNS = (*FITTED, "int4", "int8", "raw")
 _RANK = torch.zeros(256, dtype=torch.int64)
-for _codec in CODECS:
+for _codec in (*FITTED, *CODECS):
     _RANK[NUMBERS[_codec]] = RUNS.index("raw" if _codec == "exact" else _codec)
 
 
@@ -47,7 +50,10 @@ class Layer:
         index: of this layer among `layers`.
         dtype: of raw pages: float32, bfloat16 or float16.
         scale: factor of q·k.
+        tables: of fitted codecs for this layer, by name.
     """
+
+    fitted: Fitted | None = None
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class Layer:
         block_size: int,
         dtype: torch.dtype,
         scale: float,
+        tables: Mapping[str, LayerTable] | None = None,
     ):
         self.geometry = Geometry.of(block_size, k_size, v_size, dtype.itemsize)
         block_bytes = layers * kv_heads * self.geometry.page_bytes
@@ -77,6 +84,8 @@ class Layer:
         self.num_blocks = len(storage) // block_bytes
         self.grid_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         self._view(storage)
+        if tables:
+            self.fitted = Fitted(tables, dtype, self.geometry.k_pad, storage.device)
         self.most = max(self.capacity(codec) for codec in CODECS)
         self.wave = 64 if torch.version.hip else 32
         # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.
@@ -100,8 +109,14 @@ class Layer:
         other._view(pages.view(-1))
         return other
 
+    def reads(self, run: str) -> bool:
+        """Whether pages of one of RUNS can be read: fitted ones need tables."""
+        return run not in FITTED or (self.fitted is not None and run in self.fitted.codecs)
+
     def capacity(self, codec: str, head: int = 0) -> int:
         """Tokens that a page of a KV head holds, whichever it is."""
+        if self.fitted is not None and codec in FITTED:
+            return self.fitted.sections[codec][head].capacity
         return self.geometry.section(codec).capacity
 
 
@@ -110,8 +125,8 @@ class Directory:
     """Which pages each (row, KV head) owns, ordered by codec.
 
     Attributes:
-        runs: int32 [rows, kv_heads, 4]: where the int4, int8 and raw (with exact) entries of a head
-            begin, and where its last ones end.
+        runs: int32 [rows, kv_heads, len(RUNS) + 1]: where the entries of a head begin that are in
+            each of RUNS, and where its last ones end.
         page, count: int32 [entries].
         bias, log_bias: int64 [entries] and float32, as in `cpu.Directory`, or both None.
         present: for each of RUNS whether any head may have such pages. What is absent here is

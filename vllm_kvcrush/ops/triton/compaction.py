@@ -9,10 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
+from vllm_kvcrush.ops.triton import fitted_ops
 from vllm_kvcrush.ops.triton.cache import Layer, Request
 from vllm_kvcrush.ops.triton.compaction_kernels import encode_kernel, gather_kernel
 from vllm_kvcrush.ops.triton.config import encode_tiles, gather_warps
-from vllm_kvcrush.pages import CODECS, GROUP
+from vllm_kvcrush.pages import CODECS, FITTED, GROUP
 
 SLOTS = 32  # of a program that gathers
 
@@ -36,6 +37,10 @@ def gather(
     where = torch.empty(shape, dtype=torch.int32, device=device) if positions else None
     # The tail is read with the raw pages.
     for run in dict.fromkeys((*source.runs, "raw")) if count else ():
+        if run in FITTED:
+            if layer.reads(run):
+                fitted_ops.gather(layer, run, source, slots, key, value, where)
+            continue
         gather_kernel[(triton.cdiv(count, SLOTS), layer.kv_heads)](
             key, key if value is None else value, key if where is None else where, slots,
             layer.raw, layer.grid, layer.half, layer.words, layer.wide,
@@ -61,6 +66,11 @@ def encode(
     geometry = layer.geometry
     tokens, warps = encode_tiles(geometry.k_pad, geometry.v_pad)
     for run in target.runs if len(target.page) and key.shape[1] else ():
+        if run in FITTED:
+            if layer.reads(run):
+                assert positions is not None
+                fitted_ops.encode(layer, run, target, key, value, positions)
+            continue
         groups, parts = triton.cdiv(layer.capacity(run), GROUP), 1 + GROUP // tokens
         encode_kernel[(len(target.page), groups, parts)](
             key, value, key if positions is None else positions,

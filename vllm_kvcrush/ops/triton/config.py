@@ -28,7 +28,8 @@ class Tiles:
     Attributes:
         rows: query rows times query heads of a KV head in a program, a power of two.
         queries: query rows in a program.
-        raw, int8, int4: tokens of a tile of each codec.
+        raw, int8, int4: tokens of a tile of each codec; fitted: of all fitted ones, whose tiles are
+            whole strips.
         warps, stages: of the compiled kernel.
     """
 
@@ -37,6 +38,7 @@ class Tiles:
     raw: int
     int8: int
     int4: int
+    fitted: int
     warps: int
     stages: int
 
@@ -49,6 +51,7 @@ def attention_tiles(
     capacities: tuple[int, int, int],
     decode_rows: int,
     wave: int = 32,
+    fitted: bool = False,
 ) -> Tiles:
     """Tiles of the attention kernel.
 
@@ -59,6 +62,7 @@ def attention_tiles(
         capacities: tokens of raw, int8 and int4 pages.
         decode_rows: query rows of every sequence, or 0 if they differ or are many (prefill).
         wave: threads of a warp; 64 on AMD.
+        fitted: there may be pages of fitted codecs, whose loop needs most registers.
     """
     size = max(k_pad, v_pad)
     rows = max(16, 1 << (group - 1).bit_length())
@@ -66,13 +70,16 @@ def attention_tiles(
         rows = max(rows, 1 << (group * decode_rows - 1).bit_length())
     prefill = not decode_rows or rows > 64
     if prefill:
-        rows = max(rows, 32 if size * itemsize > 256 else 64)
+        least = 32 if size * itemsize > 256 else 64
+        rows = max(rows, least // 2 if fitted and size > 64 else least)
     warps = 8 if rows * size > 64 * 128 else 4
     columns = v_pad // 4
     if rows == 16 and (wave == 64 or columns == 16):
         # Products of 16 rows are divided by columns, 16 to a warp: more warps than int4's planes
         # have would all do the same.
         warps = min(4, columns // 16)
+    if fitted:
+        warps = max(warps, 4)  # keys are made by all of them
     # What a program adds up, [rows, v_pad], and a tile's weights share the registers of its warps:
     # larger tiles than these spill.
     most = 32 if warps == 1 or size * itemsize > (128 if prefill else 256) else 64
@@ -83,6 +90,7 @@ def attention_tiles(
         raw=raw,
         int8=int8,
         int4=min(int4, GROUP),
+        fitted=16 if size * itemsize > 256 else 32,
         warps=warps,
         stages=2 if prefill or size * itemsize > 256 else 3,
     )

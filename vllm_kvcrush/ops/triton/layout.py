@@ -27,7 +27,22 @@ Kernels read 16-bit words, whose codes are unpacked as planes: word i of an int8
 floats. A group's half scales (and middles) are stored plane by plane. A Hadamard transform over 2^n
 channels is one of 4 between the planes and one of 2^(n-2) within each.
 
-positions and header are those of csrc/layout.h:
+    tc4, tc6, tc8 (fitted to a model; what is in them differs by head)
+            | K codes         | V codes              | V high         | V scales |
+            | cap x words x 4 | cap x v_size/4 or /2 | cap x v_size/8 | cap x u8 |
+            | exceptions' K | exceptions' V | their scales     | exception bits | positions   |
+            | n x k_size    | n x v_size    | K, V f16 of each | u16 a strip    | u16 a strip |
+            and the header
+
+Keys of fitted codecs are words of fields (`kvc_piece` of csrc/kvcrush.h), in byte j component j of
+a quad. Values are rotated, R v = scale * (code - (2^bits - 1) / 2) with scale = 2^((byte - 128) /
+16), 0 of byte 0. Of 4 bits they lie as int4's do. Of 2, a 16-bit word j of a row holds channels 4j
+to 4j + 3 in its low byte and 4 (j + v_size / 8) to the third after it in its high byte; of 3, these
+are the low bits, and byte j of "V high" holds the high bits of the same channels, in its low and
+its high half. Exceptions are int8 as in int8 pages; a token that is one has its bit, and in place
+of its value's scale the number of its row.
+
+positions and header are those of csrc/layout.h, where index i is a strip's in fitted pages:
 position(i) = base + low[i] + 65536 * #{j : first[j] <= i}.
 Every section starts at a multiple of 16 bytes.
 """
@@ -41,7 +56,18 @@ from vllm_kvcrush import pages
 STEPS = 14  # of the high bits of positions, in a page's header
 NEVER = 65535  # a step that a page does not reach
 PLANES = 4  # codes of int4 in a word
-CODECS = ("raw", "exact", "int8", "int4")  # that have kernels here
+CODECS = ("raw", "exact", "int8", "int4")  # whose pages are alike in all heads
+
+# Of fitted codecs:
+CHUNK = 16  # pieces that are multiplied together
+WORD_FIELDS = 8  # most fields of a word
+# What kernels are told of a head's pages and tables: offsets in bytes as in FittedSection, then
+# chunks of pieces, and where the head's rows are among all.
+FIELDS = (
+    *("capacity", "exceptions", "words", "v_bits"),
+    *("v", "v_high", "v_scale", "x_k", "x_v", "x_scale", "bits", "positions"),
+    *("chunks", "decode", "inverse", "encode", "slots"),
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,57 @@ def _section(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int)
 
 
 @dataclass(frozen=True)
+class FittedSection:
+    """Where a head's pages of a fitted codec keep things: byte offsets in a page.
+
+    Attributes:
+        capacity, exceptions: tokens, and how many of them are int8.
+        words: 32-bit words of a key's codes, which come first.
+        v_bits: of a value's channel.
+        v, v_high, v_scale: codes of values, their highest bits if there are 3, and scales.
+        x_k, x_v, x_scale: exceptions' keys, values and scales.
+        bits: which tokens are exceptions.
+        end: of all but the header.
+    """
+
+    capacity: int
+    exceptions: int
+    words: int
+    v_bits: int
+    v: int
+    v_high: int
+    v_scale: int
+    x_k: int
+    x_v: int
+    x_scale: int
+    bits: int
+    positions: int
+    end: int
+
+    @classmethod
+    def of(
+        cls, capacity: int, exceptions: int, words: int, v_bits: int, k_size: int, v_size: int
+    ) -> FittedSection:
+        """Sections for as many tokens as `pages.fitted_capacity` says."""
+        strips = capacity // pages.STRIP
+        v = 4 * words * capacity
+        v_high = v + capacity * v_size * (4 if v_bits == 4 else 2) // 8
+        v_scale = v_high + (capacity * v_size // 8 if v_bits == 3 else 0)
+        x_k = v_scale + capacity
+        x_v = x_k + exceptions * k_size
+        x_scale = x_v + exceptions * v_size
+        bits = x_scale + 4 * exceptions
+        positions = bits + 2 * strips
+        end = positions + 2 * strips
+        most = pages.fitted_layout(capacity, exceptions, words, v_bits, k_size, v_size)
+        assert end <= most.end and not (v | v_high | v_scale | x_k) % 16
+        return cls(
+            *(capacity, exceptions, words, v_bits, v, v_high, v_scale),
+            *(x_k, x_v, x_scale, bits, positions, end),
+        )
+
+
+@dataclass(frozen=True)
 class Geometry:
     """One page, for every codec: a compile-time constant of the kernels.
 
@@ -98,6 +175,7 @@ class Geometry:
         page_bytes: of every page.
         header: byte offset of the header.
         k_pad, v_pad: head sizes rounded up to what a tile can have.
+        half: the same of half a key, whose channels turn with those of the other.
         rotation: channels of one Hadamard transform of int4's values.
         raw, exact, int8, int4: the codecs' sections.
     """
@@ -110,6 +188,7 @@ class Geometry:
     header: int
     k_pad: int
     v_pad: int
+    half: int
     rotation: int
     raw: Section
     exact: Section
@@ -138,6 +217,7 @@ class Geometry:
             header,
             _pad(k_size),
             _pad(v_size),
+            half_pad(k_size),
             v_size & -v_size,
             **sections,
         )
@@ -151,6 +231,11 @@ class Geometry:
 def _pad(size: int) -> int:
     # A product's inner dimension is at least 16, in each of int4's planes too.
     return max(16 * PLANES, 1 << (size - 1).bit_length())
+
+
+def half_pad(k_size: int) -> int:
+    """Columns of a tile of half the channels of a key."""
+    return max(16, 1 << (k_size // 2 - 1).bit_length())
 
 
 # Pages of 128 tokens of two heads of 64, as in csrc/layout.h.

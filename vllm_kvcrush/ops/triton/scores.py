@@ -12,11 +12,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from vllm_kvcrush.ops.triton import fitted_ops
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Request
 from vllm_kvcrush.ops.triton.config import SCORES_STAGES, SCORES_WARPS, product_options
 from vllm_kvcrush.ops.triton.scores_kernel import scores_kernel
-from vllm_kvcrush.pages import CODECS
+from vllm_kvcrush.pages import CODECS, FITTED
 
 SLOTS = 64  # of a program
 ROWS = 64  # query rows of a product
@@ -58,7 +59,12 @@ def window_scores(
     out = torch.zeros(layer.heads, candidates, dtype=torch.float32, device=device)
     # The tail's slots, then the pages' of each codec.
     launches = [(True, "raw", (triton.cdiv(source.tail_length, SLOTS), layer.kv_heads))]
+    width = min(ROWS, max(16, triton.next_power_of_2(window)))
     for run in source.runs if len(source.page) else ():
+        if run in FITTED:
+            if layer.reads(run):
+                fitted_ops.scores(layer, run, source, rows, lse, out, width)
+            continue
         launches.append((False, run, (len(source.page), triton.cdiv(layer.capacity(run), SLOTS))))
     for tail, run, grid in launches:
         scores_kernel[grid](
@@ -66,8 +72,8 @@ def window_scores(
             source.head, source.page, source.count, source.codec, source.first,
             source.tail_slot, source.tail_table, source.tail_length, candidates, layer.scale,
             window, layer.block_pages, layer.first_page,
-            T=SLOTS, W=min(ROWS, max(16, triton.next_power_of_2(window))), GROUP=layer.group,
-            HEADS=layer.heads, TAIL=tail, CODEC=CODECS[run], DTYPE=DTYPES[layer.dtype], G=geometry,
+            T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, TAIL=tail,
+            CODEC=CODECS[run], DTYPE=DTYPES[layer.dtype], G=geometry,
             num_warps=SCORES_WARPS, num_stages=SCORES_STAGES, **product_options(layer.wave),
         )  # fmt: skip
     if mean:

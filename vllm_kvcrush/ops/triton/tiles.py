@@ -17,18 +17,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # by itself. tests/gpu/test_ptx.py executes it on all words.
 
 
-def _int4_ptx(shift: int, bf16: bool, scaled: bool) -> str:
+def _codes_ptx(shift: int, bits: int, bf16: bool, scaled: bool) -> str:
     # A code becomes the middle of a mantissa whose exponent makes it 128 + 2 code (1024 + 2 code in
-    # float16); less 143 (1039) that is 2 code - 15.
+    # float16); less 128 (1024) and the largest code that is 2 code - (2^bits - 1).
+    top = (1 << bits) - 1
     kind, base, less, one = (
-        ("bf16x2", "0x43004300", "0xC30FC30F", "0x3F803F80")
+        ("bf16x2", "0x43004300", 0xC300C300, "0x3F803F80")
         if bf16
-        else ("f16x2", "0x64006400", "0xE40FE40F", "0x3C003C00")
+        else ("f16x2", "0x64006400", 0xE400E400, "0x3C003C00")
     )
     return (
         "{ .reg .b32 t, o, z; "
         + (f"shr.b32 t, $1, {shift - 1}; " if shift else "shl.b32 t, $1, 1; ")
-        + f"lop3.b32 t, t, 0x001E001E, {base}, 0xEA; mov.b32 o, {one}; mov.b32 z, {less}; "
+        + f"lop3.b32 t, t, {2 * top * 0x10001:#010x}, {base}, 0xEA; mov.b32 o, {one}; "
+        + f"mov.b32 z, {less | top * 0x10001:#010x}; "
         + (
             f"fma.rn.{kind} t, t, o, z; fma.rn.{kind} $0, t, $2, $3; }}"
             if scaled
@@ -50,21 +52,29 @@ def _int8_ptx(shift: int, bf16: bool) -> str:
     )
 
 
-INT4_PTX = {
-    (bf16, scaled): tl.constexpr(tuple(_int4_ptx(4 * s, bf16, scaled) for s in range(4)))
+# Of codes of 2, 3 and 4 bits at bits 0, 2, ... 14.
+STEPS_PTX = {
+    bf16: tl.constexpr(
+        tuple(
+            _codes_ptx(shift, bits, bf16, False) for bits in (2, 3, 4) for shift in range(0, 16, 2)
+        )
+    )
     for bf16 in (False, True)
-    for scaled in (False, True)
+}
+KEYS_PTX = {
+    bf16: tl.constexpr(tuple(_codes_ptx(4 * s, 4, bf16, True) for s in range(4)))
+    for bf16 in (False, True)
 }
 INT8_PTX = {
     bf16: tl.constexpr(tuple(_int8_ptx(8 * s, bf16) for s in range(2))) for bf16 in (False, True)
 }
-BF16_STEPS, BF16_KEYS = INT4_PTX[True, False], INT4_PTX[True, True]
-FP16_STEPS, FP16_KEYS = INT4_PTX[False, False], INT4_PTX[False, True]
+BF16_STEPS, BF16_KEYS = STEPS_PTX[True], KEYS_PTX[True]
+FP16_STEPS, FP16_KEYS = STEPS_PTX[False], KEYS_PTX[False]
 BF16_CODES, FP16_CODES = INT8_PTX[True], INT8_PTX[False]
 
 
 @triton.jit
-def _exact(x, DTYPE: tl.constexpr):
+def exact(x, DTYPE: tl.constexpr):
     """Small whole float32 numbers as DTYPE. In bfloat16 they lose only zeros, so nothing need be
     rounded, which takes some devices many instructions."""
     if DTYPE == tl.bfloat16:
@@ -73,16 +83,26 @@ def _exact(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def half_steps(words, S: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
-    """2 code - 15 of plane S of int4 words: int16 [T, C] -> DTYPE [T, C], exact."""
+def code_steps(
+    words, SHIFT: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr
+):
+    """2 code - (2^BITS - 1) of codes of 2 to 4 bits at bit SHIFT, an even one: int16 -> DTYPE of
+    the same shape, exact."""
     if PTX and DTYPE != tl.float32:
         ptx: tl.constexpr = BF16_STEPS if DTYPE == tl.bfloat16 else FP16_STEPS
         x = tl.inline_asm_elementwise(
-            ptx[S], "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
+            ptx[(BITS - 2) * 8 + SHIFT // 2], "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
         ).to(DTYPE, bitcast=True)
     else:
-        x = _exact((2 * ((words >> (4 * S)) & 15) - 15).to(tl.float32), DTYPE)
+        top: tl.constexpr = (1 << BITS) - 1
+        x = exact((2 * ((words >> SHIFT) & top) - top).to(tl.float32), DTYPE)
     return x
+
+
+@triton.jit
+def half_steps(words, S: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """2 code - 15 of plane S of int4 words: int16 [T, C] -> DTYPE [T, C], exact."""
+    return code_steps(words, 4 * S, 4, DTYPE, PTX)
 
 
 @triton.jit
@@ -115,7 +135,7 @@ def codes8(words, S: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr):
             ptx[S], "=r,r", [words], dtype=tl.int16, is_pure=True, pack=2
         ).to(DTYPE, bitcast=True)
     else:
-        x = _exact(((words << (8 - 8 * S)) >> 8).to(tl.float32), DTYPE)
+        x = exact(((words << (8 - 8 * S)) >> 8).to(tl.float32), DTYPE)
     return x
 
 
