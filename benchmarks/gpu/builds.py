@@ -221,7 +221,7 @@ def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
         yield Build(
             "encode: codes", codec, *same, fitted_kernels.fitted_components_kernel,
             {"T": fitted_ops.TOKENS, "LOCAL": loop.local, **pages},
-            warps, 3, {"key": "*fp32"},
+            warps, fitted_ops.STAGES, {"key": "*fp32"},
         )  # fmt: skip
         yield Build(
             "encode: keys", codec, *same, fitted_kernels.fitted_keys_kernel,

@@ -92,7 +92,7 @@ class Ours(Candidate):
         queries = torch.randn(1, 1, 1000, size, generator=draw)
         (point,) = (p for p in POINTS if p.name == self.codec)
         one = fit(Statistics.of(keys, queries), point, rope, 4096)
-        parts = (one.key_mean, one.forward, one.inverse, one.cost, one.bits)
+        parts = (one.key_mean, one.forward, one.inverse, one.cost, one.bits, one.value_bits)
         tables = Tables(point, rope, *(p.expand(1, heads, *p.shape[2:]) for p in parts))
         return LayerTable(tables, 0, range(heads), page_bytes, size, Angles(rope, 1 << 16))
 

@@ -238,7 +238,7 @@ def test_statistics_taken_at_start_are_the_models(
 
 @pytest.mark.parametrize(
     ("budget", "codecs", "evicts"),
-    [(0.4, ["int8"], False), (0.25, ["tc4", "int8"], False), (0.1, ["tc8"], True)],
+    [(0.4, ["int8"], False), (0.3, ["tc4", "int8"], False), (0.1, ["tc8"], True)],
 )
 def test_auto_takes_as_many_bits_as_the_budget_pays_for(
     engine: Engine,

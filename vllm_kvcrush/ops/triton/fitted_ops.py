@@ -21,6 +21,7 @@ from vllm_kvcrush.transform import quantiser
 
 SLOTS = 32  # of a program that gathers or scores
 TOKENS = 32  # of a program that finds or packs keys' codes
+STAGES = 1  # of the former: with more, heads of 256 do not fit an AMD processor's shared memory
 VALUES = 32  # of a program that encodes values
 
 
@@ -87,6 +88,7 @@ def encode(
         fitted.mean[place], fitted.forward[place], fitted.cost[place], fitted.top[place],
         fitted.coarse, fitted.fine, fitted.positions, count, most,
         T=TOKENS, CODEC=CODECS[codec], LOCAL=loops[0].local, G=geometry, num_warps=warps(geometry),
+        num_stages=STAGES,
     )  # fmt: skip
     numbers = _exceptions(loss, fitted.exceptions[place][target.head.long()])
     fitted_keys_kernel[(entries, groups)](
