@@ -1,11 +1,12 @@
 """Transform-coded pages: keys in unequal bits per component, values in equal ones.
 
 The codec in one paragraph. A key is, where the point says so, turned to how it looks from its
-strip's first token, centred, and turned by a transform whose components are uncorrelated and count
-equally for the queries. Each four components share 0 to 8 bits; the bits are pooled over all layers
-and heads. A value is turned by random signs and a Hadamard matrix, which makes its channels alike,
-and stored in equal bits with one 8-bit scale. `Tables` holds what a model needs for it,
-`encode_keys` ... `decode_values` are the plain-torch oracle of csrc/fitted.h and csrc/encode.h.
+strip's first token, centred, and turned by a transform whose components are uncorrelated and whose
+errors cost the model's output equally. Each four components share 0 to 8 bits; the bits are pooled
+over all layers and heads. A value is turned by random signs and a Hadamard matrix, which makes its
+channels alike, and stored in equal bits, 2 to 4 by head, with one 8-bit scale. `Tables` holds what
+a model needs for it, `encode_keys` ... `decode_values` are the plain-torch oracle of csrc/fitted.h
+and csrc/encode.h.
 
 Shapes use L layers, H KV heads, n tokens, and key and value sizes D and Dv. Pure torch.
 """
@@ -558,7 +559,7 @@ def encode_keys(
 
     Returns:
         Codes, uint8 [n, D], components in the order of the tables, 0 where one has no bits; and
-        each token's loss [n], the squared error of its logit expected over queries.
+        each token's loss [n], what its error costs (`fit` says in what).
     """
     x = tables.rope.rotate(keys, -origins(positions)) if tables.point.local else keys
     x = (x - tables.key_mean[layer, head].to(x)) @ tables.forward[layer, head].to(x).mT

@@ -122,7 +122,7 @@ class Build:
             constants["PTX"] = target != "gfx942"
         source = ASTSource(self.function, signature, constants, hints)
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        if self.kernel in PRODUCTS:
+        if self.kernel in PRODUCTS or (self.kernel == "gather" and self.codec in FITTED):
             options |= product_options(TARGETS[target].warp_size)
         return triton.compile(source, target=TARGETS[target], options=options)
 

@@ -72,6 +72,7 @@ def test_calibrates_on_a_text(tiny, tmp_path, text):
         t = tc.load(out, config(tiny), point.name)
         assert t.point == point
         assert t.words.sum() == round(point.key_bits * 2 * 2 * 16 / 32)
+        assert t.value_bits.sum() == round(point.value_bits * 2 * 2), "shared out by gradients"
     # The tables fit the model: on other text its keys lose no more than their bits allow.
     reader = cal.Reader(tiny)
     tokens = reader.tokenizer.encode(text[40_000:41_000], add_special_tokens=False)

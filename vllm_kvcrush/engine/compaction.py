@@ -261,9 +261,8 @@ class CompactionMixin(_Base):
             time.perf_counter() - began,
         )
 
-    def _read_pieces(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Queries [L, Hq, n, D] and keys [L, H, n, D], with RoPE, and values [L, H, n, Dv] of
-        each piece of text."""
+    def _read_pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Queries [L, Hq, n, D] and keys [L, H, n, D], with RoPE, of each piece of text."""
         size, tap = self.cache_config.block_size, self._tap
         assert tap is not None
         room = (self._layers[0].pages.num_blocks - 1) * size  # vLLM keeps block 0 for itself
@@ -276,11 +275,9 @@ class CompactionMixin(_Base):
             self.sample_tokens(None)
             self.execute_model(measure.finished())
             table = torch.tensor(blocks, dtype=torch.int32, device=self._layers[0].device)
-            held = [layer.held(layer.request(None, table, n, 0), n) for layer in self._layers]
-            keys, values = (
-                torch.stack(x) for x in zip(*((h.keys, h.values) for h in held), strict=True)
-            )
-            yield tap.take().transpose(1, 2).cpu(), keys.cpu(), values.cpu()
+            held = (layer.held(layer.request(None, table, n, 0), n) for layer in self._layers)
+            keys = torch.stack([own.keys for own in held])
+            yield tap.take().transpose(1, 2).cpu(), keys.cpu()
 
     # -- one step -------------------------------------------------------------------------------
 

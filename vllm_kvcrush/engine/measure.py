@@ -1,4 +1,4 @@
-"""Transform tables without a file: statistics of the running model's own keys, queries and values,
+"""Transform tables without a file: statistics of the running model's own keys and queries,
 taken when the server starts."""
 
 from __future__ import annotations
@@ -81,16 +81,16 @@ def _step(new: list[NewRequestData], tokens: dict[str, int], over: set[str]) -> 
     )
 
 
-def gather(read: Iterator[tuple[Tensor, Tensor, Tensor]], rope: Rope) -> Statistics:
+def gather(read: Iterator[tuple[Tensor, Tensor]], rope: Rope) -> Statistics:
     """Moments over all pieces, each read twice in a row, save the sinks.
 
     Args:
-        read: queries [L, Hq, n, D] and keys [L, H, n, D], with RoPE, and values [L, H, n, Dv].
+        read: queries [L, Hq, n, D] and keys [L, H, n, D], with RoPE.
         rope: as the model's configuration describes it. Raises TablesError if it is not.
     """
     total: Statistics | None = None
     count = 0
-    for q, k, _ in read:
+    for q, k in read:
         positions = torch.arange(k.shape[2])
         q, k = rope.rotate(q.float(), -positions), rope.rotate(k.float(), -positions)
         # A token's key in the first layer depends on nothing but its position.

@@ -65,7 +65,7 @@ def scores(
         *fitted.tables(loop.place), out.shape[1], layer.scale, len(rows),
         T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, CODEC=CODECS[codec],
         LOCAL=loop.local, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
-            num_warps=warps(layer.geometry), **product_options(layer.wave),
+        num_warps=warps(layer.geometry), **product_options(layer.wave),
     )  # fmt: skip
 
 
