@@ -44,9 +44,9 @@ def main() -> None:
 
     model = str(demo_model.prepare(say=say))
     run = Run("overhead", args)
+    steps = decode.measure(run, model, context, batches, 2 * tokens, turns)
     shares = share.measure(run, model, args.prompts, OUTPUT, args.repeats)
     rounds = idle.measure(run, model, args.rounds, tokens)
-    steps = decode.measure(run, model, context, batches, 2 * tokens, turns)
     print(
         f"\nOne request at a time, {OUTPUT} output tokens, budget {share.BUDGET}, medians of "
         f"{args.repeats} (smallest to largest). Published claim: below {share.CLAIM:.1%}.\n"
