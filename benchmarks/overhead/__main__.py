@@ -38,7 +38,7 @@ def main() -> None:
     if not all(0 < prompt <= 8192 - OUTPUT for prompt in args.prompts):
         parser.error(f"--prompts: the demo model takes 1 to {8192 - OUTPUT} tokens")
     tokens = 8 if args.quick else 24
-    context, batches, turns = (1024, [1, 4], 2) if args.quick else (7680, [1, 8], 3)
+    context, batches, turns = (1024, [1, 4], 2) if args.quick else (7680, [1, 8], 2)
 
     from vllm_kvcrush import demo_model
 

@@ -50,7 +50,7 @@ class Child:
         except BrokenPipeError:
             raise self._failed("has ended") from None
 
-    def receive(self, timeout: float = 600) -> Any:
+    def receive(self, timeout: float = 1800) -> Any:
         """The result of the job sent last. Raises SystemExit with the child's last words if it
         fails, ends, or takes longer than `timeout` seconds."""
         assert self._process.stdout

@@ -12,6 +12,9 @@ from benchmarks.overhead import engine
 from benchmarks.report import Run, median, progress, table
 
 PLAIN = "plain vLLM"
+# Plain vLLM with next to nothing to attend to: what is left if attention costs nothing.
+FLOOR = "plain vLLM, short context"
+SHORT = 64  # tokens
 # What each request carries, by name of the line.
 POLICIES: dict[str, dict[str, Any]] = {
     "raw": {"kv_policy": "none"},
@@ -50,14 +53,17 @@ def measure(
                     child.ask(kind="steps", batch=1, prompt=WARM_UP, tokens=2, extra=extra)
 
         def one(batch: int, number: int) -> dict[str, float]:
-            lines = [PLAIN, *POLICIES]
+            lines = [PLAIN, FLOOR, *POLICIES]
             random.Random(f"{batch}/{number}").shuffle(lines)
             seconds = {}
             for line in lines:
-                child = children[PLAIN if line == PLAIN else "with a policy"]
-                extra = POLICIES.get(line)
+                child = children["with a policy" if line in POLICIES else PLAIN]
                 seconds[line] = child.ask(
-                    kind="steps", batch=batch, prompt=prompt, tokens=tokens, extra=extra
+                    kind="steps",
+                    batch=batch,
+                    prompt=SHORT if line == FLOOR else prompt,
+                    tokens=tokens,
+                    extra=POLICIES.get(line),
                 )["tpot_s"]
             return seconds
 
@@ -77,14 +83,14 @@ def report(run: Run, found: dict[tuple[int, str], list[float]], prompt: int) -> 
     for (batch, line), seconds in sorted(found.items(), key=lambda x: x[0][0]):
         plain = found[batch, PLAIN]
         faster = [p / s for p, s in zip(plain, seconds, strict=True)]
-        policy = "none" if line in (PLAIN, "raw") else line
+        ours = line in POLICIES
         where = {
-            "policy": policy,
-            "codec": "raw" if line in (PLAIN, "raw", "kvcrush") else line,
+            "policy": line if ours and line != "raw" else "none",
+            "codec": line if ours and line != "kvcrush" else "raw",
             "budget": POLICIES.get(line, {}).get("kv_budget", 1.0),
-            "context": prompt,
+            "context": SHORT if line == FLOOR else prompt,
             "task": "decode",
-            "mode": f"batch={batch}" + (",plain" if line == PLAIN else ""),
+            "mode": f"batch={batch}" + ("" if ours else ",plain"),
         }
         value, low, high = median(seconds)
         run.add("tpot_s", value, "s", n=len(seconds), low=low, high=high, **where)
