@@ -306,7 +306,7 @@ def bits() -> str:
     """What fewer bits lose: the quality benchmark on policies that keep every token."""
     from benchmarks.quality.summary import tables
 
-    paths = [RESULTS / "bits.json", RESULTS / "long.json"]
+    paths = [RESULTS / f"{name}.json" for name in ("bits", "long", "longest")]
     return "\n\n".join(f"{_measured_on(p)}\n\n{tables(read(p)['rows'])}" for p in paths)
 
 

@@ -148,12 +148,27 @@ def update(text: str, name: str, content: str) -> str:
 def main() -> None:
     parser = report.arguments(__doc__ or "")
     parser.add_argument("--targets", default=",".join(builds.TARGETS), help="which to compile for")
+    parser.add_argument(
+        "--only",
+        type=re.compile,
+        help="regular expression: compile only builds whose name it finds, such as 'scores tc4'; "
+        "the other rows stay as FILE has them",
+    )
     args: argparse.Namespace = parser.parse_args()
+    kept: dict[str, dict[str, Any]] = {}
+    if args.only:
+        if not (args.json and args.json.exists()):
+            parser.error("--only needs --json with a file that has the other rows")
+        for row in report.read(args.json)["rows"]:
+            name = "{kernel} {codec} {head_size}/{group} {dtype}".format(**row)
+            if not args.only.search(name):
+                kept[f"{name} {row['target']}"] = row
     run = report.Run("gpu_compile", args)
     pairs = [(b, t) for t in args.targets.split(",") for b in builds.builds(args.quick, t)]
     rows, bad = [], []
     for build, target in report.progress(pairs, "compiling"):
-        row = run.step(f"{build.name} {target}", lambda b=build, t=target: compiled(b, t))
+        step = f"{build.name} {target}"
+        row = kept.get(step) or run.step(step, lambda b=build, t=target: compiled(b, t))
         rows.append(row)
         bad += [f"{build.name} for {target} {problem}" for problem in problems(row)]
     run.rows = rows

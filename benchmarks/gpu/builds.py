@@ -216,7 +216,7 @@ def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
         yield Build(
             "scores", codec, *same, fitted_kernels.fitted_scores_kernel,
             {"T": fitted_ops.SLOTS, "W": 32, "GROUP": group, "HEADS": 8 * group, **pages, **keys},
-            warps, 3, {"out": "*fp32"},
+            *fitted_ops.scores_options(geometry), {"out": "*fp32"},
         )  # fmt: skip
         yield Build(
             "encode: codes", codec, *same, fitted_kernels.fitted_components_kernel,
@@ -225,7 +225,8 @@ def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
         )  # fmt: skip
         yield Build(
             "encode: keys", codec, *same, fitted_kernels.fitted_keys_kernel,
-            {"T": fitted_ops.TOKENS, **pages}, warps, 3, {"key": "*fp32", "component": "*i32"},
+            {"T": fitted_ops.TOKENS, **pages}, fitted_ops.KEYS_WARPS, 3,
+            {"key": "*fp32", "component": "*i32"},
         )  # fmt: skip
         yield Build(
             "encode: values", codec, *same, fitted_kernels.fitted_values_kernel,

@@ -90,7 +90,7 @@ def attention_tiles(
         raw=raw,
         int8=int8,
         int4=min(int4, GROUP),
-        fitted=16 if size * itemsize > 256 else 32,
+        fitted=16 if size * itemsize > (128 if prefill else 256) else 32,
         warps=warps,
         stages=2 if prefill or size * itemsize > 256 else 3,
     )

@@ -22,12 +22,20 @@ from vllm_kvcrush.transform import quantiser
 SLOTS = 32  # of a program that gathers or scores
 TOKENS = 32  # of a program that finds or packs keys' codes
 STAGES = 1  # of the former: with more, heads of 256 do not fit an AMD processor's shared memory
+KEYS_WARPS = 4  # of a program that packs codes: with more, ptxas spills likewise
 VALUES = 32  # of a program that encodes values
 
 
 def warps(geometry: Geometry) -> int:
-    """Of all these programs: a thread's share of a tile is its registers."""
+    """Of the other programs: a thread's share of a tile is its registers."""
     return gather_warps(geometry.k_pad, geometry.v_pad)
+
+
+def scores_options(geometry: Geometry) -> tuple[int, int]:
+    """Warps and stages of a program that scores: those with which no target of benchmarks.gpu
+    spills or loses its wide loads. ptxas spills some bytes where that fits one block more."""
+    size = max(geometry.k_pad, geometry.v_pad)
+    return (4, 3) if size <= 64 else (8, 1) if size <= 128 else (4, 1)
 
 
 def gather(
@@ -59,13 +67,14 @@ def scores(
     assert fitted is not None
     loop = fitted.loops[codec][0]
     most = max(section.capacity for section in fitted.sections[codec])
+    score_warps, score_stages = scores_options(layer.geometry)
     fitted_scores_kernel[(len(source.page), triton.cdiv(most, SLOTS))](
         out, rows, lse, layer.half, layer.words, layer.wide, layer.pool,
         source.head, source.page, source.count, source.codec, source.first,
         *fitted.tables(loop.place), out.shape[1], layer.scale, len(rows),
         T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, CODEC=CODECS[codec],
         LOCAL=loop.local, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
-        num_warps=warps(layer.geometry), **product_options(layer.wave),
+        num_warps=score_warps, num_stages=score_stages, **product_options(layer.wave),
     )  # fmt: skip
 
 
@@ -95,7 +104,7 @@ def encode(
         key, positions, component.view(torch.int32), numbers,
         layer.half, layer.words, layer.wide, layer.pool,
         *where, fitted.info[place], fitted.fields, count, most,
-        T=TOKENS, CODEC=CODECS[codec], G=geometry, num_warps=warps(geometry),
+        T=TOKENS, CODEC=CODECS[codec], G=geometry, num_warps=KEYS_WARPS,
     )  # fmt: skip
     for loop in loops:
         fitted_values_kernel[(entries, triton.cdiv(min(most, count), VALUES))](
