@@ -75,3 +75,33 @@ def test_problems_end_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any
     with pytest.raises(SystemExit, match="for sm_90 spills 16 bytes"):
         table.main()
     assert {r["spills"] for r in report.read(path)["rows"]} == {16}
+
+
+def test_builds_that_are_not_asked_for_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[str] = []
+
+    def compiled(build: builds.Build, target: str) -> dict[str, Any]:
+        made.append(build.name)
+        own: dict[str, Any] = {"kernel": build.kernel, "codec": build.codec}
+        own |= {"head_size": build.size, "group": build.group, "dtype": build.dtype}
+        own |= {"tile": build.tile or None}
+        return good | own
+
+    good = row(monkeypatch, "sm_90")
+    monkeypatch.setattr(table, "compiled", compiled)
+    path = tmp_path / "compiled.json"
+    arguments = ["gpu", "--quick", "--targets", "sm_90", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--only", "scores"])
+    with pytest.raises(SystemExit):
+        table.main()
+    assert "a file that has the other rows" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", arguments)
+    table.main()
+    rows, every = report.read(path)["rows"], list(made)
+    made.clear()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--only", "scores tc"])
+    table.main()
+    assert made == [name for name in every if name.startswith("scores tc")]
+    assert report.read(path)["rows"] == rows
