@@ -128,7 +128,9 @@ class Build:
 
 
 def attention(codec: str, size: int, group: int, dtype: str, decode: bool, target: str) -> Build:
-    """The attention kernel; codec "raw" is a tail alone, as before any compaction."""
+    """The attention kernel; codec "raw" is a tail alone, as before any compaction, and "int8+tc4"
+    what `auto` makes of most budgets."""
+    parts = set(codec.split("+"))
     wave = TARGETS[target].warp_size
     geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     room = tuple(geometry.section(c).capacity for c in ("raw", "int8", "int4"))
@@ -140,10 +142,10 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
         room,
         int(decode),
         wave,
-        codec in LOOPS,
+        bool(parts & LOOPS.keys()),
     )
-    present = {c: codec in (c, "mixed") for c in ("int4", "int8")}
-    loops = () if codec not in LOOPS else (dataclasses.replace(LOOPS[codec], place=0),)
+    present = {c: c in parts or codec == "mixed" for c in ("int4", "int8")}
+    loops = tuple(dataclasses.replace(LOOPS[c], place=0) for c in parts & LOOPS.keys())
     constants = {
         **{"HEADS": 8 * group, "GROUP": group, "G": geometry, "TILES": tiles},
         **{"DTYPE": DTYPES[dtype], "UNIFORM": decode, "SPLITS": 16 if decode else 1},
@@ -151,12 +153,12 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
             "LOOPS": loops,
             "INT4": present["int4"],
             "INT8": present["int8"],
-            "RAW": codec == "mixed",
+            "RAW": codec == "mixed" or len(parts) > 1,
         },
         **{"BIAS": False, "VALUES": True},
     }
-    tile = {"int4": tiles.int4, "int8": tiles.int8, **dict.fromkeys(LOOPS, tiles.fitted)}
-    tile = tile.get(codec, tiles.raw)
+    tile = {"int4": tiles.int4, "int8": tiles.int8}
+    tile = tiles.fitted if loops else tile.get(codec, tiles.raw)
     return Build(
         "decode" if decode else "prefill", codec, size, group, dtype,
         attention_kernel.attention_kernel, constants, tiles.warps, tiles.stages,
@@ -261,6 +263,7 @@ def builds(quick: bool, target: str) -> list[Build]:
         for codec in codecs
     ]
     found += [attention("mixed", 256, 8, "bf16", False, target)]
+    found += [attention("int8+tc4", 128, 4, "bf16", d, target) for d in (True, False)]
     for size, group in ((64, 3), (128, 4), (256, 8)):
         found += others(size, group, "bf16")
         found += fitted(size, group, "bf16")
