@@ -145,7 +145,7 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
         bool(parts & LOOPS.keys()),
     )
     present = {c: c in parts or codec == "mixed" for c in ("int4", "int8")}
-    loops = tuple(dataclasses.replace(LOOPS[c], place=0) for c in parts & LOOPS.keys())
+    loops = tuple(dataclasses.replace(LOOPS[c], place=0) for c in LOOPS if c in parts)
     constants = {
         **{"HEADS": 8 * group, "GROUP": group, "G": geometry, "TILES": tiles},
         **{"DTYPE": DTYPES[dtype], "UNIFORM": decode, "SPLITS": 16 if decode else 1},

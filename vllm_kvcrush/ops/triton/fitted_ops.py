@@ -22,7 +22,7 @@ from vllm_kvcrush.transform import quantiser
 SLOTS = 32  # of a program that gathers or scores
 TOKENS = 32  # of a program that finds or packs keys' codes
 STAGES = 1  # of the former: with more, heads of 256 do not fit an AMD processor's shared memory
-KEYS_WARPS = 4  # of a program that packs codes: with more, ptxas spills likewise
+KEYS_WARPS = 4  # of a program that packs codes: with 8, heads of 256 spill on sm_80
 VALUES = 32  # of a program that encodes values
 
 
