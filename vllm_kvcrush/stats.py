@@ -61,6 +61,7 @@ class Stats:
 
     policies: dict[str, PolicyStats] = field(default_factory=dict)
     deferrals: dict[str, int] = field(default_factory=dict)
+    policy_failures: dict[str, int] = field(default_factory=dict)
     kv_bytes_held: dict[str, int] = field(default_factory=dict)
     kv_bytes_raw_equivalent: dict[str, int] = field(default_factory=dict)
 
@@ -78,6 +79,10 @@ class Stats:
     def record_deferral(self, reason: str) -> None:
         """Counts one compaction put off."""
         self.deferrals[reason] = self.deferrals.get(reason, 0) + 1
+
+    def record_policy_failure(self, policy: str) -> None:
+        """Counts one compaction that had to do without its policy."""
+        self.policy_failures[policy] = self.policy_failures.get(policy, 0) + 1
 
     def take(self) -> dict[str, Any]:
         """What `SchedulerStats.kv_connector_stats["kvcrush"]` carries; starts counting anew."""
