@@ -442,9 +442,10 @@ class CompactionMixin(_Base):
             command.target, command.parts, [layer.pages for layer in layers], raw, region
         )
         everything = torch.arange(keep, device=device).expand(layers[0].heads, -1)
-        # With pages of two codecs the finer ones come first, so that slots are in the order of
-        # positions only within each.
-        mixed = state.tiers and 0 < state.finer < command.compressed_tokens
+        # Tokens of two tiers lie one tier after the other. Once they are together again, fitted
+        # pages, which know the positions of some tokens only, may say of two neighbouring pages
+        # that they overlap.
+        mixed = state.tiers and region is not None
         two = state.tiers and len(command.parts) > 1
         chooses = keep < candidates or "running" in state.needs or mixed or two
         queries: Tensor | None = None
