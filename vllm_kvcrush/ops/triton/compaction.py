@@ -45,8 +45,8 @@ def gather(
             key, key if value is None else value, key if where is None else where, slots,
             layer.raw, layer.grid, layer.half, layer.words, layer.wide,
             source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
-            source.tail_table, count, slots.stride(0), layer.block_pages, layer.first_page,
-            source.tail_position, T=SLOTS, STEPS=len(source.page).bit_length(),
+            source.tail_table, count, slots.stride(0), len(source.page).bit_length(),
+            layer.block_pages, layer.first_page, source.tail_position, T=SLOTS,
             CODEC=CODECS[run], VALUES=values, POSITIONS=positions, G=layer.geometry,
             num_warps=gather_warps(layer.geometry.k_pad, layer.geometry.v_pad),
         )  # fmt: skip
