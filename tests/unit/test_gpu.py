@@ -72,8 +72,10 @@ def test_what_an_engine_launches_compiles(
     triton: dict[str, str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        + ["tests/gpu/test_launches.py"],
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            "tests/gpu/test_launches.py",
+        ],
         env=triton | {"KVCRUSH_GPU_TESTS": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")},
         cwd=ROOT,
         capture_output=True,
