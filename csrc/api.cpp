@@ -8,8 +8,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "internal.h"
@@ -217,10 +215,11 @@ int check_tail(const Layer &layer, const int32_t *table, int64_t columns, int32_
 
 // ------------------------------------------------------------------------------------ positions
 
-// False if they do not ascend, or span too much, or go beyond what the codec's tables know.
+// False if they do not ascend, or span too much, or go beyond what the codec's tables know. Without
+// a page that is all that is found out.
 bool put_positions(const Layer &layer, int codec, int head, uint8_t *page, int count,
                    const int32_t *positions) {
-    uint8_t *low = page + layer.layout(codec, head).positions;
+    uint8_t *low = page != nullptr ? page + layer.layout(codec, head).positions : nullptr;
     PageHeader header;
     header.base = count != 0 ? positions[0] : 0;
     for (uint16_t &first : header.first) first = 65535;
@@ -233,12 +232,13 @@ bool put_positions(const Layer &layer, int codec, int head, uint8_t *page, int c
         if (i != 0 && positions[i] <= positions[i - 1]) return false;
         const int64_t offset = int64_t{positions[i]} - header.base;
         if (offset >> 16 > PageHeader::kSteps) return false;
-        if (i % each != 0) continue;
+        if (i % each != 0 || page == nullptr) continue;
         for (; steps < offset >> 16; ++steps) header.first[steps] = static_cast<uint16_t>(i / each);
         const uint16_t own = static_cast<uint16_t>(offset);
         std::memcpy(low + 2 * (i / each), &own, sizeof own);
     }
-    std::memcpy(page + layer.page_bytes - sizeof header, &header, sizeof header);
+    if (page != nullptr)
+        std::memcpy(page + layer.page_bytes - sizeof header, &header, sizeof header);
     return true;
 }
 
@@ -264,7 +264,7 @@ bool each(int64_t items, size_t scratch, bool alone, F &&work) {
 // Kept from call to call.
 thread_local std::vector<int64_t> items_memory;
 thread_local std::vector<int32_t> arrived_memory;
-thread_local std::vector<float> partial_memory;
+thread_local Scratch partial_memory;
 
 int attention(const Layer &layer, const kvc_batch &batch, const void *query, int32_t query_dtype,
               int64_t query_stride, void *out, int32_t out_dtype, int64_t out_stride, float *lse) {
@@ -308,7 +308,8 @@ int attention(const Layer &layer, const kvc_batch &batch, const void *query, int
         work += rows * heads * most_strips;
     }
     first_item[batch.num_seqs] = items;
-    partial_memory.resize(static_cast<size_t>(partial));
+    uint8_t *sums = partial_memory.get(static_cast<size_t>(partial) * sizeof(float));
+    if (sums == nullptr) return no_memory();
     arrived_memory.assign(static_cast<size_t>(batch.num_seqs * heads), 0);
 
     Attention call{};
@@ -323,7 +324,7 @@ int attention(const Layer &layer, const kvc_batch &batch, const void *query, int
     call.out_dtype = out_dtype;
     call.block_rows = block_rows;
     call.first_item = first_item;
-    call.partial = partial_memory.data();
+    call.partial = reinterpret_cast<float *>(sums);
     call.first_partial = first_partial;
     call.arrived = arrived_memory.data();
     // Some 50 microseconds: waking a second thread would cost as much as it saves.
@@ -331,6 +332,7 @@ int attention(const Layer &layer, const kvc_batch &batch, const void *query, int
     const bool done =
         each(items, kernel.attention_scratch(layer), alone,
              [&](int64_t item, uint8_t *memory) { kernel.attention(call, item, memory); });
+    partial_memory.trim();
     return done ? 0 : no_memory();
 }
 
@@ -375,8 +377,8 @@ int check_request(const Layer &layer, const kvc_request &request) {
     return check_tail(layer, request.tail_table, INT32_MAX, request.tail_length);
 }
 
-// Decodes n slots of a head, in any order; slots == null: first, first + 1, ...  False: a slot's
-// page has no positions.
+// Decodes n slots of a head, in any order; slots == null: first, first + 1, ...  False: some pages
+// have no positions, which are -1.
 bool read_slots(const Source &source, int head, const int64_t *slots, int64_t first, int64_t n,
                 float *key, float *value, int32_t *positions) {
     const Layer &layer = source.layer;
@@ -386,6 +388,7 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
     constexpr int kBatch = 256;
     int32_t places[kBatch];
     int64_t page_start = 0, entry = source.begin(head), done = 0;
+    bool known = true;
     const int64_t entries = source.end(head);
     while (done < n) {
         int codec = KVC_RAW;
@@ -416,41 +419,36 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
             places[batch++] = static_cast<int32_t>(last - start);
         }
         const uint8_t *page = layer.page(index);
-        kernel.decode(layer, codec, head, page, static_cast<int>(count), batch, places,
-                      key != nullptr ? key + done * layer.k_size : nullptr,
-                      value != nullptr ? value + done * layer.v_size : nullptr);
+        if (key != nullptr || value != nullptr)
+            kernel.decode(layer, codec, head, page, static_cast<int>(count), batch, places,
+                          key != nullptr ? key + done * layer.k_size : nullptr,
+                          value != nullptr ? value + done * layer.v_size : nullptr);
         if (positions != nullptr) {
             if (entry >= entries) {
                 for (int i = 0; i < batch; ++i)
                     positions[done + i] = static_cast<int32_t>(source.request.tail_position +
                                                                (start - page_start) + places[i]);
             } else if (!positions_kept(codec)) {
-                return false;
+                for (int i = 0; i < batch; ++i) positions[done + i] = -1;
+                known = false;
             } else {
                 const PageLayout at = layer.layout(codec, head);
-                for (int i = 0; i < batch; ++i)
-                    get_positions(at, codec, layer.page_bytes, page, places[i], 1,
+                for (int i = 0; i < batch;) {
+                    int run = 1;
+                    while (i + run < batch && places[i + run] == places[i] + run) ++run;
+                    get_positions(at, codec, layer.page_bytes, page, places[i], run,
                                   positions + done + i);
+                    i += run;
+                }
             }
         }
         done += batch;
     }
-    return true;
+    return known;
 }
 
-// Tokens on their way from one page to another; kept, because fresh pages cost as much as the move.
-struct Moved {
-    std::unique_ptr<float[]> data;
-    size_t size = 0;
-
-    bool reserve(size_t wanted) {
-        if (wanted <= size && data != nullptr) return true;
-        data.reset(new (std::nothrow) float[wanted + 1]);
-        size = data != nullptr ? wanted : 0;
-        return data != nullptr;
-    }
-};
-thread_local Moved moved_memory;
+// Kept from call to call.
+thread_local Scratch positions_memory, staging_memory;
 
 // The source entry whose tokens are slots [first, first + count) of a head, all of them and in the
 // page's own codec; -1 if there is none.
@@ -469,16 +467,87 @@ int64_t whole_page(const Source &source, int head, const int64_t *slots, int64_t
     return -1;
 }
 
+// A target page and what it takes: slots [first, first + count) of all that the call names.
+struct Piece {
+    int head;
+    int64_t entry, first, count;
+    int64_t copied;   // source entry that is copied as it is, or -1
+    int64_t waiting;  // page of the staging memory that it is written to first, or -1
+};
+
+// Why slots cannot fill pages in the order that they are given in.
+struct Disorder {
+    enum Kind { kNone, kUnknown, kDecrease, kTie, kTwice, kBeyond } kind = kNone;
+    int64_t slot = 0;
+    int32_t before = 0, position = 0;
+};
+
+// Positions as read from pages become those that are stored. What fitted pages give back is at or
+// before the true position, so tokens of several pages may tie although they are in order: of these
+// the later ones are moved on, never beyond their true order. A page may begin before the last one
+// ended, where another part of a region begins; within a page nothing may go back.
+// positions, slots: of the head's first piece.
+Disorder order_positions(const Layer &layer, const kvc_directory &target, Piece *piece,
+                         const Piece *end, const int64_t *slots, int32_t *positions) {
+    int64_t before = -1, stored = -1, i = 0;
+    for (; piece != end; ++piece) {
+        const bool kept = positions_kept(target.codec[piece->entry]);
+        for (int64_t t = 0; t < piece->count; ++t, ++i) {
+            const int32_t position = positions[i];
+            Disorder found{Disorder::kNone, slots[i], static_cast<int32_t>(before), position};
+            if (position < 0) {
+                found.kind = Disorder::kUnknown;
+            } else if (position < before && t != 0) {
+                found.kind = Disorder::kDecrease;
+            } else if (position == before) {
+                if (slots[i] == slots[i - 1])
+                    found.kind = Disorder::kTwice;
+                else if (!layer.has_tables())
+                    found.kind = Disorder::kTie;
+            }
+            stored = position < before ? position : std::max<int64_t>(position, stored + 1);
+            if (position < 0) stored = -1;
+            if (stored > INT32_MAX) found.kind = Disorder::kBeyond;
+            if (kept && found.kind != Disorder::kNone) return found;
+            if (stored != position) piece->copied = -1;
+            before = position;
+            positions[i] = static_cast<int32_t>(std::min<int64_t>(stored, INT32_MAX));
+        }
+    }
+    return {};
+}
+
+int bad_order(int head, const Disorder &found) {
+    const long long slot = found.slot;
+    switch (found.kind) {
+        case Disorder::kUnknown:
+            return fail(
+                "slot %lld of head %d has no position (raw compressed pages keep none), "
+                "which its target keeps",
+                slot, head);
+        case Disorder::kDecrease:
+            return fail(
+                "slots of head %d are not in position order: position %d comes after %d "
+                "in one page",
+                head, found.position, found.before);
+        case Disorder::kTie:
+            return fail("slots of head %d are not distinct: position %d comes twice", head,
+                        found.position);
+        case Disorder::kTwice:
+            return fail("slot %lld of head %d is given twice", slot, head);
+        default:
+            return fail("position %d of head %d leaves no room for those that follow",
+                        found.position, head);
+    }
+}
+
 int compact(const Layer &layer, const kvc_request &request, const int64_t *slots,
             const int64_t *slot_start, const kvc_directory &target, uint8_t *staged) {
     const Source source{layer, request};
     const int heads = layer.num_kv_heads;
-    struct Piece {
-        int head;
-        int64_t entry, first, count;  // first: among all slots of the call
-        int64_t copied;               // source entry, or -1
-    };
     std::vector<Piece> pieces;
+    std::vector<size_t> first_piece;
+    bool keeps_positions = false;
     for (int h = 0; h < heads; ++h) {
         const int64_t n = slot_start[h + 1] - slot_start[h], held = source.tokens(h);
         const int64_t *own = slots + slot_start[h];
@@ -487,77 +556,104 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
                 return fail("slot %lld of head %d, which holds %lld tokens",
                             static_cast<long long>(own[i]), h, static_cast<long long>(held));
         int64_t used = 0;
+        first_piece.push_back(pieces.size());
         for (int64_t e = target.begin[h]; e < target.end[h]; ++e) {
-            pieces.push_back({h, e, slot_start[h] + used, target.count[e], -1});
+            pieces.push_back({h, e, slot_start[h] + used, target.count[e], -1, -1});
             used += target.count[e];
+            keeps_positions |= target.count[e] != 0 && positions_kept(target.codec[e]);
         }
         if (used != n)
             return fail("head %d keeps %lld slots, its pages take %lld", h,
                         static_cast<long long>(n), static_cast<long long>(used));
     }
-    // Each piece takes floats for its tokens, or bytes for a page that is copied as it is.
-    const size_t page_floats = static_cast<size_t>(layer.page_bytes) / sizeof(float);
-    const size_t token_floats = static_cast<size_t>(layer.k_size + layer.v_size) + 1;
-    std::vector<size_t> place(pieces.size() + 1, 0);
-    for (size_t i = 0; i < pieces.size(); ++i) {
-        Piece &piece = pieces[i];
+    first_piece.push_back(pieces.size());
+    const int64_t n = static_cast<int64_t>(pieces.size());
+    const int64_t total = slot_start[heads] - slot_start[0];
+    const bool alone = total < 256;
+    // All is looked at before anything is written.
+    for (Piece &piece : pieces)
         piece.copied = whole_page(source, piece.head, slots + piece.first, piece.count,
                                   target.codec[piece.entry]);
-        place[i + 1] =
-            place[i] +
-            (piece.copied >= 0 ? page_floats : token_floats * static_cast<size_t>(piece.count));
+    int32_t *positions = nullptr;
+    if (keeps_positions) {
+        uint8_t *memory = positions_memory.get(static_cast<size_t>(total) * sizeof(int32_t));
+        if (memory == nullptr) return no_memory();
+        positions = reinterpret_cast<int32_t *>(memory) - slot_start[0];
+        std::vector<Disorder> found(static_cast<size_t>(heads));
+        const bool done = each(heads, 0, alone, [&](int64_t h, uint8_t *) {
+            const int64_t first = slot_start[h];
+            const int head = static_cast<int>(h);
+            const size_t at = static_cast<size_t>(h);
+            read_slots(source, head, slots + first, 0, slot_start[h + 1] - first, nullptr, nullptr,
+                       positions + first);
+            found[at] = order_positions(layer, target, pieces.data() + first_piece[at],
+                                        pieces.data() + first_piece[at + 1], slots + first,
+                                        positions + first);
+        });
+        if (!done) return no_memory();
+        for (int h = 0; h < heads; ++h)
+            if (found[static_cast<size_t>(h)].kind != Disorder::kNone)
+                return bad_order(h, found[static_cast<size_t>(h)]);
+        for (const Piece &piece : pieces) {
+            const int codec = target.codec[piece.entry];
+            if (piece.copied < 0 && positions_kept(codec) &&
+                !put_positions(layer, codec, piece.head, nullptr, static_cast<int>(piece.count),
+                               positions + piece.first))
+                return bad_positions(layer, codec);
+        }
     }
-    // All is read before anything is written, so that targets may be sources.
-    if (!moved_memory.reserve(place.back())) return no_memory();
-    float *moved = moved_memory.data.get();
-    std::atomic<int> bad{0};
-    const int64_t n = static_cast<int64_t>(pieces.size());
-    const bool alone = slot_start[heads] - slot_start[0] < 256;
-    bool done = each(n, 0, alone, [&](int64_t i, uint8_t *) {
+    // Pages that are sources too are written when all is read.
+    int64_t waiting = 0;
+    if (staged == nullptr) {
+        std::vector<int64_t> read;
+        for (int h = 0; h < heads; ++h) {
+            for (int64_t e = source.begin(h); e < source.end(h); ++e)
+                read.push_back(request.directory.page[e]);
+            for (int64_t i = 0; i * layer.block_size < request.tail_length; ++i)
+                read.push_back(layer.tail_page(request.tail_table[i], h));
+        }
+        std::sort(read.begin(), read.end());
+        for (Piece &piece : pieces)
+            if (std::binary_search(read.begin(), read.end(), int64_t{target.page[piece.entry]}))
+                piece.waiting = waiting++;
+    }
+    uint8_t *staging = waiting != 0
+                           ? staging_memory.get(static_cast<size_t>(waiting * layer.page_bytes))
+                           : nullptr;
+    if (waiting != 0 && staging == nullptr) return no_memory();
+    int64_t longest = 0;
+    for (const Piece &piece : pieces)
+        if (piece.copied < 0) longest = std::max(longest, piece.count);
+    const size_t scratch =
+        static_cast<size_t>(longest * (layer.k_size + layer.v_size)) * sizeof(float);
+    const size_t page_bytes = static_cast<size_t>(layer.page_bytes);
+    bool done = each(n, scratch, alone, [&](int64_t i, uint8_t *memory) {
         const Piece &piece = pieces[static_cast<size_t>(i)];
-        float *key = moved + place[static_cast<size_t>(i)];
+        uint8_t *page = layer.pool + target.page[piece.entry] * layer.page_bytes;
+        if (staged != nullptr) page = staged + piece.entry * layer.page_bytes;
+        if (piece.waiting >= 0) page = staging + piece.waiting * layer.page_bytes;
         if (piece.copied >= 0) {
-            std::memcpy(key, layer.page(request.directory.page[piece.copied]),
-                        static_cast<size_t>(layer.page_bytes));
+            std::memcpy(page, layer.page(request.directory.page[piece.copied]), page_bytes);
             return;
         }
-        float *value = key + piece.count * layer.k_size;
-        int32_t *positions = reinterpret_cast<int32_t *>(value + piece.count * layer.v_size);
-        const bool wanted = positions_kept(target.codec[piece.entry]);
-        if (!read_slots(source, piece.head, slots + piece.first, 0, piece.count, key, value,
-                        wanted ? positions : nullptr))
-            bad = 1;
-        // Those of fitted pages are their neighbours': two that come together may tie.
-        for (int64_t t = 1; wanted && t < piece.count; ++t)
-            positions[t] = std::max(positions[t], positions[t - 1] + 1);
-    });
-    if (!done) return no_memory();
-    if (bad != 0) return fail("raw compressed pages have no positions, which their targets keep");
-    std::atomic<int> bad_codec{KVC_RAW};
-    done = each(n, 0, alone, [&](int64_t i, uint8_t *) {
-        const Piece &piece = pieces[static_cast<size_t>(i)];
-        const float *key = moved + place[static_cast<size_t>(i)];
-        uint8_t *page = staged != nullptr
-                            ? staged + piece.entry * layer.page_bytes
-                            : layer.pool + target.page[piece.entry] * layer.page_bytes;
-        if (piece.copied >= 0) {
-            std::memcpy(page, key, static_cast<size_t>(layer.page_bytes));
-            return;
-        }
+        float *key = reinterpret_cast<float *>(memory), *value = key + piece.count * layer.k_size;
+        read_slots(source, piece.head, slots + piece.first, 0, piece.count, key, value, nullptr);
         const int codec = target.codec[piece.entry], count = static_cast<int>(piece.count);
-        const float *value = key + piece.count * layer.k_size;
-        const int32_t *positions =
-            reinterpret_cast<const int32_t *>(value + piece.count * layer.v_size);
-        if (positions_kept(codec) &&
-            !put_positions(layer, codec, piece.head, page, count, positions)) {
-            bad = 2;
-            bad_codec = codec;
-            return;
-        }
+        if (piece.waiting >= 0) std::memset(page, 0, page_bytes);
+        if (positions_kept(codec))
+            put_positions(layer, codec, piece.head, page, count, positions + piece.first);
         kernels()->encode(layer, codec, piece.head, page, count, key, value);
     });
-    if (!done) return no_memory();
-    return bad != 0 ? bad_positions(layer, bad_codec) : 0;
+    if (done && waiting != 0)
+        done = each(n, 0, alone, [&](int64_t i, uint8_t *) {
+            const Piece &piece = pieces[static_cast<size_t>(i)];
+            if (piece.waiting >= 0)
+                std::memcpy(layer.pool + target.page[piece.entry] * layer.page_bytes,
+                            staging + piece.waiting * layer.page_bytes, page_bytes);
+        });
+    positions_memory.trim();
+    staging_memory.trim();
+    return done ? 0 : no_memory();
 }
 
 // out[i] = mean or maximum of in[i - half ... i + half], cut at the edges.
@@ -584,6 +680,9 @@ void pool_row(const float *in, int64_t n, int64_t size, bool maximum, float *out
     }
 }
 
+// Query rows go together in such numbers.
+constexpr int kRowUnit = 12;
+
 int window_scores(const Layer &layer, const kvc_request &request, const void *query, int32_t dtype,
                   int64_t head_stride, int64_t row_stride, const kvc_scoring &scoring,
                   int64_t candidates, float *out) {
@@ -604,35 +703,56 @@ int window_scores(const Layer &layer, const kvc_request &request, const void *qu
     batch.directory = request.directory;
     const Kernels &kernel = *kernels();
     const size_t whole = static_cast<size_t>(layer.num_heads) * static_cast<size_t>(longest);
-    std::unique_ptr<float[]> weights(new (std::nothrow) float[whole + 1]);
-    std::unique_ptr<float[]> pooled(
-        new (std::nothrow) float[static_cast<size_t>(layer.num_heads * candidates) + 1]);
+    Scratch weights_memory, pooled_memory;
+    float *weights = reinterpret_cast<float *>(weights_memory.get(whole * sizeof(float)));
+    float *pooled = out;
+    if (scoring.reduce != 0)
+        pooled = reinterpret_cast<float *>(
+            pooled_memory.get(static_cast<size_t>(layer.num_heads * candidates) * sizeof(float)));
     if (weights == nullptr || pooled == nullptr) return no_memory();
-    float *rows = scoring.reduce == 0 ? out : pooled.get();
     // A KV head is one item, and more where there are threads for more.
     int parts = max_threads() / layer.num_kv_heads;
     parts = parts < 1 ? 1 : (parts > layer.group ? layer.group : parts);
     const int most = (layer.group + parts - 1) / parts;
-    const size_t scratch = kernel.window_scratch(layer, batch, most * scoring.window);
-    const WindowQueries queries{query, head_stride, row_stride, dtype, scoring.window};
+    // All weights of the rows that go together lie in memory: fewer heads, or less than a window,
+    // go together where these would be too many.
+    const int window = scoring.window;
+    int64_t together = int64_t{most} * window;
+    size_t scratch = kernel.window_scratch(layer, batch, static_cast<int>(together));
+    if (scratch > Scratch::kKept) {
+        together = together * static_cast<int64_t>(Scratch::kKept) / static_cast<int64_t>(scratch);
+        together = std::max<int64_t>(together / kRowUnit * kRowUnit, kRowUnit);
+        if (together > window) together = together / window * window;
+        scratch = kernel.window_scratch(layer, batch, static_cast<int>(together));
+    }
+    const int count = static_cast<int>(std::min<int64_t>(together, window));
+    const int at_once = static_cast<int>(together / count);
+    const WindowQueries queries{query, head_stride, row_stride, dtype, window, 0, 0};
     auto score = [&](int64_t item, uint8_t *memory) {
         const int place = static_cast<int>(item % parts) * most;
         const int heads = layer.group - place < most ? layer.group - place : most;
         if (heads <= 0) return;
         const int64_t first = item / parts * layer.group + place;
-        float *own = weights.get() + first * longest;
-        kernel.window_weights(layer, batch, queries, static_cast<int>(first), heads, scoring.factor,
-                              own, longest, memory);
+        float *own = weights + first * longest;
+        for (int head = 0; head < heads; head += at_once)
+            for (int row = 0; row < window; row += count) {
+                WindowQueries some = queries;
+                some.begin = row;
+                some.count = std::min(count, window - row);
+                kernel.window_weights(layer, batch, some, static_cast<int>(first) + head,
+                                      std::min(at_once, heads - head), scoring.factor,
+                                      own + head * longest, longest, memory);
+            }
         for (int i = 0; i < heads; ++i)
             pool_row(own + i * longest, candidates, scoring.pool, scoring.pool_max != 0,
-                     rows + (first + i) * candidates);
+                     pooled + (first + i) * candidates);
     };
     const bool done = each(int64_t{layer.num_kv_heads} * parts, scratch, longest < 512, score);
     if (!done) return no_memory();
     if (scoring.reduce == 0) return 0;
     const float share = 1.0f / static_cast<float>(layer.group);
     for (int64_t h = 0; h < layer.num_kv_heads; ++h) {
-        const float *from = rows + h * layer.group * candidates;
+        const float *from = pooled + h * layer.group * candidates;
         float *to = out + h * candidates;
         for (int64_t i = 0; i < candidates; ++i) to[i] = from[i];
         for (int64_t g = 1; g < layer.group; ++g) {
@@ -679,6 +799,10 @@ KVC_EXPORT int kvc_use_isa(const char *name) {
 }
 KVC_EXPORT int kvc_threads(void) {
     return max_threads();
+}
+
+KVC_EXPORT int64_t kvc_scratch_peak(void) {
+    return Scratch::peak();
 }
 
 KVC_EXPORT int64_t kvc_capacity(int32_t codec, int64_t page_bytes, int32_t k_size, int32_t v_size,

@@ -24,6 +24,12 @@ struct Layer : kvc_layer {
     KVC_OWN const kvc_table *table(int codec) const {
         return tables != nullptr ? tables[codec - KVC_FIRST_FITTED] : nullptr;
     }
+    // Whether some pages may round positions.
+    KVC_OWN bool has_tables() const {
+        for (int codec = KVC_FIRST_FITTED; codec < KVC_CODECS; ++codec)
+            if (table(codec) != nullptr) return true;
+        return false;
+    }
     KVC_OWN int64_t capacity(int codec, int head) const {
         if (!fitted(codec)) return flat_capacity[codec];
         return table(codec) != nullptr ? table(codec)->heads[head].capacity : 0;
@@ -84,6 +90,7 @@ struct WindowQueries {
     const void *data;
     int64_t head_stride, row_stride;
     int32_t dtype, window;
+    int32_t begin, count;  // of the window's rows, those that one call takes
 };
 
 // What an instruction set brings.
@@ -105,7 +112,7 @@ struct Kernels {
     void (*decode)(const Layer &, int codec, int head, const uint8_t *page, int count, int n,
                    const int32_t *places, float *key, float *value);
 
-    // Rows: queries that one call of window_weights takes together.
+    // Rows: queries of all heads that one call of window_weights takes together.
     size_t (*window_scratch)(const Layer &, const kvc_batch &, int rows);
     void (*window_weights)(const Layer &, const kvc_batch &, const WindowQueries &, int first,
                            int heads, float factor, float *out, int64_t out_stride,
@@ -149,6 +156,36 @@ KVC_OWN void get_positions(const PageLayout &at, int codec, int64_t page_bytes, 
 void top_row(const float *scores, int64_t n, int64_t keep, uint8_t *mask);
 bool represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bits,
                const uint8_t *anchor, int64_t heads, uint8_t *mask, int64_t count);
+
+// Working memory. What all objects hold together is counted.
+class Scratch {
+   public:
+    // Bytes that an object may keep from one call to the next, since fresh pages cost as much as
+    // some work does; and what work is cut to fit.
+    static constexpr size_t kKept = size_t{16} << 20;
+
+    Scratch() = default;
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+    ~Scratch() {
+        release();
+    }
+    // At least so many bytes, aligned to 64; their contents are lost if they move. Null: there is
+    // no memory.
+    uint8_t *get(size_t wanted);
+    // Gives back what is too much to keep.
+    void trim() {
+        if (size_ > kKept) release();
+    }
+    void release();
+
+    // The most bytes that all objects have held at once since the last call.
+    static int64_t peak();
+
+   private:
+    uint8_t *data_ = nullptr;
+    size_t size_ = 0;
+};
 
 // threads.cpp
 int max_threads();

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KVC_VERSION 3
+#define KVC_VERSION 4
 
 enum { KVC_F32 = 0, KVC_BF16 = 1, KVC_F16 = 2 };
 
@@ -136,6 +136,10 @@ int kvc_use_isa(const char *name);
 /* Threads that a large call would use: those of the OpenMP runtime in this process, else 1. */
 int kvc_threads(void);
 
+/* The most bytes of working memory that all threads' calls have held at once since the last call of
+ * this function, which begins anew with what is kept from call to call. */
+int64_t kvc_scratch_peak(void);
+
 /* Tokens that a page holds; 0 if the codec cannot fill such pages; -1 if it does not exist or its
  * tables decide. */
 int64_t kvc_capacity(int32_t codec, int64_t page_bytes, int32_t k_size, int32_t v_size,
@@ -175,10 +179,13 @@ typedef struct {
     int32_t tail_position; /* position of the tail's first token */
 } kvc_request;
 
-/* Compaction of one layer: head h's slots slots[slot_start[h]] ... slots[slot_start[h + 1] - 1],
- * in any order, are decoded and encoded into the pages of `target`, each taking as many as its
- * count says. A source page whose tokens fill a page of the same codec is copied. All is read
- * before anything is written, so targets may be sources. With `staged`, entry e of `target` is
+/* Compaction of one layer: head h's slots slots[slot_start[h]] ... slots[slot_start[h + 1] - 1] are
+ * decoded and encoded into the pages of `target`, each taking as many as its count says. Those of a
+ * page that keeps positions must be in the order of their positions as kvc_read gives them, else
+ * all is refused and nothing written. Only where the layer has fitted codecs may positions tie,
+ * since what their pages keep is rounded down: of a head's slots, page after page, those that tie
+ * are moved to the next free position. A source page whose tokens fill a page of the same codec is
+ * copied. Targets may be sources. With `staged`, entry e of `target` is
  * written at staged + e * page_bytes instead of its page, for the caller to copy there: pages of
  * one layer may then lie where other layers have not been read yet. */
 int kvc_compact(const kvc_layer *layer, const kvc_request *source, const int64_t *slots,

@@ -43,11 +43,12 @@ size_t window_scratch(const Layer &layer, const kvc_batch &batch, int rows) {
 
 // Sums, over a window of queries, of their attention weights times `factor`, for the query heads
 // first ... first + heads of a KV head: out[i * out_stride + slot] for every slot held. Heads go
-// together, since K is then read once and few rows are padding.
+// together, since K is then read once and few rows are padding. Rows that do not begin the window
+// are added to what `out` has.
 void window_weights(const Layer &layer, const kvc_batch &batch, const WindowQueries &query,
                     int first, int heads, float factor, float *out, int64_t out_stride,
                     uint8_t *scratch) {
-    const int window = query.window, used = heads * window;
+    const int window = query.window, count = query.count, used = heads * count;
     const int head = first / layer.group, tail = batch.tail_length[0];
     WindowMemory m;
     WindowMemory::lay_out(layer, used, count_tiles(layer, batch, head), scratch, m);
@@ -56,7 +57,8 @@ void window_weights(const Layer &layer, const kvc_batch &batch, const WindowQuer
     for (int i = 0; i < rows.count; ++i) rows.top[i] = kNever, rows.total[i] = 0;
     std::memset(m.shared.query, 0, sizeof(float) * rows.count * layer.k_size);
     for (int i = 0; i < used; ++i) {
-        const int64_t at = (first + i / window) * query.head_stride + i % window * query.row_stride;
+        const int64_t at =
+            (first + i / count) * query.head_stride + (query.begin + i % count) * query.row_stride;
         float *to = m.shared.query + int64_t{i / kItemPad} * kItemPad * layer.k_size + i % kItemPad;
         for (int c = 0; c < layer.k_size; ++c)
             to[c * kItemPad] =
@@ -73,7 +75,7 @@ void window_weights(const Layer &layer, const kvc_batch &batch, const WindowQuer
             has_partial_strip(tile) || (end.tail >= 0 && end.tail + kStrip > tail - window + 1);
         for (int i = 0; i < used; ++i) {
             float *s = weights + i * kTile;
-            if (mask) mask_row(s, tile, tail - window + 1 + i % window);
+            if (mask) mask_row(s, tile, tail - window + 1 + query.begin + i % count);
             if (tile.bias) bias_row(layer, s, tile);
             softmax_row(s, tile.strips * kStrip, rows.top[i], rows.total[i], rows.decay[i]);
             m.tops[index * rows.count + i] = rows.top[i];
@@ -90,18 +92,23 @@ void window_weights(const Layer &layer, const kvc_batch &batch, const WindowQuer
         for (int i = 0; i < tile.strips; ++i) {
             const Strip &strip = tile.strip[i];
             for (int g = 0; g < heads; ++g) {
+                float *to = out + g * out_stride + strip.slot;
+                const bool apart = tile.codec == kExceptions;
+                float lanes[kStrip] = {};
+                if (query.begin != 0 && apart)
+                    each_lane(layer, strip, [&](int lane, int token) { lanes[lane] = to[token]; });
+                else if (query.begin != 0)
+                    std::memcpy(lanes, to, sizeof(float) * strip.count);
                 vf sum[kStrip / W];
-                repeat<kStrip / W>(KVC_LAMBDA(v) { sum[v] = vzero(); });
-                for (int row = g * window; row < (g + 1) * window; ++row) {
+                repeat<kStrip / W>(KVC_LAMBDA(v) { sum[v] = vload(lanes + v * W); });
+                for (int row = g * count; row < (g + 1) * count; ++row) {
                     const vf by = vset(m.factors[row]);
                     const float *from = weights + row * kTile + i * kStrip;
                     repeat<kStrip / W>(
                         KVC_LAMBDA(v) { sum[v] = vfma(vload(from + v * W), by, sum[v]); });
                 }
-                float lanes[kStrip];
                 repeat<kStrip / W>(KVC_LAMBDA(v) { vstore(lanes + v * W, sum[v]); });
-                float *to = out + g * out_stride + strip.slot;
-                if (tile.codec == kExceptions)
+                if (apart)
                     each_lane(layer, strip, [&](int lane, int token) { to[token] = lanes[lane]; });
                 else
                     std::memcpy(to, lanes, sizeof(float) * strip.count);

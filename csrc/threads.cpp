@@ -56,30 +56,6 @@ const OpenMP *openmp() {
     return &kept;
 }
 
-// Memory that a thread keeps from call to call.
-struct Scratch {
-    uint8_t *data = nullptr;
-    size_t size = 0;
-
-    ~Scratch() {
-        std::free(data);
-    }
-    uint8_t *get(size_t wanted) {
-#if defined(__SANITIZE_ADDRESS__)
-        constexpr size_t kUnit = 64;
-        size = 0;  // anew each time, and no more: then a use of anything beyond is noticed
-#else
-        constexpr size_t kUnit = 4096;
-#endif
-        if (wanted > size) {
-            std::free(data);
-            size = (wanted + kUnit - 1) / kUnit * kUnit;
-            data = static_cast<uint8_t *>(std::aligned_alloc(kUnit, size));
-            if (data == nullptr) size = 0;
-        }
-        return data;
-    }
-};
 thread_local Scratch scratch_memory;
 
 struct Job {
@@ -100,12 +76,52 @@ void run(void *data) {
     }
     for (;;) {
         const int64_t item = job.next.fetch_add(1, std::memory_order_relaxed);
-        if (item >= job.items) return;
+        if (item >= job.items) break;
         job.work(job.context, item, memory);
+    }
+    scratch_memory.trim();
+}
+
+std::atomic<int64_t> held_bytes{0}, peak_bytes{0};
+
+void count_bytes(int64_t more) {
+    const int64_t now = held_bytes.fetch_add(more) + more;
+    int64_t most = peak_bytes.load();
+    while (now > most && !peak_bytes.compare_exchange_weak(most, now)) {
     }
 }
 
 }  // namespace
+
+uint8_t *Scratch::get(size_t wanted) {
+    if (wanted == 0) wanted = 1;
+#if defined(__SANITIZE_ADDRESS__)
+    constexpr size_t kUnit = 64;
+    release();  // anew each time, and no more: then a use of anything beyond is noticed
+#else
+    constexpr size_t kUnit = 4096;
+#endif
+    if (wanted <= size_) return data_;
+    release();
+    const size_t size = (wanted + kUnit - 1) / kUnit * kUnit;
+    if (size < wanted) return nullptr;
+    data_ = static_cast<uint8_t *>(std::aligned_alloc(kUnit, size));
+    if (data_ == nullptr) return nullptr;
+    size_ = size;
+    count_bytes(static_cast<int64_t>(size));
+    return data_;
+}
+
+void Scratch::release() {
+    std::free(data_);
+    count_bytes(-static_cast<int64_t>(size_));
+    data_ = nullptr;
+    size_ = 0;
+}
+
+int64_t Scratch::peak() {
+    return peak_bytes.exchange(held_bytes.load());
+}
 
 int max_threads() {
     const OpenMP *runtime = openmp();
@@ -117,7 +133,7 @@ bool parallel(int64_t items, size_t scratch, bool alone, void (*work)(void *, in
     if (items <= 0) return true;
     Job job;
     job.items = items;
-    job.scratch = scratch != 0 ? scratch : 64;
+    job.scratch = scratch;
     job.work = work;
     job.context = context;
     const OpenMP *runtime = alone || items == 1 ? nullptr : openmp();

@@ -26,6 +26,8 @@ from vllm_kvcrush.ops.triton import (
 )
 from vllm_kvcrush.ops.triton import store_kernel as stores
 from vllm_kvcrush.ops.triton.config import (
+    MERGE_TILE,
+    MOST_SPLITS,
     SCORES_STAGES,
     SCORES_WARPS,
     attention_tiles,
@@ -140,7 +142,7 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
         geometry.v_pad,
         geometry.itemsize,
         room,
-        int(decode),
+        decode,
         wave,
         bool(parts & LOOPS.keys()),
     )
@@ -148,7 +150,7 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
     loops = tuple(dataclasses.replace(LOOPS[c], place=0) for c in LOOPS if c in parts)
     constants = {
         **{"HEADS": 8 * group, "GROUP": group, "G": geometry, "TILES": tiles},
-        **{"DTYPE": DTYPES[dtype], "UNIFORM": decode, "SPLITS": 16 if decode else 1},
+        **{"DTYPE": DTYPES[dtype], "UNIFORM": decode, "SPLIT": decode},
         **{
             "LOOPS": loops,
             "INT4": present["int4"],
@@ -173,12 +175,13 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     warps = gather_warps(geometry.k_pad, geometry.v_pad)
     yield Build(
         "merge", "-", *same, attention_kernel.merge_kernel,
-        {"HEADS": 8 * group, "SIZE": size, "PAD": geometry.v_pad, "SPLITS": 16, "VALUES": True},
+        {"HEADS": 8 * group, "SIZE": size, "PAD": geometry.v_pad, "MOST": MOST_SPLITS}
+        | {"TILE": MERGE_TILE, "VALUES": True},
         1, 3,
     )  # fmt: skip
     yield Build("store", "raw", *same, stores.store_kernel, {"T": 4, "G": geometry}, 2, 3)
     scratch = {"key": "*fp32", "value": "*fp32"}
-    constants = {"T": 32, "STEPS": 8, "VALUES": True, "POSITIONS": True, "G": geometry}
+    constants = {"T": 32, "VALUES": True, "POSITIONS": True, "G": geometry}
     for codec in PLAIN:
         yield Build(
             "gather", codec, *same, compaction_kernels.gather_kernel,
@@ -211,7 +214,7 @@ def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
         keys = {"LOCAL": loop.local, "DTYPE": DTYPES[dtype]}
         yield Build(
             "gather", codec, *same, fitted_kernels.fitted_gather_kernel,
-            {"T": fitted_ops.SLOTS, "STEPS": 8, "BITS": loop.bits, **pages, **keys}
+            {"T": fitted_ops.SLOTS, "BITS": loop.bits, **pages, **keys}
             | {"VALUES": True, "POSITIONS": True},
             warps, 3, {"key": "*fp32", "value": "*fp32"},
         )  # fmt: skip

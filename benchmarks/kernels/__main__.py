@@ -1,7 +1,9 @@
 """Attention kernels against vLLM's own on the CPU, and against the speed of the memory.
 
 Every candidate computes one layer's attention over the same data, in calls that find nothing of
-theirs in the cache; it is checked against float64 attention first. Bursts of all candidates and
+theirs in the cache (its data lie there in several copies, or the cache is emptied between bursts
+where the copies would take more than half of the free memory, or --quick wants fewer); it is
+checked against float64 attention first. Bursts of all candidates and
 of a plain sequential read take turns; ratios are taken round by round. One thread is timed by its
 CPU clock, which other work on the machine hardly touches; several by the wall clock, as waiting
 for each other is part of their work: those figures need a quiet machine.
@@ -18,13 +20,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks.kernels import worker
-from benchmarks.kernels.cases import SHAPES, working_set
+from benchmarks.kernels.cases import SHAPES, TooLarge, sizes
 from benchmarks.kernels.compaction import BUDGET, STAGES, plan
 from benchmarks.kernels.registry import BASELINE, CANDIDATES, CODECS
 from benchmarks.kernels.timing import CLOCKS, quartiles, ratios
@@ -67,23 +70,49 @@ def parse() -> argparse.Namespace:
 
 
 def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Job]]:
-    """What is measured with each number of threads: task, what the rows say of it, job."""
-    names = [c.name for c in CANDIDATES if c is BASELINE or c.codec in args.codecs]
-    common = {"rounds": args.rounds, "seconds": BURST, "working_set": working_set()}
+    """What is measured with each number of threads: task, what the rows say of it, job. Says what
+    is left out, and where memory makes a difference."""
+    said: set[str] = set()
+
+    def sized(task: str, where: dict[str, Any], once: Sequence[int], job: Job) -> Iterator[Any]:
+        try:
+            found = sizes(once, args.quick)
+        except TooLarge as error:
+            say(f"{task} {where} is left out: it {error}")
+            return
+        if found.cut is not None:
+            text = (
+                f"memory: the copies of each kernel's data take {found.copies >> 20} MB, not "
+                f"{found.cut >> 20} MB"
+            )
+            if text not in said:
+                say(text)
+                said.add(text)
+        job |= {"rounds": args.rounds, "seconds": BURST, "sizes": dataclasses.asdict(found)}
+        yield task, where, job
+
+    kinds = [c for c in CANDIDATES if c is BASELINE or c.codec in args.codecs]
+    names = [c.name for c in kinds]
     for shape in args.shapes:
+        heads = SHAPES[shape]
+        token = heads.kv_heads * 2 * heads.head_size
         for batch in args.batches:
             for context in args.contexts:
+                once = [batch * context * token * c.dtype.itemsize for c in kinds]
                 job = {"shape": shape, "lengths": [context] * batch, "query_len": 1}
                 where = {"shape": shape, "batch": batch, "context": context}
-                yield "decode", where, {"kind": "attention", "names": names, **job, **common}
+                job |= {"kind": "attention", "names": names}
+                yield from sized("decode", where, once, job)
         job = {"shape": shape, "lengths": [PREFILL_CONTEXT], "query_len": PREFILL_CHUNK}
         where = {"shape": shape, "batch": 1, "context": PREFILL_CONTEXT}
-        yield "prefill", where, {"kind": "attention", "names": names, **job, **common}
+        once = [PREFILL_CONTEXT * token * c.dtype.itemsize for c in kinds]
+        yield from sized("prefill", where, once, job | {"kind": "attention", "names": names})
         for context in args.contexts:
             if plan(context).due(context, context):
                 where = {"shape": shape, "batch": 1, "context": context}
-                job = {"shape": shape, "context": context}
-                yield "compaction", where, {"kind": "compaction", **job, **common}
+                job = {"kind": "compaction", "shape": shape, "context": context}
+                # Of K alone; V lies beside it and is not read.
+                yield from sized("compaction", where, [context * token * 2] * 2, job)
             else:
                 say(f"a prompt of {context} tokens is never compacted: only its attention is timed")
 

@@ -14,6 +14,9 @@ DISTINCT = 32  # pages with contents of their own; all others are copies of them
 MIN_WORKING_SET = 192 * 2**20
 # More than this many times the last-level cache: none of a call's data is left from earlier ones.
 CACHES = 4
+FLUSH = 2  # times the last-level cache that is read to be rid of what is in it
+SHARE = 0.5  # of the free memory that a measurement may take
+QUICK_WORKING_SET = 128 * 2**20  # making copies would take longer than timing them
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,69 @@ class Shape:
 SHAPES = {"smol": Shape(9, 3, 64), "llama": Shape(32, 8, 128)}
 
 
-def working_set() -> int:
-    """Bytes over which repeated calls must be spread for every call to read from memory."""
+def cache_bytes() -> int:
+    """Size of the last-level cache."""
     largest = 0
     for size in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         largest = max(largest, int(size.read_text().strip().removesuffix("K")) * 1024)
-    return max(MIN_WORKING_SET, CACHES * largest)
+    return largest
+
+
+def free_bytes() -> int:
+    """Memory that this process may still take: the machine's, or what its control group is left."""
+    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        group = pathlib.Path("/sys/fs/cgroup")
+        if (group / most).exists() and (limit := (group / most).read_text().strip()) != "max":
+            free = min(free, max(0, int(limit) - int((group / used).read_text())))
+    return free
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much memory a measurement takes.
+
+    Attributes:
+        copies: bytes over which the calls of each candidate are spread.
+        read: bytes of the read benchmark.
+        flush: `copies` do not outgrow the cache: before each burst it is filled with other data, of
+            which there are `read` bytes, and a burst reads no copy twice.
+        cut: bytes that the copies would have had if there were more memory, or None.
+    """
+
+    copies: int
+    read: int
+    flush: bool
+    cut: int | None = None
+
+
+class TooLarge(Exception):
+    """A measurement that does not fit the memory even with one copy of everything."""
+
+
+def sizes(once: Sequence[int], quick: bool = False) -> Sizes:
+    """For a measurement whose candidates need so many bytes for one copy each; together they take
+    up to SHARE of the memory that is free. Raises TooLarge."""
+    cache, room = cache_bytes(), int(SHARE * free_bytes())
+    wanted = max(MIN_WORKING_SET, CACHES * cache)
+    read = max(MIN_WORKING_SET, FLUSH * cache) if quick else wanted
+    if quick:
+        wanted = min(wanted, QUICK_WORKING_SET)
+    read = min(read, room // 4)
+    # Copies are whole, so a candidate may take one more than asked for.
+    each = (room - read - sum(once)) // len(once)
+    if each < 0:
+        raise TooLarge(
+            f"needs {(sum(once) + read) / 1e9:.1f} GB, and may take {room / 1e9:.1f} GB, "
+            f"{SHARE:.0%} of what is free"
+        )
+    copies = max(1, min(wanted, each))
+    return Sizes(copies, read, copies < CACHES * cache, wanted if copies < wanted else None)
 
 
 class Case:

@@ -4,11 +4,12 @@ names are compared with. Reading and writing pages is not part of it."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from benchmarks.kernels.cases import PAGE, Case
-from benchmarks.kernels.timing import Parts, now, since
+from benchmarks.kernels.timing import Parts, now, since, turns
 from vllm_kvcrush import policies
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.plan import Plan
@@ -93,15 +94,23 @@ class Layers:
 class CompactionBurst:
     """Compactions of one policy, layer after layer, for about `seconds`."""
 
-    def __init__(self, layers: Layers, name: str, seconds: float):
+    def __init__(
+        self,
+        layers: Layers,
+        name: str,
+        seconds: float,
+        flush: Callable[[], None] | None = None,
+    ):
         self._layers, self._policy, self._next = layers, policies.get(name), 0
-        self._times = 1
+        self._times, self._flush = 1, flush
         self()
-        self._times = max(1, math.ceil(seconds / self()["total"][0]))
+        self._times = turns(seconds, self()["total"][0], layers.sets, flush)
 
     @torch.inference_mode()
     def __call__(self) -> Parts:
         spent: Parts = {}
+        if self._flush is not None:
+            self._flush()
         for _ in range(self._times):
             self._layers.compact(self._policy, self._next, spent)
             self._next = (self._next + 1) % self._layers.sets

@@ -63,7 +63,10 @@ class Ours(Candidate):
         blocks = blocks.view(self.sets, batch, pages + tail_blocks)
         copied = torch.randint(DISTINCT, blocks.shape, generator=draw)
         copied[:, :, pages:] += DISTINCT  # raw ones
-        pool[blocks.flatten()] = pool[copied.flatten()]
+        for to, source in zip(
+            blocks.flatten().split(256), copied.flatten().split(256), strict=True
+        ):
+            pool[to] = pool[source]  # all at once would take as much memory again
         self._region, self._tail = blocks[:, :, :pages], blocks[:, :, pages:].to(torch.int32)
         starts = torch.arange(batch + 1, dtype=torch.int32) * count
         tails = torch.tensor(self._tails, dtype=torch.int32)

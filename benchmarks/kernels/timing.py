@@ -25,17 +25,32 @@ def since(began: tuple[float, float]) -> tuple[float, float]:
     return wall - began[0], cpu - began[1]
 
 
+def turns(seconds: float, one: float, sets: int, flush: Callable[[], None] | None) -> int:
+    """Calls of `one` seconds in a burst."""
+    wanted = max(1, math.ceil(seconds / one))
+    return wanted if flush is None else min(wanted, sets)
+
+
 class Burst:
     """Calls `call(index)` long enough to be timed, going round the copies 0 … sets - 1 so that
-    none is still in the cache when its turn comes again."""
+    none is still in the cache when its turn comes again. With `flush`, which empties the cache and
+    is not timed, at most once round."""
 
-    def __init__(self, call: Callable[[int], None], sets: int, seconds: float):
-        self._call, self._sets, self._next = call, sets, 0
+    def __init__(
+        self,
+        call: Callable[[int], None],
+        sets: int,
+        seconds: float,
+        flush: Callable[[], None] | None = None,
+    ):
+        self._call, self._sets, self._next, self._flush = call, sets, 0, flush
         self._times = 1
         self()  # the first call pays for what others find ready
-        self._times = max(1, math.ceil(seconds / self()["call"][0]))
+        self._times = turns(seconds, self()["call"][0], sets, flush)
 
     def __call__(self) -> Parts:
+        if self._flush is not None:
+            self._flush()
         began = now()
         for _ in range(self._times):
             self._call(self._next)

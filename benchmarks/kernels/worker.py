@@ -27,7 +27,7 @@ def start(threads: int) -> Child:
     return Child(f"the measurement with {threads} threads", command, environment)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def reader(size: int) -> Any:
     """The read benchmark; which way is fastest is found out once."""
     from benchmarks.kernels.bandwidth import Reader
@@ -42,7 +42,7 @@ def attention(
     names: list[str],
     rounds: int,
     seconds: float,
-    working_set: int,
+    sizes: dict[str, Any],
     seed: int = 0,
 ) -> dict[str, Any]:
     """Checks and times the candidates in `names` on one case, beside reading memory.
@@ -51,20 +51,22 @@ def attention(
         {"candidates": {name: {"calls": [[wall, CPU] a round], "bytes", "error"}},
         "read": {"calls", "bytes", "way"}}; seconds of one call.
     """
-    from benchmarks.kernels.cases import SHAPES, Case
+    from benchmarks.kernels.cases import SHAPES, Case, Sizes
     from benchmarks.kernels.check import check
     from benchmarks.kernels.registry import CANDIDATES
     from benchmarks.kernels.timing import Burst, take_turns
 
-    case, read = Case(SHAPES[shape], lengths, query_len, seed), reader(working_set)
+    size = Sizes(**sizes)
+    case, read = Case(SHAPES[shape], lengths, query_len, seed), reader(size.read)
+    flush = functools.partial(read, 0) if size.flush else None
     bursts = {"read": Burst(read, 1, seconds)}
     found: dict[str, Any] = {}
     for kind in CANDIDATES:
         if kind.name in names:
-            candidate = kind(case, working_set)
+            candidate = kind(case, size.copies)
             found[kind.name] = {"bytes": candidate.bytes_read, "error": check(candidate, seed)}
             run = functools.partial(_run, candidate, candidate.empty())
-            bursts[kind.name] = Burst(run, candidate.sets, seconds)
+            bursts[kind.name] = Burst(run, candidate.sets, seconds, flush)
     times = take_turns(bursts, rounds, seed)
     for name, result in found.items():
         result["calls"] = [parts["call"] for parts in times[name]]
@@ -77,15 +79,17 @@ def _run(candidate: Any, out: Any, index: int) -> None:
 
 
 def compaction(
-    shape: str, context: int, rounds: int, seconds: float, working_set: int, seed: int = 0
+    shape: str, context: int, rounds: int, seconds: float, sizes: dict[str, Any], seed: int = 0
 ) -> dict[str, Any]:
     """Times the compaction of one layer: {policy: {stage: [[wall, CPU] a round]}}."""
-    from benchmarks.kernels.cases import SHAPES, Case
+    from benchmarks.kernels.cases import SHAPES, Case, Sizes
     from benchmarks.kernels.compaction import POLICIES, STAGES, CompactionBurst, Layers
     from benchmarks.kernels.timing import take_turns
 
-    layers = Layers(Case(SHAPES[shape], [context], min(context, 64), seed), working_set)
-    bursts = {name: CompactionBurst(layers, name, seconds) for name in POLICIES}
+    size = Sizes(**sizes)
+    layers = Layers(Case(SHAPES[shape], [context], min(context, 64), seed), size.copies)
+    flush = functools.partial(reader(size.read), 0) if size.flush else None
+    bursts = {name: CompactionBurst(layers, name, seconds, flush) for name in POLICIES}
     times = take_turns(bursts, rounds, seed)
     return {name: {s: [p[s] for p in parts] for s in STAGES} for name, parts in times.items()}
 

@@ -131,7 +131,7 @@ class Cache:
         layer, step = self.layer, self.block_size
         blocks = [self.free.pop() for _ in range(-(-tail // step))]
         keys, values, positions, begin, end = [], [], [], [], []
-        start = self.draw.randrange(1000)
+        start = 20_000 + self.draw.randrange(1000)  # after all pages' positions
         for head in range(layer.kv_heads):
             begin.append(len(self.entries))
             k_parts, v_parts, p_parts = [], [], []

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if os.environ.get("KVCRUSH_GPU_TESTS") else ["test_*.py"]
+if INTERPRETED:
+    collect_ignore_glob.append("test_launches.py")  # which compiles
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +30,7 @@ def draw() -> random.Random:
 
 
 # One a process, and part of every test's name: whoever reads a result sees where it ran.
-MODE = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+MODE = "interpreter" if INTERPRETED else "cuda"
 
 
 @pytest.fixture(scope="session", params=[MODE])

@@ -76,7 +76,7 @@ def test_rows_of_equal_number(draw: random.Random, device: str) -> None:
     for tail in (7, 40, 3, 9):
         cache.put(["int4"], tail)
     rows = [4, 3, 0, 1]
-    assert max(rows) <= attention.tiles_for(cache.layer, 4).queries
+    assert max(rows) <= attention.tiles_for(cache.layer, 4)[0].queries
     cache.check(rows, TOLERANCE[torch.float16], parts=1)
 
 

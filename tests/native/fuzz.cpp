@@ -1677,8 +1677,13 @@ class Case {
         }
         if (asked.spoiled) valid = false;
         // Raw sources have no positions to hand on; those drawn may also span too much.
-        if (wants_positions)
-            valid &= tame_ && !has_raw(asked.d) && ascends(asked, slots, start, target);
+        bool refuse = false;
+        if (wants_positions) {
+            const Order order =
+                tame_ && !has_raw(asked.d) ? order_of(asked, slots, start, target) : kTies;
+            valid &= order == kAscends;
+            refuse = order == kGoesBack;
+        }
         std::vector<std::vector<float>> keys, values;
         std::vector<std::vector<int32_t>> places;
         if (tame_)
@@ -1693,9 +1698,8 @@ class Case {
         std::vector<uint8_t> staged;
         if (random_.chance(30))
             staged.resize(target.page.size() * static_cast<size_t>(layer.page_bytes));
-        bool refuse = false;
         if (hostile(30)) {
-            valid = false;
+            valid = refuse = false;
             switch (random_.in(0, 4)) {
                 case 0:
                     used = bad_layer();
@@ -1749,27 +1753,34 @@ class Case {
         for (int h = 0; h < heads; ++h)
             compare_compacted(target, slots, start, h, keys, values, places);
     }
-    // Do the positions of every target page ascend, over a span that it can hold?
-    bool ascends(const Asked &asked, const std::vector<int64_t> &slots,
-                 const std::vector<int64_t> &start, const Directory &target) const {
+    // How the positions go that target pages are given: all ascend, over spans that pages can hold;
+    // or within a page some go back, which must be refused; or else they tie or reach too far.
+    enum Order { kAscends, kGoesBack, kTies };
+    Order order_of(const Asked &asked, const std::vector<int64_t> &slots,
+                   const std::vector<int64_t> &start, const Directory &target) const {
+        Order found = kAscends;
         for (int h = 0; h < cache_.layer.num_kv_heads; ++h) {
             const std::vector<int32_t> all = positions_of(asked, h);
             size_t at = static_cast<size_t>(start[static_cast<size_t>(h)]);
+            const size_t first = at;
             for (int32_t e = target.begin[static_cast<size_t>(h)];
                  e < target.end[static_cast<size_t>(h)]; ++e) {
                 const size_t count = target.count[static_cast<size_t>(e)];
-                for (size_t i = 0; i < count && has_positions(target.codec[static_cast<size_t>(e)]);
-                     ++i) {
-                    const int64_t here = all[static_cast<size_t>(slots[at + i])];
-                    if (i != 0 && here <= all[static_cast<size_t>(slots[at + i - 1])]) return false;
-                    if (here - all[static_cast<size_t>(slots[at])] >= 65536 * 15) return false;
-                    if (fitted(target.codec[static_cast<size_t>(e)]) && here >= Angles::kPositions)
-                        return false;
+                const int codec = target.codec[static_cast<size_t>(e)];
+                for (size_t i = at; i < at + count; ++i) {
+                    const int64_t here = all[static_cast<size_t>(slots[i])];
+                    const int64_t before = i != first ? all[static_cast<size_t>(slots[i - 1])] : -1;
+                    // Those that tie move the ones after them on, in the pages that follow too.
+                    if (here == before) found = kTies;
+                    if (!has_positions(codec)) continue;
+                    if (i != at && here < before) return kGoesBack;
+                    if (here - all[static_cast<size_t>(slots[at])] >= 65536 * 15) found = kTies;
+                    if (fitted(codec) && here >= Angles::kPositions) found = kTies;
                 }
                 at += count;
             }
         }
-        return true;
+        return found;
     }
     void compare_compacted(const Directory &target, const std::vector<int64_t> &slots,
                            const std::vector<int64_t> &start, int h,

@@ -27,6 +27,8 @@ from benchmarks.report import Run
 from vllm_kvcrush import policies
 
 SMALL = Shape(6, 2, 32)
+MB, GB = 2**20, 2**30
+SIZES = {"copies": MB, "read": MB, "flush": False}
 
 
 @pytest.fixture
@@ -176,16 +178,58 @@ def test_evicting_reads_a_quarter_of_the_tokens() -> None:
 def test_copies_fill_the_working_set(kind: type[Candidate]) -> None:
     case = Case(SMALL, [PAGE * 2])
     candidate = kind(case, 10**6)
-    assert candidate.sets * candidate.bytes_read >= 10**6
+    assert 10**6 <= candidate.sets * candidate.bytes_read < 10**6 + candidate.bytes_read
     first, last = (candidate.held(i, 0)[0] for i in (0, candidate.sets - 1))
     assert not torch.equal(first, last)
 
 
-def test_working_set_is_far_larger_than_the_cache() -> None:
-    size = cases.working_set()
-    assert size >= 192 * 2**20
+def machine(monkeypatch: pytest.MonkeyPatch, cache: int, free: int) -> None:
+    monkeypatch.setattr(cases, "cache_bytes", lambda: cache)
+    monkeypatch.setattr(cases, "free_bytes", lambda: free)
+
+
+def test_copies_outgrow_the_cache_where_there_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for known in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        assert size >= 4 * 1024 * int(known.read_text().strip().rstrip("K"))
+        assert cases.cache_bytes() >= 1024 * int(known.read_text().strip().rstrip("K"))
+    assert 0 < cases.free_bytes() < 2**50
+    machine(monkeypatch, 32 * MB, 64 * GB)
+    assert cases.sizes([5 * MB] * 14) == cases.Sizes(192 * MB, 192 * MB, False)
+    machine(monkeypatch, 300 * MB, 64 * GB)
+    assert cases.sizes([5 * MB] * 14) == cases.Sizes(1200 * MB, 1200 * MB, False)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("free", [24 * GB, 4 * GB, GB])
+@pytest.mark.parametrize("cache", [300 * MB, 32 * MB])
+def test_memory_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, cache: int, free: int, quick: bool
+) -> None:
+    """Whatever the cache: half of what is free, and cold data all the same."""
+    machine(monkeypatch, cache, free)
+    once = [5 * MB] * 14
+    found = cases.sizes(once, quick)
+    assert found.read + sum(found.copies + n for n in once) <= free // 2
+    assert found.flush == (found.copies < 4 * cache)
+    assert found.cut is None or found.cut > found.copies
+    if quick:
+        assert found.copies <= 128 * MB
+    with pytest.raises(cases.TooLarge, match=r"needs \d.* GB, and may take"):
+        cases.sizes([free // 4] * 3, quick)
+
+
+def test_what_memory_does_not_allow_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine(monkeypatch, 300 * MB, 3 * GB)
+    args = argparse.Namespace(
+        shapes=["llama"], contexts=[128, 32768], batches=[1], codecs=["raw"], rounds=3, quick=False
+    )
+    wanted = list(main.jobs(args))
+    said = capsys.readouterr().err
+    assert ("decode", 32768) not in [(t, w["context"]) for t, w, _ in wanted]
+    assert "decode {'shape': 'llama', 'batch': 1, 'context': 32768} is left out: it needs" in said
+    assert "memory: the copies of each kernel's data take" in said
+    assert ("decode", 128) in [(t, w["context"]) for t, w, _ in wanted]
 
 
 # -- timing -------------------------------------------------------------------------------------
@@ -200,6 +244,16 @@ def test_bursts_go_round_the_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = burst()
     assert seen == [0, 1, 2, 0, 1, 2]
     assert parts == {"call": (2.0 / 4, 1.0 / 4)}
+
+
+def test_a_flushed_burst_reads_no_copy_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(timing, "now", lambda: (float(next(clock)), 0.5 * next(clock)))
+    seen: list[int] = []
+    burst = timing.Burst(seen.append, 3, 70.0, lambda: seen.append(-1))
+    assert seen == [-1, 0, -1, 1]
+    burst()
+    assert seen[4:] == [-1, 2, 0, 1]
 
 
 def test_turns_are_taken_in_changing_order() -> None:
@@ -234,7 +288,7 @@ def test_a_tiny_decode_case_end_to_end(run: Run) -> None:
     names = [BASELINE.name, "vllm-fp32"]
     job = {"kind": "attention", "shape": "smol", "lengths": [200, 200], "query_len": 1}
     result = worker.handle(
-        {**job, "names": names, "rounds": 3, "seconds": 0.001, "working_set": 2**20}
+        {**job, "names": names, "rounds": 3, "seconds": 0.001, "sizes": SIZES | {"flush": True}}
     )
     assert list(result["candidates"]) == names
     report = main.Report(run, 1)
@@ -301,7 +355,7 @@ def test_the_compaction_that_is_timed_is_the_plugins(name: str) -> None:
 
 def test_compaction_end_to_end(run: Run) -> None:
     job = {"kind": "compaction", "shape": "smol", "context": 600}
-    result = worker.handle({**job, "rounds": 2, "seconds": 0.001, "working_set": 2**20})
+    result = worker.handle({**job, "rounds": 2, "seconds": 0.001, "sizes": SIZES})
     lines = main.Report(run, 1).compaction({"shape": "smol", "batch": 1, "context": 600}, result)
     assert [line[3] for line in lines] == list(compaction.POLICIES)
     row = next(r for r in run.rows if r["policy"] == "kvcrush" and "stage=select" in r["mode"])
@@ -311,7 +365,7 @@ def test_compaction_end_to_end(run: Run) -> None:
 
 def test_filters(capsys: pytest.CaptureFixture[str]) -> None:
     args = argparse.Namespace(
-        shapes=["llama"], contexts=[128, 2048], batches=[1, 8], codecs=["raw"], rounds=3
+        shapes=["llama"], contexts=[128, 2048], batches=[1, 8], codecs=["raw"], rounds=3, quick=True
     )
     wanted = list(main.jobs(args))
     assert [(t, w["batch"], w["context"]) for t, w, _ in wanted] == [

@@ -68,6 +68,25 @@ def test_kernels_compile_for_nvidia_and_amd(
         print(f"\n{len(rows)} kernels compiled for sm_90 and gfx942, no spills")
 
 
+def test_what_an_engine_launches_compiles(
+    triton: dict[str, str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            "tests/gpu/test_launches.py",
+        ],
+        env=triton | {"KVCRUSH_GPU_TESTS": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    with capsys.disabled():
+        summary = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        print(f"\ntests/gpu/test_launches.py, compiled: {summary}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_device_benchmark_runs_dry(triton: dict[str, str], tmp_path: pathlib.Path) -> None:
     """Every part of `make bench-gpu`, at tiny sizes in the interpreter."""
     result = tmp_path / "dry.json"

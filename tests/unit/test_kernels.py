@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -665,30 +666,109 @@ def test_targets_of_a_compaction_may_be_its_sources(isa: str, draw: random.Rando
         assert torch.equal(where, slots[head].int())
 
 
-def test_slots_may_come_in_any_order(isa: str, draw: random.Random) -> None:
-    """As they do where tokens were demoted; positions that do not ascend are made to."""
-    cache = Cache(draw, 1, 64, 64, block_size=32)
-    cache.put(["exact", "exact"], 64)
+def one_page(draw: random.Random, codec: str) -> tuple[Any, ...]:
+    """A cache, a request of two pages and a tail, 16 slots of each head in position order, a page
+    for each head to move them to, the positions of all slots, and these pages."""
+    cache = Cache(draw, 1, 64, 64, block_size=64)
+    cache.put(["int8", "tc4"], 64)
     tail = torch.tensor(cache.tails[0], dtype=torch.int32)
     request = cpu.Request(cache.directory(), tail, 64, 100_000, cache.block_size)
-    layer, held = cache.layer, min(map(len, cache.keys[0]))
-    slots = torch.stack([torch.randperm(held)[:16] for _ in range(2)])
-    pages_, places = [cache.page(), cache.page()], cpu.positions(layer, request, held)
+    held = min(map(len, cache.keys[0]))
+    places = cpu.positions(cache.layer, request, held)
+    slots = torch.stack([torch.tensor(sorted(draw.sample(range(held), 16))) for _ in range(2)])
     target = cpu.Directory(
         torch.tensor([[0, 1]], dtype=torch.int32),
         torch.tensor([[1, 2]], dtype=torch.int32),
-        torch.tensor(pages_, dtype=torch.int32),
+        torch.tensor(to := [cache.page(), cache.page()], dtype=torch.int32),
         torch.tensor([16, 16], dtype=torch.int32).to(torch.uint16),
-        torch.tensor([1, 1], dtype=torch.uint8),
+        torch.tensor([pages.CODECS[codec]] * 2, dtype=torch.uint8),
     )
-    cpu.compact(layer, request, slots, target)
+    return cache, request, slots, target, places, to
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6"])
+def test_slots_out_of_position_order_are_refused(isa: str, draw: random.Random, codec: str) -> None:
+    """With head and positions, before anything is written: the engine has lost count."""
+    cache, request, slots, target, places, _ = one_page(draw, codec)
+    before = cache.pool.clone()
+    at = draw.randrange(1, 16)
+    slots[1, [at - 1, at]] = slots[1, [at, at - 1]]
+    first, second = places[1][slots[1, at - 1 : at + 1]].tolist()
+    words = (
+        f"slots of head 1 are not in position order: position {second} comes after {first} in "
+        "one page"
+    )
+    with pytest.raises(ValueError, match=words):
+        cpu.compact(cache.layer, request, slots, target)
+    assert torch.equal(cache.pool, before)
+    slots[1, at] = slots[1, at - 1]
+    with pytest.raises(ValueError, match=f"slot {int(slots[1, at])} of head 1 is given twice"):
+        cpu.compact(cache.layer, request, slots, target)
+    assert torch.equal(cache.pool, before)
+
+
+def test_raw_pages_take_slots_in_any_order(isa: str, draw: random.Random) -> None:
+    """They keep no positions."""
+    cache, request, slots, target, _, to = one_page(draw, "raw")
+    slots = torch.stack([s[torch.randperm(16)] for s in slots])
+    cpu.compact(cache.layer, request, slots, target)
     for head in range(2):
-        got, _, where = cpu.decode(layer, "exact", pages_[head], 16)
-        assert torch.equal(got.double(), cache.keys[0][head][slots[head]])
-        own, want = places[head][slots[head]].tolist(), []
-        for place in own:
-            want.append(max(place, want[-1] + 1) if want else place)
-        assert where is not None and where.tolist() == want
+        key, _, _ = cpu.decode(cache.layer, "raw", to[head], 16)
+        assert torch.equal(key.double(), cache.keys[0][head][slots[head]])
+
+
+def test_a_position_comes_twice_only_where_codecs_round(draw: random.Random) -> None:
+    """Two exact pages with a position in common: kept apart where fitted codecs exist, whose tokens
+    may have come into exact pages, refused where there are none."""
+    cache = Cache(draw, 1, 64, 64, kv_heads=1)
+    sources, page = [cache.page(), cache.page()], cache.page()
+    where = torch.tensor([5, 9, 12], dtype=torch.int32)
+    for source in sources:
+        x = torch.randn(3, 64)
+        cpu.encode(cache.layer, "exact", source, x, x, where)
+    row = torch.zeros(1, 1, dtype=torch.int32)
+    counts, codecs = torch.tensor([3, 3]).to(torch.uint16), torch.ones(2, dtype=torch.uint8)
+    held = cpu.Directory(row, row + 2, torch.tensor(sources, dtype=torch.int32), counts, codecs)
+    request = cpu.Request(held, torch.zeros(1, dtype=torch.int32), 0, 0, cache.block_size)
+    one = torch.tensor([page], dtype=torch.int32)
+    target = cpu.Directory(row, row + 1, one, torch.tensor([6]).to(torch.uint16), codecs[:1])
+    slots = torch.tensor([[0, 3, 1, 4, 2, 5]])
+    cpu.compact(cache.layer, request, slots, target)
+    got = cpu.decode(cache.layer, "exact", page, 6)[2]
+    assert got is not None and got.tolist() == [5, 6, 9, 10, 12, 13]
+    layer = cache.layer
+    bare = cpu.Layer(
+        cache.pool, index=layer.first_page, layers=layer.block_pages, heads=1, kv_heads=1,
+        k_size=64, v_size=64, block_size=cache.block_size, dtype=cache.dtype, scale=0.125,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="slots of head 0 are not distinct: position 5 comes"):
+        cpu.compact(bare, request, slots, target)
+
+
+def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> None:
+    """Tokens on their way take a page's floats a thread, and pages that are sources too their own
+    bytes: not everything at once."""
+    cache = Cache(draw, 1, 128, 128, torch.bfloat16, kv_heads=1, block_size=128, blocks=130)
+    tokens = 128 * 128
+    tail = torch.tensor(cache.free[:128], dtype=torch.int32)
+    cache.pool.view(torch.bfloat16).normal_()
+    request = cpu.Request(None, tail, tokens, 0, 128)
+    full = cache.capacity("int4")
+    counts = [full] * (tokens // full)
+    row = torch.zeros(1, 1, dtype=torch.int32)
+    page = torch.tensor([cache.layer.page(int(b), 0) for b in tail[: len(counts)]])
+    target = cpu.Directory(
+        row, row + len(counts), page.int(), torch.tensor(counts).to(torch.uint16),
+        torch.full((len(counts),), pages.CODECS["int4"], dtype=torch.uint8),
+    )  # fmt: skip
+    slots = torch.arange(sum(counts)).unsqueeze(0)
+    cpu.scratch_peak()
+    kept = cpu.scratch_peak()
+    cpu.compact(cache.layer, request, slots, target)
+    moved = 4 * 256 * sum(counts)
+    staged = len(counts) * cache.layer.page_bytes
+    most = staged + cpu.threads() * 4 * 256 * full + 4 * tokens + (2 + cpu.threads()) * 4096
+    assert 0 < cpu.scratch_peak() - kept <= most < moved / 2
 
 
 def test_reading_slots_across_pages(isa: str, draw: random.Random) -> None:
@@ -710,6 +790,31 @@ def test_reading_slots_across_pages(isa: str, draw: random.Random) -> None:
 
 
 # -- scoring and choosing -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("window", "codecs"), [(1024, ["tc4", "int8"]), (300, [])])
+def test_long_windows_take_little_memory(
+    draw: random.Random, window: int, codecs: list[str]
+) -> None:
+    """A window of many queries is taken in pieces, with the same result."""
+    cache = Cache(draw, 8, 64, 64, torch.bfloat16, kv_heads=1, blocks=400)
+    cache.put(codecs, 9000)
+    tail = torch.tensor(cache.tails[0], dtype=torch.int32)
+    request = cpu.Request(cache.directory() if codecs else None, tail, 9000, 0, cache.block_size)
+    queries = torch.randn(8, window, 64)
+    key, n = cache.keys[0][0].unsqueeze(0).float(), len(cache.keys[0][0])
+    cpu.scratch_peak()
+    kept = cpu.scratch_peak()
+    got = cpu.window_scores(
+        cache.layer, request, queries, n, mean=False, pool=1, pool_kind="avg", reduce=None
+    )
+    peak = cpu.scratch_peak() - kept
+    whole = 8 * window * n * 4
+    assert 0 < peak <= cpu.threads() * (16 << 20) + 4 * 8 * n + 8192
+    assert whole > 4 * (16 << 20)
+    want = ops.window_attention(queries, key, cache.layer.scale).sum(1)
+    torch.testing.assert_close(got, want.float(), rtol=2e-3, atol=1e-4)
+    assert cpu.scratch_peak() - kept <= cpu.threads() * (16 << 20)  # what the threads keep
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])

@@ -21,7 +21,7 @@ from torch import Tensor
 from vllm_kvcrush.ops.fitted import LayerTable
 from vllm_kvcrush.pages import CODECS, FITTED
 
-VERSION = 3
+VERSION = 4
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -123,7 +123,7 @@ def _load() -> ctypes.CDLL:
     for name, arguments in pointers.items():
         getattr(library, name).argtypes = arguments
     library.kvc_capacity.argtypes = [_i32, _i64, _i32, _i32, _i32]
-    library.kvc_capacity.restype = _i64
+    library.kvc_capacity.restype = library.kvc_scratch_peak.restype = _i64
     library.kvc_huge_pages.restype = None
     library.kvc_error.restype = library.kvc_isa.restype = ctypes.c_char_p
     library.kvc_use_isa.argtypes = [ctypes.c_char_p]
@@ -162,6 +162,12 @@ def use_isa(name: str) -> None:
 def threads() -> int:
     """Threads that a large call uses: those of torch's OpenMP runtime."""
     return int(_library.kvc_threads())
+
+
+def scratch_peak() -> int:
+    """The most bytes of working memory that the kernels of this process have held at once since the
+    last call of this function. Up to 16 MiB of each kind and thread are kept from call to call."""
+    return int(_library.kvc_scratch_peak())
 
 
 def capacity(codec: str, page_bytes: int, k_size: int, v_size: int, dtype: torch.dtype) -> int:
@@ -503,9 +509,13 @@ def compact(
 
     Args:
         slots: for each KV head int64 [n]: slots among the directory's tokens in order, then the
-            tail's, in any order. A tensor [kv_heads, n] will do. Positions are made to ascend
-            within a page.
+            tail's, in position order within each page that keeps positions. A tensor
+            [kv_heads, n] will do. Positions that tie, as those of fitted pages may, are moved on.
         target: row 0 says which pages each head fills, each with as many as its count says.
+
+    Raises:
+        ValueError: slots of a page are not in position order, or one comes twice; nothing was
+            written.
     """
     if len(slots) != layer.kv_heads:
         raise ValueError(f"slots of {len(slots)} heads for {layer.kv_heads} KV heads")

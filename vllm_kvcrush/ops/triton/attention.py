@@ -5,29 +5,31 @@ from __future__ import annotations
 import itertools
 
 import torch
-import triton
 from torch import Tensor
 
 from vllm_kvcrush.ops.triton.attention_kernel import attention_kernel, merge_kernel
 from vllm_kvcrush.ops.triton.cache import DTYPES, RUNS, Batch, Layer
-from vllm_kvcrush.ops.triton.config import Tiles, attention_tiles, product_options, splits
+from vllm_kvcrush.ops.triton.config import (
+    MERGE_TILE,
+    MOST_SPLITS,
+    Tiles,
+    attention_tiles,
+    product_options,
+    splits,
+)
 
 
-def tiles_for(layer: Layer, longest: int, fitted: bool = False) -> Tiles:
+def tiles_for(layer: Layer, longest: int, fitted: bool = False) -> tuple[Tiles, bool]:
     """The tiles of a step whose sequences have up to `longest` query rows, and perhaps pages of
-    fitted codecs."""
+    fitted codecs; and whether they are those of decode, in which a program has a whole sequence.
+    Only these two kinds are ever compiled, whatever `longest` is."""
     geometry = layer.geometry
     room = (layer.capacity("raw"), layer.capacity("int8"), layer.capacity("int4"))
-    return attention_tiles(
-        layer.group,
-        geometry.k_pad,
-        geometry.v_pad,
-        geometry.itemsize,
-        room,
-        longest,
-        layer.wave,
-        fitted,
-    )
+    shape = (layer.group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room)
+    tiles = attention_tiles(*shape, True, layer.wave, fitted)
+    if longest <= tiles.queries:
+        return tiles, True
+    return attention_tiles(*shape, False, layer.wave, fitted), False
 
 
 def attention(
@@ -48,7 +50,7 @@ def attention(
         query: [rows, heads, k_size], unscaled, rows may be strided.
         out: [rows, heads, v_size], rows may be strided; None: only `lse` is wanted.
         lse: None, or float32 [rows, heads]: receives log Σ exp(logit).
-        parts: programs that share a row's context; None: as many as fill the device.
+        parts: programs that share a row's context, up to 64; None: as many as fill the device.
     """
     rows, geometry = len(query), layer.geometry
     if query.shape[1:] != (layer.heads, layer.k_size) or query.stride()[1:] != (layer.k_size, 1):
@@ -64,8 +66,7 @@ def attention(
     there = {run for run, any_pages in zip(RUNS, present, strict=True) if any_pages}
     fitted = layer.fitted
     loops = [] if fitted is None else [fitted.loops[c] for c in fitted.codecs if c in there]
-    tiles = tiles_for(layer, batch.longest, bool(loops))
-    uniform = batch.longest <= tiles.queries
+    tiles, uniform = tiles_for(layer, batch.longest, bool(loops))
     blocks = batch.seqs if uniform else rows // tiles.queries + batch.seqs
     if parts is None:
         parts = splits(blocks, layer.kv_heads, _processors(query.device))
@@ -99,6 +100,7 @@ def attention(
         lse if directory is None or directory.log_bias is None else directory.log_bias,
         *(_no_tables(lse) if fitted is None else fitted.tables()),
         layer.scale,
+        parts,
         batch.seqs,
         layer.block_pages,
         layer.first_page,
@@ -112,7 +114,7 @@ def attention(
         TILES=tiles,
         DTYPE=DTYPES[layer.dtype],
         UNIFORM=uniform,
-        SPLITS=parts,
+        SPLIT=parts > 1,
         LOOPS=tuple(itertools.chain(*loops)),
         INT4="int4" in there,
         INT8="int8" in there,
@@ -131,12 +133,14 @@ def attention(
             to if to is not None else lse,
             sums,
             batch.query_start,
+            parts,
             batch.seqs,
             0 if out is None else out.stride(0),
             HEADS=layer.heads,
             SIZE=layer.v_size,
             PAD=geometry.v_pad,
-            SPLITS=parts,
+            MOST=MOST_SPLITS,
+            TILE=MERGE_TILE,
             VALUES=out is not None,
             num_warps=1,
         )
@@ -150,8 +154,3 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU, statement by statement."""
-    return bool(triton.knobs.runtime.interpret)

@@ -10,6 +10,7 @@ splits in turn. Everything that depends on lengths is read on the device.
 import triton
 import triton.language as tl
 
+from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
 from vllm_kvcrush.ops.triton.fitted_attention import exceptions_run, fitted_run
 from vllm_kvcrush.ops.triton.pages import (
     int4_key_plane,
@@ -86,8 +87,8 @@ def _query_planes2(query, at, mask, G: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _int4_run(
     query, query_at, row_mask, words, grid, half, begin, end, pages, counts, bias, log_bias, scale,
-    split, a0, a1, a2, a3, peak, total,
-    SPLITS: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
+    split, splits, a0, a1, a2, a3, peak, total,
+    G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = TILES.rows
@@ -95,7 +96,7 @@ def _int4_run(
     PER: tl.constexpr = (G.int4.capacity + T - 1) // T
     t = tl.arange(0, T)
     q0, q1, q2, q3 = _query_planes4(query, query_at, row_mask, G, DTYPE)
-    for i in range(begin * PER + split, end * PER, SPLITS):
+    for i in range(begin * PER + split, end * PER, splits):
         entry = i // PER
         first = i % PER * T
         page = tl.load(pages + entry).to(tl.int64)
@@ -138,8 +139,8 @@ def _rotated_back(a0, a1, a2, a3, M: tl.constexpr, G: tl.constexpr):
 @triton.jit
 def _int8_run(
     query, query_at, row_mask, words, half, begin, end, pages, counts, bias, log_bias, scale,
-    split, acc, peak, total,
-    SPLITS: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
+    split, splits, acc, peak, total,
+    G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = TILES.rows
@@ -150,7 +151,7 @@ def _int8_run(
     q0, q1 = _query_planes2(query, query_at, row_mask, G, DTYPE)
     # What was added up before goes on in planes: beside them it would not fit the registers.
     a0, a1 = tl.split(tl.reshape(acc * 128.0, [M, C, 2]))
-    for i in range(begin * PER + split, end * PER, SPLITS):
+    for i in range(begin * PER + split, end * PER, splits):
         entry = i // PER
         first = i % PER * T
         page = tl.load(pages + entry).to(tl.int64)
@@ -174,15 +175,15 @@ def _int8_run(
 
 @triton.jit
 def _raw_run(
-    q, raw, begin, end, pages, counts, bias, log_bias, scale, split, acc, peak, total,
-    SPLITS: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
+    q, raw, begin, end, pages, counts, bias, log_bias, scale, split, splits, acc, peak, total,
+    G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     M: tl.constexpr = TILES.rows
     T: tl.constexpr = TILES.raw
     PER: tl.constexpr = (G.block_size + T - 1) // T
     t = tl.arange(0, T)
-    for i in range(begin * PER + split, end * PER, SPLITS):
+    for i in range(begin * PER + split, end * PER, splits):
         entry = i // PER
         first = i % PER * T
         page = tl.load(pages + entry).to(tl.int64)
@@ -200,9 +201,8 @@ def _raw_run(
 
 @triton.jit
 def _tail_run(
-    q, raw, table, block_pages, first_page, length, seen, scale, split, acc, peak, total,
-    SPLITS: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
-    VALUES: tl.constexpr,
+    q, raw, table, block_pages, first_page, length, seen, scale, split, splits, acc, peak, total,
+    G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """`length`: tokens that any row sees; `seen`: int32 [M], tokens that each row sees."""
     M: tl.constexpr = TILES.rows
@@ -211,7 +211,7 @@ def _tail_run(
     t = tl.arange(0, T)
     blocks = (length + G.block_size - 1) // G.block_size
     # Dealt out from the other end than the pages, so that no split gets every odd tile.
-    for i in range(SPLITS - 1 - split, blocks * PER, SPLITS):
+    for i in range(splits - 1 - split, blocks * PER, splits):
         first = i % PER * T
         start = i // PER * G.block_size + first
         page = tl.load(table + i // PER).to(tl.int64) * block_pages + first_page
@@ -227,24 +227,30 @@ def _tail_run(
     return acc, peak, total
 
 
-@triton.jit(do_not_specialize=["seqs", "block_pages", "first_page", "limit"])
+@triton.jit(
+    do_not_specialize=(
+        *("splits", "seqs", "block_pages", "first_page", "limit", "table_stride", "runs_stride"),
+    ),
+    do_not_specialize_on_alignment=ANY_ADDRESS,
+)
 def attention_kernel(
     out, lse, query, raw, grid, half, words, wide, codes,
     query_start, tail_length, tail_table,
     runs, pages, counts, bias, log_bias,
     info, fields, inverse, base, coarse, fine, limit,
-    scale, seqs, block_pages, first_page,
+    scale, splits, seqs, block_pages, first_page,
     query_stride, out_stride, table_stride, runs_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr,
-    DTYPE: tl.constexpr, UNIFORM: tl.constexpr, SPLITS: tl.constexpr,
+    DTYPE: tl.constexpr, UNIFORM: tl.constexpr, SPLIT: tl.constexpr,
     LOOPS: tl.constexpr, INT4: tl.constexpr, INT8: tl.constexpr, RAW: tl.constexpr,
     BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of query rows, KV heads, SPLITS).
+    """Grid (blocks of query rows, KV heads, splits).
 
     Args:
-        out: [rows, HEADS, v_size] if SPLITS is 1, else float32 [rows, HEADS, SPLITS, v_size].
-        lse: float32 [rows, HEADS], or [rows, HEADS, SPLITS] in powers of two; -inf of no tokens.
+        out: [rows, HEADS, v_size], or with SPLIT float32 [rows, HEADS, splits, v_size].
+        lse: float32 [rows, HEADS], or with SPLIT [rows, HEADS, splits] in powers of two; -inf of
+            no tokens.
         runs: int32 [seqs, KV heads, 7]: where the entries of a head begin that are in each of
             RUNS, and where the last end; `runs_stride` from one sequence to the next.
         pages, counts: int32 [entries].
@@ -252,6 +258,7 @@ def attention_kernel(
         info to limit: of `Fitted`.
         scale: of q·k.
         UNIFORM: every sequence has at most TILES.queries query rows: block i is sequence i.
+        SPLIT: several programs, `splits`, share the context of a row.
         LOOPS: a `fitted.Loop` for each kind of fitted pages that there may be.
         INT4, INT8, RAW: there may be such pages. VALUES: else only lse is written.
     """
@@ -276,7 +283,7 @@ def attention_kernel(
     factor = scale * LOG2E
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, G.v_pad], tl.float32)
+    acc = tl.full([M, G.v_pad], 0.0, tl.float32)
     at = runs + seq * runs_stride + head * 7
     if INT4 or len(LOOPS) > 0:
         C: tl.constexpr = G.v_pad // 4
@@ -287,15 +294,15 @@ def attention_kernel(
         for i in tl.static_range(len(LOOPS)):
             a0, a1, a2, a3, peak, total = fitted_run(
                 query, query_at, row_mask, words, wide, codes, info, fields, inverse, base,
-                coarse, fine, limit, head, at, pages, counts, bias, log_bias, factor, split,
+                coarse, fine, limit, head, at, pages, counts, bias, log_bias, factor, split, splits,
                 a0, a1, a2, a3, peak, total,
-                LOOPS[i], HEADS // GROUP, SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
+                LOOPS, i, HEADS // GROUP, G, TILES, DTYPE, BIAS, VALUES, PTX,
             )  # fmt: skip
         if INT4:
             a0, a1, a2, a3, peak, total = _int4_run(
                 query, query_at, row_mask, words, grid, half, tl.load(at + 3), tl.load(at + 4),
-                pages, counts, bias, log_bias, factor, split, a0, a1, a2, a3, peak, total,
-                SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
+                pages, counts, bias, log_bias, factor, split, splits, a0, a1, a2, a3, peak, total,
+                G, TILES, DTYPE, BIAS, VALUES, PTX,
             )  # fmt: skip
         if VALUES:
             acc = _rotated_back(a0, a1, a2, a3, M, G)
@@ -305,15 +312,15 @@ def attention_kernel(
         for i in tl.static_range(len(LOOPS)):
             a0, a1, peak, total = exceptions_run(
                 q0, q1, words, half, info, head, at, pages, counts, bias, log_bias, factor, split,
-                a0, a1, peak, total,
-                LOOPS[i], HEADS // GROUP, SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
+                splits, a0, a1, peak, total,
+                LOOPS, i, HEADS // GROUP, G, TILES, DTYPE, BIAS, VALUES, PTX,
             )  # fmt: skip
         acc = tl.reshape(tl.join(a0, a1), [M, G.v_pad]) * 0.0078125
     if INT8:
         acc, peak, total = _int8_run(
             query, query_at, row_mask, words, half, tl.load(at + 4), tl.load(at + 5), pages,
-            counts, bias, log_bias, factor, split, acc, peak, total,
-            SPLITS, G, TILES, DTYPE, BIAS, VALUES, PTX,
+            counts, bias, log_bias, factor, split, splits, acc, peak, total,
+            G, TILES, DTYPE, BIAS, VALUES, PTX,
         )  # fmt: skip
     channel = tl.arange(0, G.k_pad)
     q_mask = row_mask[:, None] & (channel < G.k_size)[None, :]
@@ -321,57 +328,59 @@ def attention_kernel(
     if RAW:
         acc, peak, total = _raw_run(
             q, raw, tl.load(at + 5), tl.load(at + 6), pages, counts, bias, log_bias,
-            factor, split, acc, peak, total, SPLITS, G, TILES, DTYPE, BIAS, VALUES,
+            factor, split, splits, acc, peak, total, G, TILES, DTYPE, BIAS, VALUES,
         )  # fmt: skip
     length = tl.load(tail_length + seq)
     seen = tl.maximum(length - rows + row + 1, 0)
     length = tl.minimum(length, tl.maximum(length - rows + first_row + TILES.queries, 0))
     acc, peak, total = _tail_run(
         q, raw, tail_table + seq.to(tl.int64) * table_stride, block_pages, first_page + head,
-        length, seen, factor, split, acc, peak, total, SPLITS, G, TILES, DTYPE, VALUES,
+        length, seen, factor, split, splits, acc, peak, total, G, TILES, DTYPE, VALUES,
     )  # fmt: skip
     row_at = (start + row).to(tl.int64)
     sums = peak + tl.log2(tl.where(total > 0, total, 1.0))
-    where = (row_at * HEADS + head_at) * SPLITS + split
-    if SPLITS == 1:
+    where = row_at * HEADS + head_at
+    if SPLIT:
+        where = where * splits + split
+    else:
         sums = sums / LOG2E
     tl.store(lse + where, sums, mask=row_mask)
     if VALUES:
         v = tl.arange(0, G.v_pad)
-        if SPLITS == 1:
-            at = row_at * out_stride + head_at * G.v_size
-        else:
-            at = where * G.v_size
+        at = where * G.v_size if SPLIT else row_at * out_stride + head_at * G.v_size
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         out_mask = row_mask[:, None] & (v < G.v_size)[None, :]
         tl.store(out + at[:, None] + v[None, :], acc.to(out.dtype.element_ty), mask=out_mask)
 
 
-@triton.jit(do_not_specialize=["seqs"])
+@triton.jit(do_not_specialize=["splits", "seqs"], do_not_specialize_on_alignment=ANY_ADDRESS)
 def merge_kernel(
-    out, lse, partial, partial_lse, query_start, seqs, out_stride,
-    HEADS: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, SPLITS: tl.constexpr,
-    VALUES: tl.constexpr,
+    out, lse, partial, partial_lse, query_start, splits, seqs, out_stride,
+    HEADS: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, MOST: tl.constexpr,
+    TILE: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """Merges the splits of `attention_kernel`. Grid (rows, HEADS); rows of no sequence are left
-    alone."""
+    """Merges the splits of `attention_kernel`, up to MOST, TILE at a time: all at once would not
+    fit the registers. Grid (rows, HEADS); rows of no sequence are left alone."""
     row, head = tl.program_id(0), tl.program_id(1)
     if row >= tl.load(query_start + seqs):
         return
-    at = (row.to(tl.int64) * HEADS + head) * SPLITS
-    s = tl.arange(0, SPLITS)
-    c = tl.arange(0, PAD)
-    sums = tl.load(partial_lse + at + s)
+    at = (row.to(tl.int64) * HEADS + head) * splits
+    s = tl.arange(0, MOST)
+    sums = tl.load(partial_lse + at + s, mask=s < splits, other=float("-inf"))
     peak = tl.max(sums, 0)
-    weights = tl.exp2(sums - tl.where(peak == float("-inf"), 0.0, peak))
-    total = tl.sum(weights, 0)
-    tl.store(
-        lse + row.to(tl.int64) * HEADS + head,
-        (peak + tl.log2(tl.where(total > 0, total, 1.0))) / LOG2E,
-    )
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp2(sums - base), 0)
+    total = tl.where(total > 0, total, 1.0)
+    tl.store(lse + row.to(tl.int64) * HEADS + head, (peak + tl.log2(total)) / LOG2E)
     if VALUES:
-        mask = (weights > 0)[:, None] & (c < SIZE)[None, :]
-        parts = tl.load(partial + (at + s)[:, None] * SIZE + c[None, :], mask=mask, other=0.0)
-        mean = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+        c = tl.arange(0, PAD)
+        mean = tl.zeros([PAD], tl.float32)
+        for first in range(0, splits, TILE):
+            i = first + tl.arange(0, TILE)
+            own = tl.load(partial_lse + at + i, mask=i < splits, other=float("-inf"))
+            weights = tl.exp2(own - base)
+            mask = (weights > 0)[:, None] & (c < SIZE)[None, :]
+            parts = tl.load(partial + (at + i)[:, None] * SIZE + c[None, :], mask=mask, other=0.0)
+            mean += tl.sum(parts * weights[:, None], 0)
         to = out + row.to(tl.int64) * out_stride + head * SIZE + c
-        tl.store(to, mean.to(out.dtype.element_ty), mask=c < SIZE)
+        tl.store(to, (mean / total).to(out.dtype.element_ty), mask=c < SIZE)

@@ -6,8 +6,10 @@ Nothing here waits for the device, so the layers of a compaction can be queued o
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
+from triton import knobs
 
 from vllm_kvcrush.ops.triton import fitted_ops
 from vllm_kvcrush.ops.triton.cache import Layer, Request
@@ -45,8 +47,8 @@ def gather(
             key, key if value is None else value, key if where is None else where, slots,
             layer.raw, layer.grid, layer.half, layer.words, layer.wide,
             source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
-            source.tail_table, count, slots.stride(0), layer.block_pages, layer.first_page,
-            source.tail_position, T=SLOTS, STEPS=len(source.page).bit_length(),
+            source.tail_table, count, slots.stride(0), len(source.page).bit_length(),
+            layer.block_pages, layer.first_page, source.tail_position, T=SLOTS,
             CODEC=CODECS[run], VALUES=values, POSITIONS=positions, G=layer.geometry,
             num_warps=gather_warps(layer.geometry.k_pad, layer.geometry.v_pad),
         )  # fmt: skip
@@ -89,10 +91,45 @@ def compact(
     All is read before anything is written: targets may be among this layer's sources.
 
     Args:
-        slots: int64 [kv_heads, n], ascending in position in each row.
+        slots: int64 [kv_heads, n], in position order within each page that keeps positions.
         target: its entries say which pages each head fills, each with as many as its count says.
         into: the layer over the pool that these pages are in; None: the same.
+
+    Raises:
+        ValueError: slots of a page are not in position order. Known only where kernels are
+            interpreted or debugged (TRITON_DEBUG=1): to know it means to wait for the device.
     """
     key, value, where = gather(layer, source, slots, positions=True)
-    assert value is not None
+    assert value is not None and where is not None
+    if knobs.runtime.interpret or knobs.runtime.debug:
+        _check_order(target, where)
+    if layer.fitted is not None and where.shape[1]:
+        where = stored_positions(where)
     encode(into or layer, target, key, value, where)
+
+
+def stored_positions(read: Tensor) -> Tensor:
+    """Positions that pages store of tokens whose positions were read from pages, both int32
+    [kv_heads, n]; -1: not known.
+
+    What fitted pages give back is at or before the true position, so tokens that are in order may
+    tie: of these the later ones are moved to the next free position. Where positions go back,
+    another part of a region begins. `order_positions` of csrc/api.cpp does the same.
+    """
+    steps = torch.arange(read.shape[1], device=read.device)
+    back = F.pad(read[:, 1:] < read[:, :-1], (1, 0)) | (read < 0)
+    part = back.cumsum(1) << 40  # more than any positions are apart
+    return ((read - steps + part).cummax(1).values - part + steps).int()
+
+
+def _check_order(target: Request, read: Tensor) -> None:
+    columns = (target.head, target.first, target.count, target.codec)
+    for head, first, count, codec in zip(*(x.tolist() for x in columns), strict=True):
+        own = read[head, first : first + count]
+        back = (own[1:] < own[:-1]).nonzero().flatten().tolist()
+        if back and codec != CODECS["raw"]:
+            before, after = own[back[0] : back[0] + 2].tolist()
+            raise ValueError(
+                f"slots of head {head} are not in position order: position {after} comes after "
+                f"{before} in one page"
+            )

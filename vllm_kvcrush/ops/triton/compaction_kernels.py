@@ -8,6 +8,7 @@ Between the two the tokens lie in a scratch buffer, because target pages may be 
 import triton
 import triton.language as tl
 
+from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
 from vllm_kvcrush.ops.triton.layout import NEVER
 from vllm_kvcrush.ops.triton.tiles import hadamard, rotation_sign
 from vllm_kvcrush.ops.triton.tokens import (
@@ -53,11 +54,12 @@ def rotate(x, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate(slots, begin, end, firsts, STEPS: tl.constexpr):
-    """Entry of each slot: the last of [begin, end) whose first slot is not after it. int32 [T]."""
+def locate(slots, begin, end, firsts, steps):
+    """Entry of each slot: the last of [begin, end), fewer than 2^steps, whose first slot is not
+    after it. int32 [T]."""
     low = tl.zeros_like(slots) + begin
     high = tl.zeros_like(slots) + end
-    for _ in range(STEPS):
+    for _ in range(steps):
         middle = (low + high) // 2
         inside = high - low > 1
         before = tl.load(firsts + middle, mask=inside, other=0) <= slots
@@ -66,12 +68,17 @@ def locate(slots, begin, end, firsts, STEPS: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["count", "block_pages", "first_page", "tail_position"])
+@triton.jit(
+    do_not_specialize=(
+        *("count", "slot_stride", "steps", "block_pages", "first_page", "tail_position"),
+    ),
+    do_not_specialize_on_alignment=ANY_ADDRESS,
+)
 def gather_kernel(
     key, value, position, slots, raw, grid, half, words, wide,
     begins, ends, pages, codecs, firsts, tail_slot, tail_table,
-    count, slot_stride, block_pages, first_page, tail_position,
-    T: tl.constexpr, STEPS: tl.constexpr, CODEC: tl.constexpr, VALUES: tl.constexpr,
+    count, slot_stride, steps, block_pages, first_page, tail_position,
+    T: tl.constexpr, CODEC: tl.constexpr, VALUES: tl.constexpr,
     POSITIONS: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of T slots, KV heads). Writes float32 key [heads, count, k_size], value likewise
@@ -83,7 +90,7 @@ def gather_kernel(
     mask = slot >= 0
     before = tl.load(tail_slot + head)
     in_tail = slot >= before
-    entry = locate(slot, tl.load(begins + head), tl.load(ends + head), firsts, STEPS)
+    entry = locate(slot, tl.load(begins + head), tl.load(ends + head), firsts, steps)
     paged = mask & (in_tail == 0)
     codec = tl.load(codecs + entry, mask=paged, other=RAW)
     mask = mask & reads(codec, CODEC)
@@ -225,7 +232,7 @@ def _load_rows(x, first, n, SIZE: tl.constexpr, PAD: tl.constexpr, T: tl.constex
     return tl.load(x + (first + t)[:, None] * SIZE + c, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ANY_ADDRESS)
 def encode_kernel(
     key, value, position, raw, grid, half, words, wide, codes,
     heads, pages, counts, codecs, firsts, count,

@@ -9,6 +9,15 @@ from vllm_kvcrush.pages import GROUP
 # Of scores. With 4 warps or a third tile on its way, ptxas spills a register at some head sizes, in
 # order to fit one block more.
 SCORES_WARPS, SCORES_STAGES = 8, 2
+# Kernels' arguments that point to small tables, slices of which start anywhere. Triton compiles a
+# kernel anew for each kind of number or address that it may look at: what differs from step to
+# step, layer to layer or request to request is kept from it, or it would compile while serving.
+ANY_ADDRESS = (
+    *("query_start", "tail_length", "tail_table", "tail_slot", "slots", "runs", "begins", "ends"),
+    *("heads", "pages", "counts", "codecs", "firsts", "bias", "log_bias", "info"),
+)
+MOST_SPLITS = 64
+MERGE_TILE = 8  # splits that are merged at a time: with 64 at once, heads of 128 spill
 SLACK = 1.15  # slots of a page's tiles over its capacity that are worth larger tiles
 
 
@@ -49,26 +58,25 @@ def attention_tiles(
     v_pad: int,
     itemsize: int,
     capacities: tuple[int, int, int],
-    decode_rows: int,
+    decode: bool,
     wave: int = 32,
     fitted: bool = False,
 ) -> Tiles:
-    """Tiles of the attention kernel.
+    """Tiles of the attention kernel: of a layer one choice for decode and one for prefill, however
+    long a chunk is.
 
     Args:
         group: query heads of a KV head.
         k_pad, v_pad: padded head sizes.
         itemsize: bytes of the model's dtype.
         capacities: tokens of raw, int8 and int4 pages.
-        decode_rows: query rows of every sequence, or 0 if they differ or are many (prefill).
+        decode: every sequence has one query row, or as few as fit the same tiles; else prefill.
         wave: threads of a warp; 64 on AMD.
         fitted: there may be pages of fitted codecs, whose loop needs most registers.
     """
     size = max(k_pad, v_pad)
     rows = max(16, 1 << (group - 1).bit_length())
-    if decode_rows:
-        rows = max(rows, 1 << (group * decode_rows - 1).bit_length())
-    prefill = not decode_rows or rows > 64
+    prefill = not decode or rows > 64
     if prefill:
         least = 32 if size * itemsize > 256 else 64
         rows = max(rows, least // 2 if fitted and size > 64 else least)
@@ -124,4 +132,4 @@ def splits(sequences: int, kv_heads: int, processors: int) -> int:
     Depends on nothing that changes between steps of a captured graph.
     """
     wanted = 2 * processors // max(1, sequences * kv_heads)
-    return max(1, min(64, 1 << max(0, wanted.bit_length() - 1)))
+    return max(1, min(MOST_SPLITS, 1 << max(0, wanted.bit_length() - 1)))

@@ -13,13 +13,16 @@ from vllm_kvcrush.ops.triton.tiles import LOG2E, codes8, dot, softmax_step
 @triton.jit
 def fitted_run(
     query, query_at, row_mask, words, wide, codes, info, fields, inverse, base, coarse, fine,
-    limit, head, runs, pages, counts, bias, log_bias, scale, split, a0, a1, a2, a3, peak, total,
-    LOOP: tl.constexpr, KV_HEADS: tl.constexpr, SPLITS: tl.constexpr, G: tl.constexpr,
+    limit, head, runs, pages, counts, bias, log_bias, scale, split, splits,
+    a0, a1, a2, a3, peak, total,
+    LOOPS: tl.constexpr, INDEX: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
     TILES: tl.constexpr, DTYPE: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
     """Adds the tokens that are no exceptions; values in the rotated space, in planes a0 to a3,
     times 8 as int4's are. `runs` points to those of a sequence and head."""
+    # Here, since Triton 3.6 takes no element of a tuple of dataclasses for a constant.
+    LOOP: tl.constexpr = LOOPS[INDEX]
     M: tl.constexpr = TILES.rows
     T: tl.constexpr = TILES.fitted
     H: tl.constexpr = G.half
@@ -37,7 +40,7 @@ def fitted_run(
     q = tl.load(at, mask=inside, other=0.0).to(DTYPE)
     held = tl.load(info + WORDS)
     tiles_of_page = (tl.load(info + CAPACITY) + T - 1) // T
-    for i in range(begin * tiles_of_page + split, end * tiles_of_page, SPLITS):
+    for i in range(begin * tiles_of_page + split, end * tiles_of_page, splits):
         entry = i // tiles_of_page
         first = i % tiles_of_page * T
         page = tl.load(pages + entry).to(tl.int64)
@@ -78,14 +81,15 @@ def fitted_run(
 
 @triton.jit
 def exceptions_run(
-    q0, q1, words, half, info, head, runs, pages, counts, bias, log_bias, scale, split,
+    q0, q1, words, half, info, head, runs, pages, counts, bias, log_bias, scale, split, splits,
     a0, a1, peak, total,
-    LOOP: tl.constexpr, KV_HEADS: tl.constexpr, SPLITS: tl.constexpr, G: tl.constexpr,
+    LOOPS: tl.constexpr, INDEX: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
     TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Adds the exceptions, those of several pages in one tile; `q0`, `q1`: the query's even and odd
     channels, a0 and a1 the sums of such channels of values, times 128 as int8's are."""
+    LOOP: tl.constexpr = LOOPS[INDEX]
     M: tl.constexpr = TILES.rows
     T: tl.constexpr = TILES.fitted
     t = tl.arange(0, T)
@@ -94,7 +98,7 @@ def exceptions_run(
     # Another of the codec's loops would add the same.
     end = tl.load(runs + LOOP.run + 1) if LOOP.first else begin
     most = tl.maximum(tl.load(info + EXCEPTIONS), 1)
-    for i in range(split, ((end - begin) * most + T - 1) // T, SPLITS):
+    for i in range(split, ((end - begin) * most + T - 1) // T, splits):
         entry = begin + (i * T + t) // most
         number = (i * T + t) % most
         mask = number < tl.load(counts + entry, mask=entry < end, other=0)

@@ -18,6 +18,7 @@ from vllm_kvcrush.ops.triton.compaction_kernels import (
     rounded,
     to_half,
 )
+from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
 from vllm_kvcrush.ops.triton.fitted_tiles import BITS as BITS_AT
 from vllm_kvcrush.ops.triton.fitted_tiles import (
     ENCODE,
@@ -126,13 +127,16 @@ def token_values(
     return tl.where(special[:, None], exact, interleave(a, b, c, d, T, C))
 
 
-@triton.jit(do_not_specialize=["count", "limit"])
+@triton.jit(
+    do_not_specialize=["count", "slot_stride", "steps", "limit"],
+    do_not_specialize_on_alignment=ANY_ADDRESS,
+)
 def fitted_gather_kernel(
     key, value, position, slots, half, words, wide, codes,
     begins, ends, pages, codecs, firsts, tail_slot,
     info, fields, inverse, base, coarse, fine, limit,
-    count, slot_stride,
-    T: tl.constexpr, STEPS: tl.constexpr, CODEC: tl.constexpr, LOCAL: tl.constexpr,
+    count, slot_stride, steps,
+    T: tl.constexpr, CODEC: tl.constexpr, LOCAL: tl.constexpr,
     BITS: tl.constexpr, VALUES: tl.constexpr, POSITIONS: tl.constexpr, G: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +146,7 @@ def fitted_gather_kernel(
     info += head * ROW
     slot = tl.load(slots + head * slot_stride + i, mask=i < count, other=-1).to(tl.int32)
     mask = (slot >= 0) & (slot < tl.load(tail_slot + head))
-    entry = locate(slot, tl.load(begins + head), tl.load(ends + head), firsts, STEPS)
+    entry = locate(slot, tl.load(begins + head), tl.load(ends + head), firsts, steps)
     mask = mask & (tl.load(codecs + entry, mask=mask, other=0) == CODEC)
     if (tl.sum(mask.to(tl.int32), 0) == 0) | (tl.load(info + V_BITS) != BITS):
         return
@@ -168,7 +172,10 @@ def fitted_gather_kernel(
         tl.store(position + row, where, mask=mask)
 
 
-@triton.jit(do_not_specialize=["candidates", "limit"])
+@triton.jit(
+    do_not_specialize=["candidates", "window", "limit"],
+    do_not_specialize_on_alignment=ANY_ADDRESS,
+)
 def fitted_scores_kernel(
     out, query, lse, half, words, wide, codes, heads, pages, counts, codecs, firsts,
     info, fields, inverse, base, coarse, fine, limit, candidates, scale, window,
@@ -208,7 +215,9 @@ def fitted_scores_kernel(
         tl.store(out + q_head.to(tl.int64) * candidates + slot, sums, mask=mask)
 
 
-@triton.jit(do_not_specialize=["count", "most", "limit"])
+@triton.jit(
+    do_not_specialize=["count", "most", "limit"], do_not_specialize_on_alignment=ANY_ADDRESS
+)
 def fitted_components_kernel(
     key, position, component, loss, heads, counts, codecs, firsts,
     mean, forward, cost, top, coarse, fine, limit, count, most,
@@ -236,7 +245,7 @@ def fitted_components_kernel(
     mean += head * (2 * H)
     forward += head.to(tl.int64) * (2 * H * G.k_pad)
     column = tl.arange(0, G.k_pad)
-    x = tl.zeros([T, G.k_pad], tl.float32)
+    x = tl.full([T, G.k_pad], 0.0, tl.float32)
     for j in range(0, H, 16):
         c = j + tl.arange(0, 16)
         at = key + (first + i)[:, None] * G.k_size + c[None, :]
@@ -307,7 +316,7 @@ def _strip_positions(
         tl.store(at + (G.header + 4) // 2 + j, before, mask=j < STEP_COUNT)
 
 
-@triton.jit(do_not_specialize=["count", "most"])
+@triton.jit(do_not_specialize=["count", "most"], do_not_specialize_on_alignment=ANY_ADDRESS)
 def fitted_keys_kernel(
     key, position, component, numbers, half, words, wide, codes,
     heads, pages, counts, codecs, firsts, info, fields, count, most,
@@ -355,7 +364,7 @@ def fitted_keys_kernel(
     _strip_positions(position, words, wide, page, first, n, group, info, T, G)
 
 
-@triton.jit(do_not_specialize=["count", "most"])
+@triton.jit(do_not_specialize=["count", "most"], do_not_specialize_on_alignment=ANY_ADDRESS)
 def fitted_values_kernel(
     value, numbers, half, codes, heads, pages, counts, codecs, firsts, info, count, most,
     T: tl.constexpr, CODEC: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr,

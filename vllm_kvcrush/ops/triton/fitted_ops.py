@@ -51,7 +51,7 @@ def gather(
             layer.half, layer.words, layer.wide, layer.pool,
             source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
             *fitted.tables(loop.place), count, slots.stride(0),
-            T=SLOTS, STEPS=len(source.page).bit_length(), CODEC=CODECS[codec],
+            len(source.page).bit_length(), T=SLOTS, CODEC=CODECS[codec],
             LOCAL=loop.local, BITS=loop.bits, VALUES=value is not None,
             POSITIONS=position is not None, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
             num_warps=warps(layer.geometry), **product_options(layer.wave),

@@ -5,11 +5,15 @@
 import triton
 import triton.language as tl
 
+from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
 from vllm_kvcrush.ops.triton.tiles import LOG2E, dot
 from vllm_kvcrush.ops.triton.tokens import keys_of, reads
 
 
-@triton.jit(do_not_specialize=["candidates", "tail_length", "block_pages", "first_page"])
+@triton.jit(
+    do_not_specialize=("candidates", "tail_length", "window", "block_pages", "first_page"),
+    do_not_specialize_on_alignment=ANY_ADDRESS,
+)
 def scores_kernel(
     out, query, lse, raw, grid, half, words,
     heads, pages, counts, codecs, firsts, tail_slot, tail_table,

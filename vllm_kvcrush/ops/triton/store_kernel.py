@@ -5,8 +5,13 @@
 import triton
 import triton.language as tl
 
+from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
 
-@triton.jit(do_not_specialize=["rows", "block_pages", "first_page"])
+
+@triton.jit(
+    do_not_specialize=["rows", "block_pages", "first_page"],
+    do_not_specialize_on_alignment=ANY_ADDRESS,
+)
 def store_kernel(
     raw, key, value, slots, rows, key_stride, value_stride, block_pages, first_page,
     T: tl.constexpr, G: tl.constexpr,

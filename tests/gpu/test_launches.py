@@ -1,0 +1,92 @@
+"""What an engine launches, compiled for sm_90 and not run: that it compiles, that nothing spills,
+and that no length, batch or request makes Triton compile anew while serving.
+
+Not interpreted, so a process of its own: tests/unit/test_gpu.py starts it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from benchmarks.gpu import disassembly, launches
+from tests.gpu.cache import POSITIONS, tables_of
+from vllm_kvcrush.ops import fitted
+from vllm_kvcrush.ops.triton.fitted import LayerTable
+from vllm_kvcrush.pages import FITTED
+
+TARGET = "sm_90"
+SHAPES = {"llama": (32, 8, 128), "smol": (9, 3, 64)}
+MOST_ROWS = 64  # of a program: what a program adds up, [rows, head size], lies in registers
+
+
+@functools.cache
+def model(shape: str, index: int = 1) -> launches.Model:
+    """A layer whose cache has room for all codecs."""
+    heads, kv_heads, size = SHAPES[shape]
+    tables = tables_of(size, kv_heads)
+    angles = fitted.Angles(tables["tc4"].rope, POSITIONS)
+    page_bytes = launches.BLOCK_SIZE * 2 * size * 2
+    own = {c: LayerTable(tables[c], 1, range(kv_heads), page_bytes, size, angles) for c in FITTED}
+    return launches.Model(heads, kv_heads, size, index=index, tables=own)
+
+
+def check(found: list[launches.Launch]) -> None:
+    """No kernel spills, whatever it is."""
+    for launch in {launch.hash: launch for launch in found}.values():
+        facts = disassembly.facts(launch.kernel, TARGET)
+        assert facts.spills == 0, f"{launch.name} {launch.constants} spills {facts.spills} bytes"
+        assert facts.blocks >= 1, f"{launch.name} {launch.constants} does not fit a processor"
+
+
+STEPS = [
+    *([1] * batch for batch in (1, 2, 7, 64, 257)),
+    *([chunk] for chunk in (2, 5, 16, 17, 128, 512, 2048, 8192)),
+    [1] * 63 + [512],
+    [1] * 63 + [2048],
+    [300, 1, 1, 7],
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "codecs"),
+    [
+        ("llama", ()),
+        ("llama", ("int4",)),
+        ("llama", ("int8", "tc4")),  # what `auto` makes of most budgets
+        ("smol", ("int8", "raw")),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "+".join(x) or "tail",
+)
+def test_steps(shape: str, codecs: tuple[str, ...]) -> None:
+    """Decode, chunks of any length, and both together: at most decode and prefill, each with a
+    row's context split or whole, and one merging."""
+    with launches.compiled(TARGET) as found:
+        for rows in STEPS:
+            model(shape).step(rows, codecs)
+        # Another layer's tables start at other addresses.
+        model(shape, 0).step([1], codecs)
+    check(found)
+    attention = [launch for launch in found if launch.name == "attention_kernel"]
+    assert len(attention) == len(STEPS) + 1
+    assert max(launch.constants["TILES"].rows for launch in attention) <= MOST_ROWS
+    kinds = {(x.constants["UNIFORM"], x.constants["SPLIT"]) for x in attention}
+    assert len({launch.hash for launch in attention}) == len(kinds) <= 4
+    for name in ("merge_kernel", "store_kernel"):
+        assert len({launch.hash for launch in found if launch.name == name}) == 1
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8", "int4", "tc6"])
+def test_compactions(codec: str) -> None:
+    """Gathering, encoding and scoring, of requests of several sizes."""
+    layer = model("llama")
+    with launches.compiled(TARGET) as found:
+        layer.compact((codec,), (codec,), 64)
+        layer.score((codec,), 64, 32)
+        first = {launch.hash for launch in found}
+        layer.compact((codec,) * 5, (codec,) * 3, 700)
+        layer.score((codec,) * 6, 41, 32)
+        layer.compact((codec,) * 40, (codec,), 1)
+    check(found)
+    assert {launch.hash for launch in found} == first
