@@ -93,6 +93,9 @@ def _wrap_flags(engine_args: Any) -> None:
     @functools.wraps(from_cli_args.__func__)
     def with_flags(cls: Any, args: argparse.Namespace) -> Any:
         _fold(args)
+        if getattr(args, "launch_component", None) == "render" and gate.verdict()[0]:
+            # `vllm launch render` makes requests for engines elsewhere, and none of its own.
+            server.install(active=False)
         result = from_cli_args.__func__(cls, args)
         extra = result.additional_config
         if isinstance(extra, dict) and extra.get("kvcrush") is not None:
