@@ -58,7 +58,9 @@ def body(path: str, text: str, **extra: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("path", BODIES)
 def test_fields_are_taken(server: Server, long: str, path: str) -> None:
     requests = server.metric(PREFIX + "requests_total", policy="streaming")
-    fields = {"kv_policy": "streaming", "kv_budget": 0.5}
+    # A request of one token is only compacted while its prompt is read, if that outgrows it.
+    budget = 0.25 if path == "/generative_scoring" else 0.5
+    fields = {"kv_policy": "streaming", "kv_budget": budget}
     status, text = post(server, path, body(path, long, **fields))
     assert status == 200, text
     kept = json.loads(text)["usage"]["kv_tokens_details"]
@@ -195,7 +197,7 @@ def test_beams_are_one_request_with_a_budget(server: Server, long: str, path: st
         )
 
     before = counts()
-    extra = {"kv_policy": "snapkv", "kv_budget": 0.5}
+    extra = {"kv_policy": "snapkv", "kv_budget": 0.25}
     status, text = post(server, path, body(path, long, **beams, **extra))
     assert status == 200, text
     answer = json.loads(text)

@@ -193,11 +193,10 @@ def test_messages_tell_what_was_kept() -> None:
 
 
 def test_tokens_in_tokens_out() -> None:
-    front = params.Front(vllm_config(ACTIVE))
-
     class Serving:
+        engine_client = Namespace(input_processor=Processor(vllm_config(ACTIVE)))
+
         async def serve_tokens(self, request: Any, raw_request: Any = None) -> Any:
-            front.check(request.sampling_params)
             return request.sampling_params.extra_args
 
     wrap(Serving, "serve_tokens", params._checked_tokens)
@@ -215,6 +214,7 @@ def test_tokens_in_tokens_out() -> None:
         ({}, {"kv_budget": 3.5}, "extra_args.kv_budget"),
         ({"kv_budget": 0.2}, {"kv_budget": 0.3}, "kv_budget"),
         ({"kv_": 0.2}, {}, "kv_"),
+        ({"kv_budget": 10**30}, {}, "kv_budget"),
     ):
         with pytest.raises(VLLMValidationError) as caught:
             ask(body, **args)

@@ -47,7 +47,10 @@ def vllm_config(kvcrush: dict[str, Any] | None = None, **cache: Any) -> Namespac
         cache_config=Namespace(**{"block_size": 16, "num_gpu_blocks": None} | cache),
         model_config=Namespace(max_model_len=4096, served_model_name=MODEL),
         parallel_config=Namespace(
-            data_parallel_size=1, data_parallel_size_local=1, local_engines_only=False
+            data_parallel_size=1,
+            data_parallel_size_local=1,
+            data_parallel_rank_local=None,
+            local_engines_only=False,
         ),
     )
 
@@ -240,6 +243,9 @@ def test_data_parallel_engines_do_not_share_their_blocks() -> None:
     with pytest.raises(VLLMValidationError, match="of the 173"):
         params.Front(config).check(SamplingParams(max_tokens=100), 3000)
     config.parallel_config.local_engines_only = True
+    params.Front(config).check(SamplingParams(max_tokens=100), 3000)
+    config.parallel_config.local_engines_only = False
+    config.parallel_config.data_parallel_rank_local = 1
     params.Front(config).check(SamplingParams(max_tokens=100), 3000)
 
 

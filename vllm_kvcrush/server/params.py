@@ -204,6 +204,8 @@ def _checked_tokens(original: Method) -> Method:
         fields = await _top_level(raw_request)
         if fields:
             _attach(fields, request.sampling_params, request.model)
+        # Before vLLM finds that a value does not fit into a message, which names no parameter.
+        _front(self.engine_client.input_processor).check(request.sampling_params)
         return await original(self, request, raw_request, *args, **kwargs)
 
     return serve_tokens
@@ -471,6 +473,8 @@ class Front:
         # block.
         local = parallel.local_engines_only
         engines = parallel.data_parallel_size_local if local else parallel.data_parallel_size
+        if parallel.data_parallel_rank_local is not None:
+            engines = 1  # each rank with a front-end of its own, as of `LLM`
         pool = cache.num_gpu_blocks // max(1, engines) - 1
         longest = self.config.model_config.max_model_len
         if cdiv(longest, cache.block_size) <= pool:
