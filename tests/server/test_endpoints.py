@@ -208,5 +208,7 @@ def test_beams_are_one_request_with_a_budget(server: Server, long: str, path: st
     requests, compactions = counts()
     assert requests == before[0] + 1
     assert compactions - before[1] == kept["compactions"] >= 3
-    status, text = post(server, path, body(path, "Hi", **beams, stream=True, kv_budget=0.9))
+    status, text = post(
+        server, path, body(path, "Hi", **beams, stream="chat" in path, kv_budget=0.9)
+    )
     assert status == 400 and json.loads(text)["error"]["param"] == "kv_budget"

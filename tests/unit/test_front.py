@@ -8,6 +8,7 @@ import pathlib
 import pickle
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace as Namespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse, UsageInfo
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -325,6 +326,10 @@ def test_beams_are_one_request() -> None:
     assert made.engine_client.seen == [{"kv_policy": "h2o"}] * 9
     after = value(metrics.requests(), MODEL, "h2o"), value(metrics.requests(), MODEL, "kvcrush")
     assert after == (before[0] + 1, before[1])
+    # Made by someone else's code: the server's defaults.
+    (output,) = asyncio.run(search(BeamSearchParams(beam_width=3, max_tokens=3)))
+    assert getattr(output, usage.ATTRIBUTE)["held"] == 30
+    assert value(metrics.requests(), MODEL, "kvcrush") == before[1] + 1
     # Before a streamed response has begun.
     with pytest.raises(VLLMValidationError) as caught:
         made.beam_search({}, "r", params=beam_params(kv_budget=0.9))
@@ -453,3 +458,14 @@ def test_no_extra_args_are_more_than_a_400(extra_args: Any) -> None:
     sampling.extra_args = extra_args
     for front in (FRONT, params.Front(vllm_config())):
         refused_or_fine(lambda front=front: front.check(sampling, 100))  # type: ignore[misc]
+
+
+def test_a_policy_may_have_a_long_name() -> None:
+    name = "mine_" * 40
+    front = params.Front(vllm_config(ACTIVE))
+    assert front.settings is not None
+    front.settings = replace(front.settings, allow=(name, "none"))
+    with pytest.raises(ValueError, match="mine"):  # a policy that nobody registered
+        front.check(SamplingParams(extra_args={"kv_policy": name}))
+    with pytest.raises(VLLMValidationError, match="is not the name of a policy"):
+        front.check(SamplingParams(extra_args={"kv_policy": name + "x"}))

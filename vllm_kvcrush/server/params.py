@@ -34,7 +34,7 @@ _UNKNOWN = "_kvcrush_unknown"
 _SAMPLING = "_kvcrush_sampling"
 _FRONT = "_kvcrush_front"
 # Longer values are shortened when they are quoted to the client.
-_QUOTED = 60
+_QUOTED = 100
 
 
 def install(http: bool = True) -> None:
@@ -249,9 +249,13 @@ def _checked_beams(original: Method) -> Method:
 
     # Not a generator itself: like `generate` below.
     def beam_search(*args: Any, **kwargs: Any) -> Any:
+        from vllm.sampling_params import SamplingParams
+
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
         sampling = vars(given["params"]).get(_SAMPLING)
+        if sampling is None:  # not from one of our requests
+            sampling = SamplingParams(max_tokens=given["params"].max_tokens)
         front = _front(given["self"].engine_client.input_processor)
         kv = front.check(sampling, _prompt_length(given["prompt"]))
         if kv is None:
@@ -416,6 +420,8 @@ class Front:
         named_by = params if named_by is None else named_by
         extra_args = params.extra_args or {}
         if not isinstance(extra_args, Mapping):
+            if self.settings is None:
+                return None
             # vLLM takes any; its own answer would be a stack trace.
             raise self._refuse(
                 "unknown_key", "extra_args is not a dictionary of parameters.", "", named_by
@@ -451,12 +457,15 @@ class Front:
 
     def _refuse_unreadable(self, extra_args: Mapping[str, Any], named_by: Any) -> None:
         """Refuses what no policy's name and no number can be, before anything else sees it."""
+        assert self.settings is not None
         for key, what in ((POLICY_KEY, "the name of a policy"), (BUDGET_KEY, "a KV budget")):
             value = extra_args.get(key)
             readable = str | int | float | None if key == BUDGET_KEY else str
             if key not in extra_args or (isinstance(value, readable) and _short(value)):
                 continue
-            example = "0.25" if key == BUDGET_KEY else repr(self.settings.policy)  # type: ignore[union-attr]
+            if key == POLICY_KEY and isinstance(value, str) and value in self.settings.allow:
+                continue  # however long its author made it
+            example = "0.25" if key == BUDGET_KEY else repr(self.settings.policy)
             reason = "policy" if key == POLICY_KEY else "budget"
             message = f"{key}={_quoted(value)} is not {what}: give for example {example}."
             raise self._refuse(reason, message, key, named_by)
