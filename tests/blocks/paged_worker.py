@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_kvcrush.config import Settings
-from vllm_kvcrush.engine.commands import Compaction, StepCommands
+from vllm_kvcrush.engine.commands import Admitted, Compaction, StepCommands
 from vllm_kvcrush.plan import Part, Plan, cdiv
 
 STOP_TOKEN = 1
@@ -143,11 +143,13 @@ class PagedWorker:
                 new.prompt_token_ids,
                 new.block_ids[0],
                 new.num_computed_tokens,
+                commands.admitted.get(new.req_id),
             )
         for i, request_id in enumerate(cached.req_ids):
             row, new_blocks = self.rows[request_id], cached.new_block_ids[i]
             if request_id in cached.resumed_req_ids:
                 assert row.blocks is None
+                assert (request_id in commands.admitted) == (not row.plan.never)
                 row.tokens = list(cached.all_token_ids[request_id])
                 self._readmit(row, new_blocks[0], cached.num_computed_tokens[i])
             else:
@@ -180,8 +182,10 @@ class PagedWorker:
         tokens: Sequence[int],
         blocks: Sequence[int],
         computed: int,
+        admitted: Admitted | None,
     ) -> None:
         params = self.settings.request(sampling_params.extra_args)
+        assert admitted == (Admitted(params, num_prompt_tokens) if params.active else None)
         row = Row(
             request_id,
             admission=0,
@@ -218,7 +222,8 @@ class PagedWorker:
         assert command.evicted == n - len(command.target) * size - command.tail_tokens
         assert len(command.target) < len(command.source)
         assert len({*command.target, *command.tail}) == len(command.target) + len(command.tail)
-        assert self.contents(command.source, candidates) == row.held[:candidates]
+        if command.same_as is None:  # else its twin may have written over them already
+            assert self.contents(command.source, candidates) == row.held[:candidates]
         if row.compactions == 0:
             assert row.hit <= n - (row.plan.window if row.wants_queries else 1)
         if row.wants_queries:
@@ -234,7 +239,13 @@ class PagedWorker:
         self._check_parts(row.plan, command, len(tokens))
         survivors = sorted(self.random.sample(range(len(tokens)), command.keep))
         kept = [tokens[i] for i in survivors]
-        if packed:
+        if command.same_as is not None:
+            # What the result follows from is the same here, as far as it is exact.
+            twin = self.rows[command.same_as]
+            assert twin.compactions and twin.computed == n and twin.chain[:n] == row.chain[:n]
+            assert twin.region == (len(command.target), command.keep)
+            assert twin.plan == row.plan and twin.evicted == command.evicted
+        elif packed:
             for block, pages in self._blocks(command, pack(kept, command.parts, row.plan)):
                 # The first slot of a packed block stands for its pages.
                 self.slots[block] = [pages, *["packed"] * (size - 1)]

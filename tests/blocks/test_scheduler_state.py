@@ -361,8 +361,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         commands = pickle.loads(pickle.dumps(output.kvcrush))
         compacted = {c.request_id for c in commands.compactions}
         assert len(compacted) == len(commands.compactions)
+        owners = Counter(command.target for command in commands.compactions)
         for command in commands.compactions:
-            self.check_command(command, due)
+            self.check_command(command, due, owners[command.target])
         self.learn_hashes()
         sampled = self.worker.execute(output, commands)
         preempted = set(output.preempted_req_ids or ())
@@ -441,14 +442,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert gained <= wanted, f"{waiting} requests could have been compacted together"
         return result
 
-    def check_command(self, command: Compaction, due: set[str]) -> None:
+    def check_command(self, command: Compaction, due: set[str], twins: int) -> None:
         request_id = command.request_id
         assert request_id in due or request_id in self.overdue, (
             f"{request_id} was compacted at {command.computed}, which is no compaction position"
         )
         for i in command.target:
             block = self.pool.blocks[i]
-            assert block.ref_cnt == 1 and block.block_hash is None, block
+            assert block.ref_cnt == twins and block.block_hash is None, block
 
     # -- what must hold ---------------------------------------------------------------------------
 

@@ -634,6 +634,12 @@ def test_a_third_party_policy_that_does_not_load(
 # Tiers of precision
 
 
+def marked(slots: range) -> torch.Tensor:
+    """These slots of 48 in each of three heads."""
+    where = torch.arange(48)
+    return ((where >= slots.start) & (where < slots.stop)).expand(3, -1)
+
+
 @settings(deadline=None)
 @given(
     seed=st.integers(0, 2**16),
@@ -646,7 +652,8 @@ def test_tiers_share_out_what_is_kept(
     seed: int, keep: int, finer: int, first: int, coarse: int
 ) -> None:
     policy, view = policies.get("mikv"), make_view(seed=seed)
-    finer, demoted = min(finer, keep), range(first, min(48, first + coarse))
+    finer, coarser = min(finer, keep), range(first, min(48, first + coarse))
+    demoted = marked(coarser)
     scores = policy.score(view)
     kept = policy.select(view, scores, keep)
     high, low = policy.split(view, scores, kept, finer, demoted)
@@ -655,8 +662,8 @@ def test_tiers_share_out_what_is_kept(
         assert h == sorted(h) and lo == sorted(lo)
         assert sorted(h + lo) == all_
         # Demoted tokens come last: they are finer only if all others are.
-        if any(slot in demoted for slot in h):
-            assert all(slot in demoted for slot in lo)
+        if any(slot in coarser for slot in h):
+            assert all(slot in coarser for slot in lo)
 
 
 def test_the_finer_tier_is_what_the_policy_would_keep() -> None:
@@ -664,9 +671,9 @@ def test_the_finer_tier_is_what_the_policy_would_keep() -> None:
     policy, view = policies.get("mikv"), make_view()
     scores = policy.score(view)
     everything = torch.arange(48).expand(3, -1)
-    high, _ = policy.split(view, scores, everything, 16, range(0))
+    high, _ = policy.split(view, scores, everything, 16, marked(range(0)))
     assert torch.equal(high, policies.get("h2o").select(view, scores, 16))
     # The demoted are passed over: the choice is made among the others alone.
-    high, low = policy.split(view, scores, everything, 16, range(4, 36))
+    high, low = policy.split(view, scores, everything, 16, marked(range(4, 36)))
     assert high.tolist() == [[*range(4), *range(36, 48)]] * 3
     assert low.tolist() == [[*range(4, 36)]] * 3

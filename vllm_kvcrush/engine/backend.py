@@ -178,7 +178,5 @@ class CPUCacheLayer:
         request: cpu.Request,
         kept: Tensor,
         target: Region,
-        staged: Tensor | None,
-        part: int | None = None,
     ) -> None:
-        cpu.compact(self.pages, request, kept, target.directory(self.index, part), staged)
+        cpu.compact(self.pages, request, kept, target.directory(self.index))

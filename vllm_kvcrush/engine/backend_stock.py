@@ -36,11 +36,6 @@ class StockPages:
         self.block_pages = layers * self.kv_heads
         self.page_bytes = self._block_size * content * cache.itemsize
 
-    @property
-    def pool(self) -> Tensor:
-        """Nothing is staged: raw pages stay within their layer and head."""
-        raise AssertionError("raw pages are written where they belong")
-
     def capacity(self, codec: str, head: int = 0) -> int:
         """Tokens of a page."""
         assert codec == "raw", f"{codec} pages under an attention backend of vLLM's own"
@@ -84,7 +79,7 @@ class StockCacheLayer:
         return ops.Held(content[..., : self._k_size], content[..., self._k_size :])
 
     def positions(self, request: Tensor, tokens: int) -> Tensor:
-        """Asked for where a region has pages of two codecs only."""
+        """Asked for where a region has pages of two codecs."""
         raise AssertionError("raw pages do not say where their tokens stand")
 
     def compact(
@@ -92,10 +87,7 @@ class StockCacheLayer:
         request: Tensor,
         kept: Tensor,
         target: Region,
-        staged: Tensor | None,
-        part: int | None = None,
     ) -> None:
-        assert staged is None and part is None
         # Every layer and head has its own page of each target block, so the first's will do.
         pages = target.page[int(target.begin[0, 0]) : int(target.end[0, 0])]
         blocks = (pages // self.pages.block_pages).to(self.device, non_blocking=True)

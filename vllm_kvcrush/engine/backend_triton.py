@@ -196,27 +196,19 @@ class TritonCacheLayer:
 
     def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Request:
         """See `compaction.CacheLayer`, as for all of these."""
-        return self._request(region, None, tail, tokens, position)[0]
-
-    def _request(
-        self, region: Region | None, part: int | None, tail: Tensor, tokens: int, position: int
-    ) -> tuple[Request, Tensor]:
-        """Of a region, or one part of it; and which of its entries are the layer's."""
-        none = torch.zeros(0, dtype=torch.int32)
-        counts, own, parts = none.new_zeros(self.heads), none, [none] * 3
+        counts = torch.zeros(self.heads, dtype=torch.int32)
+        parts = [torch.zeros(0, dtype=torch.int32)] * 3
         if region is not None:
-            begin = (region.second if part == 1 else region.begin)[self.index].tolist()
-            end = (region.second if part == 0 else region.end)[self.index].tolist()
-            ranges = [torch.arange(a, b) for a, b in zip(begin, end, strict=True)]
-            counts, own = torch.tensor([len(r) for r in ranges]), torch.cat(ranges)
+            begin, end = region.begin[self.index], region.end[self.index]
+            own = slice(int(begin[0]), int(end[-1]))  # a layer's heads follow each other
+            counts = end - begin
             parts = [x[own] for x in (region.page, region.count.int(), region.codec)]
         ends = counts.cumsum(0)
-        page, count, codec, begins, ends, own = (
-            x.to(self.device, non_blocking=True) for x in (*parts, ends - counts, ends, own)
+        page, count, codec, begins, ends = (
+            x.to(self.device, non_blocking=True) for x in (*parts, ends - counts, ends)
         )
         runs = runs_of(parts[2])
-        request = Request.of(begins, ends, page, count, codec, tail, tokens, position, runs)
-        return request, own
+        return Request.of(begins, ends, page, count, codec, tail, tokens, position, runs)
 
     def held(self, request: Request, tokens: int) -> TritonHeld:
         return TritonHeld(self.pages, request, tokens)
@@ -227,20 +219,9 @@ class TritonCacheLayer:
         assert where is not None
         return where
 
-    def compact(
-        self,
-        request: Request,
-        kept: Tensor,
-        target: Region,
-        staged: Tensor | None,
-        part: int | None = None,
-    ) -> None:
+    def compact(self, request: Request, kept: Tensor, target: Region) -> None:
         nothing = torch.zeros(0, dtype=torch.int32, device=self.device)
-        pages, own = self._request(target, part, nothing, 0, 0)
-        into = None
-        if staged is not None:
-            into, pages = self.pages.over(staged), dataclasses.replace(pages, page=own.int())
-        compact(self.pages, request, kept, pages, into)
+        compact(self.pages, request, kept, self.request(target, nothing, 0, 0))
 
 
 class TritonHeld:

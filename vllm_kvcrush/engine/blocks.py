@@ -6,7 +6,7 @@ Only this file takes blocks from the pool or gives them back because of a compac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -43,18 +43,33 @@ class KVCrushSpec(FullAttentionSpec):
 
 
 class Job(NamedTuple):
-    """A compaction that is due: request, tokens computed, slots held, and the wanted shape."""
+    """A compaction that is due.
+
+    Attributes:
+        request_id: whose.
+        computed, held: tokens with KV, and slots that they take.
+        shape: what it is to hold.
+        twin: jobs with equal ones have the same result, whichever of them is done; None: no other
+            has.
+    """
 
     request_id: str
     computed: int
     held: int
     shape: Shape
+    twin: Hashable = None
 
 
 class Deferred(NamedTuple):
-    """Why a due compaction did not happen: it is tried again in the next step."""
+    """Why a due compaction did not happen.
 
-    reason: str  # "shared": it would cost more blocks than come free; "no_room": none to write to
+    Attributes:
+        reason: "shared": it would cost as many blocks as come free; "no_room": none to write to.
+        missing: by how many blocks.
+    """
+
+    reason: str
+    missing: int
 
 
 class KVCrushManager(FullAttentionManager):
@@ -62,6 +77,8 @@ class KVCrushManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Grows whenever what requests share may have become less.
+        self.epoch = 0
         # Per compacted request: slot of token p, in the tail, is p - evicted.
         self.evicted: dict[str, int] = {}
         # Its compressed region: blocks, and tokens in each layer and head.
@@ -96,6 +113,7 @@ class KVCrushManager(FullAttentionManager):
         # The single funnel for finish, abort and preemption.
         self.evicted.pop(request_id, None)
         self.regions.pop(request_id, None)
+        self.epoch += any(b.ref_cnt > 1 for b in self.req_to_blocks.get(request_id, ()))
         return super().pop_blocks_for_free(request_id)
 
     def held_tokens(self, request_id: str, computed: int) -> int:
@@ -106,20 +124,23 @@ class KVCrushManager(FullAttentionManager):
     def compact(self, jobs: Sequence[Job]) -> list[Compaction] | Deferred:
         """Compacts the jobs' requests together, or none of them.
 
-        Together they must give back more physical blocks than they take: a block that another
-        request still holds does not come free. New contents go into blocks that nobody else can
-        see: first the request's own unhashed ones, then free ones; only when the pool is empty
-        into own hashed ones, which leave the prefix cache first.
+        Twins share one set of new blocks. Together the jobs must give back more physical blocks
+        than they take: a block that another request still holds does not come free. New contents go
+        into blocks that nobody else can see: first the requests' own unhashed ones, then free ones;
+        only when the pool is empty into own hashed ones, which leave the prefix cache first.
         """
         regions = {job.request_id: self._region(job) for job in jobs}
+        units = twins(jobs)
         released = Counter(block.block_id for r in regions.values() for block in r)
         by_id = {block.block_id: block for r in regions.values() for block in r}
-        freed = {i for i, count in released.items() if by_id[i].ref_cnt == count}
-        if len(freed) <= sum(job.shape.compressed for job in jobs):
-            return Deferred("shared")
-        if not self._has_room(jobs, regions):
-            return Deferred("no_room")
-        return [self._compact_one(job, regions[job.request_id]) for job in jobs]
+        freed = sum(by_id[i].ref_cnt == count for i, count in released.items())
+        needed = sum(unit[0].shape.compressed for unit in units)
+        if freed <= needed:
+            return Deferred("shared", needed + 1 - freed)
+        if missing := self._missing_room(units, regions):
+            return Deferred("no_room", missing)
+        self.epoch += 1
+        return [command for unit in units for command in self._compact_unit(unit, regions)]
 
     def sharing(self, jobs: Sequence[Job]) -> list[list[Job]]:
         """Groups the jobs whose requests share blocks, directly or through others."""
@@ -141,23 +162,31 @@ class KVCrushManager(FullAttentionManager):
         assert (job.held - job.shape.tail_tokens) % self.block_size == 0
         return blocks[: (job.held - job.shape.tail_tokens) // self.block_size]
 
-    def _has_room(self, jobs: Sequence[Job], regions: Mapping[str, list[KVCacheBlock]]) -> bool:
-        """Whether each job, in turn, finds enough free or own blocks to write to."""
+    def _missing_room(
+        self, units: Sequence[list[Job]], regions: Mapping[str, list[KVCacheBlock]]
+    ) -> int:
+        """How many blocks the first unit lacks that, in turn, does not find enough free or own
+        ones to write to; 0 if all do."""
         free = self.block_pool.get_num_free_blocks()
         references = {b.block_id: b.ref_cnt for r in regions.values() for b in r}
-        for job in jobs:
-            own = 0
-            for block in regions[job.request_id]:
-                own += references[block.block_id] == 1
-                references[block.block_id] -= 1
-            free += own - job.shape.compressed
+        for unit in units:
+            released = Counter(b.block_id for job in unit for b in regions[job.request_id])
+            own = sum(references[i] == count for i, count in released.items())
+            for i, count in released.items():
+                references[i] -= count
+            free += own - unit[0].shape.compressed
             if free < 0:
-                return False
-        return True
+                return -free
+        return 0
 
-    def _compact_one(self, job: Job, region: list[KVCacheBlock]) -> Compaction:
-        pool, need = self.block_pool, job.shape.compressed
-        own = [b for b in region if b.ref_cnt == 1]
+    def _compact_unit(
+        self, unit: Sequence[Job], regions: Mapping[str, list[KVCacheBlock]]
+    ) -> list[Compaction]:
+        """Compacts twins: the first does the work, the others take its blocks."""
+        pool, need = self.block_pool, unit[0].shape.compressed
+        held = {b.block_id: b for job in unit for b in regions[job.request_id]}
+        released = Counter(b.block_id for job in unit for b in regions[job.request_id])
+        own = [block for i, block in held.items() if block.ref_cnt == released[i]]
         target = [b for b in own if b.block_hash is None][:need]
         fresh = min(need - len(target), pool.get_num_free_blocks())
         target += pool.get_new_blocks(fresh)
@@ -166,11 +195,29 @@ class KVCrushManager(FullAttentionManager):
             pool.evict_blocks({b.block_id for b in dropped})
             target += dropped
         kept = {b.block_id for b in target}
-        tail = self.req_to_blocks[job.request_id][len(region) :]
-        self.req_to_blocks[job.request_id] = target + tail
-        pool.free_blocks(reversed([b for b in region if b.block_id not in kept]))
-        assert len(kept) == need and all(b.ref_cnt == 1 for b in target)
-        assert all(b.block_hash is None for b in target)
+        assert len(kept) == need and all(b.block_hash is None for b in target)
+        for block in target:
+            pool.touch([block] * (len(unit) - block.ref_cnt))
+        commands = []
+        for job in unit:
+            region = regions[job.request_id]
+            tail = self.req_to_blocks[job.request_id][len(region) :]
+            self.req_to_blocks[job.request_id] = target + tail
+            pool.free_blocks(reversed([b for b in region if b.block_id not in kept]))
+            same_as = unit[0].request_id if job is not unit[0] else None
+            commands.append(self._command(job, region, target, tail, same_as))
+        assert all(b.ref_cnt == len(unit) for b in target)
+        return commands
+
+    def _command(
+        self,
+        job: Job,
+        region: list[KVCacheBlock],
+        target: list[KVCacheBlock],
+        tail: list[KVCacheBlock],
+        same_as: str | None,
+    ) -> Compaction:
+        need = len(target)
         evicted = job.computed - need * self.block_size - job.shape.tail_tokens
         self.evicted[job.request_id] = evicted
         compressed, tokens = self.regions.get(job.request_id, (0, 0))
@@ -188,7 +235,16 @@ class KVCrushManager(FullAttentionManager):
             tail=tuple(b.block_id for b in tail),
             tail_tokens=job.shape.tail_tokens,
             evicted=evicted,
+            same_as=same_as,
         )
+
+
+def twins(jobs: Sequence[Job]) -> list[list[Job]]:
+    """The jobs in groups with one result each, in the order of their firsts."""
+    units: dict[Hashable, list[Job]] = {}
+    for job in jobs:
+        units.setdefault(job.request_id if job.twin is None else job.twin, []).append(job)
+    return list(units.values())
 
 
 # The built-in specs are registered only while the list is empty: let them go first.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vllm_kvcrush.config import RequestParams
 from vllm_kvcrush.plan import Part
 
 
@@ -25,6 +26,8 @@ class Compaction:
         tail_tokens: tokens in `tail`.
         evicted: what the slots of later tokens differ from their positions by: the tokens gone
             from the block table, as evicted or as packed closer than raw.
+        same_as: a request whose compaction, earlier in this step, filled `target` with just what
+            this one would: there is nothing to move. None of most.
     """
 
     request_id: str
@@ -37,6 +40,7 @@ class Compaction:
     tail: tuple[int, ...]
     tail_tokens: int
     evicted: int
+    same_as: str | None = None
 
     @property
     def keep(self) -> int:
@@ -45,11 +49,42 @@ class Compaction:
 
 
 @dataclass(frozen=True)
+class Admitted:
+    """A request that runs under a policy, as the scheduler resolved it: workers parse nothing.
+
+    Args:
+        params: its policy and budget.
+        num_prompt_tokens: for its plan.
+    """
+
+    params: RequestParams
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True)
 class StepCommands:
     """Everything a worker needs to know in one step, attached to `SchedulerOutput.kvcrush`.
 
-    `deferred`: requests whose compaction is overdue (see `blocks.KVCrushManager.compact`), so
-    that their newest queries must be remembered until it happens."""
+    Args:
+        compactions: in the order in which they run.
+        deferred: requests whose compaction is overdue (see `blocks.KVCrushManager.compact`), so
+            that their newest queries must be remembered until it happens.
+        admitted: those of this step's new and resumed requests that have a plan.
+    """
 
     compactions: list[Compaction] = field(default_factory=list)
     deferred: frozenset[str] = frozenset()
+    admitted: dict[str, Admitted] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What a worker tells the scheduler, attached to `ModelRunnerOutput.kvcrush`.
+
+    Args:
+        seconds: (policy, time that a compaction took), for each since the last report.
+        failures: (request, policy) of each compaction in which the policy failed.
+    """
+
+    seconds: list[tuple[str, float]] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,23 +15,29 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
-    get_tp_group,
 )
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_kvcrush import transform
 from vllm_kvcrush.config import RequestParams, Settings
 from vllm_kvcrush.engine import measure
 from vllm_kvcrush.engine.blocks import KVCrushSpec
-from vllm_kvcrush.engine.commands import Compaction, StepCommands
-from vllm_kvcrush.engine.region import Pages, Region, Stage
+from vllm_kvcrush.engine.commands import Compaction, StepCommands, WorkerReport
+from vllm_kvcrush.engine.ranks import Ranks
+from vllm_kvcrush.engine.region import Pages, Region
 from vllm_kvcrush.ops.fitted import Angles, LayerTable
 from vllm_kvcrush.plan import Plan, cdiv
 from vllm_kvcrush.policies.base import Held, Policy, View
+from vllm_kvcrush.policies.choice import (
+    Choice,
+    PolicyFailure,
+    choose,
+    in_position_order,
+    newest,
+)
 from vllm_kvcrush.transform import Tables
 
 if TYPE_CHECKING:
@@ -72,16 +78,9 @@ class CacheLayer(Protocol):
         """Where each head's first `tokens` slots stand, int32 `[heads, tokens]`."""
         ...
 
-    def compact(
-        self,
-        request: Any,
-        kept: Tensor,
-        target: Region,
-        staged: Tensor | None,
-        part: int | None = None,
-    ) -> None:
-        """Moves the slots `kept` `[heads, k]` (int64, ascending) into the pages of `target`, or of
-        one part of it, which may be among the request's own, or into `staged`."""
+    def compact(self, request: Any, kept: Tensor, target: Region) -> None:
+        """Moves the slots `kept` (int64 `[heads, k]`, each page's in position order) into the pages
+        of `target`, which may be among the request's own: all is read before any is written."""
         ...
 
 
@@ -105,7 +104,8 @@ class Request:
     """Worker-side state of a request with an active policy."""
 
     params: RequestParams
-    policy: Policy
+    # None where it could not be built: then the sinks and the newest tokens stay.
+    policy: Policy | None
     plan: Plan
     evicted: int = 0
     # The compressed region in pages of another codec; None while it is raw.
@@ -119,6 +119,18 @@ class Request:
     # Leading slots of the compressed region that are in the finer of two codecs, of a policy with
     # tiers.
     finer: int = 0
+    # Whether the log has said that its policy failed.
+    failed: bool = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What its policy asks the engine to keep."""
+        return frozenset() if self.policy is None else self.policy.needs
+
+    @property
+    def tiers(self) -> bool:
+        """Whether its most important tokens get the finer of two codecs."""
+        return self.policy is not None and self.policy.tiers and bool(self.plan.packings)
 
 
 class QueryTap:
@@ -160,7 +172,8 @@ class CompactionMixin(_Base):
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self._settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
-        self._policies: dict[str, Policy] = {}
+        # By name; None where a policy could not be built.
+        self._policies: dict[str, Policy | None] = {}
         self._crushed: dict[str, Request] = {}
         self._deferred: frozenset[str] = frozenset()
         self._backend: Backend
@@ -169,7 +182,12 @@ class CompactionMixin(_Base):
         self._attention: dict[str, Any] = {}
         # Rows of the batch whose queries are wanted: (request, first row, first position, count).
         self._wanted: list[tuple[Request, int, int, int]] = []
+        # For the scheduler, with the next output: times of compactions by policy, and requests in
+        # whose compactions a policy failed.
         self._seconds: list[tuple[str, float]] = []
+        self._failures: list[tuple[str, str]] = []
+        # Compactions whose choices the device has not told to be sound yet.
+        self._unsettled: list[tuple[str, Request, Tensor]] = []
         # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
         self.on_select: Callable[[Compaction, int, Tensor], None] | None = None
 
@@ -288,24 +306,26 @@ class CompactionMixin(_Base):
             self._crushed.pop(request_id, None)
         for request_id in scheduler_output.preempted_req_ids or ():
             self._crushed.pop(request_id, None)
-        for new in scheduler_output.scheduled_new_reqs:
-            length = length_from_prompt_token_ids_or_embeds(new.prompt_token_ids, new.prompt_embeds)
-            self._track(new.req_id, new.sampling_params, length)
+        self._settle()
+        for request_id, admitted in commands.admitted.items():
+            self._crushed[request_id] = Request(
+                admitted.params,
+                self._policy(admitted.params.policy),
+                self._settings.plan(
+                    admitted.params, admitted.num_prompt_tokens, self.cache_config.block_size
+                ),
+            )
         self._deferred = commands.deferred
         return commands.compactions
 
-    def _track(self, request_id: str, sampling_params: Any, num_prompt_tokens: int) -> None:
-        if sampling_params is None:
-            return
-        params = self._settings.request(sampling_params.extra_args)
-        if params.active:
-            if params.policy not in self._policies:
-                self._policies[params.policy] = self._settings.build(params.policy)
-            self._crushed[request_id] = Request(
-                params,
-                self._policies[params.policy],
-                self._settings.plan(params, num_prompt_tokens, self.cache_config.block_size),
-            )
+    def _policy(self, name: str) -> Policy | None:
+        if name not in self._policies:
+            try:
+                self._policies[name] = self._settings.build(name)
+            except Exception:  # a third party's constructor may raise anything
+                logger.exception("vllm-kvcrush: the policy %s cannot be built.", name)
+                self._policies[name] = None
+        return self._policies[name]
 
     def _prepare_batch(
         self, ids: Sequence[str], computed: np.ndarray, scheduled: np.ndarray
@@ -320,12 +340,12 @@ class CompactionMixin(_Base):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        if self._seconds and output is not None:
+        if (self._seconds or self._failures) and output is not None:
             # Where the output is copied asynchronously, the real one is wrapped: by V2, or V1.
             inner = getattr(output, "model_runner_output", output)
             inner = getattr(inner, "_model_runner_output", inner)
-            inner.kvcrush_seconds = self._seconds
-            self._seconds = []
+            inner.kvcrush = WorkerReport(self._seconds, self._failures)
+            self._seconds, self._failures = [], []
         return output
 
     # -- observation window ---------------------------------------------------------------------
@@ -342,7 +362,7 @@ class CompactionMixin(_Base):
         first_row = 0
         for row, (request_id, state) in enumerate(zip(ids, states, strict=True)):
             count = int(scheduled[row])
-            if state is not None and "queries" in state.policy.needs:
+            if state is not None and "queries" in state.needs:
                 start = int(computed[row])
                 end, window = start + count, state.plan.window
                 if request_id in self._deferred:
@@ -379,9 +399,11 @@ class CompactionMixin(_Base):
     def _window(self, state: Request, computed: int) -> Tensor:
         """Queries of the last `window` tokens, in order: `[layers, query_heads, window, size]`."""
         window = state.plan.window
-        assert state.queries is not None and state.queries_end == computed, (
-            f"observation window ends at {state.queries_end}, compaction at {computed}"
-        )
+        if state.queries is None or state.queries_end != computed:
+            raise PolicyFailure(
+                f"its observation window ends at {state.queries_end}, "
+                f"the compaction is at {computed}"
+            )
         order = torch.arange(computed - window, computed, device=state.queries.device) % window
         return state.queries[:, order].transpose(1, 2)
 
@@ -392,70 +414,11 @@ class CompactionMixin(_Base):
         """Scores, selects and moves, layer by layer, then installs the new block table row."""
         began = time.perf_counter()
         state = self._crushed[command.request_id]
-        policy, needs = state.policy, state.policy.needs
-        size, region = self.cache_config.block_size, state.region
-        device = self._layers[0].device
-        # Raw blocks, among them a raw compressed region, are read as one tail: slots are in order.
-        raw = command.source[command.compressed if region else 0 :] + command.tail
-        tail = torch.tensor(raw, dtype=torch.int32, device=device)
-        tail_tokens = (len(raw) - len(command.tail)) * size + command.tail_tokens
-        held = tail_tokens + (command.compressed_tokens if region else 0)
-        candidates, keep = held - command.tail_tokens, command.keep
-        target = Region.of(command.target, command.parts, [layer.pages for layer in self._layers])
-        stage = Stage(target, region, self._layers[0].pages)
-        everything = torch.arange(keep, device=device).expand(self._layers[0].heads, -1)
-        queries = self._window(state, command.computed) if "queries" in needs else None
-        gather_heads = _gather_heads if get_tensor_model_parallel_world_size() > 1 else _identity
-        survivors: list[Tensor] = []
-        tiers = policy.tiers and len(command.parts) > 1
-        finer = command.parts[0].tokens if tiers else 0
-        demoted = range(state.finer, command.compressed_tokens)
-        for index, layer in enumerate(self._layers):
-            request = layer.request(region, tail, tail_tokens, command.computed - tail_tokens)
-            if keep == candidates and "running" not in needs and not tiers:
-                if self.on_select is not None:
-                    self.on_select(command, index, everything)
-                layer.compact(request, everything, target, stage.pages)
-                continue
-            running = None
-            if "running" in needs:
-                running = torch.zeros(layer.heads, candidates, device=device)
-                if state.running is not None:
-                    known = state.running[index]
-                    running[:, : known.shape[1]] = known
-            view = View(
-                held=layer.held(request, held),
-                queries=None if queries is None else queries[index],
-                scale=layer.scale,
-                candidates=candidates,
-                sinks=state.plan.sinks,
-                page_size=size,
-                running=running,
-                layer=index,
-                all_heads=gather_heads,
-            )
-            scores = policy.score(view)
-            kept = policy.select(view, scores, keep)
-            parts: tuple[Tensor, ...] = (kept,)
-            if tiers:
-                # In position order, which slots are not in once tokens were demoted.
-                places = layer.positions(request, candidates)
-                parts = tuple(
-                    part.gather(1, places.gather(1, part).argsort(dim=1, stable=True))
-                    for part in policy.split(view, scores, kept, finer, demoted)
-                )
-            kept = torch.cat(parts, 1)
-            if self.on_select is not None:
-                self.on_select(command, index, kept)
-            for part, slots in enumerate(parts):
-                layer.compact(request, slots, target, stage.pages, part if tiers else None)
-            if (new_running := policy.running(view, scores)) is not None:
-                survivors.append(new_running.gather(1, kept))
-        stage.finish()
-        state.region = target if state.plan.packings else None
-        state.running = survivors or None
-        codecs = [packing.codec for packing in state.plan.packings]
-        state.finer = finer or (keep if [p.codec for p in command.parts] == codecs[:1] else 0)
+        if command.same_as is None:
+            self._move(command, state)
+        else:
+            other = self._crushed[command.same_as]
+            state.region, state.running, state.finer = other.region, other.running, other.finer
         state.evicted = command.evicted
         # The next window may reach back before this compaction.
         n, left = command.computed, command.computed - command.evicted
@@ -464,10 +427,170 @@ class CompactionMixin(_Base):
         self._install(command.request_id, [*command.target, *command.tail], command.evicted)
         self._seconds.append((state.params.policy, time.perf_counter() - began))
 
+    def _move(self, command: Compaction, state: Request) -> None:
+        """Fills the target blocks of a compaction."""
+        size, region, layers = self.cache_config.block_size, state.region, self._layers
+        device = layers[0].device
+        # Raw blocks, among them a raw compressed region, are read as one tail: slots are in order.
+        raw = command.source[command.compressed if region else 0 :]
+        tail = torch.tensor((*raw, *command.tail), dtype=torch.int32, device=device)
+        tail_tokens = len(raw) * size + command.tail_tokens
+        position = command.computed - tail_tokens
+        held = tail_tokens + (command.compressed_tokens if region else 0)
+        candidates, keep = held - command.tail_tokens, command.keep
+        target, order = Region.of(
+            command.target, command.parts, [layer.pages for layer in layers], raw, region
+        )
+        everything = torch.arange(keep, device=device).expand(layers[0].heads, -1)
+        # With pages of two codecs the finer ones come first, so that slots are in the order of
+        # positions only within each.
+        mixed = state.tiers and 0 < state.finer < command.compressed_tokens
+        two = state.tiers and len(command.parts) > 1
+        chooses = keep < candidates or "running" in state.needs or mixed or two
+        queries: Tensor | None = None
+        broken: PolicyFailure | None = None
+        if chooses and "queries" in state.needs:
+            try:
+                queries = self._window(state, command.computed)
+            except PolicyFailure as error:
+                broken = error
+                self._failed(command.request_id, state, error)
+        sound: list[Tensor] = []
+        running: dict[int, Tensor] = {}
 
-def _gather_heads(x: Tensor) -> Tensor:
-    # vLLM's shared-memory all-gather on CPU takes floats only.
-    return get_tp_group().all_gather(x.to(torch.float32).contiguous(), dim=0).to(x.dtype)
+        def view_of(index: int, request: Any) -> tuple[View, Tensor | None]:
+            """What the policy sees of a layer, and the slots of its candidates if reordered."""
+            layer = layers[index]
+            known = None
+            if "running" in state.needs:
+                known = torch.zeros(layer.heads, candidates, device=device)
+                if state.running is not None:
+                    known[:, : state.running[index].shape[1]] = state.running[index]
+            view = View(
+                held=layer.held(request, held),
+                queries=None if queries is None else queries[index],
+                scale=layer.scale,
+                candidates=candidates,
+                sinks=state.plan.sinks,
+                page_size=size,
+                running=known,
+                layer=index,
+                all_heads=_identity,
+            )
+            if not mixed:
+                return view, None
+            slots = layer.positions(request, candidates).argsort(dim=1, stable=True)
+            return in_position_order(view, slots), slots
+
+        def chosen(index: int, request: Any, trust: bool = True) -> Tensor:
+            """The slots that stay, in the order in which the target holds them."""
+            view, slots = view_of(index, request)
+            finer = command.parts[0].tokens if two else 0
+            choice = None
+            if trust and broken is None:
+                demoted = None
+                if two:
+                    later = torch.arange(candidates, device=device)
+                    later = (later >= state.finer) & (later < command.compressed_tokens)
+                    demoted = later.expand(layers[0].heads, -1)
+                    if slots is not None:
+                        demoted = demoted.gather(1, slots)
+                choice = self._ask(command.request_id, state, view, keep, finer, demoted)
+            if choice is None:
+                choice = newest(view, keep, finer)
+            else:
+                sound.append(choice.sound)
+            if choice.running is not None:
+                running[index] = choice.running
+            return choice.slots if slots is None else slots.gather(1, choice.slots)
+
+        def fill(index: int, kept: Tensor | None = None) -> None:
+            layer = layers[index]
+            request = layer.request(region, tail, tail_tokens, position)
+            if kept is None:
+                kept = chosen(index, request) if chooses else everything
+            if self.on_select is not None:
+                self.on_select(command, index, kept)
+            try:
+                layer.compact(request, kept, target)
+            except Exception as error:
+                # Refused before anything was written: a choice of ours cannot be at fault twice.
+                if not chooses:
+                    raise
+                self._failed(command.request_id, state, PolicyFailure(str(error)))
+                layer.compact(request, chosen(index, request, trust=False), target)
+
+        if chooses and order != sorted(order) and get_tensor_model_parallel_world_size() > 1:
+            # Ranks share pages out in orders of their own, but must choose in the same one.
+            choices = [
+                chosen(i, layer.request(region, tail, tail_tokens, position)).int()
+                for i, layer in enumerate(layers)
+            ]
+            for index in order:
+                fill(index, choices[index].long())
+        else:
+            for index in order:
+                fill(index)
+        if sound:
+            self._unsettled.append((command.request_id, state, torch.stack(sound).all()))
+            if device.type == "cpu":
+                self._settle()
+        state.region = target if state.plan.packings else None
+        state.running = [running[i] for i in range(len(layers))] if running else None
+        finest = state.plan.packings[0].codec if state.plan.packings else "raw"
+        first = command.parts[0]
+        state.finer = first.tokens if two or first.codec == finest else 0
+
+    # -- policies that fail ---------------------------------------------------------------------
+
+    def _ask(
+        self,
+        request_id: str,
+        state: Request,
+        view: View,
+        keep: int,
+        finer: int,
+        demoted: Tensor | None,
+    ) -> Choice | None:
+        """The policy's choice for one layer, or None where it failed, here or on another rank."""
+        ranks = Ranks(view.device) if get_tensor_model_parallel_world_size() > 1 else None
+        if ranks is not None:
+            view = replace(view, all_heads=ranks.all_heads)
+        try:
+            if state.policy is None:
+                raise PolicyFailure("it cannot be built")
+            choice = choose(state.policy, view, keep, finer, demoted)
+            if ranks is not None:
+                ranks.agree("done")
+        except PolicyFailure as error:
+            if ranks is not None:
+                ranks.give_up()
+            self._failed(request_id, state, error)
+            return None
+        return choice
+
+    def _failed(self, request_id: str, state: Request, why: PolicyFailure) -> None:
+        """Counts a compaction that had to do without its policy; a request is logged once."""
+        entry = (request_id, state.params.policy)
+        if entry not in self._failures:
+            self._failures.append(entry)
+        if not state.failed:
+            state.failed = True
+            logger.error(
+                "vllm-kvcrush: the policy %s failed for request %s, which keeps its sinks and "
+                "newest tokens instead: %s",
+                state.params.policy,
+                request_id,
+                why,
+            )
+
+    def _settle(self) -> None:
+        """Counts the choices that turned out to be useless."""
+        unsettled, self._unsettled = self._unsettled, []
+        for request_id, state, sound in unsettled:
+            if not sound:
+                useless = "its scores have NaN, or its slots are not ascending candidates"
+                self._failed(request_id, state, PolicyFailure(useless))
 
 
 def _identity(x: Tensor) -> Tensor:

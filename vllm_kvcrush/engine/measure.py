@@ -13,7 +13,6 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from vllm_kvcrush.config import NONE, POLICY_KEY
 from vllm_kvcrush.transform import SINKS, Rope, Statistics, TablesError
 
 # Packages that vLLM requires and whose descriptions are long: English with code and lists in it.
@@ -48,7 +47,7 @@ def pieces(model_config: Any, longest: int) -> list[list[int]]:
 
 def scheduled(tokens: list[int], blocks: list[int]) -> SchedulerOutput:
     """A step of one request that is read whole."""
-    params = SamplingParams(temperature=0.0, max_tokens=1, extra_args={POLICY_KEY: NONE})
+    params = SamplingParams(temperature=0.0, max_tokens=1)
     new = NewRequestData(
         req_id=_REQUEST,
         prompt_token_ids=tokens,

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.pages import CODECS, FITTED
+from vllm_kvcrush.pages import CODECS
 from vllm_kvcrush.plan import Part
 
 
@@ -21,7 +22,6 @@ class Pages(Protocol):
         kv_heads, block_pages: pages of a block that are this layer's, and that are anyone's.
         num_blocks: of the pool.
         page_bytes: of every page.
-        pool: all pages, contiguous.
     """
 
     kv_heads: int
@@ -29,8 +29,6 @@ class Pages(Protocol):
     num_blocks: int
     page_bytes: int
 
-    @property
-    def pool(self) -> Tensor: ...
     def capacity(self, codec: str, head: int = 0) -> int:
         """Tokens that a page of a KV head holds."""
         ...
@@ -43,100 +41,113 @@ class Region:
     Attributes:
         blocks: number of blocks that they lie in.
         begin, end: int32 [layers, kv_heads]: entries [begin, end) of a layer and head.
-        second: int32 [layers, kv_heads], where those of the second part begin.
         page: int32 [n], page index in the pool.
         count: uint16 [n], tokens in it.
         codec: uint8 [n].
-        own: whether every page lies where its layer and head have their raw pages.
     """
 
     blocks: int
     begin: Tensor
     end: Tensor
-    second: Tensor
     page: Tensor
     count: Tensor
     codec: Tensor
-    own: bool
 
     @classmethod
-    def of(cls, blocks: Sequence[int], parts: Sequence[Part], layers: Sequence[Pages]) -> Region:
-        """Tokens in pages that fill `blocks`; `layers` share a pool, in the order of their pages.
+    def of(
+        cls,
+        blocks: Sequence[int],
+        parts: Sequence[Part],
+        layers: Sequence[Pages],
+        raw: Sequence[int] = (),
+        old: Region | None = None,
+    ) -> tuple[Region, list[int]]:
+        """Shares the pages of some blocks out over layers and heads.
 
-        Where all heads take the same number of pages, each takes its own of every block: nothing
-        is then written where another layer still has to be read. Else pages are handed out one
-        after the other."""
+        The blocks may be among those that are read while the pages are filled. Then the layers are
+        filled in an order in which each finds enough pages that no later layer reads: those that
+        have most pages to give come first.
+
+        Args:
+            blocks: to fill.
+            parts: the tokens that fill them, in slot order.
+            layers: share a pool, in the order of their pages.
+            raw: blocks with raw pages that are read.
+            old: region that is read.
+
+        Returns:
+            The region, and the layers in the order in which they must be filled, each after all of
+            it was read.
+        """
         heads, pairs = layers[0].kv_heads, layers[0].block_pages
-        own = len(parts) == 1 and parts[0].codec not in FITTED
-        wanted: list[list[tuple[int, int]]] = []  # (tokens, codec) of the pages of each pair
-        first_parts: list[int] = []  # how many of them are of the first part
-        for layer in layers:
-            for head in range(heads):
-                pages: list[tuple[int, int]] = []
-                for i, part in enumerate(parts):
-                    if i == 1:
-                        first_parts.append(len(pages))
-                    room = layer.capacity(part.codec, head)
-                    full, rest = divmod(part.tokens, room)
-                    pages += [(room, CODECS[part.codec])] * full
-                    pages += [(rest, CODECS[part.codec])] * (rest > 0)
-                wanted.append(pages)
-        first = torch.tensor(blocks, dtype=torch.int32) * pairs
-        end = torch.tensor([len(pages) for pages in wanted]).cumsum(0).to(torch.int32)
-        begin = torch.cat([end.new_zeros(1), end[:-1]])
-        n = int(end[-1])
-        if own:
-            each = n // pairs
-            page = (first[:each] + torch.arange(pairs, dtype=torch.int32)[:, None]).flatten()
-        else:
-            page = (first[:, None] + torch.arange(pairs, dtype=torch.int32)).flatten()[:n]
-        assert len(page) == n, f"{n} pages in {len(blocks)} blocks of {pairs}"
-        flat = [entry for pages in wanted for entry in pages]
-        return cls(
-            len(blocks),
-            begin.view(-1, heads),
-            end.view(-1, heads),
-            (begin + torch.tensor(first_parts, dtype=torch.int32) if first_parts else end).view(
-                -1, heads
-            ),
-            page.to(torch.int32),
-            torch.tensor([count for count, _ in flat], dtype=torch.int32).to(torch.uint16),
-            torch.tensor([codec for _, codec in flat], dtype=torch.uint8),
-            own,
+        rooms = np.array(
+            [[p.capacity(part.codec, h) for part in parts] for p in layers for h in range(heads)]
         )
+        tokens = np.array([part.tokens for part in parts])
+        pages = -(-tokens // rooms)  # of each pair and part
+        sizes = pages.ravel()
+        count = rooms.ravel().repeat(sizes)
+        last = sizes.cumsum() - 1
+        rests = (tokens - (pages - 1) * rooms).ravel()
+        count[last[sizes > 0]] = rests[sizes > 0]
+        codec = np.tile([CODECS[part.codec] for part in parts], pairs).repeat(sizes)
+        wanted = pages.sum(1)
+        end = wanted.cumsum()
+        begin = end - wanted
+        page, order = _shared_out(np.array(blocks), wanted, heads, np.array(raw), old)
+        region = cls(
+            len(blocks),
+            torch.from_numpy(begin.astype(np.int32)).view(-1, heads),
+            torch.from_numpy(end.astype(np.int32)).view(-1, heads),
+            torch.from_numpy(page.astype(np.int32)),
+            torch.from_numpy(count.astype(np.uint16)),
+            torch.from_numpy(codec.astype(np.uint8)),
+        )
+        return region, order
 
-    def directory(self, layer: int, part: int | None = None) -> cpu.Directory:
-        """The pages of one layer, or those of its first or second part."""
+    def directory(self, layer: int) -> cpu.Directory:
+        """The pages of one layer."""
         rows = slice(layer, layer + 1)
-        begin = self.second if part == 1 else self.begin
-        end = self.second if part == 0 else self.end
-        return cpu.Directory(begin[rows], end[rows], self.page, self.count, self.codec)
+        return cpu.Directory(self.begin[rows], self.end[rows], self.page, self.count, self.codec)
 
 
-class Stage:
-    """Pages of a new region before they are where they belong: those of one layer may lie where
-    the old ones of another are that has not been read yet.
-
-    Args:
-        target: the new region.
-        source: the old one, or None.
-        pool: the layer whose pool they are in; any will do.
-    """
-
-    def __init__(self, target: Region, source: Region | None, pool: Pages) -> None:
-        self._target, self._pool = target, pool
-        direct = target.own and (source is None or source.own)
-        self.pages: Tensor | None = None
-        if not direct:
-            self.pages = torch.empty(
-                len(target.page), pool.page_bytes, dtype=torch.uint8, device=pool.pool.device
-            )
-
-    def finish(self) -> None:
-        """Puts the pages in their places."""
-        if self.pages is not None:
-            pool = self._pool.pool.view(-1, self._pool.page_bytes)
-            pool[self._target.page.to(pool.device).long()] = self.pages
+def _shared_out(
+    blocks: np.ndarray, wanted: np.ndarray, heads: int, raw: np.ndarray, old: Region | None
+) -> tuple[np.ndarray, list[int]]:
+    """Page indices of each pair of layer and head, one pair after the other, and the order of the
+    layers. `wanted`: pages by pair."""
+    pairs = len(wanted)
+    n = int(wanted.sum())
+    assert n <= len(blocks) * pairs, f"{n} pages in {len(blocks)} blocks of {pairs}"
+    layers = pairs // heads
+    mine = np.arange(pairs) // heads
+    page = (blocks[:, None] * pairs + np.arange(pairs)).ravel()
+    # The layer that still has to read each page before it is written; none: -1.
+    reader = np.full(len(page), -1)
+    reader.reshape(-1, pairs)[np.isin(blocks, raw)] = mine
+    if old is not None:
+        lengths = (old.end - old.begin).sum(1).numpy()
+        row = {int(block): i for i, block in enumerate(blocks)}
+        theirs = old.page.numpy()
+        rows = np.array([row.get(int(b), -1) for b in np.unique(theirs // pairs)], dtype=int)
+        where = rows[np.unique(theirs // pairs, return_inverse=True)[1]]
+        inside = where >= 0
+        reader[where[inside] * pairs + theirs[inside] % pairs] = np.repeat(
+            np.arange(layers), lengths
+        )[inside]
+    if (wanted == len(blocks)).all() and (old is None or (reader.reshape(-1, pairs) == mine).all()):
+        # Each takes its own page of every block, as raw pages must.
+        return page.reshape(-1, pairs).T.ravel(), list(range(layers))
+    needs = wanted.reshape(-1, heads).sum(1)
+    gives = np.bincount(reader + 1, minlength=layers + 1)[1:]
+    order = np.argsort(needs - gives, kind="stable")
+    free = page[reader == -1]
+    found: list[np.ndarray] = [free] * layers
+    for layer in order:
+        free = np.sort(np.concatenate((free, page[reader == layer])))
+        found[layer], free = free[: needs[layer]], free[needs[layer] :]
+        assert len(found[layer]) == needs[layer]
+    return np.concatenate(found), order.tolist()
 
 
 def joined(

@@ -21,9 +21,6 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         compactions = self._begin_step(scheduler_output)
-        for request_id in scheduler_output.scheduled_cached_reqs.resumed_req_ids:
-            state = self.requests[request_id]
-            self._track(request_id, state.sampling_params, state.num_prompt_tokens)
         for command in compactions:
             self._compact(command)
         return super().execute_model(scheduler_output, intermediate_tensors)
@@ -53,6 +50,19 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
         output = super()._model_forward(*args, **kwargs)
         self._keep_queries()
         return output
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        # vLLM 0.32 takes back what a discarded sample of a prompt's chunk drew from its request's
+        # generator by get_offset, which CPU generators lack, so any seeded prompt of two chunks
+        # ends the engine; and our chunks end where compactions are due. Without its generator such
+        # a row draws nothing that counts. To go when vLLM's own CPU runner takes seeds in chunks.
+        generators = self.input_batch.generators
+        discarded = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0]
+        away = {int(i): generators.pop(int(i)) for i in discarded if int(i) in generators}
+        try:
+            return super().sample_tokens(grammar_output)
+        finally:
+            generators.update(away)
 
     def _install(self, request_id: str, blocks: list[int], evicted: int) -> None:
         self.requests[request_id].block_ids = (blocks,)

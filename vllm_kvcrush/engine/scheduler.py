@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -14,12 +15,30 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from vllm_kvcrush.config import NONE, RequestParams, Settings
-from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushManager
-from vllm_kvcrush.engine.commands import Compaction, StepCommands
+from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushManager, twins
+from vllm_kvcrush.engine.commands import Admitted, Compaction, StepCommands, WorkerReport
 from vllm_kvcrush.plan import Plan, cdiv
 from vllm_kvcrush.stats import Stats
 
 logger = init_logger(__name__)
+
+
+@dataclass
+class _Wait:
+    """What jobs that were put off together wait for.
+
+    They need not be looked at again before enough blocks came: `missing` of them, less what each
+    member's shape may have changed by. The blocks that the members and the pool had then, and what
+    the manager's epoch was, tell."""
+
+    reason: str
+    missing: int
+    epoch: int
+    blocks: dict[str, int]
+    free: int
+    # The step in which it was looked at, and what was found.
+    step: int = -1
+    over: bool = False
 
 
 @dataclass
@@ -30,7 +49,8 @@ class _Tracked:
     compactions: int = 0
     # Of those, in which the policy failed and sinks and newest tokens were kept.
     policy_failures: int = 0
-    deferred: str | None = None
+    # Why its compaction is overdue, or None.
+    deferred: _Wait | None = None
 
 
 # A mixin at run time; to the type checker it is a scheduler.
@@ -54,6 +74,7 @@ class KVCrushSchedulerMixin(_Base):
         self._tracked: dict[str, _Tracked] = {}
         self._plans: dict[str, Plan] = {}
         self._queries: dict[str, bool] = {}
+        self._step = 0
         # Requests whose numbers changed since their client was told.
         self._unreported: set[str] = set()
         # Of the step that is being scheduled: compactions, and the request that asks for blocks.
@@ -76,8 +97,8 @@ class KVCrushSchedulerMixin(_Base):
             try:
                 params = self._settings.request(request.sampling_params.extra_args)
                 queries = params.active and self._uses_queries(params.policy)
-            except ValueError as error:
-                # Not by way of our front-end, which refuses it. The engine must live.
+            except Exception as error:
+                # Not by way of our front-end, which refuses it; or a third party's constructor.
                 logger.error("Request %s is not compressed: %s", request.request_id, error)
                 params, queries = RequestParams(NONE, 1.0), False
             if request.resumable:
@@ -134,28 +155,60 @@ class KVCrushSchedulerMixin(_Base):
         self._commands = self._compact_due()
         output = super().schedule(throttle_prefills)
         self._allocating = None
-        # A request that was preempted a moment ago has nothing left to compact.
         output.kvcrush = StepCommands(
-            [c for c in self._commands if c.request_id in self._manager.evicted],
+            self._standing(self._commands),
             frozenset(r for r, t in self._tracked.items() if t.deferred),
+            self._admitted(output),
         )
         return output
 
+    def _standing(self, commands: list[Compaction]) -> list[Compaction]:
+        """Without those of requests that were preempted a moment ago: nothing is left to compact.
+        What such a one would have done for its twins, the first of them does."""
+        standing: list[Compaction] = []
+        heirs: dict[str, str] = {}
+        for command in commands:
+            if command.request_id not in self._manager.evicted:
+                continue
+            done = {c.request_id for c in standing}
+            if command.same_as is not None and command.same_as not in done:
+                heir = heirs.setdefault(command.same_as, command.request_id)
+                same_as = None if heir == command.request_id else heir
+                command = replace(command, same_as=same_as)
+            standing.append(command)
+        return standing
+
+    def _admitted(self, output: SchedulerOutput) -> dict[str, Admitted]:
+        ids = [new.req_id for new in output.scheduled_new_reqs]
+        ids += output.scheduled_cached_reqs.resumed_req_ids
+        return {
+            i: Admitted(self._tracked[i].params, self._plans[i].num_prompt_tokens)
+            for i in ids
+            if i in self._plans
+        }
+
     def _compact_due(self) -> list[Compaction]:
         """Compacts every running request that its plan says is due."""
+        self._step += 1
+        jobs = [job for request in self.running if (job := self._due(request)) is not None]
+        ready = [job for job in jobs if not self._waits(job)]
         done: list[Compaction] = []
-        waiting: list[Job] = []
-        for request in self.running:
-            if (job := self._due(request)) is None:
-                continue
-            result = self._try([job])
+        refused: dict[str, Deferred] = {}
+        for unit in twins(ready):
+            result = self._try(unit)
             if isinstance(result, Deferred):
-                waiting.append(job)
+                refused.update((job.request_id, result) for job in unit)
             else:
                 done += result
-        # Copies of one prompt share its blocks: only together do they free them.
-        for group in self._manager.sharing(waiting):
-            result = self._try(group) if len(group) > 1 else Deferred("shared")
+        if not refused:
+            return done
+        # Requests that share blocks, as copies of one prompt do, may free them together only.
+        over = {c.request_id for c in done}
+        for group in self._manager.sharing([job for job in jobs if job.request_id not in over]):
+            why = [refused[job.request_id] for job in group if job.request_id in refused]
+            if not why:
+                continue  # all of them wait already
+            result = self._try(group) if len(twins(group)) > 1 else why[0]
             if isinstance(result, Deferred):
                 self._defer(group, result)
             else:
@@ -163,11 +216,31 @@ class KVCrushSchedulerMixin(_Base):
         return done
 
     def _defer(self, jobs: list[Job], why: Deferred) -> None:
+        blocks = {job.request_id: self._num_blocks(job.request_id) for job in jobs}
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        wait = _Wait(why.reason, why.missing, self._manager.epoch, blocks, free)
         for job in jobs:
             tracked = self._tracked[job.request_id]
             if tracked.deferred is None:
                 self.kvcrush_stats.record_deferral(why.reason)
-            tracked.deferred = why.reason
+            tracked.deferred = wait
+
+    def _waits(self, job: Job) -> bool:
+        """Whether a job was put off and nothing has changed that could let it go on."""
+        wait = self._tracked[job.request_id].deferred
+        if wait is None:
+            return False
+        if wait.step != self._step:
+            came = sum(self._num_blocks(r) - n for r, n in wait.blocks.items())
+            if wait.reason == "no_room":
+                came += self.kv_cache_manager.block_pool.get_num_free_blocks() - wait.free
+            # Its tail may take a block more or less than it did, and so may its region.
+            least = wait.missing - 2 * len(wait.blocks)
+            wait.step, wait.over = self._step, came >= least or wait.epoch != self._manager.epoch
+        return not wait.over
+
+    def _num_blocks(self, request_id: str) -> int:
+        return len(self._manager.req_to_blocks.get(request_id, ()))
 
     def _due(self, request: Request) -> Job | None:
         """The compaction that `request` is due now, at a position of its plan or put off there."""
@@ -182,7 +255,24 @@ class KVCrushSchedulerMixin(_Base):
         if not plan.due(n, held):
             tracked.deferred = None
             return None
-        return Job(request.request_id, n, held, plan.shape(n, held))
+        return Job(request.request_id, n, held, plan.shape(n, held), self._twin(request, plan, n))
+
+    def _twin(self, request: Request, plan: Plan, n: int) -> Hashable:
+        """What the result of a compaction at n follows from, where others may have the same: the
+        plan, the tokens, and the region that it starts from."""
+        full = n // self._manager.block_size
+        if n > request.num_prompt_tokens or not 0 < full <= len(request.block_hashes):
+            return None
+        compressed, _ = self._manager.regions.get(request.request_id, (0, 0))
+        blocks = self._manager.req_to_blocks[request.request_id][:compressed]
+        return (
+            self._tracked[request.request_id].params,
+            plan.num_prompt_tokens,
+            n,
+            tuple(block.block_id for block in blocks),
+            request.block_hashes[full - 1],  # of all tokens before its end, and of their adapter
+            tuple(request.all_token_ids[full * self._manager.block_size : n]),
+        )
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
@@ -259,8 +349,14 @@ class KVCrushSchedulerMixin(_Base):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> Any:
-        for policy, seconds in getattr(model_runner_output, "kvcrush_seconds", ()):
+        report = getattr(model_runner_output, "kvcrush", WorkerReport())
+        for policy, seconds in report.seconds:
             self.kvcrush_stats.record_seconds(policy, seconds)
+        for request_id, policy in report.failures:
+            self.kvcrush_stats.record_policy_failure(policy)
+            if (tracked := self._tracked.get(request_id)) is not None:
+                tracked.policy_failures += 1
+                self._unreported.add(request_id)
         results = super().update_from_output(scheduler_output, model_runner_output)
         if self._unreported:
             # With a request's first output and after each compaction, because a front-end that

@@ -102,7 +102,7 @@ def window_scores(
     mean: bool = True,
     pool: int = 1,
     pool_kind: str = "max",
-    reduce: str = "mean",
+    reduce: str | None = "mean",
 ) -> Tensor:
     """Attention that each candidate receives from the newest queries.
 
@@ -111,14 +111,15 @@ def window_scores(
         candidates: m; scores are wanted, and pooled, for slots [0, m).
         mean: the mean over the window instead of the sum.
         pool, pool_kind: of `pool_scores`; 1 leaves the scores as they are.
-        reduce: of `reduce_groups`.
+        reduce: of `reduce_groups`, or None.
 
     Returns:
-        [H, m].
+        [H, m], or [Hq, m] without reduction.
     """
     weights = window_attention(queries, keys, scale)[..., :candidates]
     votes = weights.mean(1) if mean else weights.sum(1)
-    return reduce_groups(pool_scores(votes, pool, pool_kind), keys.shape[0], reduce)
+    votes = pool_scores(votes, pool, pool_kind)
+    return votes if reduce is None else reduce_groups(votes, keys.shape[0], reduce)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -36,8 +36,7 @@ class Held(Protocol):
 
 @dataclass
 class View:
-    """One layer of one request at a compaction. Slots are in position order; of a policy with
-    `tiers`, those of the finer codec, those of the coarser one and the tail each are.
+    """One layer of one request at a compaction. Slots are in position order.
 
     H KV heads, Hq query heads, n held slots, m candidates, w window queries, head size D. Under
     tensor parallelism H and Hq count this rank's heads.
@@ -155,30 +154,26 @@ class Policy(ABC):
         return ops.top_slots(protect(scores, view.sinks), keep)
 
     def split(
-        self, view: View, scores: Tensor, kept: Tensor, finer: int, demoted: range
+        self, view: View, scores: Tensor, kept: Tensor, finer: int, demoted: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Which of the kept slots get the finer codec: those that would stay if only so many did.
 
         Args:
             kept: what `select` chose.
             finer: how many.
-            demoted: slots whose tokens are in the coarser codec already. What they lost does not
-                come back, so they come last.
+            demoted: bool [H, m], tokens that are in the coarser codec already. What they lost does
+                not come back, so they come last.
 
         Returns:
             int64 [H, finer] and the rest of `kept`, each ascending.
         """
-        m, first, last = view.candidates, demoted.start, demoted.stop
-        places = torch.cat([torch.arange(first), torch.arange(last, m)]).to(scores.device)
-        own = min(finer, len(places))
-        sinks = min(view.sinks, own, first if demoted else m)
-        smaller = replace(view, candidates=len(places), sinks=sinks)
-        best = places[self.select(smaller, scores[:, places], own)]
-        rank = scores.new_full(scores.shape, -torch.inf).scatter_(1, kept, 0.0)
-        rank[:, first:last] -= 1
-        chosen = torch.zeros_like(rank).scatter_(1, best, 1.0)
-        mask = ops.top_mask(rank + chosen, finer)
-        stays = torch.zeros_like(mask).scatter_(1, kept, True)
+        stays = torch.zeros_like(demoted).scatter_(1, kept, True)
+        fresh = scores.masked_fill(demoted | ~stays, -torch.inf)
+        best = torch.zeros_like(demoted).scatter_(1, self.select(view, fresh, finer), True)
+        # By class, then by score: the best, others that were never demoted, the demoted.
+        place = fresh.argsort(dim=1, stable=True).argsort(1)
+        rank = place + ((best & ~demoted).long() + (~demoted).long()) * view.candidates
+        mask = ops.top_mask(rank.float().masked_fill(~stays, -torch.inf), finer)
         rest = ops.mask_slots(stays & ~mask, kept.shape[1] - finer)
         return ops.mask_slots(mask, finer), rest
 

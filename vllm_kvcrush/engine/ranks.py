@@ -1,0 +1,59 @@
+"""What tensor-parallel ranks tell each other while a policy chooses."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tp_group
+
+from vllm_kvcrush.policies.choice import PolicyFailure
+
+
+class Ranks:
+    """A policy's collectives.
+
+    A policy may fail on one rank only: before each collective, and at the end, the ranks tell each
+    other where they are, so that none waits for one that gave up."""
+
+    _STATES: ClassVar[tuple[str, ...]] = ("failed", "gathers", "done")
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._over = False
+
+    def all_heads(self, x: Tensor) -> Tensor:
+        """See `View.all_heads`. Raises PolicyFailure where another rank is elsewhere."""
+        self.agree("gathers")
+        return _gather_heads(x)
+
+    def agree(self, state: str) -> None:
+        """Raises PolicyFailure unless every rank is in this state."""
+        if self._over:
+            raise PolicyFailure("it went on after it failed on another rank")
+        if not self._all_in(state):
+            self._over = True
+            raise PolicyFailure("it failed on another rank, or takes other turns there")
+
+    def give_up(self) -> None:
+        """Tells the others that the policy failed here, unless they know."""
+        if not self._over:
+            self._over = True
+            self._all_in("failed")
+
+    def _all_in(self, state: str) -> bool:
+        mine = self._STATES.index(state)
+        if self._device.type == "cpu":
+            found = _gather_heads(torch.full((1, 1), mine)).flatten().tolist()
+        else:
+            group = get_tp_group()
+            parts = [torch.zeros(1, dtype=torch.int64) for _ in range(group.world_size)]
+            torch.distributed.all_gather(parts, torch.tensor([mine]), group=group.cpu_group)
+            found = torch.cat(parts).tolist()
+        return all(other == mine for other in found) and state != "failed"
+
+
+def _gather_heads(x: Tensor) -> Tensor:
+    # vLLM's shared-memory all-gather on CPU takes floats only.
+    return get_tp_group().all_gather(x.to(torch.float32).contiguous(), dim=0).to(x.dtype)
