@@ -39,9 +39,13 @@ def register() -> None:
 
     _wrap_flags(EngineArgs)
     _wrap_config(EngineArgs)
+    if gate.verdict()[0]:
+        server.register()
 
 
 def _wrap_flags(engine_args: Any) -> None:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     add_cli_args, from_cli_args = engine_args.add_cli_args, engine_args.from_cli_args
 
     @functools.wraps(add_cli_args)
@@ -88,19 +92,13 @@ def _wrap_flags(engine_args: Any) -> None:
 
     @functools.wraps(from_cli_args.__func__)
     def with_flags(cls: Any, args: argparse.Namespace) -> Any:
+        _fold(args)
+        if getattr(args, "launch_component", None) == "render" and gate.verdict()[0]:
+            # `vllm launch render` makes requests for engines elsewhere, and none of its own.
+            server.install(active=False)
         result = from_cli_args.__func__(cls, args)
-        names = ("kv_policy", "kv_budget", "kv_budget_max", "kv_policy_allow", "kv_policy_config")
-        given = {
-            short: getattr(args, name)
-            for short, name in zip(_FLAGS, names, strict=True)
-            if getattr(args, name, None) is not None
-        }
         extra = result.additional_config
-        before = extra.get("kvcrush") if isinstance(extra, dict) else None
-        if given:
-            before = {**(before if isinstance(before, dict) else {}), **given}
-            result.additional_config = {**(extra or {}), "kvcrush": before}
-        if before is not None:
+        if isinstance(extra, dict) and extra.get("kvcrush") is not None:
             result._kvcrush_from_cli = True
             try:
                 _settings(result.additional_config)
@@ -108,8 +106,37 @@ def _wrap_flags(engine_args: Any) -> None:
                 _exit(error)
         return result
 
+    server.wrap(FlexibleArgumentParser, "parse_args", _folding)
     engine_args.add_cli_args = staticmethod(with_group)
     engine_args.from_cli_args = classmethod(with_flags)
+
+
+def _folding(original: Any) -> Any:
+    def parse_args(*args: Any, **kwargs: Any) -> Any:
+        parsed = original(*args, **kwargs)
+        _fold(parsed)
+        return parsed
+
+    return parse_args
+
+
+def _fold(args: argparse.Namespace) -> None:
+    """Moves the flags into `--additional-config`, where they are as good as given there.
+
+    When vLLM starts several API servers, or a server for each data-parallel rank, these get the
+    parsed arguments and read them before they load any plugin: of flags that only a plugin knows
+    they would hear nothing."""
+    names = ("kv_policy", "kv_budget", "kv_budget_max", "kv_policy_allow", "kv_policy_config")
+    given = {
+        short: getattr(args, name)
+        for short, name in zip(_FLAGS, names, strict=True)
+        if getattr(args, name, None) is not None
+    }
+    if given:
+        extra = getattr(args, "additional_config", None) or {}
+        before = extra.get("kvcrush")
+        before = before if isinstance(before, dict) else {}
+        args.additional_config = {**extra, "kvcrush": {**before, **given}}
 
 
 def _wrap_config(engine_args: Any) -> None:
@@ -134,11 +161,6 @@ def _wrap_config(engine_args: Any) -> None:
             if getattr(self, "_kvcrush_from_cli", False):
                 _exit(error)
             raise
-        if gate.verdict()[0]:
-            # Every process that takes requests comes through here, workers do not.
-            offline = getattr(usage_context, "name", None) == "LLM_CLASS"
-            stats = not getattr(self, "disable_log_stats", False)
-            server.install(active=settings is not None, http=not offline, stats=stats)
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config
@@ -193,6 +215,9 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     logger = init_logger("vllm.kvcrush")
     if warning := gate.unverified(vllm_config):
         logger.warning(warning)
+    parallel = vllm_config.parallel_config
+    if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
+        return  # one of several API servers: the process that started them has said it
     logger.info(
         "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s clients may ask for %s; "
         "sinks=%d window=%d prefill_interval=%d decode_interval=%d, blocks of %d tokens, "

@@ -55,8 +55,11 @@ class Stats:
     Attributes:
         policies: by name.
         deferrals: compactions put off, by reason ("shared", "no_room").
+        policy_failures: compactions in which the policy failed, by its name.
         kv_bytes_held: bytes of KV that running requests hold now, by policy.
         kv_bytes_raw_equivalent: what they would hold without compression.
+        worker_bytes: the most bytes that a worker has held beside its KV cache, by what for
+            ("staging", "gathered", "queries", "running", "scratch").
     """
 
     policies: dict[str, PolicyStats] = field(default_factory=dict)
@@ -64,6 +67,7 @@ class Stats:
     policy_failures: dict[str, int] = field(default_factory=dict)
     kv_bytes_held: dict[str, int] = field(default_factory=dict)
     kv_bytes_raw_equivalent: dict[str, int] = field(default_factory=dict)
+    worker_bytes: dict[str, int] = field(default_factory=dict)
 
     def record_compaction(
         self, policy: str, tokens: int, blocks: int, seconds: float | None = None
@@ -81,7 +85,7 @@ class Stats:
         self.deferrals[reason] = self.deferrals.get(reason, 0) + 1
 
     def record_policy_failure(self, policy: str) -> None:
-        """Counts one compaction that had to do without its policy."""
+        """Counts one compaction that kept sinks and newest tokens because the policy failed."""
         self.policy_failures[policy] = self.policy_failures.get(policy, 0) + 1
 
     def take(self) -> dict[str, Any]:
@@ -89,8 +93,10 @@ class Stats:
         taken = {
             "policies": {name: stats.to_dict() for name, stats in self.policies.items()},
             "deferrals": self.deferrals,
+            "policy_failures": self.policy_failures,
             "kv_bytes_held": self.kv_bytes_held,
             "kv_bytes_raw_equivalent": self.kv_bytes_raw_equivalent,
+            "worker_bytes": dict(self.worker_bytes),
         }
-        self.policies, self.deferrals = {}, {}
+        self.policies, self.deferrals, self.policy_failures = {}, {}, {}
         return taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import socket
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import openai
 import pytest
@@ -44,35 +46,42 @@ class Server:
         )
 
 
+def environment() -> dict[str, str]:
+    """What a user's shell would have."""
+    found = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    found.pop("VLLM_LOGGING_LEVEL", None)
+    found.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    return found
+
+
 def serve(model: str, log: pathlib.Path, *flags: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment.pop("VLLM_LOGGING_LEVEL", None)
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     vllm = pathlib.Path(sys.executable).parent / "vllm"
     with log.open("wb") as out:
         return subprocess.Popen(
             [str(vllm), "serve", model, *flags],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=environment(),
         )
 
 
-@pytest.fixture(scope="session")
-def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+FLAGS = (
+    f"--served-model-name={NAME} --host=127.0.0.1 --dtype=float32 "
+    "--enforce-eager --block-size=32 --max-model-len=2048 --kv-cache-memory-bytes=88473600 "
+    "--max-num-batched-tokens=512 --max-num-seqs=16 "
+    "--kv-policy=kvcrush --kv-budget=0.25 --kv-budget-max=0.75 "
+    "--kv-policy-allow=kvcrush,snapkv,streaming,int4 "
+    "--kv-policy-config.prefill_interval=256 --kv-policy-config.decode_interval=32"
+).split()
+
+
+@contextlib.contextmanager
+def running(model: str, log: pathlib.Path, *flags: str) -> Iterator[Server]:
+    """A server that answers, and that is stopped afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    flags = (
-        f"--served-model-name={NAME} --host=127.0.0.1 --port={port} --dtype=float32 "
-        "--enforce-eager --block-size=32 --max-model-len=2048 --kv-cache-memory-bytes=88473600 "
-        "--max-num-batched-tokens=512 --max-num-seqs=16 "
-        "--kv-policy=kvcrush --kv-budget=0.25 --kv-budget-max=0.75 "
-        "--kv-policy-allow=kvcrush,snapkv,streaming "
-        "--kv-policy-config.prefill_interval=256 --kv-policy-config.decode_interval=32"
-    ).split()
-    process = serve(model_path, log, *flags)
+    process = serve(model, log, *FLAGS, f"--port={port}", *flags)
     found = Server(f"http://127.0.0.1:{port}", log)
     try:
         for _ in range(300):
@@ -94,3 +103,20 @@ def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@pytest.fixture(scope="session")
+def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with running(model_path, log, "--enable-scale-out") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def long(text: str) -> str:
+    """Some five hundred tokens."""
+    return text[20000:22000]
+
+
+def details(response: Any) -> dict[str, Any]:
+    return response.usage.model_extra["kv_tokens_details"]

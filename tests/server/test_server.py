@@ -10,7 +10,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server.conftest import NAME, Server, serve
+from tests.server.conftest import NAME, Server, details, serve
 
 pytestmark = pytest.mark.server
 
@@ -18,12 +18,6 @@ pytestmark = pytest.mark.server
 @pytest.fixture(scope="session")
 def client(server: Server) -> openai.OpenAI:
     return server.client()
-
-
-@pytest.fixture(scope="session")
-def long(text: str) -> str:
-    """Some five hundred tokens."""
-    return text[20000:22000]
 
 
 Ask = Callable[..., Any]
@@ -45,10 +39,6 @@ def ask(request: pytest.FixtureRequest, client: openai.OpenAI) -> Ask:
         return client.responses.create(input=prompt, max_output_tokens=max_tokens, **common)
 
     return send
-
-
-def details(response: Any) -> dict[str, Any]:
-    return response.usage.model_extra["kv_tokens_details"]
 
 
 def test_default_budget_and_usage(ask: Ask, long: str) -> None:
@@ -86,8 +76,8 @@ def test_an_absolute_budget(ask: Ask, long: str) -> None:
         ({"kv_budget": "much"}, "kv_budget", "much"),
         ({"kv_budget": 20}, "kv_budget", "smallest budget is 96"),
         ({"kv_budget": 0.9}, "kv_budget", "0.75"),
-        ({"kv_policy": "h3o"}, "kv_policy", "kvcrush, snapkv, streaming"),
-        ({"kv_policy": "h2o"}, "kv_policy", "kvcrush, snapkv, streaming"),
+        ({"kv_policy": "h3o"}, "kv_policy", "kvcrush, snapkv, streaming, int4"),
+        ({"kv_policy": "h2o"}, "kv_policy", "kvcrush, snapkv, streaming, int4"),
         ({"kv_budgte": 0.5}, "kv_budgte", "kv_budget"),
         ({"vllm_xargs": {"kv_budget": 7.5}}, "vllm_xargs.kv_budget", "7.5"),
         ({"vllm_xargs": {"kv_size": 2}}, "vllm_xargs.kv_size", "kv_size"),

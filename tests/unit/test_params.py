@@ -47,7 +47,10 @@ def vllm_config(kvcrush: dict[str, Any] | None = None, **cache: Any) -> Namespac
         cache_config=Namespace(**{"block_size": 16, "num_gpu_blocks": None} | cache),
         model_config=Namespace(max_model_len=4096, served_model_name=MODEL),
         parallel_config=Namespace(
-            data_parallel_size=1, data_parallel_size_local=1, local_engines_only=False
+            data_parallel_size=1,
+            data_parallel_size_local=1,
+            data_parallel_rank_local=None,
+            local_engines_only=False,
         ),
     )
 
@@ -116,16 +119,21 @@ def test_a_contradiction_is_refused(endpoint: Any) -> None:
 @pytest.mark.parametrize(
     ("cls", "body"), [(ChatCompletionRequest, CHAT), (CompletionRequest, PROMPT)]
 )
-def test_beam_search_would_drop_them(cls: Any, body: dict[str, Any]) -> None:
+def test_beams_take_them_along(cls: Any, body: dict[str, Any]) -> None:
+    """vLLM drops extra_args with beam search."""
     beams = body | {"use_beam_search": True, "n": 2}
-    cls(**beams).to_beam_search_params(16, {})
-    for extra, name in (
-        ({"kv_budget": 0.5}, "kv_budget"),
-        ({"vllm_xargs": {"kv_policy": "h2o"}}, "vllm_xargs.kv_policy"),
+    wanted = {"kv_budget": 0.5, "kv_policy": "h2o"}
+    for extra, names in (
+        (wanted, set(wanted)),
+        ({"vllm_xargs": wanted | {"theirs": 1}}, set()),
+        ({"vllm_xargs": {"kv_budget": 0.5}, "kv_policy": "h2o"}, {"kv_policy"}),
     ):
-        with pytest.raises(VLLMValidationError, match="beam search") as caught:
-            cls(**beams, **extra).to_beam_search_params(16, {})
-        assert caught.value.parameter == name
+        made = cls(**beams, **extra).to_beam_search_params(16, {})
+        sampling = vars(made)[params._SAMPLING]
+        assert (sampling.extra_args, sampling.max_tokens) == (wanted, 16)
+        assert vars(sampling)[params._FIELDS] == names
+    with pytest.raises(VLLMValidationError, match="contradicts"):
+        cls(**beams, kv_budget=0.5, vllm_xargs={"kv_budget": 0.25}).to_beam_search_params(16, {})
 
 
 def test_known_fields_are_not_logged_as_ignored(
@@ -235,6 +243,9 @@ def test_data_parallel_engines_do_not_share_their_blocks() -> None:
     with pytest.raises(VLLMValidationError, match="of the 173"):
         params.Front(config).check(SamplingParams(max_tokens=100), 3000)
     config.parallel_config.local_engines_only = True
+    params.Front(config).check(SamplingParams(max_tokens=100), 3000)
+    config.parallel_config.local_engines_only = False
+    config.parallel_config.data_parallel_rank_local = 1
     params.Front(config).check(SamplingParams(max_tokens=100), 3000)
 
 
@@ -372,9 +383,29 @@ def test_the_api_server_answers_400() -> None:
 # Usage: from the engine's outputs
 
 
-def report(held: int, raw: int, compactions: int = 1, **more: Any) -> dict[str, Any]:
-    numbers = {"kv_tokens_held": held, "kv_tokens_raw": raw, "kv_blocks_held": 1}
-    return {"kvcrush": numbers | {"compactions": compactions, "policy": "kvcrush"}, **more}
+def report(
+    held: int, raw: int, compactions: int = 1, failures: int = 0, **more: Any
+) -> dict[str, Any]:
+    """Blocks of 16 tokens in 1,000 bytes; slots hold a token each."""
+    numbers = {
+        "kv_tokens_held": held,
+        "kv_tokens_raw": raw,
+        "kv_slots_held": held,
+        "kv_blocks_held": -(-held // 16),
+        "kv_block_size": 16,
+        "kv_block_bytes": 1000,
+        "compactions": compactions,
+        "policy_failures": failures,
+        "policy": "kvcrush",
+    }
+    return {"kvcrush": numbers, **more}
+
+
+def kept(held: int, raw: int, compactions: int = 1, **more: Any) -> dict[str, Any]:
+    """Details of one request that reported the like."""
+    sizes = {"kv_bytes_held": -(-held // 16) * 1000, "kv_bytes_raw": -(-raw // 16) * 1000}
+    counts = {"held": held, "raw": raw, "compactions": compactions}
+    return counts | sizes | {"policy": "kvcrush"} | more
 
 
 class Request:
@@ -427,7 +458,7 @@ def test_the_last_report_counts() -> None:
     assert request.step(1, report(100, 100, 0)) is None
     assert request.step(1, report(40, 101)) is None
     output = request.step(1, report(41, 102), finish=True)
-    assert details(output) == {"held": 41, "raw": 102, "compactions": 1, "policy": "kvcrush"}
+    assert details(output) == kept(41, 102)
     assert output is not None
     assert output.kv_transfer_params is None
 
@@ -439,7 +470,30 @@ def test_between_reports_each_token_is_kept() -> None:
         request.step(1)
     # Ended by the front-end, as at a stop string: the engine's last report never comes.
     output = request.step(1, finish=True)
-    assert details(output) == {"held": 44, "raw": 104, "compactions": 1, "policy": "kvcrush"}
+    assert details(output) == kept(44, 104)
+
+
+def test_bytes_are_of_whole_blocks_as_they_fill() -> None:
+    for tokens, blocks in ((8, 3), (9, 4)):
+        request = Request()
+        request.step(1, report(40, 100))
+        output = request.step(tokens, finish=True)
+        assert details(output)["kv_bytes_held"] == blocks * 1000
+        assert details(output)["kv_bytes_raw"] == -(-(100 + tokens) // 16) * 1000
+    # Tokens in fewer bits: many of them in few slots. And a block that is there already counts.
+    few = report(100, 100)
+    few["kvcrush"] |= {"kv_slots_held": 30, "kv_blocks_held": 3}
+    request = Request()
+    request.step(1, few)
+    output = request.step(2, finish=True)
+    found = details(output)
+    assert (found["held"], found["kv_bytes_held"], found["kv_bytes_raw"]) == (102, 3000, 7000)
+
+
+def test_failures_of_a_policy_are_told() -> None:
+    request = Request()
+    request.step(1, report(40, 100, 3, failures=2))
+    assert details(request.step(1, finish=True)) == kept(41, 101, 3, policy_failures=2)
 
 
 def test_without_a_report_nothing_was_evicted() -> None:
@@ -468,6 +522,8 @@ def test_samples_add_up_in_whatever_order_they_end() -> None:
         "held": 10 + 24 + 30,
         "raw": 304,
         "compactions": 2,
+        "kv_bytes_held": 1000 + 2000 + 2000,
+        "kv_bytes_raw": 3 * 7000,
         "policy": "kvcrush",
     }
 
@@ -494,6 +550,12 @@ def test_totals() -> None:
     assert usage.total([part]) == part
     mixed = usage.total([part, part | {"policy": "none"}])
     assert mixed == {"held": 2, "raw": 4, "compactions": 6}
+    sized = part | {"kv_bytes_held": 5, "kv_bytes_raw": 7, "policy_failures": 1}
+    assert usage.total([sized, sized])["kv_bytes_held"] == 10  # type: ignore[index]
+    # Of one that ended before the engine said anything the size is not known.
+    assert usage.total([sized, part]) == {
+        "held": 2, "raw": 4, "compactions": 6, "policy_failures": 1, "policy": "h2o",
+    }  # fmt: skip
 
 
 # Usage: to the response
@@ -683,6 +745,9 @@ def test_stats_are_increments() -> None:
     stats.record_compaction("h2o", tokens=50, blocks=-2)
     stats.record_seconds("h2o", 0.2)
     stats.record_deferral("shared")
+    stats.record_policy_failure("h2o")
+    stats.record_policy_failure("h2o")
+    stats.worker_bytes["staging"] = 9
     stats.kv_bytes_held = {"h2o": 7}
     taken = stats.take()
     assert taken["policies"] == {
@@ -694,9 +759,12 @@ def test_stats_are_increments() -> None:
         }
     }
     assert taken["deferrals"] == {"shared": 1}
+    assert (taken["policy_failures"], taken["worker_bytes"]) == ({"h2o": 2}, {"staging": 9})
     json.dumps(taken)  # crosses processes
     again = stats.take()
-    assert (again["policies"], again["deferrals"], again["kv_bytes_held"]) == ({}, {}, {"h2o": 7})
+    assert (again["policies"], again["deferrals"], again["policy_failures"]) == ({}, {}, {})
+    # These are what is, not what was added.
+    assert (again["kv_bytes_held"], again["worker_bytes"]) == ({"h2o": 7}, {"staging": 9})
 
 
 def test_samples_that_nobody_takes_are_bounded() -> None:
@@ -727,6 +795,8 @@ def test_the_logger_adds_up_and_can_be_made_again() -> None:
         logger = metrics.KVCrushStatLogger(config, engine)
         stats.record_compaction("snapkv", 100, 6, 0.002)
         stats.record_deferral("no_room")
+        stats.record_policy_failure("snapkv")
+        stats.worker_bytes = {"scratch": 100 + engine}
         logger.record(SchedulerStats(kv_connector_stats={"kvcrush": stats.take()}), None)
         logger.record(SchedulerStats(), None)
         logger.record(None, None)
@@ -742,6 +812,8 @@ def test_the_logger_adds_up_and_can_be_made_again() -> None:
     assert at("blocks_freed_total", 0, policy="snapkv") == 12
     assert at("deferrals_total", 0, reason="no_room") == 2
     assert at("deferrals_total", 0, reason="shared") == 0
+    assert at("policy_failures_total", 0, policy="snapkv") == 2
+    assert at("worker_peak_bytes", 1, kind="scratch") == 101
     assert at("kv_bytes_held", 1, policy="snapkv") == 10
     assert at("kv_bytes_raw_equivalent", 1, policy="snapkv") == 40
     assert at("compaction_seconds_count", 0, policy="snapkv") == 2
@@ -756,6 +828,40 @@ def test_the_logger_adds_up_and_can_be_made_again() -> None:
     assert at("kv_bytes_held", 0, policy="none") == 3
     assert at("kv_bytes_held", 1, policy="snapkv") == 10
     assert list(COMPACTION_BUCKETS) == sorted(set(COMPACTION_BUCKETS))
+
+
+def test_policies_that_another_front_end_saw_are_set_too() -> None:
+    """Each snapshot reaches one of several API servers, and their newest values are shown."""
+    config = vllm_config({"policy": "snapkv", "allow": ["snapkv", "tc8"]})
+    logger = metrics.KVCrushStatLogger(config, 5)
+    for gauge in (metrics.kv_bytes_held(), metrics.kv_bytes_raw_equivalent()):
+        for policy in ("snapkv", "tc8", "none"):
+            gauge.labels(MODEL, "5", policy).set(77)  # as another process would
+    logger.record(SchedulerStats(kv_connector_stats={"kvcrush": Stats().take()}), None)
+    for gauge in (metrics.kv_bytes_held(), metrics.kv_bytes_raw_equivalent()):
+        for policy in ("snapkv", "tc8", "none"):
+            assert value(gauge, MODEL, "5", policy) == 0
+
+
+def test_engines_that_log_stats_get_our_logger() -> None:
+    from vllm.v1.metrics.loggers import StatLoggerManager
+
+    class Manager:
+        def __init__(
+            self, vllm_config: Any, engine_idxs: Any = None, custom_stat_loggers: Any = None
+        ):
+            self.loggers = custom_stat_loggers
+
+    assert set(inspect.signature(Manager).parameters) < set(
+        inspect.signature(StatLoggerManager).parameters
+    )
+    assert StatLoggerManager.__init__._kvcrush  # type: ignore[misc]
+    wrap(Manager, "__init__", metrics._with_our_logger)
+    ours = metrics.KVCrushStatLogger
+    active = vllm_config(ACTIVE)
+    assert Manager(active).loggers == [ours]
+    assert Manager(vllm_config=active, custom_stat_loggers=[int]).loggers == [int, ours]
+    assert Manager(vllm_config()).loggers is None
 
 
 def test_an_inactive_logger_does_nothing() -> None:

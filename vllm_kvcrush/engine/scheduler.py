@@ -47,6 +47,7 @@ class _Tracked:
     # Whether scores come from the last queries, so that the prefix cache must leave them to us.
     queries: bool
     compactions: int = 0
+    # Of those, in which the policy failed and sinks and newest tokens were kept.
     policy_failures: int = 0
     # Why its compaction is overdue, or None.
     deferred: _Wait | None = None
@@ -133,12 +134,18 @@ class KVCrushSchedulerMixin(_Base):
         if tracked is None:
             return None
         # The last sampled token has no KV; under async scheduling the count may run ahead.
-        raw = min(request.num_computed_tokens, request.num_tokens - 1)
+        raw = max(0, min(request.num_computed_tokens, request.num_tokens - 1))
+        slots = max(0, raw - self._manager.evicted.get(request.request_id, 0))
+        blocks = len(self._manager.req_to_blocks.get(request.request_id, ()))
         return {
             "kv_tokens_held": max(0, self._manager.held_tokens(request.request_id, raw)),
-            "kv_tokens_raw": max(0, raw),
-            "kv_blocks_held": len(self._manager.req_to_blocks.get(request.request_id, ())),
+            "kv_tokens_raw": raw,
+            "kv_slots_held": slots,
+            "kv_blocks_held": blocks,
+            "kv_block_size": self._manager.block_size,
+            "kv_block_bytes": self._block_bytes,
             "compactions": tracked.compactions,
+            "policy_failures": tracked.policy_failures,
             "policy": tracked.params.policy if tracked.params.active else "none",
         }
 

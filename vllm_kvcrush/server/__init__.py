@@ -1,27 +1,66 @@
 """The API server's side: request parameters, usage and metrics.
 
-Nothing here is imported, and nothing of vLLM is wrapped, before `install`.
+Nothing of vLLM is wrapped before `register`, and all but one method of each engine's front-end not
+before an engine is constructed.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+KEY = "kvcrush"
 Method = Callable[..., Any]
 logger = logging.getLogger("vllm.kvcrush")
 
 
-def install(active: bool, http: bool = True, stats: bool = True) -> None:
+def register() -> None:
+    """Waits for the two objects through which every request enters vLLM, whoever makes them and
+    from whatever: one of several API servers, a batch runner, `LLM`, or code that was handed a
+    finished `VllmConfig`."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    wrap(AsyncLLM, "__init__", functools.partial(_constructed, http=True))
+    # `LLM` serves no HTTP: it is spared the imports.
+    wrap(LLMEngine, "__init__", functools.partial(_constructed, http=False))
+
+
+def _constructed(original: Method, http: bool) -> Method:
+    signature = inspect.signature(original)
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        vllm_config = signature.bind(*args, **kwargs).arguments["vllm_config"]
+        active = configured(vllm_config) is not None
+        scheduler = vllm_config.scheduler_config.scheduler_cls
+        if active and not str(scheduler).startswith("vllm_kvcrush."):
+            raise ValueError(
+                "additional_config['kvcrush'] was put into a VllmConfig that was made without it, "
+                "so nothing would be compressed: give it to EngineArgs, and call its "
+                "create_engine_config()."
+            )
+        install(active, http)
+        original(*args, **kwargs)
+
+    return __init__
+
+
+def configured(vllm_config: Any) -> Any:
+    """The plugin's part of a `VllmConfig`: a dict, or None where it is not active."""
+    extra = vllm_config.additional_config
+    return extra.get(KEY) if isinstance(extra, Mapping) else None
+
+
+def install(active: bool, http: bool = True) -> None:
     """Wraps what a process that takes requests needs; safe to call again.
 
     Args:
         active: whether this engine has the plugin configured. If not, requests that ask for
             compression are refused and nothing else changes.
         http: whether the process may serve the OpenAI API; False spares `LLM` its imports.
-        stats: whether the engine logs stats, without which there are no metrics.
     """
     from vllm_kvcrush.server import params
 
@@ -36,11 +75,11 @@ def install(active: bool, http: bool = True, stats: bool = True) -> None:
         from vllm_kvcrush.server import metrics, usage
 
         usage.install(http)
-        metrics.install(stats)
+        metrics.install()
 
 
-def wrap(cls: type, name: str, make: Callable[[Method], Method]) -> None:
-    """Replaces a method by `make(method)`, once.
+def wrap(cls: Any, name: str, make: Callable[[Method], Method]) -> None:
+    """Replaces a method of a class, or a function of a module, by `make(method)`, once.
 
     Raises:
         RuntimeError: this vLLM's class has no such method of its own.

@@ -4,28 +4,31 @@ The engine's numbers come with vLLM's own stats, in `SchedulerStats.kv_connector
 free-form field that reaches the API server; requests and refusals are counted where they are
 seen. Collectors are made once per process: there is a logger per engine, and a second engine
 must not register them again.
+
+Several API servers share one page (prometheus_client's multiprocess mode): counters add up, and
+of a gauge the newest value counts. As each snapshot reaches only one of the servers, whoever gets
+one sets the gauges of every policy that a client may ask for, not only of those it has seen.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from typing import Any, Literal
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from vllm_kvcrush.server import Method, wrap
+from vllm_kvcrush.server import KEY, Method, configured, wrap
 from vllm_kvcrush.stats import COMPACTION_BUCKETS
 
-KEY = "kvcrush"
 _PREFIX = "vllm_kvcrush:"
 _ENGINE = ("model_name", "engine")
 
 
-def install(stats: bool = True) -> None:
+def install() -> None:
     """Keeps the plugin's numbers from vLLM's loggers of KV connectors, which would take them for
-    a connector's, and adds our logger where the engine logs `stats` at all.
+    a connector's, and adds our logger where an engine logs stats at all.
 
     Not by vLLM's entry point for stat loggers: having one installed turns stats on in every
     server, whether or not it asked for them or for us."""
@@ -33,20 +36,24 @@ def install(stats: bool = True) -> None:
         KVConnectorLogging,
         KVConnectorProm,
     )
+    from vllm.v1.metrics.loggers import StatLoggerManager
 
     for cls in (KVConnectorLogging, KVConnectorProm):
         wrap(cls, "observe", _strip_kvcrush_stats)
-    if stats:
-        from vllm.v1.engine import async_llm
+    wrap(StatLoggerManager, "__init__", _with_our_logger)
 
-        load = async_llm.load_stat_logger_plugin_factories
-        if not getattr(load, "_kvcrush", False):
 
-            def load_with_ours() -> list[Any]:
-                return [*load(), KVCrushStatLogger]
+def _with_our_logger(original: Method) -> Method:
+    signature = inspect.signature(original)
 
-            load_with_ours._kvcrush = True  # type: ignore[attr-defined]
-            async_llm.load_stat_logger_plugin_factories = load_with_ours
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        bound = signature.bind(*args, **kwargs)
+        if configured(bound.arguments["vllm_config"]) is not None:
+            given = bound.arguments.get("custom_stat_loggers")
+            bound.arguments["custom_stat_loggers"] = [*(given or ()), KVCrushStatLogger]
+        original(*bound.args, **bound.kwargs)
+
+    return __init__
 
 
 def _strip_kvcrush_stats(original: Method) -> Method:
@@ -66,9 +73,14 @@ def _counter(name: str, help_text: str, *labels: str) -> Counter:
 
 
 @functools.cache
-def _gauge(name: str, help_text: str, *labels: str) -> Gauge:
+def _gauge(
+    name: str,
+    help_text: str,
+    *labels: str,
+    mode: Literal["mostrecent", "max"] = "mostrecent",
+) -> Gauge:
     # Of several API servers, the one that heard from the engine last.
-    return Gauge(_PREFIX + name, help_text, labels, multiprocess_mode="mostrecent")
+    return Gauge(_PREFIX + name, help_text, labels, multiprocess_mode=mode)
 
 
 @functools.cache
@@ -128,6 +140,18 @@ def kv_bytes_raw_equivalent() -> Gauge:
     return _gauge("kv_bytes_raw_equivalent", help_text, *_ENGINE, "policy")
 
 
+def policy_failures() -> Counter:
+    """Compactions in which the policy failed, by policy."""
+    help_text = "Compactions that kept sinks and newest tokens because the policy failed."
+    return _counter("policy_failures", help_text, *_ENGINE, "policy")
+
+
+def worker_peak_bytes() -> Gauge:
+    """The most bytes that a worker has held beside its KV cache, by what for."""
+    help_text = "Most bytes that a worker has held beside its KV cache, by what for."
+    return _gauge("worker_peak_bytes", help_text, *_ENGINE, "kind", mode="max")
+
+
 def count_request(model_name: str, policy: str) -> None:
     """Counts a request that was taken."""
     requests().labels(model_name, policy).inc()
@@ -142,8 +166,7 @@ class KVCrushStatLogger(StatLoggerBase):
     """Puts one engine's numbers on /metrics; does nothing where the plugin is not active."""
 
     def __init__(self, vllm_config: Any, engine_index: int = 0):
-        extra = vllm_config.additional_config
-        raw = extra.get(KEY) if isinstance(extra, Mapping) else None
+        raw = configured(vllm_config)
         self.active = raw is not None
         if raw is None:
             return
@@ -152,9 +175,12 @@ class KVCrushStatLogger(StatLoggerBase):
         # Series that exist from the start let rate() see their first increment.
         policy = str(raw.get("policy"))
         requests().labels(model_name, policy)
-        self.policies = {policy}
-        kv_bytes_held().labels(*self.labels, policy)
-        kv_bytes_raw_equivalent().labels(*self.labels, policy)
+        self.policies = {policy, "none", *(raw.get("allow") or ())}
+        for allowed in self.policies:
+            kv_bytes_held().labels(*self.labels, allowed)
+            kv_bytes_raw_equivalent().labels(*self.labels, allowed)
+            if allowed != "none":
+                policy_failures().labels(*self.labels, allowed)
         if policy != "none":
             for collector in (compactions(), tokens_evicted(), blocks_freed()):
                 collector.labels(*self.labels, policy)
@@ -184,6 +210,10 @@ class KVCrushStatLogger(StatLoggerBase):
                 compaction_seconds().labels(*labels).observe(seconds)
         for reason, count in stats["deferrals"].items():
             deferrals().labels(*self.labels, reason).inc(count)
+        for policy, count in stats["policy_failures"].items():
+            policy_failures().labels(*self.labels, policy).inc(count)
+        for kind, size in stats["worker_bytes"].items():
+            worker_peak_bytes().labels(*self.labels, kind).set(size)
         held, raw = stats["kv_bytes_held"], stats["kv_bytes_raw_equivalent"]
         self.policies.update(held, raw)
         # A policy that is no longer named has no request running.

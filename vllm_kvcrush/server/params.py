@@ -7,8 +7,10 @@ where the API server hands a request over, is in time for a 400.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
@@ -21,37 +23,61 @@ from vllm_kvcrush.config import (
     Settings,
 )
 from vllm_kvcrush.plan import cdiv
-from vllm_kvcrush.server import Method, wrap
+from vllm_kvcrush.server import Method, configured, wrap
+from vllm_kvcrush.server.several import COUNTED, Several
 
 # On a SamplingParams that came from a request: which keys the client wrote at the top level.
 _FIELDS = "_kvcrush_fields"
 # And which kv_* fields of theirs nobody knows.
 _UNKNOWN = "_kvcrush_unknown"
+# On a BeamSearchParams, which has no extra_args: a SamplingParams with all of the above.
+_SAMPLING = "_kvcrush_sampling"
 _FRONT = "_kvcrush_front"
+# Longer values are shortened when they are quoted to the client.
+_QUOTED = 100
 
 
 def install(http: bool = True) -> None:
-    """Wraps vLLM's input processor and, where the OpenAI API is served, its requests."""
+    """Wraps vLLM's input processor and engines and, where HTTP is served, its endpoints: all of
+    them, as docs/usage.md lists them."""
+    from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
 
     wrap(InputProcessor, "_validate_params", _checked_params)
     wrap(InputProcessor, "process_inputs", _checked_inputs)
+    wrap(AsyncLLM, "generate", _checked_generate)
+    for engine in (AsyncLLM, LLMEngine):
+        wrap(engine, "add_request", _checked_ready_made)
     if not http:
         return
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.entrypoints.generate.generative_scoring.serving import ServingGenerativeScoring
+    from vllm.entrypoints.generate.structured_decisions.serving import ServingStructuredDecisions
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.entrypoints.scale_out.render.serving import ServingRender
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 
     for request in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
         wrap(request, "to_sampling_params", _with_fields)
         _announce(request)
     for request in (ChatCompletionRequest, CompletionRequest):
-        wrap(request, "to_beam_search_params", _without_beams)
-    wrap(AsyncLLM, "generate", _checked_generate)
+        wrap(request, "to_beam_search_params", _with_beam_fields)
+    wrap(BeamSearchOnlineMixin, "beam_search", _checked_beams)
+    # Anthropic's and Cohere's endpoints make a chat request of what they know of theirs.
+    wrap(OpenAIServingChat, "create_chat_completion", _translated)
     # The Responses API calls AsyncLLM.generate from inside a generator, too late for a 400.
     wrap(OpenAIServingResponses, "_generate_with_builtin_tools", _checked_turns)
+    wrap(ServingTokens, "serve_tokens", _checked_tokens)
+    wrap(ServingGenerativeScoring, "create_generative_scoring", _checked_scoring)
+    wrap(ServingStructuredDecisions, "create_decision", _without_fields)
+    wrap(ServingRender, "render_chat_request", _rendered)
+    for name in ("render_completion_request", "render_responses_request"):
+        wrap(ServingRender, name, _rendered)
 
 
 # The request
@@ -60,54 +86,65 @@ def install(http: bool = True) -> None:
 def _with_fields(original: Method) -> Method:
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
         params = original(self, *args, **kwargs)
-        fields = _fields(self)
-        setattr(params, _FIELDS, frozenset(fields))
-        # Typos are refused by an active server, and ignored as by plain vLLM elsewhere: they must
-        # not travel on.
-        unknown = sorted(key for key in fields if key not in (BUDGET_KEY, POLICY_KEY))
-        setattr(params, _UNKNOWN, tuple(unknown))
-        for key in unknown:
-            del fields[key]
-        xargs = params.extra_args or {}
-        for key, value in fields.items():
-            if key in xargs and xargs[key] != value:
-                raise _refusal(
-                    "conflict",
-                    f"{key}={value!r} contradicts vllm_xargs.{key}={xargs[key]!r}: give one.",
-                    key,
-                    self.model,
-                )
-        if fields:
-            params.extra_args = {**xargs, **fields}
+        _attach(_fields(self.model_extra), params, self.model)
         return params
 
     return to_sampling_params
 
 
-def _without_beams(original: Method) -> Method:
+def _with_beam_fields(original: Method) -> Method:
     def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        fields, xargs = _fields(self), self.vllm_xargs or {}
-        for key in (BUDGET_KEY, POLICY_KEY):
-            if key in fields or key in xargs:
-                raise _refusal(
-                    "beam_search",
-                    f"{key} has no effect with beam search, which drops request parameters: "
-                    "leave out one of them.",
-                    key if key in fields else f"vllm_xargs.{key}",
-                    self.model,
-                )
-        return original(self, *args, **kwargs)
+        from vllm.sampling_params import SamplingParams
+
+        params = original(self, *args, **kwargs)
+        # vLLM drops vllm_xargs here; ours are for us.
+        ours = {key: v for key, v in (self.vllm_xargs or {}).items() if _is_ours(key)}
+        sampling = SamplingParams(max_tokens=params.max_tokens, extra_args=ours or None)
+        _attach(_fields(self.model_extra), sampling, self.model)
+        setattr(params, _SAMPLING, sampling)
+        return params
 
     return to_beam_search_params
 
 
-def _fields(request: Any) -> dict[str, Any]:
+def _is_ours(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith("kv_") and key not in FOREIGN_KEYS
+
+
+def _fields(given: Mapping[str, Any] | None) -> dict[str, Any]:
     # null is what many clients send for an option that their user left alone.
-    return {
-        key: value
-        for key, value in (request.model_extra or {}).items()
-        if key.startswith("kv_") and key not in FOREIGN_KEYS and value is not None
-    }
+    return {key: v for key, v in (given or {}).items() if _is_ours(key) and v is not None}
+
+
+def _attach(fields: dict[str, Any], params: Any, model: str | None) -> None:
+    """Moves top-level fields into the `extra_args` of a `SamplingParams`."""
+    setattr(params, _FIELDS, frozenset(fields))
+    # Typos are refused by an active server, and ignored as by plain vLLM elsewhere: they must
+    # not travel on.
+    unknown = tuple(sorted(key for key in fields if key not in (BUDGET_KEY, POLICY_KEY)))
+    setattr(params, _UNKNOWN, unknown)
+    fields = {key: v for key, v in fields.items() if key not in unknown}
+    xargs = params.extra_args or {}
+    for key, value in fields.items():
+        if key in xargs and xargs[key] != value:
+            # (NaN contradicts itself, and would be refused anyway.)
+            raise _refusal(
+                "conflict",
+                f"{key}={_quoted(value)} contradicts vllm_xargs.{key}={_quoted(xargs[key])}: "
+                "give one.",
+                key,
+                model,
+            )
+    if fields:
+        params.extra_args = {**xargs, **fields}
+
+
+async def _top_level(raw_request: Any) -> dict[str, Any]:
+    """The kv_* fields of a JSON body whose model drops what it does not know."""
+    if raw_request is None:
+        return {}
+    body = await raw_request.json()
+    return _fields(body) if isinstance(body, Mapping) else {}
 
 
 def _announce(request: Any) -> None:
@@ -116,6 +153,137 @@ def _announce(request: Any) -> None:
     for name, info in request.model_fields.items():
         known |= {name, info.alias} - {None}
     request.field_names = known | {BUDGET_KEY, POLICY_KEY}
+
+
+# The endpoints
+
+
+def _translated(original: Method) -> Method:
+    async def create_chat_completion(
+        self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+        from vllm.exceptions import VLLMValidationError
+
+        if type(self) is OpenAIServingChat:
+            return await original(self, request, raw_request, *args, **kwargs)
+        request.model_extra.update(await _top_level(raw_request))
+        try:
+            return await original(self, request, raw_request, *args, **kwargs)
+        except VLLMValidationError as error:
+            # Returned, their error has their format, and no stack trace in the log.
+            return create_error_response(error)
+
+    return create_chat_completion
+
+
+def _rendered(original: Method) -> Method:
+    """Of a renderer, whose result a client sends to /inference/v1/generate."""
+
+    async def render(self: Any, request: Any, raw_request: Any = None) -> Any:
+        if hasattr(request, "to_sampling_params"):
+            request.model_extra.update(await _top_level(raw_request))
+        given = (self, request) if raw_request is None else (self, request, raw_request)
+        result = await original(*given)
+        # A server that only renders knows no limits; the one that generates does.
+        engine = getattr(self.models, "engine_client", None)
+        for made in result if isinstance(result, list) else [result]:
+            params = getattr(made, "sampling_params", None)
+            if params is not None and engine is not None:
+                _front(engine.input_processor).check(params)
+        return result
+
+    return render
+
+
+def _checked_tokens(original: Method) -> Method:
+    async def serve_tokens(
+        self: Any, request: Any, raw_request: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        fields = await _top_level(raw_request)
+        if fields:
+            _attach(fields, request.sampling_params, request.model)
+        # Before vLLM finds that a value does not fit into a message, which names no parameter.
+        _front(self.engine_client.input_processor).check(request.sampling_params)
+        return await original(self, request, raw_request, *args, **kwargs)
+
+    return serve_tokens
+
+
+def _checked_scoring(original: Method) -> Method:
+    async def create_generative_scoring(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.sampling_params import SamplingParams
+
+        sampling = SamplingParams(max_tokens=1)
+        _attach(_fields(request.model_extra), sampling, request.model)
+        _front(self.engine_client.input_processor).check(sampling)
+        own = copy.copy(self)
+        own.engine_client = several = Several(self.engine_client, lambda p: _as(sampling, p))
+        response = await original(own, request, *args, **kwargs)
+        several.add_to(response)
+        return response
+
+    return create_generative_scoring
+
+
+def _without_fields(original: Method) -> Method:
+    async def create_decision(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        front, fields = _front(self.engine_client.input_processor), _fields(request.model_extra)
+        for key in fields:
+            if front.settings is not None or key in (BUDGET_KEY, POLICY_KEY):
+                raise _refusal(
+                    "endpoint",
+                    f"{key} is not taken by this endpoint, whose requests run with the server's "
+                    "defaults: leave it out.",
+                    key,
+                    front.model_name,
+                )
+        return await original(self, request, *args, **kwargs)
+
+    return create_decision
+
+
+def _checked_beams(original: Method) -> Method:
+    signature = inspect.signature(original)
+
+    # Not a generator itself: like `generate` below.
+    def beam_search(*args: Any, **kwargs: Any) -> Any:
+        from vllm.sampling_params import SamplingParams
+
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        sampling = vars(given["params"]).get(_SAMPLING)
+        if sampling is None:  # not from one of our requests
+            sampling = SamplingParams(max_tokens=given["params"].max_tokens)
+        front = _front(given["self"].engine_client.input_processor)
+        kv = front.check(sampling, _prompt_length(given["prompt"]))
+        if kv is None:
+            return original(*args, **kwargs)
+        front.count(kv)
+        own = given["self"] = copy.copy(given["self"])
+        own.engine_client = several = Several(
+            own.engine_client, lambda p: _as(sampling, p), counted=True
+        )
+        return _told(original(*bound.args, **bound.kwargs), several)
+
+    return beam_search
+
+
+async def _told(outputs: Any, several: Several) -> AsyncIterator[Any]:
+    async with aclosing(outputs) as stream:
+        async for output in stream:
+            several.tell(output)
+            yield output
+
+
+def _as(given: Any, params: Any) -> None:
+    """Gives a `SamplingParams` the KV parameters of another one."""
+    for name in (_FIELDS, _UNKNOWN):
+        if name in vars(given):
+            setattr(params, name, vars(given)[name])
+    if given.extra_args:
+        params.extra_args = {**(params.extra_args or {}), **given.extra_args}
 
 
 # The checks
@@ -139,10 +307,8 @@ def _checked_inputs(original: Method) -> Method:
         # The engine's copy of the params knows the output's length, the client's the names.
         given = signature.bind(self, *args, **kwargs).arguments["params"]
         kv = front.check(request.sampling_params, _prompt_length(request), named_by=given)
-        if kv is not None:
-            from vllm_kvcrush.server import metrics
-
-            metrics.count_request(front.model_name, front.runs_with(kv))
+        if kv is not None and COUNTED not in vars(given):
+            front.count(kv)
         return request
 
     return process_inputs
@@ -160,6 +326,25 @@ def _checked_generate(original: Method) -> Method:
         return original(self, *args, **kwargs)
 
     return generate
+
+
+def _checked_ready_made(original: Method) -> Method:
+    signature = inspect.signature(original)
+
+    # For a coroutine function too: it raises before there is anything to await.
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm.v1.engine import EngineCoreRequest
+
+        prompt = signature.bind(self, *args, **kwargs).arguments["prompt"]
+        if isinstance(prompt, EngineCoreRequest):
+            # A request that its caller made passes by the input processor.
+            front = _front(self.input_processor)
+            kv = front.check(prompt.sampling_params, _prompt_length(prompt))
+            if kv is not None:
+                front.count(kv)
+        return original(self, *args, **kwargs)
+
+    return add_request
 
 
 def _checked_turns(original: Method) -> Method:
@@ -197,8 +382,7 @@ class Front:
 
     def __init__(self, vllm_config: Any):
         self.config = vllm_config
-        extra = vllm_config.additional_config
-        raw = extra.get("kvcrush") if isinstance(extra, Mapping) else None
+        raw = configured(vllm_config)
         self.settings = None if raw is None else Settings.from_dict(raw)
 
     @property
@@ -209,6 +393,12 @@ class Front:
     def runs_with(self, params: RequestParams) -> str:
         """The policy that really applies: a budget of 1.0 applies none."""
         return params.policy if params.active else "none"
+
+    def count(self, params: RequestParams) -> None:
+        """Counts a request that was taken."""
+        from vllm_kvcrush.server import metrics
+
+        metrics.count_request(self.model_name, self.runs_with(params))
 
     def check(
         self, params: Any, prompt_length: int | None = None, named_by: Any = None
@@ -229,6 +419,13 @@ class Front:
             return None
         named_by = params if named_by is None else named_by
         extra_args = params.extra_args or {}
+        if not isinstance(extra_args, Mapping):
+            if self.settings is None:
+                return None
+            # vLLM takes any; its own answer would be a stack trace.
+            raise self._refuse(
+                "unknown_key", "extra_args is not a dictionary of parameters.", "", named_by
+            )
         if self.settings is None:
             for key in (BUDGET_KEY, POLICY_KEY):
                 if key in extra_args:
@@ -241,15 +438,14 @@ class Front:
                         named_by,
                     )
             return None
+        extra_args = {key: v for key, v in extra_args.items() if _is_ours(key)}
+        for key in (*vars(named_by).get(_UNKNOWN, ()), *extra_args):
+            if key not in (BUDGET_KEY, POLICY_KEY):
+                message = f"{_name(key)} is not a parameter: kv_policy and kv_budget are."
+                raise self._refuse("unknown_key", message, key, named_by)
+        self._refuse_unreadable(extra_args, named_by)
         block_size = self.config.cache_config.block_size
         max_model_len = self.config.model_config.max_model_len
-        for key in vars(named_by).get(_UNKNOWN, ()):
-            raise self._refuse(
-                "unknown_key",
-                f"{key} is not a parameter: kv_policy and kv_budget are.",
-                key,
-                params,
-            )
         try:
             kv = self.settings.validate_request(extra_args, block_size, max_model_len)
         except ConfigError as error:
@@ -258,6 +454,21 @@ class Front:
         if prompt_length is not None:
             self._check_pool(kv, params, prompt_length, named_by)
         return kv
+
+    def _refuse_unreadable(self, extra_args: Mapping[str, Any], named_by: Any) -> None:
+        """Refuses what no policy's name and no number can be, before anything else sees it."""
+        assert self.settings is not None
+        for key, what in ((POLICY_KEY, "the name of a policy"), (BUDGET_KEY, "a KV budget")):
+            value = extra_args.get(key)
+            readable = str | int | float | None if key == BUDGET_KEY else str
+            if key not in extra_args or (isinstance(value, readable) and _short(value)):
+                continue
+            if key == POLICY_KEY and isinstance(value, str) and value in self.settings.allow:
+                continue  # however long its author made it
+            example = "0.25" if key == BUDGET_KEY else repr(self.settings.policy)
+            reason = "policy" if key == POLICY_KEY else "budget"
+            message = f"{key}={_quoted(value)} is not {what}: give for example {example}."
+            raise self._refuse(reason, message, key, named_by)
 
     def _check_pool(
         self, kv: RequestParams, params: Any, prompt_length: int, named_by: Any
@@ -271,6 +482,8 @@ class Front:
         # block.
         local = parallel.local_engines_only
         engines = parallel.data_parallel_size_local if local else parallel.data_parallel_size
+        if parallel.data_parallel_rank_local is not None:
+            engines = 1  # each rank with a front-end of its own, as of `LLM`
         pool = cache.num_gpu_blocks // max(1, engines) - 1
         longest = self.config.model_config.max_model_len
         if cdiv(longest, cache.block_size) <= pool:
@@ -298,12 +511,35 @@ class Front:
     def _refuse(self, reason: str, message: str, key: str, params: Any) -> Exception:
         fields = vars(params).get(_FIELDS)
         if fields is None:
-            name = f"extra_args.{key}"  # not from HTTP
+            name = f"extra_args.{_name(key)}".removesuffix(".")  # not from HTTP
         elif key in fields or key not in (params.extra_args or {}):
-            name = key
+            name = _name(key)
         else:
-            name = f"vllm_xargs.{key}"
+            name = f"vllm_xargs.{_name(key)}"
         return _refusal(reason, message, name, self.model_name)
+
+
+def _short(value: Any) -> bool:
+    # An int of more than 4,300 digits cannot even be printed.
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return not isinstance(value, str) or len(value) <= _QUOTED
+
+
+def _quoted(value: Any) -> str:
+    """A value as it is shown to the client: in one line, of bounded length."""
+    if isinstance(value, Mapping):
+        return "a JSON object"
+    if isinstance(value, list | tuple | set):
+        return "a list"
+    if isinstance(value, int) and not _short(value):
+        return f"a number of {value.bit_length()} bits"
+    return _name(repr(value[: _QUOTED + 1] if isinstance(value, str) else value))
+
+
+def _name(text: str) -> str:
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= _QUOTED + 2 else f"{text[:_QUOTED]}..."
 
 
 def _reason(

@@ -1,10 +1,10 @@
-"""`usage.kv_tokens_details`: how many tokens' KV a request kept.
+"""`usage.kv_tokens_details`: what a request's KV cache held; docs/usage.md describes each field.
 
 The scheduler reports in the field that vLLM has for KV connectors, which the plugin refuses:
 `EngineCoreOutput.kv_transfer_params = {"kvcrush": {...}}`, with a request's first output, after
 each compaction and at its end. Between two reports a request gains one token of KV for each
-token of output. Extrapolating matters when the front-end ends a request itself, at a stop string:
-the engine's last word then never arrives.
+token of output, and a block whenever its last one is full. Extrapolating matters when the
+front-end ends a request itself, at a stop string: the engine's last word then never arrives.
 
 From there it travels on the `RequestOutput`, as attribute `kv_tokens_details` (also for users of
 `LLM`), and each serving method is tapped where it reads its outputs. No state is shared between
@@ -19,9 +19,9 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
-from vllm_kvcrush.server import Method, wrap
+from vllm_kvcrush.plan import cdiv
+from vllm_kvcrush.server import KEY, Method, wrap
 
-KEY = "kvcrush"
 ATTRIBUTE = "kv_tokens_details"
 _REPORT = "_kvcrush_report"
 _FINISHED = "_kvcrush_finished"
@@ -38,11 +38,14 @@ def install(http: bool = True) -> None:
     wrap(RequestOutput, "add", _merging)
     if not http:
         return
+    from vllm.entrypoints.anthropic import protocol as anthropic
+    from vllm.entrypoints.anthropic import serving as anthropic_serving
     from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.responses import context
     from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
+    from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 
     wrap(OpenAIServingChat, "chat_completion_full_generator", _full)
     wrap(OpenAIServingChat, "chat_completion_stream_generator", _stream)
@@ -52,17 +55,36 @@ def install(http: bool = True) -> None:
     for cls in (context.SimpleContext, context.ParsableContext, context.HarmonyContext):
         wrap(cls, "append_output", _appending)
     wrap(OpenAIServingResponses, "responses_full_generator", _responses)
+    wrap(ServingTokens, "serve_tokens_full_generator", _full)
+    wrap(ServingTokens, "serve_tokens_stream_generator", _stream)
+    # Anthropic's usage is made of a chat completion's, by a model that drops what it does not know.
+    wrap(anthropic_serving, "_build_anthropic_usage", _anthropic)
+    if anthropic.AnthropicUsage.model_config.get("extra") != "allow":
+        anthropic.AnthropicUsage.model_config["extra"] = "allow"
+        for model in (
+            anthropic.AnthropicUsage,
+            anthropic.AnthropicMessagesResponse,
+            anthropic.AnthropicStreamEvent,
+        ):
+            model.model_rebuild(force=True)
+
+
+# In every part, in those that the engine has reported on, and where there were any.
+_COUNTS = ("held", "raw", "compactions")
+_BYTES = ("kv_bytes_held", "kv_bytes_raw")
+_FAILURES = "policy_failures"
 
 
 def total(parts: Iterable[Details]) -> Details | None:
     """Details of a response with several choices or prompts: their sums. `policy` is left out
-    where they differ."""
+    where they differ, bytes where those of one are not known."""
     parts = list(parts)
     if not parts:
         return None
-    result: Details = {
-        name: sum(part[name] for part in parts) for name in ("held", "raw", "compactions")
-    }
+    names = [*_COUNTS, *(name for name in _BYTES if all(name in part for part in parts))]
+    result: Details = {name: sum(part[name] for part in parts) for name in names}
+    if failures := sum(part.get(_FAILURES, 0) for part in parts):
+        result[_FAILURES] = failures
     policies = {part.get("policy") for part in parts}
     if len(policies) == 1 and policies != {None}:
         result["policy"] = policies.pop()
@@ -131,16 +153,22 @@ def _details(state: Any) -> Details:
     now = state.detokenizer.num_output_tokens()
     report, then = vars(state).get(_REPORT, (None, 0))
     if report is None:
-        # Never compacted. The last token of output has no KV yet.
+        # Ended before the engine said anything. The last token of output has no KV yet.
         raw = max(0, state.prompt_len + now - 1)
         return {"held": raw, "raw": raw, "compactions": 0}
+    since = now - then
+    raw, size = report["kv_tokens_raw"] + since, report["kv_block_size"]
+    blocks = max(report["kv_blocks_held"], cdiv(report["kv_slots_held"] + since, size))
     details = {
-        "held": report["kv_tokens_held"] + now - then,
-        "raw": report["kv_tokens_raw"] + now - then,
+        "held": report["kv_tokens_held"] + since,
+        "raw": raw,
         "compactions": report["compactions"],
+        "kv_bytes_held": blocks * report["kv_block_bytes"],
+        "kv_bytes_raw": cdiv(raw, size) * report["kv_block_bytes"],
+        "policy": report["policy"],
     }
-    if report.get("policy") is not None:
-        details["policy"] = report["policy"]
+    if report.get(_FAILURES):
+        details[_FAILURES] = report[_FAILURES]
     return details
 
 
@@ -280,3 +308,14 @@ def _responses(original: Method) -> Method:
         return _add(response, getattr(context, ATTRIBUTE, None))
 
     return full_generator
+
+
+def _anthropic(original: Method) -> Method:
+    def build_usage(usage: Any) -> Any:
+        built = original(usage)
+        details = getattr(usage, ATTRIBUTE, None)
+        if details is not None:
+            setattr(built, ATTRIBUTE, details)
+        return built
+
+    return build_usage
