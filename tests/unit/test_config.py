@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
 
 import pytest
 
@@ -75,6 +77,7 @@ def test_round_trip_through_json() -> None:
         budget="512",
         budget_max=0.5,
         allow="snapkv, none",
+        min_tokens="100",
         config={"window": "8", "sinks": 0, "kvcrush": {}, "tables": "model.safetensors"},
         page=PAGE,
         fitted=FITTED,
@@ -82,7 +85,7 @@ def test_round_trip_through_json() -> None:
     again = Settings.from_dict(json.loads(json.dumps(made.to_dict())))
     assert again == made
     assert made.allow == ("kvcrush", "snapkv", "none")  # the default policy is always allowed
-    assert (made.window, made.sinks, made.budget) == (8, 0, 512)
+    assert (made.window, made.sinks, made.budget, made.min_tokens) == (8, 0, 512, 100)
     assert (made.tables, made.page) == ("model.safetensors", (64, 64, 4))
     assert made.fitted == {"tc4": (((752, 30), (816, 30)),), "tc8": (((1312, 20), (1408, 40)),)}
 
@@ -96,6 +99,13 @@ def test_round_trip_through_json() -> None:
         ({"budget_max": "x"}, "--kv-budget-max"),
         ({"allow": "kvcrush,nope"}, "--kv-policy-allow"),
         ({"allow": 5}, "--kv-policy-allow"),
+        ({"allow": ""}, "--kv-policy-allow"),
+        ({"allow": []}, "--kv-policy-allow"),
+        ({"allow": ["kvcrush", 5]}, "--kv-policy-allow"),
+        ({"min_tokens": -1}, "--kv-min-tokens"),
+        ({"min_tokens": "few"}, "--kv-min-tokens"),
+        ({"min_tokens": 0.5}, "--kv-min-tokens"),
+        ({"min_tokens": 2**24 + 1}, "--kv-min-tokens"),
         ({"typo": 1}, "typo"),
         ({"config": [1]}, "--kv-policy-config"),
         ({"config": {"typo": 1}}, "--kv-policy-config"),
@@ -117,6 +127,44 @@ def test_bad_settings_name_the_flag(raw: dict[str, object], key: str) -> None:
         settings(**raw)
     assert caught.value.key == key
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "allow", ["int8,int4", "int8, int4", ["int8", "int4"], ["int8,int4"], ["int8", "int8,int4"]]
+)
+def test_a_list_of_policies_in_any_form(allow: object) -> None:
+    assert settings(allow=allow).allow == ("kvcrush", "int8", "int4")
+
+
+def test_policies_with_one_name_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def clash() -> tuple[str, ...]:
+        raise ValueError("entry points a:A and b:B both bring a policy 'x'")
+
+    monkeypatch.setattr(policies, "names", clash)
+    with pytest.raises(ConfigError, match="--kv-policy cannot be used: entry points a:A and b:B"):
+        settings()
+
+
+def test_the_floor_reaches_the_plan() -> None:
+    made = settings(min_tokens=300)
+    plan = made.plan(RequestParams("kvcrush", 0.25), 40, BLOCK)
+    assert plan.min_tokens == 300 and plan.first_compaction(299) is None
+    assert made.plan(RequestParams("kvcrush", 64), 40, BLOCK).first_compaction(299) == 168
+    assert settings(min_tokens=0).plan(RequestParams("kvcrush", 0.25), 40, BLOCK).min_tokens == 0
+
+
+@pytest.mark.parametrize("floor", [0, 1, 100, 700, 5000])
+@pytest.mark.parametrize("budget", [0.1, 0.5, 1.0, 96])
+def test_most_blocks_is_the_bound_of_every_prompt(floor: int, budget: float) -> None:
+    made = settings(
+        budget=budget,
+        min_tokens=floor,
+        config={"prefill_interval": 100, "decode_interval": 75},
+    )
+    for length in (1, 99, 100, 640, 1000):
+        params = RequestParams(made.policy, made.budget)
+        bounds = [made.plan(params, p, BLOCK).bound(length) for p in range(1, length + 1)]
+        assert made.most_blocks(length, BLOCK) == max(bounds)
 
 
 def test_start_up_refuses_what_no_request_could_use() -> None:
@@ -229,6 +277,25 @@ def test_packings_of_policies_with_one_codec() -> None:
     assert plan.packings == (tc4,)
     # A request that is not compacted needs none.
     assert settings(page=PAGE).plan(RequestParams("tc4", 1.0), 1000, 128).packings == ()
+
+
+def test_packings_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server asks for them in every request."""
+    made = settings(page=PAGE, fitted=FITTED)
+    for _ in range(2):
+        for policy in ("auto", "int4", "kvcrush"):
+            made.validate_request({"kv_policy": policy}, 128, LONGEST)
+        found = [made.packings("auto", size) for size in (128, 64)]
+        plan = made.plan(RequestParams("auto", 0.25), 1000, 128)
+        monkeypatch.setattr(config, "Packing", None)  # from now on nothing can be packed
+        monkeypatch.setattr(config, "_packs", None)
+    assert plan.packings is found[0]
+    assert found[0] != found[1], "by block size"
+    # Nothing of it belongs to the settings, and a plan travels.
+    assert made == settings(page=PAGE, fitted=FITTED) == Settings.from_dict(made.to_dict())
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    with pytest.raises(TypeError):
+        dataclasses.replace(made, window=8).packings("auto", 128)
 
 
 def test_auto_takes_what_there_is() -> None:
