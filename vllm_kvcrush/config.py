@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvcrush import __version__
 from vllm_kvcrush.plan import Packing, Plan, min_blocks
 
 if TYPE_CHECKING:
@@ -68,6 +71,11 @@ def _whole(key: str, value: Any, low: int, high: int) -> int:
             f"{key}={value!r} is not allowed: give a whole number from {low} to {high}.", key
         )
     return value
+
+
+def parse_min_tokens(value: Any) -> int:
+    """The floor below which requests are left alone: tokens, or their string."""
+    return _whole("--kv-min-tokens", value, 0, 2**24)
 
 
 # What the policies' own `codecs` say, for those who plan without loading torch.
@@ -203,9 +211,7 @@ class Settings:
             budget=budget,
             budget_max=cap,
             allow=allow,
-            min_tokens=_whole(
-                "--kv-min-tokens", raw.get("min_tokens", DEFAULT_MIN_TOKENS), 0, 2**24
-            ),
+            min_tokens=parse_min_tokens(raw.get("min_tokens", DEFAULT_MIN_TOKENS)),
             sinks=whole("sinks", 4, 0, 4096),
             window=whole("window", 16, 1, 1024),
             prefill_interval=whole("prefill_interval", 2048, 16, 2**24),
@@ -240,6 +246,11 @@ class Settings:
                 for codec, ranks in self.fitted.items()
             },
         }
+
+    def compiled(self) -> dict[str, Any]:
+        """What decides about compiled code: vLLM keeps it under a key that this is part of."""
+        packs = any(_codecs(name) for name in self.allow)
+        return {"version": __version__, "attention": "pages" if packs else "raw"}
 
     def smallest_budget(self, block_size: int) -> int:
         """Smallest absolute budget, in tokens."""
@@ -386,6 +397,53 @@ class Settings:
         close = [p for p in found if _packs(p, block_size)]
         return tuple(close or found[-1:])
 
+    def with_tables(
+        self,
+        model: Mapping[str, Any],
+        page: tuple[int, int, int],
+        block_size: int,
+        ranks: int = 1,
+        statistics: bool = True,
+    ) -> tuple[Settings, str | None]:
+        """Adds what the pages of a model are made of, and what its transform tables say of them:
+        those of `tables`, or of the default place, or, for a policy that needs some, what
+        statistics at start-up will give.
+
+        Returns the settings, and a warning if there are tables in the default place that cannot be
+        used. Raises ConfigError for tables that were named, or that the policy needs.
+
+        Args:
+            model: content of the model's config.json, as `transform.model_config` reads it.
+            page: see Settings.
+            ranks: tensor-parallel ranks, which share the KV heads out.
+            statistics: whether workers can take statistics.
+        """
+        from vllm_kvcrush import transform
+
+        settings = replace(self, page=page)
+        page_bytes = block_size * (page[0] + page[1]) * page[2]
+        try:
+            path = settings.tables
+            if path is None:
+                place = transform.default_path(model)
+                path = str(place) if place is not None and place.exists() else None
+            if path is not None:
+                fitted = transform.packings(path, model, page_bytes, page[1], ranks)
+                return replace(settings, tables=path, fitted=fitted), None
+            if not (statistics and self.needs_tables):
+                return settings, None
+            fitted = transform.even_packings(model, page_bytes, page[1], ranks)
+            return replace(settings, fitted=fitted), None
+        except transform.TablesError as error:
+            if self.tables is not None:
+                key = "--kv-policy-config.tables"
+                raise ConfigError(f"{key}: {error}", key) from None
+            # Other policies have something to do without.
+            alone = self.needs_tables and len(_codecs(self.policy)) == 1
+            if alone or (path is not None and self.needs_tables):
+                raise ConfigError(f"--kv-policy={self.policy}: {error}", "--kv-policy") from None
+            return settings, None if path is None else f"Transform tables are not used: {error}"
+
     @property
     def needs_tables(self) -> bool:
         """Whether the policy has codecs that are fitted to a model."""
@@ -441,6 +499,36 @@ class Settings:
         if type(asked) is type(self.budget_max):
             return asked <= self.budget_max
         return in_tokens(asked) <= in_tokens(self.budget_max)
+
+
+class AdditionalConfig(Mapping[str, Any]):
+    """vLLM's `additional_config` of a server with this plugin.
+
+    vLLM makes its content part of the key under which compiled models are kept, and would compile
+    anew for every other budget. It asks anything but a dict for a hash of its own, which has of
+    our settings only what changes compiled code.
+    """
+
+    def __init__(self, others: Mapping[str, Any], settings: Settings) -> None:
+        self._content = {**others, "kvcrush": settings.to_dict()}
+        self._key = {**others, "kvcrush": settings.compiled()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __repr__(self) -> str:
+        return repr(self._content)
+
+    def compute_hash(self) -> str:
+        """What vLLM calls."""
+        text = json.dumps(self._key, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _codecs(policy: str) -> tuple[str, ...]:
