@@ -232,6 +232,8 @@ def _table(
         if pool is not None:
             cells += [row.fits_raw, row.fits_decoding, row.fits]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    if settings.policy != "none" and settings.min_tokens and isinstance(settings.budget, float):
+        lines += ["", f"Requests of less than {settings.min_tokens} tokens are left alone."]
     lines += ["", 'KV is counted at a request\'s end; "at most" is in blocks, at any time.']
     if pool is not None:
         lines.append(
