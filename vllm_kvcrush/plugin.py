@@ -309,7 +309,8 @@ def configure(vllm_config: Any, settings: Settings) -> None:
             logger.warning("%s", warning)
     logger.info(
         "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s clients may ask for %s; "
-        "min_tokens=%d sinks=%d window=%d prefill_interval=%d decode_interval=%d, blocks of %d tokens, "
+        "min_tokens=%d sinks=%d window=%d prefill_interval=%d decode_interval=%d, "
+        "blocks of %d tokens, "
         "transform tables: %s, read by our own CPU kernels (%s).",
         __version__,
         settings.policy,

@@ -153,7 +153,7 @@ def test_stale_tables_in_the_default_place_are_one_warning(
 
 
 def test_a_cache_of_another_type_is_refused(configure: Any) -> None:
-    asked: dict[str, Any] = {"additional_config": ACTIVE, "block_size": 32, "kv_cache_dtype": "bfloat16"}
+    asked: dict[str, Any] = {"additional_config": ACTIVE, "kv_cache_dtype": "bfloat16"}
     configure(**asked, dtype="bfloat16")
     with pytest.raises(ValueError, match="of another type than the model's, bfloat16 beside float"):
         configure(**asked)
