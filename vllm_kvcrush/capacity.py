@@ -45,12 +45,6 @@ class Model:
         return 2 * self.layers * self.kv_heads * self.head_size * self.itemsize
 
     @classmethod
-    def read(cls, path: str, dtype: str = "auto") -> Model:
-        """Reads a model directory, its config.json, or a model of the local Hugging Face cache.
-        Raises CapacityError."""
-        return cls.from_config(read_config(path), dtype)
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any], dtype: str = "auto") -> Model:
         """From the content of config.json. Raises CapacityError."""
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NONE = "none"
 DEFAULT_BUDGET = 0.25
 # Shorter requests are left alone (benchmarks/results/floor.json).
-DEFAULT_MIN_TOKENS = 512
+DEFAULT_MIN_TOKENS = 256
 
 # Request parameters; every other kv_* key in a request is refused (typos must not pass).
 BUDGET_KEY = "kv_budget"

@@ -252,7 +252,7 @@ def _other_dtype(config: Any) -> bool | str:
 
 
 def _odd_head(size: Any) -> bool | str:
-    if not size or (size % 8 == 0 and size <= MAX_HEAD_SIZE):
+    if size is None or (size > 0 and size % 8 == 0 and size <= MAX_HEAD_SIZE):
         return False
     return f"of {size} channels"
 

@@ -132,6 +132,7 @@ def test_bad_arguments_get_one_sentence(
         (json.dumps(LLAMA | {"kv_lora_rank": 512}), "MLA"),
         (json.dumps(LLAMA | {"hidden_size": 3200}), "heads of 100 channels"),
         (json.dumps(LLAMA | {"head_dim": 320}), "heads of 320 channels"),
+        (json.dumps(LLAMA | {"hidden_size": 3}), "heads of 0 channels"),
         (json.dumps(LLAMA | {"attn_logit_softcapping": 50.0}), "soft-capped"),
         (json.dumps(LLAMA | {"layer_types": ["linear_attention", "attention"]}), "Mamba"),
         (json.dumps({"text_config": LLAMA, "vision_config": {}}), "multimodal"),
@@ -191,7 +192,7 @@ def test_plan_refuses_sizes_that_serve_refuses(
 
 
 def test_plan_knows_the_floor(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["plan", model, "--context", "600", "--block-size", "16", "--json"]
+    args = ["plan", model, "--context", "400", "--block-size", "16", "--json"]
     compactions = []
     for floor in (0, None, 601):
         flags = [] if floor is None else ["--kv-min-tokens", str(floor)]
