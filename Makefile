@@ -1,4 +1,4 @@
-# make serve   set up, then serve the demo model with KVCrush on 127.0.0.1:8000
+# make serve   set up, then serve the demo model with a quarter of the KV cache on 127.0.0.1:8000
 #              (make serve PORT=8001 ARGS="--kv-budget 0.5")
 # make test    set up, then run the tests (make test ARGS="-m 'not engine and not server'")
 # make lint    set up, then check style and types

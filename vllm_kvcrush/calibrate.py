@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_kvcrush import transform
+from vllm_kvcrush import paths, transform
 from vllm_kvcrush.transform import (
     POINTS,
     SINKS,
@@ -74,18 +74,25 @@ class Reader:
         from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-        folder = pathlib.Path(path)
-        self.config = _config(folder)
+        folder = _folder(path)
+        self.config = transform.model_config(folder)
         self.model = Model.from_config(self.config, folder.resolve().name)
         self.rope = Rope.from_config(self.config)
         self._layers: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
         self._past: tuple[Tensor, Tensor, Tensor | None] | None = None
         AttentionInterface.register(self.ATTENTION, self.attention)
         AttentionMaskInterface.register(self.ATTENTION, sdpa_mask)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.network = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=self.ATTENTION
-        ).eval()
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            network = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                attn_implementation=self.ATTENTION,
+                local_files_only=True,
+            )
+        except Exception as error:  # of a package for quantised weights, of a file, of a type
+            raise TablesError(_unloadable(folder, self.config, error)) from error
+        self.network = network.eval()
         self.network.requires_grad_(False)  # only keys and values get gradients
         self._verify()
 
@@ -260,17 +267,33 @@ def bar(iterable: Iterable[Any], label: str) -> Iterable[Any]:
 
 
 def default_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Where the tables of a model directory belong. Raises TablesError."""
-    return transform.default_path(_config(path))
-
-
-def _config(path: str | os.PathLike[str]) -> Any:
-    try:
-        return json.loads(pathlib.Path(path, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Where the tables of a model belong, given its directory or its name. Raises TablesError."""
+    place = transform.default_path(transform.model_config(_folder(path)))
+    if place is None:
         raise TablesError(
-            f"{path} is no model here: give the directory of a model on this machine."
-        ) from None
+            "there is no home directory to keep tables in: name a file with --out, and give it to "
+            "the server as --kv-policy-config.tables."
+        )
+    return place
+
+
+def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    try:
+        return paths.model_folder(path)
+    except paths.ModelNotHere as error:
+        raise TablesError(str(error)) from None
+
+
+def _unloadable(folder: pathlib.Path, config: Any, error: Exception) -> str:
+    quantised = config.get("quantization_config")
+    kind = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    why = str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
+    if kind:
+        return (
+            f"{folder} has {kind} weights, which transformers does not load here ({why}): "
+            "calibrate the model that they were made from, whose tables serve both."
+        )
+    return f"{folder} does not load in transformers ({why})."
 
 
 def calibrate(
@@ -280,9 +303,10 @@ def calibrate(
     points: Sequence[Point] = POINTS,
     progress: Callable[..., Any] = _plain,
 ) -> Model:
-    """Writes the tables of a model directory to `out`. Raises TablesError.
+    """Writes the tables of a model to `out`. Raises TablesError.
 
     Args:
+        path: the model's directory, or its name if it is in the local Hugging Face cache.
         text: a UTF-8 file to calibrate on; without one, the model's own samples.
         progress: called with an iterable and a label, as `bar`.
     """

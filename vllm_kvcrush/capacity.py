@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from vllm_kvcrush import gate, paths
 from vllm_kvcrush.config import RequestParams, Settings
 from vllm_kvcrush.plan import Plan, cdiv
 
@@ -45,31 +45,8 @@ class Model:
         return 2 * self.layers * self.kv_heads * self.head_size * self.itemsize
 
     @classmethod
-    def read(cls, path: str, dtype: str = "auto") -> Model:
-        """Reads a model directory or its config.json. Raises CapacityError."""
-        file = Path(path)
-        if file.is_dir():
-            file = file / "config.json"
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except OSError:
-            raise CapacityError(
-                f"{path} is not here: give a model's directory or its config.json on this machine."
-            ) from None
-        except ValueError as error:
-            raise CapacityError(f"{file} is not JSON: {error}.") from None
-        if not isinstance(config, dict):
-            raise CapacityError(f"{file} is not a model's configuration: it holds no JSON object.")
-        return cls.from_config(config, dtype)
-
-    @classmethod
     def from_config(cls, config: Mapping[str, Any], dtype: str = "auto") -> Model:
         """From the content of config.json. Raises CapacityError."""
-        if config.get("kv_lora_rank"):
-            raise CapacityError(
-                "This model caches latents (MLA), which vllm-kvcrush does not compress: "
-                "choose one with grouped-query attention."
-            )
 
         def whole(name: str, *instead: str) -> int:
             for key in (name, *instead):
@@ -86,11 +63,12 @@ class Model:
                 "plain attention."
             )
 
-        heads = whole("num_attention_heads")
-        if config.get("head_dim") is not None:
-            head_size = whole("head_dim")
-        else:
-            head_size = whole("hidden_size") // heads
+        whole("num_attention_heads")
+        head_size = whole("head_dim") if config.get("head_dim") is not None else None
+        if head_size is None:
+            whole("hidden_size")
+            head_size = gate.head_size(config)
+        assert head_size is not None
         name = dtype
         if dtype == "auto":
             name = str(config.get("torch_dtype") or config.get("dtype") or "float32")
@@ -109,26 +87,54 @@ class Model:
         )
 
 
-def with_tables(settings: Settings, path: str, model: Model, block_size: int) -> Settings:
-    """Adds what the model's transform tables say about its pages, if there are any. Raises
-    CapacityError."""
+def read_config(path: str) -> dict[str, Any]:
+    """The content of a config.json, given it, its directory, or the name of a model in the local
+    Hugging Face cache. Raises CapacityError."""
+    try:
+        file = paths.expanded(path)
+        if not file.is_file():
+            file = paths.model_folder(path) / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except paths.ModelNotHere as error:
+        raise CapacityError(str(error)) from None
+    except OSError:
+        raise CapacityError(
+            f"{path} has no config.json: give a model's directory or its config.json."
+        ) from None
+    except ValueError as error:
+        raise CapacityError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise CapacityError(f"{file} is not a model's configuration: it holds no JSON object.")
+    return config
+
+
+def check(path: str, config: Mapping[str, Any], dtype: str, block_size: int, longest: int) -> None:
+    """Raises CapacityError, in one sentence, for what a server would refuse at its start.
+
+    Args:
+        path: of the model, for the message.
+        config: content of its config.json.
+        dtype: of the KV cache.
+        block_size: tokens of a block.
+        longest: longest context, in tokens.
+    """
+    if found := gate.refusals(gate.described(config, dtype, block_size, longest)):
+        raise CapacityError(f"{path} cannot be served with --kv-policy: it has {'; '.join(found)}.")
+
+
+def with_page(settings: Settings, path: str, model: Model, block_size: int) -> Settings:
+    """Adds what the model's pages are made of and what its transform tables say of them, if the
+    policy uses any. Raises ConfigError, and CapacityError."""
+    page = (model.head_size, model.head_size, model.itemsize)
+    if not settings.needs_tables and settings.tables is None:
+        return replace(settings, page=page)
     from vllm_kvcrush import transform
 
-    file = Path(path)
-    config = json.loads((file / "config.json" if file.is_dir() else file).read_text("utf-8"))
-    size = model.head_size
-    settings = replace(settings, page=(size, size, model.itemsize))
     try:
-        tables = settings.tables or str(transform.default_path(config))
-        if settings.tables is None and not Path(tables).exists():
-            return settings
-        page_bytes = block_size * 2 * size * model.itemsize
-        fitted = transform.packings(tables, config, page_bytes, size, ranks=1)
+        described = transform.model_config(paths.model_folder(path))
     except transform.TablesError as error:
-        if settings.tables is None:
-            return settings
-        raise CapacityError(f"--kv-policy-config tables: {error}") from None
-    return replace(settings, tables=tables, fitted=fitted)
+        raise CapacityError(str(error)) from None
+    return settings.with_tables(described, page, block_size)[0]
 
 
 @dataclass(frozen=True)
@@ -171,9 +177,9 @@ class Row:
 def walk(plan: Plan, length: int) -> tuple[int, int]:
     """Slots that a request of `length` tokens holds at its end, and its compactions until then."""
     n = held = compactions = 0
-    while (check := plan.next_compaction(n, held, length)) is not None:
-        held = plan.held_after(check, held + check - n)
-        n = check
+    for each in plan.compactions(length):
+        n = each.n
+        held = each.shape.compressed * plan.block_size + each.shape.tail_tokens
         compactions += 1
     return held + length - n, compactions
 
@@ -193,7 +199,6 @@ def row(
             f"--context {context} leaves no prompt beside --output-tokens {output}: "
             "raise the one or lower the other."
         )
-    settings = replace(settings, page=(model.head_size, model.head_size, model.itemsize))
     plan = settings.plan(RequestParams(settings.policy, settings.budget), prompt, block_size)
     held, compactions = walk(plan, context)
     block_bytes = model.token_bytes * block_size
@@ -203,7 +208,10 @@ def row(
         plan.bound(context),
     )
     growth = cdiv(min(plan.decode_interval, output), block_size)
-    decode_bound = min(bound, plan.blocks(context) + growth) if compactions else raw_blocks
+    decode_bound = plan.blocks(context) + growth if compactions else raw_blocks
+    if prompt < plan.min_tokens:  # its first output tokens are raw
+        decode_bound = bound
+    decode_bound = min(bound, decode_bound)
     # vLLM keeps one block of the pool, the null block, for itself.
     pool = None if pool_bytes is None else max(0, pool_bytes // block_bytes - 1)
     return Row(

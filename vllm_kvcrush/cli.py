@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = commands.add_parser(
         "plan", help="how much KV a request takes, raw and compressed, and how many fit"
     )
-    plan.add_argument("model", metavar="MODEL", help="model directory, or its config.json")
+    plan.add_argument("model", metavar="MODEL", help="model directory, its config.json, or name")
     plan.add_argument(
         "--context",
         default="4096,16384,32768",
@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     plan.add_argument("--kv-policy", default=None, help="default kvcrush; none for plain vLLM")
     plan.add_argument("--kv-budget", default=None, help="0.25 (a fraction) or 4096 (tokens)")
+    plan.add_argument("--kv-min-tokens", default=None, help="as vllm serve takes it")
     plan.add_argument("--kv-policy-config", default=None, help="JSON, as vllm serve takes it")
     plan.add_argument(
         "--block-size",
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibrate = commands.add_parser(
         "calibrate", help="makes the transform tables of a model, which tc4, tc6, tc8 and auto use"
     )
-    calibrate.add_argument("model", metavar="MODEL", help="model directory")
+    calibrate.add_argument("model", metavar="MODEL", help="model directory, or name")
     calibrate.add_argument(
         "--text",
         default=None,
@@ -101,7 +102,7 @@ def _plan(args: argparse.Namespace) -> int:
     from vllm_kvcrush.config import ConfigError
 
     try:
-        model = capacity.Model.read(args.model, args.dtype)
+        config = capacity.read_config(args.model)
         contexts = _contexts(args.context)
         block_size = _BLOCK_SIZE if args.block_size is None else args.block_size
         for flag, value, least in (
@@ -112,8 +113,9 @@ def _plan(args: argparse.Namespace) -> int:
                 raise capacity.CapacityError(f"{flag} {value} is too small: give at least {least}.")
         pool = None if args.pool_bytes is None else capacity.parse_bytes(args.pool_bytes)
         settings = _settings(args)
-        if settings.needs_tables:
-            settings = capacity.with_tables(settings, args.model, model, block_size)
+        capacity.check(args.model, config, args.dtype, block_size, max(contexts))
+        model = capacity.Model.from_config(config, args.dtype)
+        settings = capacity.with_page(settings, args.model, model, block_size)
         settings.check(block_size, max(contexts))
         rows = [
             capacity.row(model, settings, context, args.output_tokens, block_size, pool)
@@ -126,6 +128,7 @@ def _plan(args: argparse.Namespace) -> int:
         content = {
             "policy": settings.policy,
             "budget": settings.budget,
+            "min_tokens": settings.min_tokens,
             "block_size": block_size,
             "dtype": model.dtype,
             "token_bytes": model.token_bytes,
@@ -157,22 +160,35 @@ def _contexts(text: str) -> list[int]:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from vllm_kvcrush.config import DEFAULT_BUDGET, ConfigError, Settings, parse_budget
+    from vllm_kvcrush.config import (
+        DEFAULT_BUDGET,
+        DEFAULT_MIN_TOKENS,
+        ConfigError,
+        Settings,
+        parse_budget,
+        parse_min_tokens,
+    )
 
-    budget = args.kv_budget if args.kv_budget is not None else DEFAULT_BUDGET
-    if args.kv_policy is None and args.kv_policy_config is None:
-        # Block counts do not depend on the policy; checking its name would import torch.
-        return Settings(policy="kvcrush", budget=parse_budget(budget, "--kv-budget"))
-    raw: dict[str, Any] = {"policy": args.kv_policy or "kvcrush", "budget": budget}
-    if args.kv_policy_config is not None:
+    given = {
+        "budget": args.kv_budget,
+        "min_tokens": args.kv_min_tokens,
+        "config": args.kv_policy_config,
+    }
+    raw = {key: value for key, value in given.items() if value is not None}
+    if args.kv_policy is None and "config" not in raw:
+        # Counts do not depend on which tokens stay; checking the policy's name would import torch.
+        floor = parse_min_tokens(raw.get("min_tokens", DEFAULT_MIN_TOKENS))
+        budget = parse_budget(raw.get("budget", DEFAULT_BUDGET), "--kv-budget")
+        return Settings(policy="kvcrush", budget=budget, min_tokens=floor)
+    if "config" in raw:
         try:
-            raw["config"] = json.loads(args.kv_policy_config)
+            raw["config"] = json.loads(raw["config"])
         except ValueError as error:
             raise ConfigError(
                 f"--kv-policy-config={args.kv_policy_config!r} is not JSON: {error}.",
                 "--kv-policy-config",
             ) from None
-    return Settings.from_dict(raw)
+    return Settings.from_dict({"policy": args.kv_policy or "kvcrush", **raw})
 
 
 def _table(
@@ -216,6 +232,8 @@ def _table(
         if pool is not None:
             cells += [row.fits_raw, row.fits_decoding, row.fits]
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    if settings.policy != "none" and settings.min_tokens and isinstance(settings.budget, float):
+        lines += ["", f"Requests of less than {settings.min_tokens} tokens are left alone."]
     lines += ["", 'KV is counted at a request\'s end; "at most" is in blocks, at any time.']
     if pool is not None:
         lines.append(

@@ -8,10 +8,14 @@ in the scheduler and in the workers (to act), from the dict that travels in
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvcrush import __version__
 from vllm_kvcrush.plan import Packing, Plan, min_blocks
 
 if TYPE_CHECKING:
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 
 NONE = "none"
 DEFAULT_BUDGET = 0.25
+# Shorter requests are left alone (benchmarks/results/floor.json).
+DEFAULT_MIN_TOKENS = 256
 
 # Request parameters; every other kv_* key in a request is refused (typos must not pass).
 BUDGET_KEY = "kv_budget"
@@ -56,9 +62,7 @@ def parse_budget(value: Any, key: str) -> float | int:
     raise bad
 
 
-def _whole(options: Mapping[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = options.get(name, default)
-    key = f"--kv-policy-config.{name}"
+def _whole(key: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = int(value)
@@ -67,6 +71,11 @@ def _whole(options: Mapping[str, Any], name: str, default: int, low: int, high: 
             f"{key}={value!r} is not allowed: give a whole number from {low} to {high}.", key
         )
     return value
+
+
+def parse_min_tokens(value: Any) -> int:
+    """The floor below which requests are left alone: tokens, or their string."""
+    return _whole("--kv-min-tokens", value, 0, 2**24)
 
 
 # What the policies' own `codecs` say, for those who plan without loading torch.
@@ -103,6 +112,7 @@ class Settings:
         budget: their default budget.
         budget_max: largest budget that a client may ask for, None for no cap.
         allow: policies that clients may ask for; the default policy is always allowed.
+        min_tokens: requests shorter than this are left alone if their budget is a fraction.
         options: per-policy hyperparameters, `{"kvcrush": {"anchor": "mean"}, ...}`.
         sinks, window, prefill_interval, decode_interval: see `plan.Plan`.
         tables: file of the model's transform tables, None for the default place.
@@ -116,6 +126,7 @@ class Settings:
     budget: float | int = DEFAULT_BUDGET
     budget_max: float | int | None = None
     allow: tuple[str, ...] = ()
+    min_tokens: int = DEFAULT_MIN_TOKENS
     sinks: int = 4
     window: int = 16
     prefill_interval: int = 2048
@@ -128,34 +139,28 @@ class Settings:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Settings:
         """Builds and validates settings from `additional_config["kvcrush"]`: keys `policy`,
-        `budget`, `budget_max`, `allow`, `config`, and `page` and `fitted`, which the plugin fills
-        in. Raises ConfigError."""
+        `budget`, `budget_max`, `allow`, `min_tokens`, `config`, and `page` and `fitted`, which the
+        plugin fills in. Raises ConfigError."""
         from vllm_kvcrush import policies
 
-        known = {"policy", "budget", "budget_max", "allow", "config", "page", "fitted"}
+        keys = ("policy", "budget", "budget_max", "allow", "min_tokens", "config")
+        known = {*keys, "page", "fitted"}
         for key in raw:
             if key not in known:
                 raise ConfigError(
-                    f"additional_config['kvcrush'] has no key {key!r}: "
-                    f"it takes {', '.join(sorted(known))}.",
+                    f"additional_config['kvcrush'] has no key {key!r}: it takes {', '.join(keys)}.",
                     key,
                 )
-        names = (*policies.names(), NONE)
+        try:
+            names = (*policies.names(), NONE)
+        except ValueError as error:  # packages whose policies have one name
+            raise ConfigError(f"--kv-policy cannot be used: {error}.", "--kv-policy") from error
         policy = _policy_name(raw.get("policy", NONE), "--kv-policy", names)
         budget = parse_budget(raw.get("budget", DEFAULT_BUDGET), "--kv-budget")
         cap = raw.get("budget_max")
         if cap is not None:
             cap = parse_budget(cap, "--kv-budget-max")
-        allow = raw.get("allow")
-        if isinstance(allow, str):
-            allow = [part.strip() for part in allow.split(",") if part.strip()]
-        elif allow is not None and not isinstance(allow, list | tuple):
-            raise ConfigError(
-                f"--kv-policy-allow={allow!r} is not a list of policies: "
-                f"choose some of {', '.join(names)}.",
-                "--kv-policy-allow",
-            )
-        allow = tuple(_policy_name(a, "--kv-policy-allow", names) for a in allow or names)
+        allow = _policy_names(raw.get("allow"), "--kv-policy-allow", names)
         if policy not in allow:
             allow = (policy, *allow)
 
@@ -196,15 +201,21 @@ class Settings:
                     policies.get(name, options.get(name))
                 except ValueError as error:
                     raise ConfigError(str(error), f"--kv-policy-config.{name}") from error
-        settings = cls(
+
+        def whole(name: str, default: int, low: int, high: int) -> int:
+            value = config.get(name, default)
+            return _whole(f"--kv-policy-config.{name}", value, low, high)
+
+        return cls(
             policy=policy,
             budget=budget,
             budget_max=cap,
             allow=allow,
-            sinks=_whole(config, "sinks", 4, 0, 4096),
-            window=_whole(config, "window", 16, 1, 1024),
-            prefill_interval=_whole(config, "prefill_interval", 2048, 16, 2**24),
-            decode_interval=_whole(config, "decode_interval", 128, 1, 2**24),
+            min_tokens=parse_min_tokens(raw.get("min_tokens", DEFAULT_MIN_TOKENS)),
+            sinks=whole("sinks", 4, 0, 4096),
+            window=whole("window", 16, 1, 1024),
+            prefill_interval=whole("prefill_interval", 2048, 16, 2**24),
+            decode_interval=whole("decode_interval", 128, 1, 2**24),
             options=options,
             tables=tables,
             page=None if raw.get("page") is None else tuple(raw["page"]),
@@ -213,7 +224,6 @@ class Settings:
                 for codec, ranks in (raw.get("fitted") or {}).items()
             },
         )
-        return settings
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`; JSON-serialisable."""
@@ -228,6 +238,7 @@ class Settings:
             "budget": self.budget,
             "budget_max": self.budget_max,
             "allow": list(self.allow),
+            "min_tokens": self.min_tokens,
             "config": config,
             "page": None if self.page is None else list(self.page),
             "fitted": {
@@ -235,6 +246,11 @@ class Settings:
                 for codec, ranks in self.fitted.items()
             },
         }
+
+    def compiled(self) -> dict[str, Any]:
+        """What decides about compiled code: vLLM keeps it under a key that this is part of."""
+        packs = any(_codecs(name) for name in self.allow)
+        return {"version": __version__, "attention": "pages" if packs else "raw"}
 
     def smallest_budget(self, block_size: int) -> int:
         """Smallest absolute budget, in tokens."""
@@ -322,12 +338,37 @@ class Settings:
             sinks=self.sinks,
             prefill_interval=self.prefill_interval,
             decode_interval=self.decode_interval,
+            min_tokens=self.min_tokens,
             packings=self.packings(params.policy, block_size) if params.active else (),
             tiers=params.active and _tiers(params.policy),
         )
 
+    def most_blocks(self, length: int, block_size: int) -> int:
+        """Most blocks that a request under the default policy and budget holds at any time, if
+        prompt and output together are up to `length` tokens."""
+        params = RequestParams(self.policy, self.budget)
+        # Most when it is all prompt, when it is nearly all output, or when the prompt is the
+        # longest that is too short to be compacted.
+        prompts = {length, 1, min(length, max(1, self.min_tokens - 1))}
+        return max(self.plan(params, p, block_size).bound(length) for p in prompts)
+
+    @functools.cached_property
+    def _packings(self) -> dict[tuple[str, int], tuple[Packing, ...]]:
+        return {}
+
+    @functools.cached_property
+    def _problems(self) -> dict[tuple[str, int], str | None]:
+        return {}
+
     def packings(self, policy: str, block_size: int) -> tuple[Packing, ...]:
-        """How the compressed regions of `policy` may be packed, for `plan.Plan`; empty: raw."""
+        """How the compressed regions of `policy` may be packed, for `plan.Plan`; empty: raw.
+        Computed once for each policy: requests ask for it."""
+        key = policy, block_size
+        if key not in self._packings:
+            self._packings[key] = self._pack(policy, block_size)
+        return self._packings[key]
+
+    def _pack(self, policy: str, block_size: int) -> tuple[Packing, ...]:
         from vllm_kvcrush import pages
 
         codecs = _codecs(policy)
@@ -356,6 +397,53 @@ class Settings:
         close = [p for p in found if _packs(p, block_size)]
         return tuple(close or found[-1:])
 
+    def with_tables(
+        self,
+        model: Mapping[str, Any],
+        page: tuple[int, int, int],
+        block_size: int,
+        ranks: int = 1,
+        statistics: bool = True,
+    ) -> tuple[Settings, str | None]:
+        """Adds what the pages of a model are made of, and what its transform tables say of them:
+        those of `tables`, or of the default place, or, for a policy that needs some, what
+        statistics at start-up will give.
+
+        Returns the settings, and a warning if there are tables in the default place that cannot be
+        used. Raises ConfigError for tables that were named, or that the policy needs.
+
+        Args:
+            model: content of the model's config.json, as `transform.model_config` reads it.
+            page: see Settings.
+            ranks: tensor-parallel ranks, which share the KV heads out.
+            statistics: whether workers can take statistics.
+        """
+        from vllm_kvcrush import transform
+
+        settings = replace(self, page=page)
+        page_bytes = block_size * (page[0] + page[1]) * page[2]
+        try:
+            path = settings.tables
+            if path is None:
+                place = transform.default_path(model)
+                path = str(place) if place is not None and place.exists() else None
+            if path is not None:
+                fitted = transform.packings(path, model, page_bytes, page[1], ranks)
+                return replace(settings, tables=path, fitted=fitted), None
+            if not (statistics and self.needs_tables):
+                return settings, None
+            fitted = transform.even_packings(model, page_bytes, page[1], ranks)
+            return replace(settings, fitted=fitted), None
+        except transform.TablesError as error:
+            if self.tables is not None:
+                key = "--kv-policy-config.tables"
+                raise ConfigError(f"{key}: {error}", key) from None
+            # Other policies have something to do without.
+            alone = self.needs_tables and len(_codecs(self.policy)) == 1
+            if alone or (path is not None and self.needs_tables):
+                raise ConfigError(f"--kv-policy={self.policy}: {error}", "--kv-policy") from None
+            return settings, None if path is None else f"Transform tables are not used: {error}"
+
     @property
     def needs_tables(self) -> bool:
         """Whether the policy has codecs that are fitted to a model."""
@@ -370,6 +458,12 @@ class Settings:
 
     def _unpackable(self, policy: str, block_size: int) -> str | None:
         """What is wrong with the pages of `policy` in blocks of this size, if anything."""
+        key = policy, block_size
+        if key not in self._problems:
+            self._problems[key] = self._find_problem(policy, block_size)
+        return self._problems[key]
+
+    def _find_problem(self, policy: str, block_size: int) -> str | None:
         if policy == NONE or self.page is None:
             return None
         missing = [c for c in _codecs(policy) if not self._known(c)]
@@ -407,6 +501,36 @@ class Settings:
         return in_tokens(asked) <= in_tokens(self.budget_max)
 
 
+class AdditionalConfig(Mapping[str, Any]):
+    """vLLM's `additional_config` of a server with this plugin.
+
+    vLLM makes its content part of the key under which compiled models are kept, and would compile
+    anew for every other budget. It asks anything but a dict for a hash of its own, which has of
+    our settings only what changes compiled code.
+    """
+
+    def __init__(self, others: Mapping[str, Any], settings: Settings) -> None:
+        self._content = {**others, "kvcrush": settings.to_dict()}
+        self._key = {**others, "kvcrush": settings.compiled()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __repr__(self) -> str:
+        return repr(self._content)
+
+    def compute_hash(self) -> str:
+        """What vLLM calls."""
+        text = json.dumps(self._key, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _codecs(policy: str) -> tuple[str, ...]:
     codecs = () if policy == NONE else _BUILT_IN_CODECS.get(policy)
     if codecs is None:
@@ -429,6 +553,21 @@ def _packs(packing: Packing, block_size: int) -> bool:
     """Whether a codec holds more than raw pages do, in the long run."""
     many = 1024
     return packing.tokens(many) > many * block_size
+
+
+def _policy_names(value: Any, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Policies in a list, in a string with commas, or in a list of such strings; None: all."""
+    if value is None:
+        return names
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list | tuple) or not given:
+        raise ConfigError(
+            f"{key}={value!r} is not a list of policies: choose some of {', '.join(names)}.", key
+        )
+    found: list[Any] = []
+    for part in given:
+        found += [p.strip() for p in part.split(",")] if isinstance(part, str) else [part]
+    return tuple(dict.fromkeys(_policy_name(name, key, names) for name in found))
 
 
 def _policy_name(value: Any, key: str, names: tuple[str, ...]) -> str:

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from vllm_kvcrush import paths
+
 NAME = "SmolLM2-135M-Instruct"
 
 _GGUF_FILE = f"{NAME}.Q4_1.gguf"
@@ -52,15 +54,6 @@ class DemoModelError(RuntimeError):
     """The demo model cannot be made; the message says what to do about it."""
 
 
-def cache_root() -> pathlib.Path:
-    """Where vllm-kvcrush keeps what it makes."""
-    if own := os.environ.get("VLLM_KVCRUSH_CACHE"):
-        return pathlib.Path(own).expanduser().absolute()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return pathlib.Path(xdg).expanduser().absolute() / "vllm-kvcrush"
-    return pathlib.Path.home() / ".cache" / "vllm-kvcrush"
-
-
 def prepare(
     cache_dir: str | os.PathLike[str] | None = None,
     say: Callable[[str], object] = print,
@@ -69,7 +62,12 @@ def prepare(
 
     Progress goes to ``say``. Raises DemoModelError with a way out when it cannot be done.
     """
-    root = pathlib.Path(cache_dir).absolute() if cache_dir is not None else cache_root()
+    root = pathlib.Path(cache_dir).absolute() if cache_dir is not None else paths.cache_root()
+    if root is None:
+        raise DemoModelError(
+            "There is no home directory to keep the demo model in: set VLLM_KVCRUSH_CACHE to a "
+            "directory that can be written to, with 600 MB free."
+        )
     target = root / NAME
     if target.exists():
         _check(target, say)

@@ -1,15 +1,19 @@
 """What this release runs on, and what it refuses. Imports neither vLLM nor, on its own, torch.
 
-One table serves the start-up check, `vllm-kvcrush doctor` and the documentation.
+One table serves the start-up check, `vllm-kvcrush plan`, `vllm-kvcrush doctor` and the
+documentation; another one the layers of a loaded model.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+from vllm_kvcrush.pages import MAX_HEAD_SIZE, MAX_SPAN, STRIP
 
 SUPPORTED_VLLM = "0.32"
 
@@ -81,16 +85,117 @@ class Refusal(NamedTuple):
     way_out: str
     found: Callable[[Any], bool | str]
 
+    def clause(self, subject: Any) -> str | None:
+        """What to say of a `VllmConfig` or layer, or None if it does not have the feature."""
+        found = self.found(subject)
+        if not found:
+            return None
+        feature = f"{self.feature} {found}" if isinstance(found, str) else self.feature
+        return f"{feature} ({self.why}): {self.way_out}"
+
 
 def refusals(vllm_config: Any) -> list[str]:
-    """One clause for everything in a finished `VllmConfig` that must be refused; empty if none."""
-    clauses = []
-    for row in REFUSED:
-        found = row.found(vllm_config)
-        if found:
-            feature = f"{row.feature} {found}" if isinstance(found, str) else row.feature
-            clauses.append(f"{feature} ({row.why}): {row.way_out}")
-    return clauses
+    """One clause for everything in a finished `VllmConfig`, or in what `described` makes, that
+    must be refused; empty if none."""
+    return [clause for row in REFUSED if (clause := row.clause(vllm_config))]
+
+
+def described(
+    config: Mapping[str, Any], dtype: str, block_size: int, max_model_len: int
+) -> SimpleNamespace:
+    """What vLLM makes of the content of a model's config.json, as far as REFUSED asks, for those
+    who have no `VllmConfig`. What a configuration does not say, layers tell when it is served.
+
+    Args:
+        dtype: the model's, and the KV cache's.
+        block_size, max_model_len: in tokens.
+    """
+    text = {**config, **_dict(config.get("text_config"))}
+    window = text.get("sliding_window") if text.get("use_sliding_window", True) else None
+    size = head_size(text)
+    alibi = text.get("alibi") or text.get("position_encoding_type") == "alibi"
+    alibi = alibi or _dict(text.get("attn_config")).get("alibi")
+    quantised = _dict(config.get("quantization_config")).get("kv_cache_scheme")
+    named = " ".join(map(str, config.get("architectures") or ()))
+    model = SimpleNamespace(
+        hf_text_config=SimpleNamespace(**{str(key): value for key, value in text.items()}),
+        dtype=dtype,
+        max_model_len=max_model_len,
+        get_head_size=lambda: size,
+        get_sliding_window=lambda: window,
+        attention_chunk_size=text.get("attention_chunk_size"),
+        is_hybrid=_looks_hybrid(text),
+        use_mla=text.get("kv_lora_rank") is not None,
+        uses_alibi=bool(alibi) or "Bloom" in named,
+        is_encoder_decoder=bool(config.get("is_encoder_decoder")),
+        is_multimodal_model=any(f"{kind}_config" in config for kind in ("vision", "audio")),
+        is_diffusion=config.get("canvas_length") is not None,
+    )
+    cache = SimpleNamespace(cache_dtype="fp8" if quantised else "auto", block_size=block_size)
+    return SimpleNamespace(model_config=model, cache_config=cache)
+
+
+def head_size(text: Mapping[str, Any]) -> int | None:
+    """Channels of a head by a config.json, or None if it does not say."""
+    size, hidden, heads = (
+        text.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads")
+    )
+    if isinstance(size, int) and size > 0:
+        return size
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        return hidden // heads
+    return None
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+# How keys begin that configurations of models with layers other than attention have.
+_HYBRID = (
+    "attn_layer_period",
+    "conv_kernel",
+    "full_attention_interval",
+    "hybrid_",
+    "layers_block_type",
+    "linear_",
+    "mamba_",
+    "ssm_",
+    "state_size",
+)
+
+
+def _looks_hybrid(text: Mapping[str, Any]) -> bool:
+    kinds = text.get("layer_types") or text.get("layers_block_type")
+    if isinstance(kinds, list):  # a hybrid's configuration, perhaps, of attention alone
+        return not all("attention" in str(kind) and "linear" not in str(kind) for kind in kinds)
+    return any(str(key).startswith(_HYBRID) and value for key, value in text.items())
+
+
+def attention_refusal(layer: Any) -> str | None:
+    """What one of a loaded model's attention layers does that attention over compressed pages
+    would leave out, as a clause; None if nothing. `layer` is vLLM's `Attention`, with its
+    `impl`."""
+    return next((clause for row in LAYERS if (clause := row.clause(layer))), None)
+
+
+def check_attention(layers: Iterable[Any]) -> None:
+    """Looks at all attention layers of a loaded model. Raises ValueError, with one sentence, if
+    any must be refused or if they differ."""
+    layers = list(layers)
+    clauses = [clause for layer in layers if (clause := attention_refusal(layer))]
+    sizes = {tuple(_get(layer, f"impl.{name}") for name in _SIZES) for layer in layers}
+    if len(sizes) > 1:
+        clauses.append(
+            "heads that differ between layers (all layers share one pool of equal pages): choose a "
+            "model whose layers are alike"
+        )
+    if clauses:
+        found = "; ".join(dict.fromkeys(clauses))
+        raise ValueError(f"--kv-policy cannot run with this model's {found}.")
+
+
+_SIZES = ("head_size", "num_heads", "num_kv_heads")
 
 
 def _get(config: Any, path: str, default: Any = None) -> Any:
@@ -132,9 +237,51 @@ def _hybrid(config: Any) -> bool:
     ) or _layer_types(config, "linear", "mamba", "conv", "recurrent")
 
 
+_WHOLE = ("auto", "bfloat16", "float16", "float32")
+
+
 def _kv_dtype(config: Any) -> bool | str:
     dtype = str(_get(config, "cache_config.cache_dtype", "auto"))
-    return False if dtype in ("auto", "bfloat16", "float16", "float32") else dtype
+    return False if dtype in _WHOLE else dtype
+
+
+def _other_dtype(config: Any) -> bool | str:
+    dtype = str(_get(config, "cache_config.cache_dtype", "auto"))
+    own = str(_get(config, "model_config.dtype", "")).removeprefix("torch.")
+    return f"{dtype} beside {own}" if dtype in _WHOLE[1:] and own and dtype != own else False
+
+
+def _odd_head(size: Any) -> bool | str:
+    if size is None or (size > 0 and size % 8 == 0 and size <= MAX_HEAD_SIZE):
+        return False
+    return f"of {size} channels"
+
+
+def _head_size(config: Any) -> bool | str:
+    size = _get(config, "model_config.get_head_size")
+    return _odd_head(size() if callable(size) else None)
+
+
+def _block_size(config: Any) -> bool | str:
+    size = _get(config, "cache_config.block_size")
+    return f"of {size} tokens" if size and (size % STRIP or size > 65520) else False
+
+
+def _too_long(config: Any) -> bool | str:
+    longest = _get(config, "model_config.max_model_len") or 0
+    return f"of {longest} tokens" if longest > MAX_SPAN else False
+
+
+def _sinks(config: Any) -> bool:
+    text = _get(config, "model_config.hf_text_config")
+    model = str(_get(text, "model_type"))
+    # vLLM's Granite takes layer types for a sign of sinks.
+    typed = model.startswith("granite") and bool(_get(text, "layer_types"))
+    return (
+        model == "gpt_oss"
+        or bool(_get(text, "attention_sinks", typed and "hybrid" not in model))
+        or any(bool(_get(text, f"add_{kind}_attention_sink_bias")) for kind in ("swa", "full"))
+    )
 
 
 def _platform(config: Any) -> bool | str:
@@ -266,6 +413,42 @@ REFUSED: tuple[Refusal, ...] = (
         _kv_dtype,
     ),
     Refusal(
+        "a KV cache of another type than the model's,",
+        "our kernels read and write pages in the model's own",
+        "use --kv-cache-dtype auto",
+        _other_dtype,
+    ),
+    Refusal(
+        "blocks",
+        f"pages are filled by {STRIP} tokens, up to 65520",
+        f"use a --block-size that is a multiple of {STRIP}",
+        _block_size,
+    ),
+    Refusal(
+        "a context",
+        f"a page tells positions that are up to {MAX_SPAN} apart",
+        f"use --max-model-len {MAX_SPAN} or less",
+        _too_long,
+    ),
+    Refusal(
+        "heads",
+        f"our kernels read channels by eight, up to {MAX_HEAD_SIZE}",
+        "choose another model",
+        _head_size,
+    ),
+    Refusal(
+        "soft-capped attention scores",
+        "our attention does not cap them",
+        "choose a model without attn_logit_softcapping",
+        lambda config: bool(_get(config, "model_config.hf_text_config.attn_logit_softcapping")),
+    ),
+    Refusal(
+        "attention sinks that are weights",
+        "our attention leaves them out",
+        "choose a model without them",
+        _sinks,
+    ),
+    Refusal(
         "KV sharing between layers",
         "layers that share a cache would each choose other tokens",
         "choose a model whose layers all have a KV cache of their own, without "
@@ -330,6 +513,97 @@ REFUSED: tuple[Refusal, ...] = (
         lambda config: (
             bool(_get(config, "model_config.is_diffusion"))
             or _get(config, "diffusion_config") is not None
+        ),
+    ),
+)
+
+
+def _windowed(layer: Any) -> bool:
+    windows = _get(layer, "impl.sliding_window", -1), _get(layer, "sliding_window", -1)
+    flat = [w for window in windows for w in (window if isinstance(window, tuple) else (window,))]
+    return any(w != -1 for w in flat)
+
+
+def _kind(layer: Any) -> bool | str:
+    kind = _get(layer, "impl.attn_type") or _get(layer, "attn_type", "decoder")
+    kind = str(getattr(kind, "value", kind))
+    return False if kind == "decoder" else kind
+
+
+def _cache_dtype(layer: Any) -> bool | str:
+    own, kept = _get(layer, "dtype"), _get(layer, "kv_cache_torch_dtype")
+    return f"{kept} beside {own}" if own and kept and own != kept else False
+
+
+# What a layer of vLLM's can be told to do and ours cannot. Models need not say so in their
+# configuration.
+LAYERS: tuple[Refusal, ...] = (
+    Refusal(
+        "attention sinks",
+        "they would be left out",
+        "choose a model without them",
+        lambda layer: _get(layer, "impl.sinks") is not None or bool(_get(layer, "has_sink")),
+    ),
+    Refusal(
+        "soft-capped attention scores",
+        "they would not be capped",
+        "choose a model without them",
+        lambda layer: bool(_get(layer, "impl.logits_soft_cap")),
+    ),
+    Refusal(
+        "attention of type",
+        "only a decoder's own is causal and has a KV cache to compress",
+        "choose a decoder-only model",
+        _kind,
+    ),
+    Refusal(
+        "bidirectional prefixes",
+        "all attention would be causal",
+        "choose a text model",
+        _set("use_mm_prefix"),
+    ),
+    Refusal(
+        "ALiBi",
+        "its bias takes a slot's index for the token's position",
+        "choose a model with rotary positions",
+        lambda layer: _get(layer, "impl.alibi_slopes") is not None,
+    ),
+    Refusal(
+        "sliding-window attention",
+        "its mask takes a slot's index for the token's position",
+        "choose a model with full attention in all layers",
+        _windowed,
+    ),
+    Refusal(
+        "chunked local attention",
+        "its mask takes a slot's index for the token's position",
+        "choose a model with full attention in all layers",
+        lambda layer: _get(layer, "impl.chunk_lookback", -1) > -1,
+    ),
+    Refusal(
+        "KV sharing between layers",
+        "layers that share a cache would each choose other tokens",
+        "choose a model whose layers all have a KV cache of their own",
+        lambda layer: _get(layer, "kv_sharing_target_layer_name") is not None,
+    ),
+    Refusal(
+        "KV cache of another type than the layer's,",
+        "our kernels read and write pages in the model's own",
+        "use --kv-cache-dtype auto",
+        _cache_dtype,
+    ),
+    Refusal(
+        "heads",
+        f"our kernels read channels by eight, up to {MAX_HEAD_SIZE}",
+        "choose another model",
+        lambda layer: _odd_head(_get(layer, "head_size")),
+    ),
+    Refusal(
+        "values of another size than keys",
+        "a page holds as many channels of each",
+        "choose another model",
+        lambda layer: (
+            _get(layer, "head_size_v", _get(layer, "head_size")) != _get(layer, "head_size")
         ),
     ),
 )

@@ -8,7 +8,8 @@ read again is compacted at the same positions with the same result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,21 +54,42 @@ class Packing:
 
     def tokens(self, blocks: int) -> int:
         """The most tokens that `blocks` blocks hold."""
-        most = min(max(room for room, _ in pages) for pages in self.pages)
-        return _last(lambda t: self.blocks(t) <= blocks, blocks * most)
+        # More tokens never take fewer blocks, so bisecting finds the last that fits.
+        low, high = 0, blocks * min(max(room for room, _ in pages) for pages in self.pages)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.blocks(middle) <= blocks:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
+    def most_beside(self, other: Packing, tokens: int, blocks: int) -> int:
+        """How many of `tokens` tokens can be in the codec `other`, with the rest in this one, so
+        that `blocks` blocks hold them all. They must hold them if all are in this one.
 
-def _last(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest of 0 ... limit for which `holds`, if it never holds again once it does not; else
-    one that holds and whose successor does not. `holds` holds for 0."""
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+        One more token in the other codec may open a page there, or empty one here, so whether so
+        many fit is not monotone. But it ends only where a page of the other codec is full; the
+        largest such number is found downwards from where pages could not suffice even if all of
+        them were full."""
+        if self.blocks(0, other, tokens) <= blocks:
+            return tokens
+        best = tokens
+        for own, theirs in zip(self.pages, other.pages, strict=True):
+            # All in units of 1/whole pages, to count exactly.
+            whole = math.lcm(*(room for room, _ in (*own, *theirs)))
+            a_token = sum(heads * whole // room for room, heads in own)
+            more = sum(heads * whole // room for room, heads in theirs) - a_token
+            if more > 0:
+                room_left = blocks * sum(heads for _, heads in own) * whole - a_token * tokens
+                best = min(best, room_left // more)
+        rooms = {room for pages in other.pages for room, _ in pages}
+        while best > 0:
+            best = max(best // room * room for room in rooms)
+            if self.blocks(tokens - best, other, best) <= blocks:
+                return best
+            best -= 1
+        return 0
 
 
 class Part(NamedTuple):
@@ -83,6 +105,22 @@ def min_blocks(block_size: int, window: int, sinks: int) -> int:
     return max(1, cdiv(sinks, block_size)) + cdiv(window + block_size - 1, block_size)
 
 
+class PlannedCompaction(NamedTuple):
+    """One compaction of a request, before it runs.
+
+    Attributes:
+        n: its position, in computed tokens.
+        candidates: tokens before the new tail, old compressed ones and raw ones together.
+        parts: what the new compressed region holds of them.
+        shape: blocks and tail after it.
+    """
+
+    n: int
+    candidates: int
+    parts: tuple[Part, ...]
+    shape: Shape
+
+
 @dataclass(frozen=True)
 class Plan:
     """Block counts and compaction positions of one request.
@@ -96,6 +134,8 @@ class Plan:
         sinks: leading tokens that always stay.
         prefill_interval: tokens by which a prompt may outgrow its budget while it is read.
         decode_interval: decoded tokens between two compactions.
+        min_tokens: a request shorter than this, prompt and output together, is left alone if its
+            budget is a fraction. A budget in tokens is a promise and is kept whatever the length.
         packings: codecs that the compressed region may have, those that lose least first; empty:
             raw tokens.
         tiers: whether the most important tokens get the finer of two codecs, not the newest.
@@ -110,6 +150,7 @@ class Plan:
     sinks: int = 4
     prefill_interval: int = 2048
     decode_interval: int = 128
+    min_tokens: int = 0
     packings: tuple[Packing, ...] = ()
     tiers: bool = False
 
@@ -117,6 +158,12 @@ class Plan:
     def never(self) -> bool:
         """A budget of 1.0 never compacts."""
         return isinstance(self.budget, float) and self.budget >= 1.0
+
+    @property
+    def _spared(self) -> bool:
+        """Whether the prompt alone is too short to be compacted. A longer one is compacted from
+        its first chunks on: its length is known."""
+        return isinstance(self.budget, float) and self.num_prompt_tokens < self.min_tokens
 
     def tokens(self, n: int) -> int:
         """Tokens' worth of KV that the budget allows at n. A fraction counts the whole prompt
@@ -134,9 +181,9 @@ class Plan:
     def parts(self, compressed: int, candidates: int) -> tuple[Part, ...]:
         """What `compressed` blocks hold of `candidates` tokens before the tail, in slot order.
 
-        The first codec in which all of them fit; where that leaves room, the newest in the codec
-        before it: with one more they would not fit. With `tiers`, the most important ones, which
-        come first. If they fit in none, as many as the last one holds."""
+        The first codec in which all of them fit; where that leaves room, as many as possible of
+        the newest in the codec before it. With `tiers`, of the most important ones, which come
+        first. If they fit in none, as many as the last one holds."""
         if not self.packings:
             return (Part("raw", min(candidates, compressed * self.block_size)),)
         better: Packing | None = None
@@ -148,10 +195,25 @@ class Plan:
             return (Part(packing.codec, packing.tokens(compressed)),)
         if better is None:
             return (Part(packing.codec, candidates),)
-        own, finer = packing, better
-        newest = _last(lambda t: own.blocks(candidates - t, finer, t) <= compressed, candidates)
-        parts = (Part(own.codec, candidates - newest), Part(finer.codec, newest))
+        newest = packing.most_beside(better, candidates, compressed)
+        parts = (Part(packing.codec, candidates - newest), Part(better.codec, newest))
         return tuple(part for part in parts[:: -1 if self.tiers else 1] if part.tokens)
+
+    def kept(self, compressed: int, candidates: int) -> int:
+        """How many of `candidates` tokens `compressed` blocks hold: the sum of their `parts`."""
+        if not self.packings:
+            return min(candidates, compressed * self.block_size)
+        if any(packing.blocks(candidates) <= compressed for packing in self.packings):
+            return candidates
+        return self.packings[-1].tokens(compressed)
+
+    def needs_scores(self, compressed: int, candidates: int) -> bool:
+        """Whether a compaction of so many candidates into so many blocks chooses among them: to
+        drop some, or, with `tiers`, to say which get the finer codec. If it does not, scores are
+        of no use to it, unless the policy keeps running ones."""
+        if self.kept(compressed, candidates) < candidates:
+            return True
+        return self.tiers and len(self.parts(compressed, candidates)) > 1
 
     def shape(self, n: int, held: int) -> Shape:
         """Blocks and tail after a compaction at n of a request that holds `held` tokens' slots.
@@ -171,7 +233,9 @@ class Plan:
 
     def due(self, n: int, held: int) -> bool:
         """Whether a request at n is over its budget, so that a compaction gives blocks back."""
-        return not self.never and cdiv(held, self.block_size) > self.blocks(n)
+        if self.never or (self._spared and n < self.min_tokens):
+            return False
+        return cdiv(held, self.block_size) > self.blocks(n)
 
     def check_after(self, n: int) -> int:
         """The first compaction position > n: while the prompt is read, whenever the tail has
@@ -198,7 +262,8 @@ class Plan:
         if self.never:
             return None
         # Before the slots outgrow today's blocks no position can be due.
-        check = self.check_after(n + max(0, self.blocks(n) * self.block_size - held))
+        idle = n + max(0, self.blocks(n) * self.block_size - held)
+        check = self.check_after(max(idle, self.min_tokens - 1) if self._spared else idle)
         while check <= limit:
             if self.due(check, held + check - n):
                 return check
@@ -210,13 +275,46 @@ class Plan:
         it have exact KV; blocks of later ones are never put into the prefix cache."""
         return self.next_compaction(0, 0, limit)
 
+    def compactions(self, limit: int) -> Iterator[PlannedCompaction]:
+        """All compactions of a request that reaches `limit` tokens, in order.
+
+        This is what happens if each runs where it is due. A scheduler may put one off, because
+        blocks are shared or there are none to write to; from there on a live request holds other
+        numbers of tokens, and `shape`, `parts` and `needs_scores` must be asked with those."""
+        for n, candidates, shape in self._walk(limit):
+            yield PlannedCompaction(n, candidates, self.parts(shape.compressed, candidates), shape)
+
+    def first_scoring(self, limit: int) -> int | None:
+        """Where a request that reaches `limit` tokens has the first of its `compactions` that
+        `needs_scores`, or None. A prediction, as those are."""
+        for n, candidates, shape in self._walk(limit):
+            if self.needs_scores(shape.compressed, candidates):
+                return n
+        return None
+
+    def _walk(self, limit: int) -> Iterator[tuple[int, int, Shape]]:
+        n = held = region = region_tokens = 0
+        while (check := self.next_compaction(n, held, limit)) is not None:
+            held, n = held + check - n, check
+            shape = self.shape(n, held)
+            # The old region's tokens, and raw ones up to the new tail.
+            candidates = region_tokens + held - shape.tail_tokens - region * self.block_size
+            yield n, candidates, shape
+            region, region_tokens = shape.compressed, self.kept(shape.compressed, candidates)
+            held = region * self.block_size + shape.tail_tokens
+
     def bound(self, n: int) -> int:
         """Most blocks held at any time by a request that grows to n tokens (design rule 5)."""
         raw = cdiv(n, self.block_size)
         if self.never:
             return raw
-        prefill = self.blocks(self.num_prompt_tokens) + self._prefill_step // self.block_size
+        prompt = cdiv(self.num_prompt_tokens, self.block_size)
+        if self._spared:
+            # Raw up to the first compaction position that is long enough.
+            prefill = prompt = cdiv(self.check_after(self.min_tokens - 1), self.block_size)
+        else:
+            prefill = self.blocks(self.num_prompt_tokens) + self._prefill_step // self.block_size
         if n <= self.num_prompt_tokens:
             return min(raw, prefill)
         decode = self.blocks(n) + cdiv(self.decode_interval, self.block_size)
-        return min(raw, max(min(prefill, cdiv(self.num_prompt_tokens, self.block_size)), decode))
+        return min(raw, max(min(prefill, prompt), decode))

@@ -7,17 +7,34 @@ wraps a few methods; each wrapper passes through untouched unless a policy was a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
+import inspect
 import json
-import os
+import logging
 import sys
 from typing import Any
 
 from vllm_kvcrush import __version__, gate, server
-from vllm_kvcrush.config import ConfigError, Settings
+from vllm_kvcrush.config import (
+    DEFAULT_BUDGET,
+    DEFAULT_MIN_TOKENS,
+    AdditionalConfig,
+    ConfigError,
+    Settings,
+)
 
-_FLAGS = ("policy", "budget", "budget_max", "allow", "config")
+# Under vLLM's name, so that its logging configuration shows the lines.
+logger = logging.getLogger("vllm.kvcrush")
+
+# Our flags and the keys of their values in `additional_config["kvcrush"]`.
+_FLAGS = {
+    "kv_policy": "policy",
+    "kv_budget": "budget",
+    "kv_budget_max": "budget_max",
+    "kv_policy_allow": "allow",
+    "kv_min_tokens": "min_tokens",
+    "kv_policy_config": "config",
+}
 _SCHEDULERS = {
     False: "vllm_kvcrush.engine.scheduler.KVCrushScheduler",
     True: "vllm_kvcrush.engine.scheduler.KVCrushAsyncScheduler",
@@ -30,85 +47,102 @@ _registered = False
 
 
 def register() -> None:
-    """Called by vLLM in every process; idempotent."""
+    """Called by vLLM in every process; idempotent. Never raises: a vLLM in which this plugin finds
+    no place must still serve whoever did not ask for it."""
     global _registered
     if _registered:
         return
     _registered = True
-    from vllm.engine.arg_utils import EngineArgs
+    try:
+        from vllm.engine.arg_utils import EngineArgs
 
-    _wrap_flags(EngineArgs)
-    _wrap_config(EngineArgs)
-    if gate.verdict()[0]:
-        server.register()
+        _wrap(EngineArgs)
+        if gate.verdict()[0]:
+            server.register()
+    except Exception as error:  # whatever an unknown vLLM may do
+        logger.warning("%s", _stays_out(error))
 
 
-def _wrap_flags(engine_args: Any) -> None:
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+def _stays_out(error: Exception) -> str:
+    return (
+        "vllm-kvcrush finds no place in this vLLM and stays out of it: no request is compressed "
+        f"({type(error).__name__}: {error}); run vllm-kvcrush doctor."
+    )
 
-    add_cli_args, from_cli_args = engine_args.add_cli_args, engine_args.from_cli_args
 
+def _wrap(engine_args: Any) -> None:
+    """Wraps the methods of vLLM's `EngineArgs`: all of them, or, if one is not what it should be,
+    none but those that must refuse settings that nobody would follow."""
+    try:
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        add_cli_args = engine_args.__dict__["add_cli_args"].__func__
+        from_cli_args = engine_args.__dict__["from_cli_args"].__func__
+        create = engine_args.__dict__["create_engine_config"]
+        _takes(add_cli_args, 1)
+        _takes(from_cli_args, 2)
+        _takes(create, 2)
+    except Exception as error:
+        _wrap_refusal(engine_args, _stays_out(error))
+        raise
+    server.wrap(FlexibleArgumentParser, "parse_args", _folding)
+    ours = _wrap_flags(engine_args, add_cli_args, from_cli_args)
+    engine_args.add_cli_args = staticmethod(ours[0])
+    engine_args.from_cli_args = classmethod(ours[1])
+    engine_args.create_engine_config = _wrapped_config(create)
+
+
+def _takes(function: Any, arguments: int) -> None:
+    """Raises TypeError unless `function` can be called with so many positional arguments."""
+    inspect.signature(function).bind(*range(arguments))
+
+
+def _wrap_refusal(engine_args: Any, why: str) -> None:
+    # Flags of ours were not added, so vLLM refuses those itself. Settings given as
+    # additional_config it would carry about and ignore.
+    init = engine_args.__init__
+
+    @functools.wraps(init)
+    def refusing(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        extra = getattr(self, "additional_config", None)
+        if isinstance(extra, dict) and extra.get("kvcrush") is not None:
+            raise Refused(f"additional_config['kvcrush'] cannot be followed: {why}")
+
+    engine_args.__init__ = refusing
+
+
+def _wrap_flags(engine_args: Any, add_cli_args: Any, from_cli_args: Any) -> tuple[Any, Any]:
     @functools.wraps(add_cli_args)
     def with_group(parser: Any) -> Any:
-        from vllm_kvcrush import policies
-
         parser = add_cli_args(parser)
-        group = parser.add_argument_group(
-            "KVPolicy", "KV-cache compression (vllm-kvcrush); inactive without --kv-policy."
-        )
-        # No defaults: a flag that was not given must not override --additional-config.
-        add = functools.partial(group.add_argument, default=argparse.SUPPRESS)
-        add(
-            "--kv-policy",
-            dest="kv_policy",
-            help=f"Policy of requests that name none: {', '.join(policies.names())}, or none "
-            "(active only for requests that ask).",
-        )
-        add(
-            "--kv-budget",
-            dest="kv_budget",
-            help="KV a request may hold: a fraction of its raw size (0.25) or a number of tokens "
-            "(4096). Default 0.25.",
-        )
-        add(
-            "--kv-budget-max",
-            dest="kv_budget_max",
-            help="Largest kv_budget that a client may ask for; opting out counts as 1.0.",
-        )
-        add(
-            "--kv-policy-allow",
-            dest="kv_policy_allow",
-            help="Comma-separated policies that clients may ask for. Default: all.",
-        )
-        add(
-            "--kv-policy-config",
-            dest="kv_policy_config",
-            type=_json_object,
-            metavar="JSON",
-            help="sinks, window, prefill_interval, decode_interval (in tokens), and options by "
-            'policy, {"window": 32, "kvcrush": {"anchor": "mean"}}; or dotted, as all of vLLM\'s.',
-        )
+        try:
+            _add_flags(parser)
+        except Exception as error:
+            logger.warning("%s", _stays_out(error))
         return parser
 
-    @functools.wraps(from_cli_args.__func__)
+    @functools.wraps(from_cli_args)
     def with_flags(cls: Any, args: argparse.Namespace) -> Any:
         _fold(args)
         if getattr(args, "launch_component", None) == "render" and gate.verdict()[0]:
             # `vllm launch render` makes requests for engines elsewhere, and none of its own.
             server.install(active=False)
-        result = from_cli_args.__func__(cls, args)
+        result = from_cli_args(cls, args)
         extra = result.additional_config
-        if isinstance(extra, dict) and extra.get("kvcrush") is not None:
-            result._kvcrush_from_cli = True
-            try:
-                _settings(result.additional_config)
-            except ConfigError as error:
-                _exit(error)
+        before = extra.get("kvcrush") if isinstance(extra, dict) else None
+        if before is None:
+            return result
+        if isinstance(before, dict):
+            before = FromCommandLine(before)
+        result.additional_config = {**extra, "kvcrush": before}
+        try:
+            _settings(result.additional_config)
+        except ConfigError as error:
+            _exit(error)
         return result
 
-    server.wrap(FlexibleArgumentParser, "parse_args", _folding)
-    engine_args.add_cli_args = staticmethod(with_group)
-    engine_args.from_cli_args = classmethod(with_flags)
+    return with_group, with_flags
 
 
 def _folding(original: Any) -> Any:
@@ -126,11 +160,10 @@ def _fold(args: argparse.Namespace) -> None:
     When vLLM starts several API servers, or a server for each data-parallel rank, these get the
     parsed arguments and read them before they load any plugin: of flags that only a plugin knows
     they would hear nothing."""
-    names = ("kv_policy", "kv_budget", "kv_budget_max", "kv_policy_allow", "kv_policy_config")
     given = {
-        short: getattr(args, name)
-        for short, name in zip(_FLAGS, names, strict=True)
-        if getattr(args, name, None) is not None
+        key: getattr(args, name)
+        for name, key in _FLAGS.items()
+        if name not in _not_ours and getattr(args, name, None) is not None
     }
     if given:
         extra = getattr(args, "additional_config", None) or {}
@@ -139,39 +172,112 @@ def _fold(args: argparse.Namespace) -> None:
         args.additional_config = {**extra, "kvcrush": {**before, **given}}
 
 
-def _wrap_config(engine_args: Any) -> None:
-    create = engine_args.create_engine_config
+class FromCommandLine(dict[str, Any]):
+    """Settings that an operator gave by flags: what is wrong with them ends the command with one
+    sentence. They are marked themselves because vLLM's tools pass all that is in an `EngineArgs`
+    on to another one."""
 
+
+# Names of flags that this vLLM has itself, with a meaning of its own.
+_not_ours: set[str] = set()
+
+
+def _add_flags(parser: Any) -> None:
+    from vllm_kvcrush import policies
+
+    try:
+        known = ", ".join(policies.names())
+    except ValueError as error:  # told to whoever uses a flag
+        known = str(error)
+    _not_ours.update(
+        name for name in _FLAGS if f"--{name.replace('_', '-')}" in parser._option_string_actions
+    )
+    if _not_ours:
+        raise RuntimeError(f"this vLLM has flags of the same name: {', '.join(sorted(_not_ours))}")
+    group = parser.add_argument_group(
+        "KVPolicy", "KV-cache compression (vllm-kvcrush); inactive without --kv-policy."
+    )
+    # No defaults: a flag that was not given must not override --additional-config.
+    add = functools.partial(group.add_argument, default=argparse.SUPPRESS)
+    add(
+        "--kv-policy",
+        dest="kv_policy",
+        help=f"Policy of requests that name none: {known}, or none "
+        "(active only for requests that ask).",
+    )
+    add(
+        "--kv-budget",
+        dest="kv_budget",
+        help="KV a request may hold: a fraction of its raw size (0.25) or a number of tokens "
+        f"(4096). Default {DEFAULT_BUDGET}.",
+    )
+    add(
+        "--kv-budget-max",
+        dest="kv_budget_max",
+        help="Largest kv_budget that a client may ask for; opting out counts as 1.0.",
+    )
+    add(
+        "--kv-policy-allow",
+        dest="kv_policy_allow",
+        nargs="+",
+        metavar="POLICY",
+        help="Policies that clients may ask for, separated by commas or spaces. Default: all.",
+    )
+    add(
+        "--kv-min-tokens",
+        dest="kv_min_tokens",
+        metavar="N",
+        help="Requests shorter than this, prompt and output together, are left alone; 0 compresses "
+        "all. Budgets in tokens are kept to whatever the length. "
+        f"Default {DEFAULT_MIN_TOKENS}.",
+    )
+    add(
+        "--kv-policy-config",
+        dest="kv_policy_config",
+        type=_json_object,
+        metavar="JSON",
+        help="sinks, window, prefill_interval, decode_interval (in tokens), and options by "
+        'policy, {"window": 32, "kvcrush": {"anchor": "mean"}}; or dotted, as all of vLLM\'s.',
+    )
+
+
+def _wrapped_config(create: Any) -> Any:
     @functools.wraps(create)
     def create_engine_config(
         self: Any, usage_context: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
+        by_flags = isinstance(_raw(self.additional_config), FromCommandLine)
         try:
             settings = _settings(self.additional_config)
             if settings is not None:
                 # In full, so that every process reads the same and bad input fails here.
+                full = settings.to_dict()
                 self.additional_config = {
                     **self.additional_config,
-                    "kvcrush": settings.to_dict(),
+                    "kvcrush": FromCommandLine(full) if by_flags else full,
                 }
             vllm_config = create(self, usage_context, *args, **kwargs)
             if settings is not None:
                 configure(vllm_config, settings)
         except (ConfigError, Refused) as error:
-            if getattr(self, "_kvcrush_from_cli", False):
+            if by_flags:
                 _exit(error)
             raise
         return vllm_config
 
-    engine_args.create_engine_config = create_engine_config
+    return create_engine_config
 
 
 class Refused(ValueError):
     """The engine's configuration has something that was not verified with this plugin."""
 
 
+def _raw(additional_config: Any) -> Any:
+    return additional_config.get("kvcrush") if isinstance(additional_config, dict) else None
+
+
 def _settings(additional_config: Any) -> Settings | None:
-    raw = additional_config.get("kvcrush") if isinstance(additional_config, dict) else None
+    raw = _raw(additional_config)
     if raw is None:
         return None
     if not isinstance(raw, dict) or raw.get("policy") is None:
@@ -188,8 +294,6 @@ def _settings(additional_config: Any) -> Settings | None:
 
 def configure(vllm_config: Any, settings: Settings) -> None:
     """Activates the plugin on a finished `VllmConfig`, or raises with everything against it."""
-    from vllm.logger import init_logger
-
     offenders = gate.refusals(vllm_config)
     runs, kernels = gate.kernels()
     if not runs:
@@ -206,27 +310,36 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         raise Refused("--kv-policy cannot run with: " + "; ".join(offenders) + ".")
     head_size = vllm_config.model_config.get_head_size()
     page = (head_size, head_size, vllm_config.model_config.dtype.itemsize)
-    settings = _with_tables(dataclasses.replace(settings, page=page), vllm_config)
-    vllm_config.additional_config["kvcrush"] = settings.to_dict()
+    settings, unused = settings.with_tables(
+        vllm_config.model_config.hf_text_config.to_dict(),
+        page,
+        vllm_config.cache_config.block_size,
+        vllm_config.parallel_config.tensor_parallel_size,
+        # They are taken with text, which needs a tokenizer.
+        statistics=not vllm_config.model_config.skip_tokenizer_init,
+    )
+    others = {k: v for k, v in vllm_config.additional_config.items() if k != "kvcrush"}
+    vllm_config.additional_config = AdditionalConfig(others, settings)
     settings.check(vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len)
     choose_scheduler(vllm_config)
     vllm_config.parallel_config.worker_cls = _WORKERS.get(worker, worker)
-    # Under vLLM's name, so that its logging configuration shows the line.
-    logger = init_logger("vllm.kvcrush")
-    if warning := gate.unverified(vllm_config):
-        logger.warning(warning)
+    for warning in (gate.unverified(vllm_config), unused):
+        if warning:
+            logger.warning("%s", warning)
     parallel = vllm_config.parallel_config
     if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
         return  # one of several API servers: the process that started them has said it
     logger.info(
         "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s clients may ask for %s; "
-        "sinks=%d window=%d prefill_interval=%d decode_interval=%d, blocks of %d tokens, "
+        "min_tokens=%d sinks=%d window=%d prefill_interval=%d decode_interval=%d, "
+        "blocks of %d tokens, "
         "transform tables: %s, read by our own CPU kernels (%s).",
         __version__,
         settings.policy,
         settings.budget,
         settings.budget_max,
         ",".join(settings.allow),
+        settings.min_tokens,
         settings.sinks,
         settings.window,
         settings.prefill_interval,
@@ -235,34 +348,6 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         _tables(settings),
         kernels,
     )
-
-
-def _with_tables(settings: Settings, vllm_config: Any) -> Settings:
-    """Adds what the model's transform tables say about pages, if there are any."""
-    from vllm_kvcrush import transform
-
-    config, parallel = vllm_config.model_config, vllm_config.parallel_config
-    described = config.hf_text_config.to_dict()
-    assert settings.page is not None
-    k_size, v_size, itemsize = settings.page
-    page_bytes = vllm_config.cache_config.block_size * (k_size + v_size) * itemsize
-    ranks, path = parallel.tensor_parallel_size, settings.tables
-    if path is None:
-        try:
-            path = str(transform.default_path(described))
-            if not os.path.exists(path):
-                # Workers take statistics when they start, with text that needs a tokenizer.
-                if config.skip_tokenizer_init or not settings.needs_tables:
-                    return settings
-                fitted = transform.even_packings(described, page_bytes, v_size, ranks)
-                return dataclasses.replace(settings, fitted=fitted)
-        except transform.TablesError:  # a model that transform coding does not fit
-            return settings
-    try:
-        fitted = transform.packings(path, described, page_bytes, v_size, ranks)
-    except transform.TablesError as error:
-        raise ConfigError(f"--kv-policy-config.tables: {error}", "--kv-policy-config") from None
-    return dataclasses.replace(settings, tables=path, fitted=fitted)
 
 
 def _tables(settings: Settings) -> str:

@@ -28,8 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_kvcrush import pages
-from vllm_kvcrush.demo_model import cache_root
+from vllm_kvcrush import pages, paths
 
 FORMAT = "vllm-kvcrush-tables"
 VERSION = 4
@@ -254,6 +253,29 @@ def _scaled(frequencies: Tensor, kind: str, settings: Mapping[str, Any]) -> Tens
     turns = settings["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - blend) * slow + blend * frequencies
+
+
+def model_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a model's config.json with what its type leaves unsaid, such as the base of
+    its rotary embedding: the same that a server sees. Raises TablesError.
+
+    Args:
+        folder: the model's directory.
+    """
+    path = pathlib.Path(folder, "config.json")
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        written = None
+    if not isinstance(written, dict):
+        raise TablesError(f"{folder} is no model here: it has no config.json that can be read.")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception:  # a type that transformers does not know: what is written must do
+        return written
+    return dict(config.get_text_config().to_dict())
 
 
 # -- what a model needs ---------------------------------------------------------------------------
@@ -768,9 +790,10 @@ class Model:
         return ""
 
 
-def default_path(config: Mapping[str, Any]) -> pathlib.Path:
+def default_path(config: Mapping[str, Any]) -> pathlib.Path | None:
     """Where the tables of a model are looked for and written to unless a path is given: a name that
-    the model's shape decides. Raises TablesError for a model that transform coding does not fit.
+    the model's shape decides. None where nothing is kept, see `paths.cache_root`. Raises
+    TablesError for a model that transform coding does not fit.
 
     Args:
         config: content of the model's config.json.
@@ -778,7 +801,8 @@ def default_path(config: Mapping[str, Any]) -> pathlib.Path:
     model = Model.from_config(config)
     described = json.dumps([getattr(model, f.name) for f in fields(model)[1:]])
     name = hashlib.sha256(described.encode()).hexdigest()[:16]
-    return cache_root() / "tables" / f"{name}.safetensors"
+    root = paths.cache_root()
+    return None if root is None else root / "tables" / f"{name}.safetensors"
 
 
 # By codec, `plan.Packing.pages`.

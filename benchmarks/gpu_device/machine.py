@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import pathlib
 import subprocess
 from typing import Any
@@ -80,4 +81,4 @@ def _smi() -> dict[str, str] | None:
 
 def anonymous(text: str, root: pathlib.Path) -> str:
     """A text to publish, without this machine's paths."""
-    return text.replace(str(root), ".").replace(str(pathlib.Path.home()), "~")
+    return text.replace(str(root), ".").replace(os.path.expanduser("~"), "~")

@@ -74,7 +74,7 @@ def measure(
 
 
 def _config() -> dict[str, Any]:
-    return {"kvcrush": {"policy": "auto", "budget": 0.25}}
+    return {"kvcrush": {"policy": "auto", "budget": 0.25, "min_tokens": 0}}
 
 
 def report(run: Run, found: dict[tuple[int, str], list[float]], prompt: int) -> str:

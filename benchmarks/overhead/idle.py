@@ -22,7 +22,7 @@ ENGINES: dict[str, tuple[bool, dict[str, Any], dict[str, Any] | None]] = {
     "no_policy": (True, {}, None),
     "opted_out": (
         True,
-        {"kvcrush": {"policy": "kvcrush", "budget": 0.25}},
+        {"kvcrush": {"policy": "kvcrush", "budget": 0.25, "min_tokens": 0}},
         {"kv_policy": "none"},
     ),
 }

@@ -33,7 +33,7 @@ def measure(
         child = None
         if any(not run.has(step) for step, _, _ in jobs):
             child = stack.enter_context(engine.start("with a policy", plugin=True))
-            config = {"kvcrush": {"policy": "auto", "budget": BUDGET}}
+            config = {"kvcrush": {"policy": "auto", "budget": BUDGET, "min_tokens": 0}}
             tokens = max(*prompts, WARM_UP) + output
             child.ask(kind="start", model=model, tokens=tokens, config=config)
             for policy in POLICIES:  # the first compaction of a process is slower

@@ -73,7 +73,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=2048,
             logits_processors=[Forcing],
-            additional_config={"kvcrush": {"policy": "auto", "budget": 0.25}},
+            additional_config={"kvcrush": {"policy": "auto", "budget": 0.25, "min_tokens": 0}},
         )
         self.tokenizer = self.llm.get_tokenizer()
         core = self.llm.llm_engine.engine_core.engine_core

@@ -176,7 +176,8 @@ def started(
         f"--kv-cache-memory-bytes={pool_bytes} --max-num-batched-tokens=2048 "
         "--enable-prefix-caching"
     ).split()
-    own = {PLAIN: [], POLICY: [f"--kv-policy={policy}", f"--kv-budget={budget}", *policy_flags]}
+    ours = [f"--kv-policy={policy}", f"--kv-budget={budget}", "--kv-min-tokens=0"]
+    own = {PLAIN: [], POLICY: [*ours, *policy_flags]}
     say("starting plain vLLM and vLLM with the policy …")
     began = time.monotonic()
     with contextlib.ExitStack() as stack:

@@ -150,6 +150,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         sinks=st.sampled_from([0, 4, 20]),
         prefill_interval=st.sampled_from([16, 32, 64]),
         decode_interval=st.sampled_from([1, 5, 8, 24]),
+        min_tokens=st.sampled_from([0, 0, 60, 150]),
         policy=st.sampled_from([*POLICIES, "none"]),
         budget=st.sampled_from([0.1, 0.25, 0.5, 0.9, 1.0, 112]),
         prefix_caching=st.sampled_from([True, True, True, False]),
@@ -167,6 +168,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy: str,
         budget: float | int,
         tables: bool = True,
+        min_tokens: int = 0,
         **config: int,
     ) -> None:
         # Without tables auto takes other codecs, and the fitted policies do not start.
@@ -175,6 +177,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             {
                 "policy": policy,
                 "budget": budget,
+                "min_tokens": min_tokens,
                 "config": config,
                 "page": PAGE,
                 "fitted": fitted(block_size) if tables else {},

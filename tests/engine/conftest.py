@@ -47,6 +47,7 @@ class Engine:
                 "kvcrush": {
                     "policy": "kvcrush",
                     "budget": 0.25,
+                    "min_tokens": 0,
                     "config": {
                         "prefill_interval": PREFILL_INTERVAL,
                         "decode_interval": DECODE_INTERVAL,

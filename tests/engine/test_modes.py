@@ -48,6 +48,7 @@ def engine_arguments(model: str, **more: Any) -> dict[str, Any]:
             "kvcrush": {
                 "policy": "kvcrush",
                 "budget": 0.25,
+                "min_tokens": 0,
                 "config": {"prefill_interval": 256, "decode_interval": 32},
             }
         },

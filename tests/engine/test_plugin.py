@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
 import pytest
 
 from vllm_kvcrush import gate
+from vllm_kvcrush.config import Settings
 
 
 @pytest.fixture
@@ -60,6 +63,203 @@ def test_bad_settings_are_one_sentence(configure: Any, kvcrush: Any, says: str) 
     with pytest.raises(ValueError) as caught:
         configure(additional_config={"kvcrush": kvcrush}, block_size=32)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_costs_no_other_code_compiles_nothing_anew(configure: Any) -> None:
+    """vLLM keeps compiled models under this hash."""
+    import dataclasses
+    import pickle
+
+    from vllm.config.utils import replace
+
+    def key(**kvcrush: Any) -> str:
+        active = {"policy": "kvcrush", "budget": 0.25, **kvcrush}
+        return configure(additional_config={"kvcrush": active}, block_size=32).compute_hash()
+
+    first = key()
+    changes = ({"budget": 0.5}, {"budget": 512, "policy": "int4"}, {"config": {"window": 8}})
+    assert {key(**change) for change in changes} == {first}
+    config = configure(additional_config={**ACTIVE, "other": 1}, block_size=32)
+    assert config.compute_hash() not in (first, configure(block_size=32).compute_hash())
+    # It stays what it is wherever vLLM copies it to, also to its workers.
+    for copy in (replace(config), dataclasses.replace(config), pickle.loads(pickle.dumps(config))):
+        assert copy.compute_hash() == config.compute_hash()
+        assert copy.additional_config["kvcrush"] == config.additional_config["kvcrush"]
+        assert copy.additional_config["other"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("kv-policy-allow: [int8, int4]\n", ()),
+        ("kv-policy-allow:\n- int8\n- int4\n", ()),
+        ("kv-policy-allow: int8,int4\n", ()),
+        ("kv-policy-allow: int8, int4\n", ()),
+        ("", ("--kv-policy-allow", "int8", "int4")),
+        ("", ("--kv-policy-allow=int8,int4",)),
+        ("", ("--kv-policy-allow", "int8,int4", "--seed=1")),
+    ],
+)
+def test_policies_as_a_list_and_as_a_string(
+    text: str, rest: tuple[str, ...], model_path: str, tmp_path: pathlib.Path
+) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        text
+        + f"""
+model: {model_path}
+kv-policy: auto
+kv-budget: 0.5
+kv-min-tokens: 64
+kv-policy-config:
+  window: 8
+  kvcrush: {{anchor: mean}}
+"""
+    )
+    parser = FlexibleArgumentParser()
+    make_arg_parser(parser.add_subparsers().add_parser("serve"))
+    args = parser.parse_args(["serve", "--config", str(path), *rest])
+    given = AsyncEngineArgs.from_cli_args(args)
+    assert (args.model_tag, args.model) == (None, model_path), "no policy is taken for the model"
+    settings = Settings.from_dict(given.additional_config["kvcrush"])
+    assert settings.allow == ("auto", "int8", "int4")
+    assert (settings.budget, settings.min_tokens, settings.window) == (0.5, 64, 8)
+    assert settings.options == {"kvcrush": {"anchor": "mean"}}
+
+
+def test_stale_tables_in_the_default_place_are_one_warning(
+    configure: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, model_path: str
+) -> None:
+    from vllm_kvcrush import plugin, transform
+
+    monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path))
+    place = transform.default_path(transform.model_config(model_path))
+    assert place is not None
+    place.parent.mkdir()
+    place.write_bytes(b"from another release")
+    said: list[str] = []
+    monkeypatch.setattr(plugin.logger, "warning", lambda form, *args: said.append(form % args))
+    config = configure(
+        additional_config={"kvcrush": {"policy": "streaming"}}, block_size=32
+    ).additional_config["kvcrush"]
+    assert config["fitted"] == {} and len(said) == 1
+    assert f"Transform tables are not used: {place} is damaged" in said[0]
+    with pytest.raises(ValueError, match=r"--kv-policy=auto: .* is damaged"):
+        configure(additional_config={"kvcrush": {"policy": "auto"}}, block_size=32)
+
+
+def test_a_cache_of_another_type_is_refused(configure: Any) -> None:
+    asked: dict[str, Any] = {"additional_config": ACTIVE, "kv_cache_dtype": "bfloat16"}
+    configure(**asked, dtype="bfloat16")
+    with pytest.raises(ValueError, match="of another type than the model's, bfloat16 beside float"):
+        configure(**asked)
+
+
+# Small models as their configurations describe them; what refuses each of them.
+SMALL = {
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "float32",
+}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL}
+MODELS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "llama": (LLAMA, []),
+    "llama without rope_theta": ({**LLAMA, "rope_scaling": None}, []),
+    "heads of 100": ({**LLAMA, "head_dim": 100}, ["heads of 100 channels"]),
+    "gpt-oss": (
+        {
+            **SMALL,
+            "model_type": "gpt_oss",
+            "architectures": ["GptOssForCausalLM"],
+            "head_dim": 64,
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        ["sliding-window attention", "attention sinks that are weights"],
+    ),
+    "gemma 2": (
+        {
+            **SMALL,
+            "model_type": "gemma2",
+            "architectures": ["Gemma2ForCausalLM"],
+            "head_dim": 64,
+            "attn_logit_softcapping": 50.0,
+            "sliding_window": 4096,
+        },
+        ["soft-capped attention scores", "sliding-window attention"],
+    ),
+    "qwen3-next": (
+        {
+            **SMALL,
+            "model_type": "qwen3_next",
+            "architectures": ["Qwen3NextForCausalLM"],
+            "head_dim": 64,
+            "full_attention_interval": 2,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_value_head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        ["Mamba, linear-attention or hybrid layers"],
+    ),
+    "granite with sinks": (
+        {
+            **SMALL,
+            "model_type": "granite",
+            "architectures": ["GraniteForCausalLM"],
+            "attention_sinks": True,
+        },
+        ["attention sinks that are weights"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plan_and_server_refuse_the_same_models(
+    name: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_kvcrush import cli, transform
+
+    written, words = MODELS[name]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    status = cli.main(["plan", str(tmp_path), "--context", "2048", "--block-size", "32"])
+    said = capsys.readouterr().err
+    assert status == (2 if words else 0), said
+    arguments = EngineArgs(
+        model=str(tmp_path),
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        block_size=32,
+        max_model_len=2048,
+        additional_config=ACTIVE,
+    )
+    if words:
+        with pytest.raises(ValueError, match="--kv-policy cannot run with: ") as caught:
+            arguments.create_engine_config()
+        for word in words:
+            assert word in said and word in str(caught.value)
+        return
+    config = arguments.create_engine_config().model_config.hf_text_config.to_dict()
+    # Tools find the tables that the server looks for.
+    assert transform.default_path(transform.model_config(tmp_path)) == transform.default_path(
+        config
+    )
 
 
 def test_all_offenders_are_named_at_once(configure: Any) -> None:

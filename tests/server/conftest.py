@@ -70,7 +70,7 @@ FLAGS = (
     "--enforce-eager --block-size=32 --max-model-len=2048 --kv-cache-memory-bytes=88473600 "
     "--max-num-batched-tokens=512 --max-num-seqs=16 "
     "--kv-policy=kvcrush --kv-budget=0.25 --kv-budget-max=0.75 "
-    "--kv-policy-allow=kvcrush,snapkv,streaming,int4 "
+    "--kv-policy-allow=kvcrush,snapkv,streaming,int4 --kv-min-tokens=0 "
     "--kv-policy-config.prefill_interval=256 --kv-policy-config.decode_interval=32"
 ).split()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from vllm_kvcrush import calibrate as cal
+from vllm_kvcrush import cli
 from vllm_kvcrush import transform as tc
 from vllm_kvcrush.transform import TablesError
 
@@ -138,6 +140,82 @@ def test_short_missing_and_binary_texts_are_refused(tiny, tmp_path):
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(TablesError, match="is no model here"):
         cal.Reader(tmp_path)
+
+
+def rewrite(folder, tmp_path, change):
+    """A copy of a model, with another config.json."""
+    other = tmp_path / "changed"
+    shutil.copytree(folder, other)
+    changed = {k: v for k, v in {**config(folder), **change}.items() if v is not None}
+    (other / "config.json").write_text(json.dumps(changed))
+    return other
+
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "theta"),
+    [
+        # Llama 2's says nothing; the others what older and newer transformers write.
+        ({"rope_parameters": None}, 1e4),
+        ({"rope_parameters": None, "rope_scaling": None}, 1e4),
+        ({"rope_parameters": None, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+        ({"rope_parameters": None, "rope_theta": 5e5, "rope_scaling": LLAMA_3}, None),
+        ({"rope_parameters": {"rope_theta": 5e5, **LLAMA_3}}, None),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, None),
+    ],
+)
+def test_rotary_embeddings_are_read_as_transformers_does(tiny, tmp_path, change, theta):
+    folder = rewrite(tiny, tmp_path, change)
+    read = tc.model_config(folder)
+    reader = cal.Reader(folder)  # which compares it with what the model does
+    assert torch.equal(reader.rope.frequencies, tc.Rope.from_config(read).frequencies)
+    if theta is not None:
+        plain = float(theta) ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+        assert torch.allclose(reader.rope.frequencies, plain, rtol=1e-12)
+    assert cal.default_path(folder) == tc.default_path(reader.config)
+
+
+def test_a_model_type_that_transformers_does_not_know_is_read_as_it_is(tiny, tmp_path):
+    folder = rewrite(tiny, tmp_path, {"model_type": "of-tomorrow"})
+    assert tc.model_config(folder) == config(folder)
+    with pytest.raises(TablesError, match="does not load in transformers"):
+        cal.Reader(folder)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_quantised_weights_are_one_sentence(tiny, tmp_path, method, capsys):
+    quantised = {"quantization_config": {"quant_method": method, "bits": 4, "group_size": 16}}
+    folder = rewrite(tiny, tmp_path, quantised)
+    with pytest.raises(TablesError, match=f"has {method} weights, which transformers does not"):
+        cal.Reader(folder)
+    assert cli.main(["calibrate", str(folder), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert "calibrate the model that they were made from" in err
+    assert "Traceback" not in err and err.rstrip().count("vllm-kvcrush: error: ") == 1
+
+
+def test_a_model_is_found_by_its_name(tiny, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name, *, local_files_only):
+        asked.append((name, local_files_only))
+        return str(tiny)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert cal.Reader("someone/tiny").config == tc.model_config(tiny)
+    assert cal.default_path("someone/tiny") == cal.default_path(tiny)
+    assert set(asked) == {("someone/tiny", True)}
 
 
 def test_a_rope_that_differs_from_the_configuration_is_found(tmp_path):

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcrush import capacity, cli, gate
-from vllm_kvcrush.config import RequestParams, Settings
+from vllm_kvcrush import capacity, cli, gate, paths
+from vllm_kvcrush.config import DEFAULT_MIN_TOKENS, RequestParams, Settings
 from vllm_kvcrush.ops import cpu
 
 LLAMA = {
@@ -124,12 +124,18 @@ def test_bad_arguments_get_one_sentence(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "is not here"),
+        (None, "has no config.json"),
         ("nonsense", "is not JSON"),
         ("[]", "holds no JSON object"),
         ("{}", "has no num_attention_heads"),
         (json.dumps(LLAMA | {"num_hidden_layers": "x"}), "num_hidden_layers='x'"),
         (json.dumps(LLAMA | {"kv_lora_rank": 512}), "MLA"),
+        (json.dumps(LLAMA | {"hidden_size": 3200}), "heads of 100 channels"),
+        (json.dumps(LLAMA | {"head_dim": 320}), "heads of 320 channels"),
+        (json.dumps(LLAMA | {"hidden_size": 3}), "heads of 0 channels"),
+        (json.dumps(LLAMA | {"attn_logit_softcapping": 50.0}), "soft-capped"),
+        (json.dumps(LLAMA | {"layer_types": ["linear_attention", "attention"]}), "Mamba"),
+        (json.dumps({"text_config": LLAMA, "vision_config": {}}), "multimodal"),
     ],
 )
 def test_bad_models_get_one_sentence(
@@ -141,6 +147,142 @@ def test_bad_models_get_one_sentence(
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("policy", [None, "int4", "auto", "none"])
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            {"model_type": "gpt_oss", "layer_types": ["sliding_attention", "full_attention"]},
+            ("sliding-window attention", "attention sinks that are weights"),
+        ),
+        # What Qwen3-Next says of its layers.
+        (
+            {"model_type": "qwen3_next", "full_attention_interval": 4, "linear_conv_kernel_dim": 4},
+            ("Mamba, linear-attention or hybrid layers",),
+        ),
+        ({"head_dim": 100}, ("heads of 100 channels",)),
+    ],
+)
+def test_plan_refuses_what_serve_refuses(
+    tmp_path: Path,
+    policy: str | None,
+    config: dict[str, Any],
+    words: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | config))
+    flags = [] if policy is None else ["--kv-policy", policy]
+    assert run("plan", str(tmp_path), *flags, "--context", "4096") == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith(f"vllm-kvcrush: error: {tmp_path} cannot be served")
+    for each in words:
+        assert each in captured.err
+
+
+def test_plan_refuses_sizes_that_serve_refuses(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("plan", model, "--block-size", "24") == 2
+    assert "blocks of 24 tokens" in capsys.readouterr().err
+    assert run("plan", model, "--context", "4096,1000000") == 2
+    assert "a context of 1000000 tokens" in capsys.readouterr().err
+
+
+def test_plan_knows_the_floor(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", model, "--context", "400", "--block-size", "16", "--json"]
+    compactions = []
+    for floor in (0, None, 601):
+        flags = [] if floor is None else ["--kv-min-tokens", str(floor)]
+        assert run(*args, *flags) == 0
+        made = json.loads(capsys.readouterr().out)
+        assert made["min_tokens"] == (DEFAULT_MIN_TOKENS if floor is None else floor)
+        (row,) = made["rows"]
+        assert row["blocks"] <= row["decode_bound"] <= row["bound"] <= row["raw_blocks"]
+        compactions.append(row["compactions"])
+    assert compactions[0] > compactions[1] > compactions[2] == 0
+    assert run("plan", model, "--kv-min-tokens", "few") == 2
+    assert "--kv-min-tokens='few' is not allowed" in capsys.readouterr().err
+    assert run("plan", model, "--context", "600", "--kv-min-tokens", "99") == 0
+    assert "Requests of less than 99 tokens are left alone." in capsys.readouterr().out
+
+
+def test_plan_counts_what_a_server_without_tables_packs(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes statistics when it starts, which give pages of the transform codecs."""
+    monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path / "nothing"))
+    config = LLAMA | {"vocab_size": 1000, "model_type": "llama", "max_position_embeddings": 4096}
+    Path(model, "config.json").write_text(json.dumps(config))
+    assert run("plan", model, "--kv-policy", "tc8", "--context", "4096") == 0
+    assert "Policy tc8" in capsys.readouterr().out
+
+
+def test_models_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def snapshot(name: str, *, local_files_only: bool) -> str:
+        assert local_files_only
+        if name != "meta/llama":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert run("plan", "meta/llama", "--context", "4096") == 0
+    assert "32 layers" in capsys.readouterr().out
+    for command in ("plan", "calibrate"):
+        assert run(command, "meta/other") == 2
+        err = capsys.readouterr().err
+        assert "meta/other is not here: give the directory of a model" in err
+        assert err.count("\n") == 1
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home: nothing in the environment, nobody in the user database."""
+    import pwd
+
+    def nobody(uid: int) -> Any:
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("HOME", "XDG_CACHE_HOME", "VLLM_KVCRUSH_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RuntimeError):
+        Path.home()
+
+
+def test_a_user_without_a_home(
+    homeless: None, model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert paths.cache_root() is None
+    config = LLAMA | {"vocab_size": 1000, "model_type": "llama", "max_position_embeddings": 4096}
+    Path(model, "config.json").write_text(json.dumps(config))
+    assert run("doctor") in (0, 1)
+    capsys.readouterr()
+    for policy in ("kvcrush", "auto"):
+        assert run("plan", model, "--kv-policy", policy, "--context", "4096") == 0
+        assert f"Policy {policy}" in capsys.readouterr().out
+    for command in (["calibrate", model], ["model"]):
+        assert run(*command) == 2
+        err = capsys.readouterr().err
+        assert "no home directory to keep" in err and err.count("\n") == 1, err
+
+
+def test_where_things_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("XDG_CACHE_HOME", "VLLM_KVCRUSH_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert paths.cache_root() == Path("/home/me/.cache/vllm-kvcrush")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert paths.cache_root() == Path("/caches/vllm-kvcrush")
+    monkeypatch.setenv("VLLM_KVCRUSH_CACHE", "~/mine")
+    assert paths.cache_root() == Path("/home/me/mine")
 
 
 def test_what_a_model_says_of_itself() -> None:
@@ -289,7 +431,17 @@ def plain() -> Namespace:
             kv_offloading_size=None,
         ),
         model_config=Namespace(
-            hf_text_config=Namespace(layer_types=["full_attention"] * 2, num_kv_shared_layers=0),
+            hf_text_config=Namespace(
+                layer_types=["full_attention"] * 2,
+                num_kv_shared_layers=0,
+                model_type="llama",
+                attn_logit_softcapping=None,
+                attention_sinks=False,
+                add_full_attention_sink_bias=False,
+            ),
+            dtype="torch.float32",
+            max_model_len=4096,
+            get_head_size=lambda: 64,
             get_sliding_window=lambda: None,
             attention_chunk_size=None,
             is_hybrid=False,
@@ -327,6 +479,16 @@ def test_a_plain_configuration_is_taken() -> None:
         ("cache_config.prefix_match_unit", 8, "--prefix-match-unit"),
         ("cache_config.hash_block_size", 8, "--prefix-match-unit"),
         ("cache_config.cache_dtype", "fp8_e5m2", "quantised KV cache fp8_e5m2"),
+        ("cache_config.cache_dtype", "bfloat16", "KV cache of another type than the model's, bf"),
+        ("cache_config.block_size", 24, "blocks of 24 tokens"),
+        ("cache_config.block_size", 65536, "blocks of 65536 tokens"),
+        ("model_config.max_model_len", 983041, "--max-model-len 983040"),
+        ("model_config.get_head_size", lambda: 100, "heads of 100 channels"),
+        ("model_config.get_head_size", lambda: 264, "heads of 264 channels"),
+        ("model_config.hf_text_config.attn_logit_softcapping", 50.0, "soft-capped"),
+        ("model_config.hf_text_config.attention_sinks", True, "attention sinks"),
+        ("model_config.hf_text_config.model_type", "gpt_oss", "attention sinks"),
+        ("model_config.hf_text_config.add_full_attention_sink_bias", True, "attention sinks"),
         ("cache_config.kv_sharing_fast_prefill", True, "KV sharing"),
         ("model_config.hf_text_config.num_kv_shared_layers", 3, "KV sharing"),
         ("model_config.get_sliding_window", lambda: 4096, "sliding-window"),
@@ -353,6 +515,8 @@ def test_each_refused_feature(path: str, value: object, words: str) -> None:
         owner = getattr(owner, parent)
     assert hasattr(owner, name)
     setattr(owner, name, value)
+    if name == "block_size":
+        config.cache_config.hash_block_size = value
     (clause,) = gate.refusals(config)
     assert words in clause
 
@@ -403,8 +567,128 @@ def test_every_row_is_tried_and_all_offenders_are_named() -> None:
     config.device_config.device_type = "cuda"
     assert len(gate.refusals(config)) == 3
     # As many features as the cases above know.
-    assert len(gate.REFUSED) == 23
+    assert len(gate.REFUSED) == 29
     # Clauses are joined by semicolons into one sentence.
-    for row in gate.REFUSED:
+    for row in (*gate.REFUSED, *gate.LAYERS):
         assert ";" not in row.feature + row.why + row.way_out
         assert not row.way_out.endswith(".")
+
+
+def test_the_models_own_type_is_taken_by_name() -> None:
+    for dtype in ("float32", "bfloat16", "float16"):
+        config = plain()
+        config.model_config.dtype, config.cache_config.cache_dtype = f"torch.{dtype}", dtype
+        assert gate.refusals(config) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, []),
+        ({"sliding_window": None}, []),
+        ({"sliding_window": 4096, "use_sliding_window": False}, []),
+        ({"layer_types": ["full_attention", "full_attention"]}, []),
+        # A hybrid's configuration of a model without other layers.
+        ({"mamba_d_state": 128, "layer_types": ["attention"] * 2}, []),
+        ({"attention_sinks": False, "model_type": "granite", "layer_types": ["attention"]}, []),
+        ({"sliding_window": 4096}, ["sliding-window"]),
+        ({"mamba_d_state": 128}, ["Mamba"]),
+        ({"attn_layer_period": 8}, ["Mamba"]),
+        ({"layer_types": ["conv", "full_attention"]}, ["Mamba"]),
+        ({"model_type": "granite", "layer_types": ["full_attention"]}, ["attention sinks"]),
+        ({"add_swa_attention_sink_bias": True}, ["attention sinks"]),
+        ({"attention_chunk_size": 8192}, ["chunked local"]),
+        ({"kv_lora_rank": 512, "num_kv_shared_layers": 2}, ["KV sharing", "MLA"]),
+        ({"alibi": True}, ["ALiBi"]),
+        ({"attn_config": {"alibi": True}}, ["ALiBi"]),
+        ({"architectures": ["BloomForCausalLM"]}, ["ALiBi"]),
+        ({"is_encoder_decoder": True}, ["encoder-decoder"]),
+        ({"audio_config": {}}, ["multimodal"]),
+        ({"canvas_length": 32}, ["diffusion"]),
+        ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}, ["quantised KV cache fp8"]),
+        ({"text_config": {"head_dim": 60}, "head_dim": 64}, ["heads of 60 channels"]),
+    ],
+)
+def test_a_configuration_is_judged_by_the_same_rows(
+    config: dict[str, Any], words: list[str]
+) -> None:
+    found = gate.refusals(gate.described(LLAMA | config, "bfloat16", 16, 4096))
+    assert len(found) == len(words), found
+    for clause, word in zip(found, words, strict=True):
+        assert word in clause
+
+
+# -- layers ---------------------------------------------------------------------------------------
+
+
+def layer(**changes: Any) -> Namespace:
+    """An attention layer as vLLM makes it; `impl_x=...` changes its `impl.x`."""
+    impl = {
+        "head_size": 64,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "sinks": None,
+        "logits_soft_cap": 0,
+        "attn_type": "decoder",
+        "alibi_slopes": None,
+        "sliding_window": -1,
+    }
+    own = {
+        "head_size": 64,
+        "head_size_v": 64,
+        "attn_type": "decoder",
+        "sliding_window": None,
+        "has_sink": False,
+        "use_mm_prefix": False,
+        "kv_sharing_target_layer_name": None,
+        "dtype": "float32",
+        "kv_cache_torch_dtype": "float32",
+    }
+    for name, value in changes.items():
+        if name.startswith("impl_"):
+            impl[name.removeprefix("impl_")] = value
+        else:
+            own[name] = value
+    return Namespace(**own, impl=Namespace(**impl))
+
+
+def test_plain_layers_are_taken() -> None:
+    triton = layer(impl_sliding_window=(-1, -1), impl_logits_soft_cap=0, impl_chunk_lookback=-1)
+    for each in (layer(), triton, layer(impl_logits_soft_cap=None)):
+        assert gate.attention_refusal(each) is None
+    gate.check_attention([layer(), layer()])
+    gate.check_attention([])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"impl_sinks": object()}, "attention sinks"),
+        ({"has_sink": True}, "attention sinks"),
+        ({"impl_logits_soft_cap": 50.0}, "soft-capped"),
+        ({"impl_attn_type": "encoder_only"}, "attention of type encoder_only"),
+        ({"impl_attn_type": "encoder_decoder"}, "attention of type encoder_decoder"),
+        ({"use_mm_prefix": True}, "bidirectional"),
+        ({"impl_alibi_slopes": [0.5]}, "ALiBi"),
+        ({"impl_sliding_window": 4096}, "sliding-window"),
+        ({"impl_sliding_window": (4095, 0)}, "sliding-window"),
+        ({"sliding_window": 4096}, "sliding-window"),
+        ({"impl_chunk_lookback": 2}, "chunked"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "KV sharing"),
+        ({"kv_cache_torch_dtype": "bfloat16"}, "another type than the layer's, bfloat16 beside"),
+        ({"head_size": 100, "head_size_v": 100}, "heads of 100 channels"),
+        ({"head_size": 264, "head_size_v": 264}, "heads of 264 channels"),
+        ({"head_size_v": 32}, "values of another size"),
+        ({"impl_num_kv_heads": 4}, "differ between layers"),
+        ({"impl_head_size": 32}, "differ between layers"),
+    ],
+)
+def test_layers_that_do_more_than_ours_are_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=r"^--kv-policy cannot run with this model's ") as caught:
+        gate.check_attention([layer(), layer(**change), layer(**change)])
+    said = str(caught.value)
+    assert words in said and said.endswith(".") and said.count(words) == 1
+
+
+def test_every_row_of_a_layer_has_a_case() -> None:
+    assert len(gate.LAYERS) == 11

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pathlib
+import pickle
+from typing import Any
 
 import pytest
 
-from vllm_kvcrush import config, policies
-from vllm_kvcrush.config import ConfigError, RequestParams, Settings, parse_budget
+from vllm_kvcrush import config, policies, transform
+from vllm_kvcrush.config import (
+    AdditionalConfig,
+    ConfigError,
+    RequestParams,
+    Settings,
+    parse_budget,
+)
 from vllm_kvcrush.plan import Packing
 
 BLOCK, LONGEST = 16, 8192
@@ -75,6 +85,7 @@ def test_round_trip_through_json() -> None:
         budget="512",
         budget_max=0.5,
         allow="snapkv, none",
+        min_tokens="100",
         config={"window": "8", "sinks": 0, "kvcrush": {}, "tables": "model.safetensors"},
         page=PAGE,
         fitted=FITTED,
@@ -82,7 +93,7 @@ def test_round_trip_through_json() -> None:
     again = Settings.from_dict(json.loads(json.dumps(made.to_dict())))
     assert again == made
     assert made.allow == ("kvcrush", "snapkv", "none")  # the default policy is always allowed
-    assert (made.window, made.sinks, made.budget) == (8, 0, 512)
+    assert (made.window, made.sinks, made.budget, made.min_tokens) == (8, 0, 512, 100)
     assert (made.tables, made.page) == ("model.safetensors", (64, 64, 4))
     assert made.fitted == {"tc4": (((752, 30), (816, 30)),), "tc8": (((1312, 20), (1408, 40)),)}
 
@@ -96,6 +107,13 @@ def test_round_trip_through_json() -> None:
         ({"budget_max": "x"}, "--kv-budget-max"),
         ({"allow": "kvcrush,nope"}, "--kv-policy-allow"),
         ({"allow": 5}, "--kv-policy-allow"),
+        ({"allow": ""}, "--kv-policy-allow"),
+        ({"allow": []}, "--kv-policy-allow"),
+        ({"allow": ["kvcrush", 5]}, "--kv-policy-allow"),
+        ({"min_tokens": -1}, "--kv-min-tokens"),
+        ({"min_tokens": "few"}, "--kv-min-tokens"),
+        ({"min_tokens": 0.5}, "--kv-min-tokens"),
+        ({"min_tokens": 2**24 + 1}, "--kv-min-tokens"),
         ({"typo": 1}, "typo"),
         ({"config": [1]}, "--kv-policy-config"),
         ({"config": {"typo": 1}}, "--kv-policy-config"),
@@ -117,6 +135,44 @@ def test_bad_settings_name_the_flag(raw: dict[str, object], key: str) -> None:
         settings(**raw)
     assert caught.value.key == key
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "allow", ["int8,int4", "int8, int4", ["int8", "int4"], ["int8,int4"], ["int8", "int8,int4"]]
+)
+def test_a_list_of_policies_in_any_form(allow: object) -> None:
+    assert settings(allow=allow).allow == ("kvcrush", "int8", "int4")
+
+
+def test_policies_with_one_name_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def clash() -> tuple[str, ...]:
+        raise ValueError("entry points a:A and b:B both bring a policy 'x'")
+
+    monkeypatch.setattr(policies, "names", clash)
+    with pytest.raises(ConfigError, match="--kv-policy cannot be used: entry points a:A and b:B"):
+        settings()
+
+
+def test_the_floor_reaches_the_plan() -> None:
+    made = settings(min_tokens=300)
+    plan = made.plan(RequestParams("kvcrush", 0.25), 40, BLOCK)
+    assert plan.min_tokens == 300 and plan.first_compaction(299) is None
+    assert made.plan(RequestParams("kvcrush", 64), 40, BLOCK).first_compaction(299) == 168
+    assert settings(min_tokens=0).plan(RequestParams("kvcrush", 0.25), 40, BLOCK).min_tokens == 0
+
+
+@pytest.mark.parametrize("floor", [0, 1, 100, 700, 5000])
+@pytest.mark.parametrize("budget", [0.1, 0.5, 1.0, 96])
+def test_most_blocks_is_the_bound_of_every_prompt(floor: int, budget: float) -> None:
+    made = settings(
+        budget=budget,
+        min_tokens=floor,
+        config={"prefill_interval": 100, "decode_interval": 75},
+    )
+    for length in (1, 99, 100, 640, 1000):
+        params = RequestParams(made.policy, made.budget)
+        bounds = [made.plan(params, p, BLOCK).bound(length) for p in range(1, length + 1)]
+        assert made.most_blocks(length, BLOCK) == max(bounds)
 
 
 def test_start_up_refuses_what_no_request_could_use() -> None:
@@ -231,6 +287,25 @@ def test_packings_of_policies_with_one_codec() -> None:
     assert settings(page=PAGE).plan(RequestParams("tc4", 1.0), 1000, 128).packings == ()
 
 
+def test_packings_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server asks for them in every request."""
+    made = settings(page=PAGE, fitted=FITTED)
+    for _ in range(2):
+        for policy in ("auto", "int4", "kvcrush"):
+            made.validate_request({"kv_policy": policy}, 128, LONGEST)
+        found = [made.packings("auto", size) for size in (128, 64)]
+        plan = made.plan(RequestParams("auto", 0.25), 1000, 128)
+        monkeypatch.setattr(config, "Packing", None)  # from now on nothing can be packed
+        monkeypatch.setattr(config, "_packs", None)
+    assert plan.packings is found[0]
+    assert found[0] != found[1], "by block size"
+    # Nothing of it belongs to the settings, and a plan travels.
+    assert made == settings(page=PAGE, fitted=FITTED) == Settings.from_dict(made.to_dict())
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    with pytest.raises(TypeError):
+        dataclasses.replace(made, window=8).packings("auto", 128)
+
+
 def test_auto_takes_what_there_is() -> None:
     found = packings("auto", fitted=FITTED)
     assert [p.codec for p in found] == ["int8", "tc4", "tc8"]
@@ -279,3 +354,112 @@ def test_pages_that_pack_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="tc8 does not pack more than 128 tokens") as caught:
         made.validate_request({"kv_policy": "tc8"}, 128, LONGEST)
     assert caught.value.key == "kv_policy"
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+# A configuration as `transform.model_config` reads it: 60 pairs of layer and KV head of 64.
+MODEL = {
+    "num_hidden_layers": 20,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "hidden_size": 384,
+    "vocab_size": 100,
+    "rope_theta": 10000.0,
+}
+
+
+@pytest.fixture
+def stale(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A file in the default place that cannot be read."""
+    monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path))
+    place = transform.default_path(MODEL)
+    assert place is not None
+    place.parent.mkdir()
+    place.write_bytes(b"from another release")
+    return place
+
+
+def with_tables(policy: str, **more: Any) -> tuple[Settings, str | None]:
+    ranks = more.pop("ranks", 1)
+    made = settings(policy=policy, **more)
+    return made.with_tables(MODEL, (64, 64, 4), 128, ranks)
+
+
+@pytest.mark.parametrize("policy", ["streaming", "kvcrush", "int8", "int4", "none"])
+def test_stale_tables_in_the_default_place_stop_nobody_who_needs_none(
+    stale: pathlib.Path, policy: str
+) -> None:
+    made, warning = with_tables(policy)
+    assert (made.fitted, made.tables, made.page) == ({}, None, (64, 64, 4))
+    assert warning is not None and f"{stale} is damaged" in warning and "\n" not in warning
+    made.check(128, LONGEST)
+
+
+@pytest.mark.parametrize("policy", ["tc4", "auto", "mikv"])
+def test_stale_tables_stop_those_who_need_them(stale: pathlib.Path, policy: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--kv-policy={policy}: {stale} is damaged"):
+        with_tables(policy)
+
+
+@pytest.mark.parametrize("policy", ["streaming", "auto"])
+def test_named_tables_that_cannot_be_used_are_refused(policy: str, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist") as caught:
+        with_tables(policy, config={"tables": str(tmp_path / "none")})
+    assert caught.value.key == "--kv-policy-config.tables"
+
+
+def test_without_tables_statistics_say_what_pages_hold(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path))
+    made, warning = with_tables("auto")
+    assert sorted(made.fitted) == ["tc4", "tc6", "tc8"] and warning is None
+    assert made.tables is None and made.fitted["tc4"][0][0][1] == 60
+    assert with_tables("int4")[0].fitted == {}
+    untaught = settings(policy="auto").with_tables(MODEL, (64, 64, 4), 128, statistics=False)[0]
+    assert untaught.fitted == {} and untaught.packings("auto", 128)[-1].codec == "int4"
+    # What does not fit is no reason to refuse `auto`, and said to those who want nothing else.
+    assert with_tables("auto", ranks=2)[0].fitted == {}
+    with pytest.raises(ConfigError, match="--kv-policy=tc6: 3 KV heads do not divide over 2 ranks"):
+        with_tables("tc6", ranks=2)
+    odd = MODEL | {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
+    assert settings(policy="auto").with_tables(odd, (64, 64, 4), 128) == (
+        settings(policy="auto", page=[64, 64, 4]),
+        None,
+    )
+    with pytest.raises(ConfigError, match="--kv-policy=tc8: transform coding was not verified"):
+        settings(policy="tc8").with_tables(odd, (64, 64, 4), 128)
+
+
+# -- vLLM's key of compiled models ----------------------------------------------------------------
+
+
+def test_only_what_changes_compiled_code_is_in_the_key() -> None:
+    def key(**raw: Any) -> str:
+        return AdditionalConfig({"other": 1}, settings(**raw)).compute_hash()
+
+    same = key()
+    for change in (
+        {"budget": 0.5},
+        {"budget": 512, "budget_max": 1024},
+        {"policy": "int4"},
+        {"policy": "none", "min_tokens": 0},
+        {"config": {"window": 32, "kvcrush": {"ratio": 0.5}}, "page": PAGE, "fitted": FITTED},
+        {"allow": "int8,kvcrush"},
+    ):
+        assert key(**change) == same, change
+    # On GPUs raw pages stay under vLLM's own attention.
+    assert key(allow="streaming") != same
+    assert AdditionalConfig({"other": 2}, settings()).compute_hash() != same
+    assert AdditionalConfig({}, settings()).compute_hash() != same
+
+
+def test_additional_config_is_read_like_a_dict() -> None:
+    made = AdditionalConfig({"other": 1}, settings(budget=512))
+    plain = {"other": 1, "kvcrush": settings(budget=512).to_dict()}
+    assert dict(made) == plain and len(made) == 2 and made.get("none") is None
+    assert repr(made) == repr(plain)
+    again = pickle.loads(pickle.dumps(made))
+    assert dict(again) == plain and again.compute_hash() == made.compute_hash()
+    assert json.loads(json.dumps(dict(made))) == plain

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush.plan import Packing, Part, Plan, cdiv, min_blocks
+from vllm_kvcrush.plan import Packing, Part, Plan, PlannedCompaction, cdiv, min_blocks
 
 CODECS = ("int8", "tc4", "tc8")
 
@@ -72,7 +72,9 @@ def plans(draw: st.DrawFn) -> Plan:
         sinks=sinks,
         prefill_interval=draw(st.integers(16, 1024)),
         decode_interval=draw(st.integers(1, 300)),
+        min_tokens=draw(st.sampled_from([0, 0, 1, 500, 2000])),
         packings=draw(st.one_of(st.just(()), packings(block_size))),
+        tiers=draw(st.booleans()),
     )
 
 
@@ -82,6 +84,7 @@ def check_parts(plan: Plan, compressed: int, candidates: int) -> int:
     kept = sum(part.tokens for part in parts)
     assert parts == replace(plan).parts(compressed, candidates)
     assert all(part.tokens > 0 for part in parts) and 0 < kept <= candidates
+    assert plan.kept(compressed, candidates) == kept
     if not plan.packings:
         assert parts == (Part("raw", min(candidates, compressed * plan.block_size)),)
         return kept
@@ -94,12 +97,31 @@ def check_parts(plan: Plan, compressed: int, candidates: int) -> int:
         assert last.blocks(kept + 1) > compressed
         return kept
     assert kept == candidates
-    # In slot order: most in the first codec in which all fit, the newest in the one before it.
+    # In slot order: the first codec in which all fit, and for the newest, or the most important,
+    # the one before it.
     place = plan.packings.index(fitting[0])
-    codecs = [p.codec for p in plan.packings[: place + 1]]
-    assert [part.codec for part in parts] == codecs[::-1][: len(parts)]
-    assert len(parts) == 1 or (len(parts) == 2 and place > 0)
+    codecs = [p.codec for p in plan.packings[max(0, place - 1) : place + 1]]
+    by_codec = {part.codec: part.tokens for part in parts}
+    order = codecs if plan.tiers else codecs[::-1]
+    assert [part.codec for part in parts] == [codec for codec in order if codec in by_codec]
+    if place:
+        assert by_codec.get(codecs[0], 0) == most_beside(
+            fitting[0], plan.packings[place - 1], candidates, compressed
+        )
     return kept
+
+
+def most_beside(own: Packing, finer: Packing, tokens: int, blocks: int) -> int:
+    """The optimum that `Packing.most_beside` finds: the largest of all numbers that fit."""
+    # Any larger number starts or fills a page that this one does not, in one of the codecs.
+    ends = {tokens, *(tokens - t for t in page_ends(own, tokens)), *page_ends(finer, tokens)}
+    return max(t for t in ends if own.blocks(tokens - t, finer, t) <= blocks)
+
+
+def page_ends(packing: Packing, tokens: int) -> set[int]:
+    """How many tokens, up to `tokens`, fill whole pages of some head."""
+    rooms = {room for pages in packing.pages for room, _ in pages}
+    return {t for room in rooms for t in range(0, tokens + 1, room)}
 
 
 def simulate(plan: Plan, length: int, seed: int) -> tuple[list[tuple[int, int]], int, int]:
@@ -108,7 +130,9 @@ def simulate(plan: Plan, length: int, seed: int) -> tuple[list[tuple[int, int]],
     held at any time, and the slots held at the end."""
     rng = random.Random(seed)
     n = held = most = 0
-    compactions = []
+    compactions: list[tuple[int, int]] = []
+    planned: list[PlannedCompaction] = []
+    choices: list[bool] = []
     region = region_tokens = 0
     while n < length:
         limit = n + rng.choice([1, 7, 64, 512]) if n < plan.num_prompt_tokens else n + 1
@@ -133,6 +157,10 @@ def simulate(plan: Plan, length: int, seed: int) -> tuple[list[tuple[int, int]],
             assert raw >= 0 and candidates <= n - shape.tail_tokens
             kept = check_parts(plan, shape.compressed, candidates)
             assert kept >= min(candidates, max(1, plan.sinks))
+            choices.append(plan.needs_scores(shape.compressed, candidates))
+            planned.append(
+                PlannedCompaction(n, candidates, plan.parts(shape.compressed, candidates), shape)
+            )
             region, region_tokens = shape.compressed, kept
             held = plan.held_after(n, held)
             after = cdiv(held, plan.block_size)
@@ -143,6 +171,10 @@ def simulate(plan: Plan, length: int, seed: int) -> tuple[list[tuple[int, int]],
             full = room(shape.compressed) >= n - shape.tail_tokens
             assert full or after == plan.blocks(n)
             compactions.append((n, after))
+    # What was to be expected, without having seen the request.
+    assert list(plan.compactions(length)) == planned
+    chosen = [each.n for each, choice in zip(planned, choices, strict=True) if choice]
+    assert plan.first_scoring(length) == (chosen[0] if chosen else None)
     return compactions, most, held
 
 
@@ -179,6 +211,9 @@ def test_after_the_first_compaction_the_budget_holds(plan: Plan, output: int) ->
     floor = min_blocks(plan.block_size, plan.window, plan.sinks)
     for n, blocks in compactions:
         assert blocks <= max(floor, plan.tokens(n) // plan.block_size)
+    if not compactions:
+        assert held == length
+        return
     # Over budget at the end by no more than what may grow between two compactions.
     checked = max((c for c in range(1, length + 1) if plan.is_check(c)), default=0)
     allowed = plan.blocks(checked) * plan.block_size if checked else 0
@@ -222,6 +257,41 @@ def test_an_absolute_budget_by_hand() -> None:
     assert plan.shape(1000, 1000) == (30, 24)
     assert most == 63
     assert held == 32 * 16 - (16 - 8) + 2
+
+
+def test_short_requests_are_left_alone() -> None:
+    plan = Plan(0.25, 38, 16, min_tokens=512)
+    assert [plan.due(n, n) for n in (166, 511, 512)] == [False, False, True]
+    # Looked at every 128 tokens after the prompt: 550 is the first place that is long enough.
+    assert plan.first_compaction(549) is None
+    assert plan.first_compaction(550) == 550
+    assert [plan.bound(n) for n in (38, 512, 550)] == [3, 32, 35]
+    assert simulate(plan, 549, 5) == ([], 35, 549)
+    assert simulate(plan, 700, 5)[:2] == ([(550, 8), (678, 10)], 35)
+    assert replace(plan, min_tokens=0).first_compaction(549) == 38 + 128
+    # A long prompt is known to be one: its first chunks are compacted as if there were no floor.
+    long = Plan(0.25, 1000, 16, prefill_interval=64, min_tokens=512)
+    assert long.first_compaction(1000) == 15 * 16 + 64
+    assert long.bound(1000) == replace(long, min_tokens=0).bound(1000) == 19
+    # A number of tokens is kept to.
+    assert replace(plan, budget=64).first_compaction(549) == 38 + 128
+
+
+def test_compactions_that_keep_every_token_need_no_scores() -> None:
+    found = (Packing("int8", (((32, 1),),)), Packing("tc8", (((64, 1),),)))
+    plan = Plan(0.25, 1000, 16, packings=found)
+    assert [(c.n, c.candidates, c.parts) for c in plan.compactions(1300)] == [
+        (1000, 976, (("tc8", 832),)),
+        (1128, 960, (("tc8", 960),)),
+        (1256, 1088, (("tc8", 1088),)),
+    ]
+    assert plan.first_scoring(1300) == 1000
+    roomy = replace(plan, budget=0.5)
+    assert next(roomy.compactions(1400)).parts == (("tc8", 112), ("int8", 864))
+    assert roomy.first_scoring(1400) is None
+    # Where the important ones are to be finer, it must be known which they are.
+    assert replace(roomy, tiers=True).first_scoring(1400) == 1000
+    assert replace(roomy, packings=()).first_scoring(1400) == 1000
 
 
 def test_a_tail_that_fills_its_blocks() -> None:
@@ -276,27 +346,49 @@ def test_parts_fit_and_keep_what_they_can(
     kept = check_parts(plan, compressed, candidates)
     assert kept >= check_parts(plan, compressed, max(1, candidates - 1))
     assert check_parts(plan, compressed + 1, candidates) >= kept
-    parts = plan.parts(compressed, candidates)
-    if kept < candidates or not plan.packings or parts[0].codec == plan.packings[0].codec:
-        return
-    # How many of the newest are in the finer codec: one more does not fit. More may, where it
-    # empties a page of the other one; by no more than the ends of all pages can tell.
-    place = [p.codec for p in plan.packings].index(parts[0].codec)
-    own, finer = plan.packings[place], plan.packings[place - 1]
-    newest = candidates - parts[0].tokens
 
-    def fits(t: int) -> bool:
-        return own.blocks(candidates - t, finer, t) <= compressed
 
-    assert fits(newest) and not fits(newest + 1)
-    best = max(t for t in range(newest, candidates + 1) if fits(t))
-    slack = 0.0
-    for pages, finer_pages in zip(own.pages, finer.pages, strict=True):
-        gain = sum(h / r for r, h in finer_pages) - sum(h / r for r, h in pages)
-        if gain <= 0:  # a rank on which the finer codec takes less: it does not say anything
-            return
-        slack = max(slack, 1 + 2 * sum(h for _, h in pages) / gain)
-    assert best - newest <= slack
+@settings(deadline=None, max_examples=300)
+@given(st.data(), st.sampled_from([8, 16]), st.integers(1, 12), st.integers(1, 400))
+def test_as_many_as_possible_are_in_the_finer_codec(
+    data: st.DataObject, block_size: int, compressed: int, candidates: int
+) -> None:
+    own, finer = data.draw(packings(block_size).filter(lambda found: len(found) > 1))[-2:][::-1]
+    candidates = min(candidates, own.tokens(compressed))
+    counts = range(candidates + 1)
+    fits = [t for t in counts if own.blocks(candidates - t, finer, t) <= compressed]
+    assert own.most_beside(finer, candidates, compressed) == fits[-1]
+    assert most_beside(own, finer, candidates, compressed) == fits[-1]
+
+
+def test_the_optimum_where_fitting_is_not_monotone() -> None:
+    """Any finer page is one too many until one of the others is empty; bisecting found none."""
+    own, finer = Packing("tc6", (((1376, 4),),)), Packing("tc4", (((1056, 4),),))
+    fits = [t for t in range(2433) if own.blocks(2432 - t, finer, t) <= 2]
+    assert fits == [0, 1056]
+    assert own.most_beside(finer, 2432, 2) == 1056
+    plan = Plan(0.25, 100, 128, packings=(finer, own))
+    assert plan.parts(2, 2432) == (("tc6", 1376), ("tc4", 1056))
+
+
+def test_long_contexts_have_few_places_to_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Packing("tc8", ((*((400 + 16 * i, 20) for i in range(16)),),))
+    finer = Packing("tc4", ((*((240 + 16 * i, 20) for i in range(16)),),))
+    tried = 0
+    blocks = Packing.blocks
+
+    def counted(self: Packing, *args: object) -> int:
+        nonlocal tried
+        tried += 1
+        return blocks(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Packing, "blocks", counted)
+    for tokens in (1_000_000, 1_000_001):
+        room = own.blocks(tokens) + 30
+        tried = 0
+        newest = own.most_beside(finer, tokens, room)
+        assert 0 < newest < tokens and tried < 200, tried
+        assert own.blocks(tokens - newest, finer, newest) <= room
 
 
 def test_packings_by_hand() -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
+import json
+import os
 import pathlib
+import subprocess
+import sys
+import threading
 
 import pytest
 
@@ -36,3 +42,41 @@ def test_every_result_can_be_drawn(name: str, tmp_path: pathlib.Path) -> None:
     result = figures.RESULTS / f"{name}.json"
     drawn = figures.draw(name, result, tmp_path / "picture.svg")
     assert drawn is not None and figures.digest(result) in drawn.read_text()
+
+
+def test_the_request_that_make_serve_prints_can_be_pasted() -> None:
+    """Into a shell, from any directory; its prompt is long enough for compression to be seen."""
+
+    class Healthy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    script = (figures.ROOT / "scripts" / "serve.sh").read_text()
+    watcher = script.split("<<'EOF' &\n")[1].split("EOF\n")[0]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = str(server.server_port)
+        arguments = [str(os.getpid()), port, str(figures.ROOT / "LICENSE")]
+        done = subprocess.run(
+            [sys.executable, "-", *arguments],
+            input=watcher,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        )
+        server.shutdown()
+    said = done.stdout
+    command = said[said.index("\n\n") + 2 :].strip()
+    make, send = command.rsplit(" | curl ", 1)
+    assert f"http://127.0.0.1:{port}/v1/chat/completions" in send and "--data-binary @-" in send
+    made = subprocess.run(
+        ["bash", "-c", make], capture_output=True, text=True, check=True, cwd="/", timeout=60
+    )
+    request = json.loads(made.stdout)
+    assert request["kv_budget"] == 0.25 and len(request["messages"][0]["content"]) > 10_000
+    assert "--kv-policy auto --kv-budget 0.25" in script

@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_kvcrush import gate
 from vllm_kvcrush.engine import region
 from vllm_kvcrush.engine.compaction import Backend
 from vllm_kvcrush.engine.region import Region
@@ -106,7 +107,9 @@ class KVCrushAttentionImpl(CPUAttentionBackendImpl):
 
 
 def install(attention: Sequence[Any]) -> Backend:
-    """Gives the model's attention layers our backend in place of vLLM's."""
+    """Gives the model's attention layers our backend in place of vLLM's. Raises ValueError if one
+    does what ours does not."""
+    gate.check_attention(attention)
     for layer in attention:
         impl = layer.impl
         if type(impl) is not CPUAttentionBackendImpl:

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-from vllm_kvcrush import ops
+from vllm_kvcrush import gate, ops
 from vllm_kvcrush.engine.compaction import Backend
 from vllm_kvcrush.engine.region import Region
 from vllm_kvcrush.ops.fitted import LayerTable
 
 
 def keep(attention: Sequence[Any]) -> Backend:
-    """Leaves the model's attention layers as they are."""
+    """Leaves the model's attention layers as they are. Raises ValueError if compaction would be
+    wrong for one."""
+    gate.check_attention(attention)
     for layer in attention:
         if type(layer.impl) is not TritonAttentionImpl:
             raise ValueError(

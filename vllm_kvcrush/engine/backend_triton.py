@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_kvcrush import gate
 from vllm_kvcrush.engine.compaction import Backend
 from vllm_kvcrush.engine.region import Region, joined
 from vllm_kvcrush.ops.triton.attention import attention
@@ -140,7 +141,9 @@ class KVCrushTritonImpl(TritonAttentionImpl):
 
 
 def install(attention: Sequence[Any]) -> Backend:
-    """Gives the model's attention layers our backend in place of vLLM's Triton one."""
+    """Gives the model's attention layers our backend in place of vLLM's Triton one. Raises
+    ValueError if one does what ours does not."""
+    gate.check_attention(attention)
     for layer in attention:
         impl = layer.impl
         if type(impl) is not TritonAttentionImpl:

@@ -15,7 +15,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_kvcrush.config import RequestParams, Settings
+from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.commands import Compaction
 from vllm_kvcrush.plan import Plan, Shape, cdiv
 
@@ -33,13 +33,8 @@ class KVCrushSpec(FullAttentionSpec):
         """Bytes of the longest request under the default budget: vLLM's start-up check and its
         concurrency figure use it, so a pool smaller than one raw `max_model_len` is accepted."""
         settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
-        params = RequestParams(settings.policy, settings.budget)
         longest = vllm_config.model_config.max_model_len
-        # Longest when it is all prompt, or when it is nearly all output.
-        bound = max(
-            settings.plan(params, prompt, self.block_size).bound(longest) for prompt in (longest, 1)
-        )
-        return bound * self.page_size_bytes
+        return settings.most_blocks(longest, self.block_size) * self.page_size_bytes
 
 
 class Job(NamedTuple):

@@ -104,6 +104,7 @@ class Engine:
                         "policy": "none",
                         "config": INTERVALS | ({"tables": tables} if tables else {}),
                         "budget": 96,
+                        "min_tokens": 0,
                         **kvcrush,
                     }
                 },
