@@ -44,12 +44,14 @@ _WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcrush.engine.gpu_worker.KVCrushGPUWorker",
 }
 _registered = False
+# Why this vLLM has no place for us, if it has none; told to whoever asks.
+_problem: str | None = None
 
 
 def register() -> None:
     """Called by vLLM in every process; idempotent. Never raises: a vLLM in which this plugin finds
     no place must still serve whoever did not ask for it."""
-    global _registered
+    global _registered, _problem
     if _registered:
         return
     _registered = True
@@ -60,7 +62,8 @@ def register() -> None:
         if gate.verdict()[0]:
             server.register()
     except Exception as error:  # whatever an unknown vLLM may do
-        logger.warning("%s", _stays_out(error))
+        _problem = _stays_out(error)
+        logger.warning("%s", _problem)
 
 
 def _stays_out(error: Exception) -> str:
@@ -82,10 +85,10 @@ def _wrap(engine_args: Any) -> None:
         _takes(add_cli_args, 1)
         _takes(from_cli_args, 2)
         _takes(create, 2)
+        server.wrap(FlexibleArgumentParser, "parse_args", _folding)
     except Exception as error:
         _wrap_refusal(engine_args, _stays_out(error))
         raise
-    server.wrap(FlexibleArgumentParser, "parse_args", _folding)
     ours = _wrap_flags(engine_args, add_cli_args, from_cli_args)
     engine_args.add_cli_args = staticmethod(ours[0])
     engine_args.from_cli_args = classmethod(ours[1])
@@ -287,8 +290,8 @@ def _settings(additional_config: Any) -> Settings | None:
             "--kv-policy",
         )
     ok, sentence = gate.verdict()
-    if not ok:
-        raise ConfigError(sentence, "--kv-policy")
+    if not ok or _problem is not None:
+        raise ConfigError(_problem if ok and _problem else sentence, "--kv-policy")
     return Settings.from_dict(raw)
 
 
