@@ -56,7 +56,7 @@ while True:
         continue
 print(f"""
 serve: Ready at {base}/v1 (stop with Ctrl-C). Ask it about a long text; kv_tokens_details, in the
-answer's usage, tells how many tokens' KV the request held at its end, of how many it would have raw.
+answer's usage, tells how many bytes its KV took at its end (kv_bytes_held), and would take raw.
 
 {body} | curl -s {base}/v1/chat/completions -H 'Content-Type: application/json' --data-binary @-
 """, flush=True)
