@@ -9,7 +9,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
@@ -19,6 +23,7 @@ from vllm_kvcrush.engine.compaction import Backend
 from vllm_kvcrush.engine.region import Region
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.fitted import LayerTable
+from vllm_kvcrush.pages import STRIP
 
 
 class KVCrushAttentionBackend(CPUAttentionBackend):
@@ -29,6 +34,10 @@ class KVCrushAttentionBackend(CPUAttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.BLHNC,)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(STRIP)]  # vLLM's own kernels need 32
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:

@@ -28,6 +28,7 @@ from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction, StepCommands, WorkerReport
 from vllm_kvcrush.engine.ranks import Ranks
 from vllm_kvcrush.engine.region import Pages, Region
+from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.fitted import Angles, LayerTable
 from vllm_kvcrush.plan import Plan, cdiv
 from vllm_kvcrush.policies.base import Held, Policy, View
@@ -119,6 +120,9 @@ class Request:
     # Leading slots of the compressed region that are in the finer of two codecs, of a policy with
     # tiers.
     finer: int = 0
+    # Tokens that each head holds in the compressed region, and its blocks.
+    compressed_tokens: int = 0
+    compressed: int = 0
     # Whether the log has said that its policy failed.
     failed: bool = False
 
@@ -131,6 +135,15 @@ class Request:
     def tiers(self) -> bool:
         """Whether its most important tokens get the finer of two codecs."""
         return self.policy is not None and self.policy.tiers and bool(self.plan.packings)
+
+    def scores_at(self, n: int, block_size: int) -> bool:
+        """Whether a compaction at n would have its policy choose among tokens."""
+        if "running" in self.needs:
+            return True
+        held = n - self.evicted
+        shape = self.plan.shape(n, held)
+        new = held - shape.tail_tokens - self.compressed * block_size
+        return self.plan.needs_scores(shape.compressed, self.compressed_tokens + new)
 
 
 class QueryTap:
@@ -186,6 +199,9 @@ class CompactionMixin(_Base):
         # whose compactions a policy failed.
         self._seconds: list[tuple[str, float]] = []
         self._failures: list[tuple[str, str]] = []
+        # The most bytes held beside the cache, by what for; and whether the scheduler knows.
+        self._peaks: dict[str, int] = {}
+        self._higher = False
         # Compactions whose choices the device has not told to be sound yet.
         self._unsettled: list[tuple[str, Request, Tensor]] = []
         # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
@@ -340,12 +356,12 @@ class CompactionMixin(_Base):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        if (self._seconds or self._failures) and output is not None:
+        if (self._seconds or self._failures or self._higher) and output is not None:
             # Where the output is copied asynchronously, the real one is wrapped: by V2, or V1.
             inner = getattr(output, "model_runner_output", output)
             inner = getattr(inner, "_model_runner_output", inner)
-            inner.kvcrush = WorkerReport(self._seconds, self._failures)
-            self._seconds, self._failures = [], []
+            inner.kvcrush = WorkerReport(self._seconds, self._failures, dict(self._peaks))
+            self._seconds, self._failures, self._higher = [], [], False
         return output
 
     # -- observation window ---------------------------------------------------------------------
@@ -369,6 +385,12 @@ class CompactionMixin(_Base):
                     near: int | None = end
                 else:
                     near = state.plan.next_compaction(start, start - state.evicted, end + window)
+                    # If it is put off, others than itself may need scores.
+                    size = self.cache_config.block_size
+                    if near is not None and not any(
+                        state.scores_at(n, size) for n in (near, near + window // 2, near + window)
+                    ):
+                        near = None
                 if near is not None and end > near - window:
                     first = max(start, end - window, near - window)
                     self._wanted.append((state, first_row + first - start, first, end - first))
@@ -390,11 +412,18 @@ class CompactionMixin(_Base):
             if state.queries is None:
                 layers, _, heads, size = taken.shape
                 state.queries = taken.new_empty(layers, window, heads, size)
+                held = [s.queries for s in self._crushed.values() if s.queries is not None]
+                self._holds("queries", sum(queries.nbytes for queries in held))
             places = torch.arange(first, first + count, device=taken.device) % window
             state.queries[:, places] = taken[:, used : used + count]
             state.queries_end = first + count
             used += count
         self._wanted = []
+
+    def _holds(self, kind: str, size: int) -> None:
+        """Remembers the most bytes that are held for one kind of thing."""
+        if size > self._peaks.get(kind, 0):
+            self._peaks[kind], self._higher = size, True
 
     def _window(self, state: Request, computed: int) -> Tensor:
         """Queries of the last `window` tokens, in order: `[layers, query_heads, window, size]`."""
@@ -419,6 +448,7 @@ class CompactionMixin(_Base):
         else:
             other = self._crushed[command.same_as]
             state.region, state.running, state.finer = other.region, other.running, other.finer
+        state.compressed, state.compressed_tokens = len(command.target), command.keep
         state.evicted = command.evicted
         # The next window may reach back before this compaction.
         n, left = command.computed, command.computed - command.evicted
@@ -447,10 +477,11 @@ class CompactionMixin(_Base):
         # that they overlap.
         mixed = state.tiers and region is not None
         two = state.tiers and len(command.parts) > 1
-        chooses = keep < candidates or "running" in state.needs or mixed or two
+        scores = keep < candidates or "running" in state.needs or two
+        chooses = scores or mixed
         queries: Tensor | None = None
         broken: PolicyFailure | None = None
-        if chooses and "queries" in state.needs:
+        if scores and "queries" in state.needs:
             try:
                 queries = self._window(state, command.computed)
             except PolicyFailure as error:
@@ -459,7 +490,7 @@ class CompactionMixin(_Base):
         sound: list[Tensor] = []
         running: dict[int, Tensor] = {}
 
-        def view_of(index: int, request: Any) -> tuple[View, Tensor | None]:
+        def view_of(index: int, request: Any, own: Held) -> tuple[View, Tensor | None]:
             """What the policy sees of a layer, and the slots of its candidates if reordered."""
             layer = layers[index]
             known = None
@@ -468,7 +499,7 @@ class CompactionMixin(_Base):
                 if state.running is not None:
                     known[:, : state.running[index].shape[1]] = state.running[index]
             view = View(
-                held=layer.held(request, held),
+                held=own,
                 queries=None if queries is None else queries[index],
                 scale=layer.scale,
                 candidates=candidates,
@@ -485,10 +516,11 @@ class CompactionMixin(_Base):
 
         def chosen(index: int, request: Any, trust: bool = True) -> Tensor:
             """The slots that stay, in the order in which the target holds them."""
-            view, slots = view_of(index, request)
+            held_here = layers[index].held(request, held)
+            view, slots = view_of(index, request, held_here)
             finer = command.parts[0].tokens if two else 0
             choice = None
-            if trust and broken is None:
+            if scores and trust and broken is None:
                 demoted = None
                 if two:
                     later = torch.arange(candidates, device=device)
@@ -503,6 +535,8 @@ class CompactionMixin(_Base):
                 sound.append(choice.sound)
             if choice.running is not None:
                 running[index] = choice.running
+            if (copies := vars(held_here).get("_read")) is not None:
+                self._holds("gathered", sum(x.nbytes for x in copies))
             return choice.slots if slots is None else slots.gather(1, choice.slots)
 
         def fill(index: int, kept: Tensor | None = None) -> None:
@@ -538,6 +572,11 @@ class CompactionMixin(_Base):
                 self._settle()
         state.region = target if state.plan.packings else None
         state.running = [running[i] for i in range(len(layers))] if running else None
+        if running:
+            known = (x for s in self._crushed.values() for x in s.running or ())
+            self._holds("running", sum(x.nbytes for x in known))
+        if device.type == "cpu":
+            self._holds("scratch", cpu.scratch_peak())
         finest = state.plan.packings[0].codec if state.plan.packings else "raw"
         first = command.parts[0]
         state.finer = first.tokens if two or first.codec == finest else 0
