@@ -46,14 +46,14 @@ _WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcrush.engine.gpu_worker.KVCrushGPUWorker",
 }
 _registered = False
-# Why requests' parameters would not be seen, if so.
-_no_front: str | None = None
+# Why this vLLM has no place for us, if it has none; told to whoever asks.
+_problem: str | None = None
 
 
 def register() -> None:
     """Called by vLLM in every process; idempotent. Never raises: a vLLM in which this plugin finds
     no place must still serve whoever did not ask for it."""
-    global _registered, _no_front
+    global _registered, _problem
     if _registered:
         return
     _registered = True
@@ -61,14 +61,11 @@ def register() -> None:
         from vllm.engine.arg_utils import EngineArgs
 
         _wrap(EngineArgs)
-    except Exception as error:  # whatever an unknown vLLM may do
-        logger.warning("%s", _stays_out(error))
-        return
-    if gate.verdict()[0]:
-        try:
+        if gate.verdict()[0]:
             server.register()
-        except Exception as error:  # told to whoever asks for a policy
-            _no_front = f"front ends that take no parameters ({error})"
+    except Exception as error:  # whatever an unknown vLLM may do
+        _problem = _stays_out(error)
+        logger.warning("%s", _problem)
 
 
 def _stays_out(error: Exception) -> str:
@@ -90,10 +87,10 @@ def _wrap(engine_args: Any) -> None:
         _takes(add_cli_args, 1)
         _takes(from_cli_args, 2)
         _takes(create, 2)
+        server.wrap(FlexibleArgumentParser, "parse_args", _folding)
     except Exception as error:
         _wrap_refusal(engine_args, _stays_out(error))
         raise
-    server.wrap(FlexibleArgumentParser, "parse_args", _folding)
     ours = _wrap_flags(engine_args, add_cli_args, from_cli_args)
     engine_args.add_cli_args = staticmethod(ours[0])
     engine_args.from_cli_args = classmethod(ours[1])
@@ -295,8 +292,8 @@ def _settings(additional_config: Any) -> Settings | None:
             "--kv-policy",
         )
     ok, sentence = gate.verdict()
-    if not ok:
-        raise ConfigError(sentence, "--kv-policy")
+    if not ok or _problem is not None:
+        raise ConfigError(_problem if ok and _problem else sentence, "--kv-policy")
     return Settings.from_dict(raw)
 
 
@@ -306,8 +303,6 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     runs, kernels = gate.kernels()
     if not runs:
         offenders.append(f"kernels that do not load ({kernels})")
-    if _no_front is not None:
-        offenders.append(_no_front)
     worker = vllm_config.parallel_config.worker_cls
     if worker not in _WORKERS and worker not in _WORKERS.values():
         offenders.append(f"worker class {worker}: start without --worker-cls")

@@ -41,15 +41,18 @@ def make_engine_args() -> Any:
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.setattr(plugin, "_not_ours", set())
+    monkeypatch.setattr(plugin, "_problem", None)
     monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.32.0"))
+    # What the real vLLM has is another test's business.
+    monkeypatch.setattr(plugin.server, "wrap", lambda owner, name, make: None)
+    monkeypatch.setattr(plugin.server, "register", lambda: None)
 
 
 @pytest.fixture
-def installed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What `server.install` is called with; and `configure` takes any configuration."""
-    calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(plugin.server, "install", lambda **how: calls.append(how))
-    monkeypatch.setattr(plugin, "configure", lambda config, settings: None)
+def configured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Settings that `configure` is called with; it takes any configuration."""
+    calls: list[Any] = []
+    monkeypatch.setattr(plugin, "configure", lambda config, settings: calls.append(settings))
     return calls
 
 
@@ -116,7 +119,7 @@ def test_a_vllm_without_a_place_for_us_goes_on(
 def test_flags_that_vllm_has_itself_are_left_to_it(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    installed: list[dict[str, Any]],
+    configured: list[Any],
 ) -> None:
     engine_args = make_engine_args()
     add = engine_args.add_cli_args
@@ -136,26 +139,41 @@ def test_flags_that_vllm_has_itself_are_left_to_it(
 
 
 def test_without_a_policy_nothing_changes(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    installed: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch, configured: list[Any]
 ) -> None:
     engine_args = register(monkeypatch, make_engine_args())
     made = parse(engine_args, "m")
     assert vars(made) == {"model": "m", "additional_config": {}}
     assert made.create_engine_config("context", headless=True).additional_config == {}
-    assert installed == [{"active": False, "http": True, "stats": True}]
+    assert configured == []
 
-    def broken(**how: Any) -> None:
+
+@pytest.mark.parametrize("name", ["wrap", "register"])
+def test_a_vllm_whose_front_end_is_another_serves_without_us(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    configured: list[Any],
+) -> None:
+    def broken(*args: Any) -> None:
         raise AttributeError("no such thing in this vLLM")
 
-    monkeypatch.setattr(plugin.server, "install", broken)
-    made.create_engine_config()
-    assert "stays out of it" in caplog.text
-    # Whoever asked is not served without.
-    asked = parse(engine_args, "--kv-policy=int4", "m")
-    with pytest.raises(AttributeError, match="no such thing"):
-        asked.create_engine_config()
+    monkeypatch.setattr(plugin.server, name, broken)
+    engine_args = register(monkeypatch, make_engine_args())
+    (line,) = caplog.messages
+    assert "stays out of it" in line and "no such thing" in line
+    made = parse(engine_args, "m")
+    assert made.create_engine_config().additional_config == {}
+    # Whoever asks is not served without.
+    with pytest.raises(ValueError, match="no such thing"):
+        engine_args(additional_config={"kvcrush": {"policy": "int4"}}).create_engine_config()
+    with pytest.raises(SystemExit) as caught:
+        parse(engine_args, "--kv-policy=int4", "m")
+    assert caught.value.code == 2 and configured == []
+    said = capsys.readouterr().err
+    # Either vLLM does not know the flag, or we say why it cannot be followed.
+    assert "no such thing" in said or "unrecognized arguments: --kv-policy" in said
 
 
 def test_policies_with_one_name_do_not_stop_the_parser(
@@ -176,7 +194,7 @@ def test_policies_with_one_name_do_not_stop_the_parser(
 
 def test_an_engine_args_of_flags_can_be_made_of_its_fields(
     monkeypatch: pytest.MonkeyPatch,
-    installed: list[dict[str, Any]],
+    configured: list[Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """As `LLM.from_engine_args` does, by which `vllm bench latency` and `throughput` go."""
@@ -186,7 +204,7 @@ def test_an_engine_args_of_flags_can_be_made_of_its_fields(
     assert again == made
     config = again.create_engine_config(Namespace(name="LLM_CLASS"))
     assert config.additional_config["kvcrush"]["policy"] == "int4"
-    assert installed == [{"active": True, "http": False, "stats": True}]
+    assert [settings.policy for settings in configured] == ["int4"]
     # What is found later is one sentence there, too.
     monkeypatch.setattr(plugin, "configure", refuse)
     with pytest.raises(SystemExit):

@@ -448,6 +448,8 @@ class CompactionMixin(_Base):
         else:
             other = self._crushed[command.same_as]
             state.region, state.running, state.finer = other.region, other.running, other.finer
+            if (command.same_as, other.params.policy) in self._failures:
+                self._failures.append((command.request_id, state.params.policy))
         state.compressed, state.compressed_tokens = len(command.target), command.keep
         state.evicted = command.evicted
         # The next window may reach back before this compaction.

@@ -31,6 +31,8 @@ def register() -> None:
 
 def _constructed(original: Method, http: bool) -> Method:
     signature = inspect.signature(original)
+    if "vllm_config" not in signature.parameters:
+        raise RuntimeError(f"this vLLM's {original.__qualname__} takes no vllm_config")
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         vllm_config = signature.bind(*args, **kwargs).arguments["vllm_config"]
@@ -66,11 +68,11 @@ def install(active: bool, http: bool = True) -> None:
 
     try:
         params.install(http)
-    except (ImportError, RuntimeError) as error:
+    except Exception as error:  # whatever an unknown vLLM may do
         if active:
             raise
         # A server that compresses nothing must not fail because of this plugin.
-        logger.warning("vllm-kvcrush is inactive and cannot refuse kv_* parameters: %s", error)
+        logger.warning("vllm-kvcrush is inactive and cannot refuse kv_* parameters: %r", error)
     if active:
         from vllm_kvcrush.server import metrics, usage
 
