@@ -394,6 +394,7 @@ def report(
         "kv_blocks_held": -(-held // 16),
         "kv_block_size": 16,
         "kv_block_bytes": 1000,
+        "kv_side_bytes": 7,
         "compactions": compactions,
         "policy_failures": failures,
         "policy": "kvcrush",
@@ -403,7 +404,7 @@ def report(
 
 def kept(held: int, raw: int, compactions: int = 1, **more: Any) -> dict[str, Any]:
     """Details of one request that reported the like."""
-    sizes = {"kv_bytes_held": -(-held // 16) * 1000, "kv_bytes_raw": -(-raw // 16) * 1000}
+    sizes = {"kv_bytes_held": -(-held // 16) * 1000 + 7, "kv_bytes_raw": -(-raw // 16) * 1000}
     counts = {"held": held, "raw": raw, "compactions": compactions}
     return counts | sizes | {"policy": "kvcrush"} | more
 

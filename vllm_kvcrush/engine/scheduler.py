@@ -90,6 +90,11 @@ class KVCrushSchedulerMixin(_Base):
             // max(1, self.kv_cache_config.num_blocks)
         )
 
+        self._pairs = ranks * sum(
+            len(group.layer_names) * group.kv_cache_spec.num_kv_heads
+            for group in self.kv_cache_config.kv_cache_groups
+        )
+
     # -- requests -------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
@@ -144,10 +149,21 @@ class KVCrushSchedulerMixin(_Base):
             "kv_blocks_held": blocks,
             "kv_block_size": self._manager.block_size,
             "kv_block_bytes": self._block_bytes,
+            "kv_side_bytes": self._side_bytes(request.request_id),
             "compactions": tracked.compactions,
             "policy_failures": tracked.policy_failures,
             "policy": tracked.params.policy if tracked.params.active else "none",
         }
+
+    def _side_bytes(self, request_id: str) -> int:
+        """Bytes that workers keep beside a request's blocks between compactions, over all ranks:
+        which pages its heads own (`region.Region`), and running scores."""
+        blocks, tokens = self._manager.regions.get(request_id, (0, 0))
+        if not blocks:
+            return 0
+        directory = 7 * blocks + 8 if self._plans[request_id].packings else 0
+        running = 4 * tokens if "running" in self._tracked[request_id].needs else 0
+        return self._pairs * (directory + running)
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -389,6 +405,7 @@ class KVCrushSchedulerMixin(_Base):
         if stats is not None:
             held: dict[str, int] = {}
             raw: dict[str, int] = {}
+            size = self._block_bytes
             for request in self.running:
                 tracked = self._tracked.get(request.request_id)
                 if tracked is None:
@@ -396,15 +413,16 @@ class KVCrushSchedulerMixin(_Base):
                 name = tracked.params.policy if tracked.params.active else "none"
                 blocks = len(self._manager.req_to_blocks.get(request.request_id, ()))
                 saved = self._manager.evicted.get(request.request_id, 0)
-                held[name] = held.get(name, 0) + blocks
-                raw[name] = raw.get(name, 0) + blocks + cdiv(saved, self._manager.block_size)
-            size = self._block_bytes
+                side = self._side_bytes(request.request_id)
+                held[name] = held.get(name, 0) + blocks * size + side
+                whole = blocks + cdiv(saved, self._manager.block_size)
+                raw[name] = raw.get(name, 0) + whole * size
             stats.kv_connector_stats = {
                 **(stats.kv_connector_stats or {}),
                 "kvcrush": {
                     **self.kvcrush_stats.take(),
-                    "kv_bytes_held": {k: v * size for k, v in held.items()},
-                    "kv_bytes_raw_equivalent": {k: v * size for k, v in raw.items()},
+                    "kv_bytes_held": held,
+                    "kv_bytes_raw_equivalent": raw,
                 },
             }
         return stats
