@@ -266,3 +266,23 @@ def test_many_samples_of_one_prompt_share_their_compressed_blocks(
     budget = int(0.25 * len(prompt)) // BLOCK
     most = max(max(s["held"].values()) for s in steps[-20:])
     assert most <= max(3, budget) + 2
+
+
+# -- what is not needed ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("policy", "budget"), [("int8", 0.5), ("auto", 0.3), ("kvcrush", 0.5)])
+def test_queries_are_taken_only_where_a_compaction_scores(
+    engine: Engine, ids: list[int], monkeypatch: pytest.MonkeyPatch, policy: str, budget: float
+) -> None:
+    taken = []
+    take = engine.runner._tap.take
+    monkeypatch.setattr(engine.runner._tap, "take", lambda: taken.append(1) or take())
+    params = engine.params(40, kv_policy=policy, kv_budget=budget)
+    (result,) = engine.generate([ids[5000:5400]], params)
+    assert result.kv_tokens_details["compactions"] >= 2
+    assert bool(taken) == (policy == "kvcrush")
+    peaks = engine.runner._peaks
+    assert peaks["scratch"] > 0
+    if taken:
+        assert peaks["queries"] >= 30 * 16 * 9 * 64 * 4  # one window of every layer
