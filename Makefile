@@ -4,6 +4,8 @@
 # make lint    set up, then check style and types
 # make sanitize  set up, then call the CPU kernels with hostile arguments under AddressSanitizer and
 #              UBSan (make sanitize SEED=2 FUZZ_SECONDS=600)
+# make soak    set up, then thousands of random requests through real engines (20 minutes; make soak
+#              ARGS="--minutes 60 --seed 7")
 # make bench   set up, then every benchmark in its quick form and one report (some 40 minutes on
 #              two cores; a killed run goes on where it was)
 # make bench-gpu  for whoever has a GPU: correctness, kernels and serving in under 20 minutes, into
@@ -21,7 +23,7 @@ export VLLM_KVCRUSH_CACHE ?= $(CURDIR)/.cache
 # processes would compile everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup model serve test lint sanitize bench bench-gpu figures clean
+.PHONY: help setup model serve test lint sanitize soak bench bench-gpu figures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,6 +55,9 @@ lint: setup
 
 sanitize: setup
 	@scripts/sanitize.sh $(ARGS)
+
+soak: setup
+	$(BIN)/python -m tests.soak $(ARGS)
 
 bench: model
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -596,6 +596,13 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
                 return bad_order(h, found[static_cast<size_t>(h)]);
         for (const Piece &piece : pieces) {
             const int codec = target.codec[piece.entry];
+            // Tokens that tie may have been moved on past the end, which none of them is beyond.
+            if (fitted(codec) && piece.copied < 0) {
+                const int64_t end = layer.table(codec)->positions - piece.count;
+                int32_t *own = positions + piece.first;
+                for (int64_t t = piece.count - 1; t >= 0 && own[t] > end + t; --t)
+                    own[t] = static_cast<int32_t>(end + t);
+            }
             if (piece.copied < 0 && positions_kept(codec) &&
                 !put_positions(layer, codec, piece.head, nullptr, static_cast<int>(piece.count),
                                positions + piece.first))

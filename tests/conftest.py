@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import pydoc_data.topics
+import random
 import sys
 from typing import Any
 
@@ -14,8 +15,19 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import core
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+def pytest_configure() -> None:
+    # A seed of its own for each run, named in the header; --hypothesis-seed repeats one.
+    if core.global_force_seed is None:
+        core.global_force_seed = random.randrange(2**31)
+
+
+def pytest_report_header() -> str:
+    return f"hypothesis: --hypothesis-seed={core.global_force_seed}"
 
 
 @pytest.fixture(scope="session")

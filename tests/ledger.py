@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.pages import FITTED, STRIP
+from vllm_kvcrush.pages import CODECS, FITTED, STRIP
+
+FITTED_NUMBERS = {CODECS[codec] for codec in FITTED}
 
 
 class Ledger:
@@ -21,7 +23,7 @@ class Ledger:
 
     Attributes:
         compactions: by (policy, codecs of the result).
-        failures: compactions in which a policy failed, as the runner counts them.
+        failures: compactions in which a policy failed, by its name, as the runner counts them.
         drift: the most by which a page's idea of a position was off the truth.
     """
 
@@ -32,7 +34,7 @@ class Ledger:
         self._said: dict[str, list[Tensor]] = {}
         self._chosen: dict[int, Tensor] = {}
         self.compactions: Counter[tuple[str, tuple[str, ...]]] = Counter()
-        self.failures = 0
+        self.failures: Counter[str] = Counter()
         self.drift = 0
         self._compact, self._on_select = runner._compact, runner.on_select
         runner._compact, runner.on_select = self._watched, self._selected
@@ -57,7 +59,7 @@ class Ledger:
             del self._true[gone], self._said[gone]
         self._chosen = {}
         self._compact(command)
-        self.failures += len(runner._failures) > failed
+        self.failures[state.params.policy] += len(runner._failures) > failed
         codecs = tuple(part.codec for part in command.parts)
         self.compactions[state.params.policy, codecs] += 1
         if command.same_as is not None:
@@ -121,18 +123,22 @@ class Ledger:
             read = layer.positions(request, command.keep).long().cpu()
             want = torch.empty_like(read)
             for head in range(layer.heads):
+                asked = said[i][head]
+                # Guesses may tie: then the later one moves on. Another part begins anew.
+                back = torch.nn.functional.pad(asked[1:] < asked[:-1], (1, 0))
+                step = torch.arange(len(asked)) - back.cumsum(0) * 2**40
+                risen = (asked - step).cummax(0).values + step
                 at = 0
                 for entry in range(int(region.begin[i, head]), int(region.end[i, head])):
                     count = int(region.count[entry])
-                    asked, place = said[i][head, at : at + count], torch.arange(count)
-                    assert asked.diff().ge(0).all(), "slots of a page out of order"
-                    # Two guesses may tie: then the later one moves up.
-                    risen = (asked - place).cummax(0).values + place
-                    if int(region.codec[entry]) >= 4:
+                    own, place = slice(at, at + count), torch.arange(count)
+                    assert asked[own].diff().ge(0).all(), "slots of a page out of order"
+                    found_at = risen[own]
+                    if int(region.codec[entry]) in FITTED_NUMBERS:
                         # None runs past what the tables know.
-                        risen = risen.minimum(place - count + limit)
-                        risen = risen[place // STRIP * STRIP] + place % STRIP
-                    want[head, at : at + count] = risen
+                        found_at = found_at.minimum(place - count + limit)
+                        found_at = found_at[place // STRIP * STRIP] + place % STRIP
+                    want[head, own] = found_at
                     at += count
                 assert at == command.keep
             assert torch.equal(read, want), f"{command.request_id}: pages of layer {i}"

@@ -128,10 +128,10 @@ def live(model: str, configuration: dict[str, Any], seed: int, seconds: float) -
     """Runs one engine; raises if it dies, or if anything is not as it must be."""
     import torch
     from vllm import LLM, SamplingParams
+    from vllm.exceptions import VLLMValidationError
 
     from tests.engine.run_mode import force_async_scheduling
     from tests.ledger import Ledger
-    from vllm_kvcrush.config import ConfigError
 
     draw = random.Random(seed)
     torch.manual_seed(seed)
@@ -143,7 +143,8 @@ def live(model: str, configuration: dict[str, Any], seed: int, seconds: float) -
         force_async_scheduling()
     block, dtype = configuration["block"], configuration["dtype"]
     itemsize = {"float32": 4, "bfloat16": 2}[dtype]
-    pool = 6 * MAX_MODEL_LEN // 4 // block + 8
+    # Too small for all that run at once, so that some are preempted.
+    pool = MAX_MODEL_LEN // block + 12
     llm = LLM(
         model,
         skip_tokenizer_init=True,
@@ -160,6 +161,7 @@ def live(model: str, configuration: dict[str, Any], seed: int, seconds: float) -
             "kvcrush": {
                 "policy": "auto",
                 "budget": 0.25,
+                "min_tokens": 0,
                 "config": {
                     "prefill_interval": draw.choice([64, 256]),
                     "decode_interval": draw.choice([8, 32]),
@@ -185,7 +187,11 @@ def live(model: str, configuration: dict[str, Any], seed: int, seconds: float) -
         figures.shared += command.same_as is not None
         compact(command)
 
+    def deferring(reason: str) -> None:
+        figures.deferrals += 1
+
     scheduler._preempt_request, runner._compact = preempting, compacting
+    scheduler.kvcrush_stats.record_deferral = deferring
     policies = [*scheduler._settings.allow]
     texts = [[draw.randrange(VOCABULARY) for _ in range(MAX_MODEL_LEN)] for _ in range(6)]
     running: dict[str, int] = {}
@@ -215,7 +221,7 @@ def live(model: str, configuration: dict[str, Any], seed: int, seconds: float) -
             name = f"soak-{figures.requests}"
             try:
                 engine.add_request(name, {"prompt_token_ids": prompt}, params)
-            except (ValueError, ConfigError):
+            except VLLMValidationError:
                 figures.refused += 1  # more than the pool, or pages too small for the codec
             else:
                 running[name] = output
@@ -249,14 +255,12 @@ def live(model: str, configuration: dict[str, Any], seed: int, seconds: float) -
     assert not scheduler._tracked and not scheduler._plans and not runner._crushed
     figures.seconds = round(time.monotonic() - began, 1)
     figures.compactions = sum(ledger.compactions.values())
-    figures.policy_failures, figures.most_off = ledger.failures, ledger.drift
+    figures.policy_failures, figures.most_off = ledger.failures.total(), ledger.drift
     by_policy: collections.Counter[str] = collections.Counter()
     for (policy, codecs), count in ledger.compactions.items():
         by_policy[f"{policy} ({'+'.join(codecs)})"] += count
     figures.by_policy = dict(sorted(by_policy.items()))
-    figures.deferrals = sum(scheduler.kvcrush_stats.deferrals.values())
-    others = figures.policy_failures - scheduler.kvcrush_stats.policy_failures.get("flaky", 0)
-    assert others == 0, "a policy of ours failed"
+    assert set(+ledger.failures) <= {"flaky"}, "a policy of ours failed"
     if len(figures.rss) >= 6:
         growth = figures.rss[-1] - figures.rss[len(figures.rss) // 3]
         assert growth < MOST_GROWTH, f"memory grew by {growth >> 20} MiB: {figures.rss}"

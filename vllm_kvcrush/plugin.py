@@ -7,6 +7,7 @@ wraps a few methods; each wrapper passes through untouched unless a policy was a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import inspect
 import json
@@ -18,6 +19,7 @@ from vllm_kvcrush import __version__, gate, server
 from vllm_kvcrush.config import (
     DEFAULT_BUDGET,
     DEFAULT_MIN_TOKENS,
+    NONE,
     AdditionalConfig,
     ConfigError,
     Settings,
@@ -311,6 +313,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         )
     if offenders:
         raise Refused("--kv-policy cannot run with: " + "; ".join(offenders) + ".")
+    settings, dropped = _tried(settings, vllm_config.cache_config.block_size)
     head_size = vllm_config.model_config.get_head_size()
     page = (head_size, head_size, vllm_config.model_config.dtype.itemsize)
     settings, unused = settings.with_tables(
@@ -326,7 +329,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     settings.check(vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len)
     choose_scheduler(vllm_config)
     vllm_config.parallel_config.worker_cls = _WORKERS.get(worker, worker)
-    for warning in (gate.unverified(vllm_config), unused):
+    for warning in (gate.unverified(vllm_config), unused, *dropped):
         if warning:
             logger.warning("%s", warning)
     parallel = vllm_config.parallel_config
@@ -359,6 +362,36 @@ def _tables(settings: Settings) -> str:
     return settings.tables or (
         "none, statistics are taken at start-up instead (vllm-kvcrush calibrate makes better ones)"
     )
+
+
+def _tried(settings: Settings, block_size: int) -> tuple[Settings, list[str]]:
+    """Builds and dry-runs every policy that may be asked for. One that fails is refused if it was
+    named; if all are allowed, it is left out, with a warning.
+
+    Raises:
+        ConfigError: a policy that was named fails.
+    """
+    from vllm_kvcrush import policies
+    from vllm_kvcrush.policies.choice import dry_run
+
+    every = set(settings.allow) == {*policies.names(), NONE}
+    failing: dict[str, str] = {}
+    for name in settings.allow:
+        try:
+            if name != NONE:
+                policy = settings.build(name)
+                dry_run(policy, sinks=settings.sinks, window=settings.window, page_size=block_size)
+        except Exception as error:
+            failing[name] = str(error)
+            if name == settings.policy or not every:
+                key = "--kv-policy" if name == settings.policy else "--kv-policy-allow"
+                raise ConfigError(f"{key}: the policy {name} fails: {error}", key) from error
+    warnings = [
+        f"clients may not ask for the policy {name}, which fails: {why}"
+        for name, why in failing.items()
+    ]
+    allow = tuple(name for name in settings.allow if name not in failing)
+    return dataclasses.replace(settings, allow=allow), warnings
 
 
 def choose_scheduler(vllm_config: Any) -> None:

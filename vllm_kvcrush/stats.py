@@ -59,7 +59,8 @@ class Stats:
         kv_bytes_held: bytes of KV that running requests hold now, by policy.
         kv_bytes_raw_equivalent: what they would hold without compression.
         worker_bytes: the most bytes that a worker has held beside its KV cache, by what for
-            ("staging", "gathered", "queries", "running", "scratch").
+            ("gathered": keys and values that a policy reads,
+            "queries", "running": state of policies, "scratch": of kernels).
     """
 
     policies: dict[str, PolicyStats] = field(default_factory=dict)

@@ -60,9 +60,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, help="bursts of everything")
     args = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
-    args.contexts = args.contexts or ([2048, 8192] if args.quick else [2048, 8192, 32768])
+    args.contexts = args.contexts or ([8192] if args.quick else [2048, 8192, 32768])
     args.batches = args.batches or ([8] if args.quick else [1, 8])
-    args.threads = args.threads or [n for n in (1, 2) if n <= cores]
+    args.threads = args.threads or ([1] if args.quick else [n for n in (1, 2) if n <= cores])
     args.rounds = args.rounds or (5 if args.quick else 15)
     if max(args.threads) > cores:
         parser.error(f"--threads {max(args.threads)}: there are {cores} cores")

@@ -84,7 +84,7 @@ class Row:
     request_id: str
     admission: int
     plan: Plan
-    wants_queries: bool
+    needs: frozenset[str]
     tokens: list[int]
     chain: list[int]
     blocks: list[int] | None  # None while preempted
@@ -99,6 +99,8 @@ class Row:
     # Positions whose queries are remembered. They may outlive a compaction: the next one may come
     # before a whole window of new tokens.
     queries: set[int] = field(default_factory=set)
+    # Whether a compaction of this admission was put off: then nobody could know which ones score.
+    late: bool = False
 
     def content(self, position: int) -> Content:
         """What computing the token at this position writes."""
@@ -190,7 +192,7 @@ class PagedWorker:
             request_id,
             admission=0,
             plan=self.settings.plan(params, num_prompt_tokens, self.block_size),
-            wants_queries=params.active and "queries" in self.settings.build(params.policy).needs,
+            needs=self.settings.build(params.policy).needs if params.active else frozenset(),
             tokens=list(tokens),
             chain=[],
             blocks=None,
@@ -210,6 +212,7 @@ class PagedWorker:
         row.region = (0, 0)
         row.held = list(row.chain[:computed])
         row.queries = set()
+        row.late = False
 
     def _compact(self, row: Row, command: Compaction) -> None:
         n, size, packed = row.computed, self.block_size, bool(row.plan.packings)
@@ -224,12 +227,6 @@ class PagedWorker:
         assert len({*command.target, *command.tail}) == len(command.target) + len(command.tail)
         if command.same_as is None:  # else its twin may have written over them already
             assert self.contents(command.source, candidates) == row.held[:candidates]
-        if row.compactions == 0:
-            assert row.hit <= n - (row.plan.window if row.wants_queries else 1)
-        if row.wants_queries:
-            missing = set(range(n - row.plan.window, n)) - row.queries
-            assert not missing, f"{row.request_id} at {n}: no queries of {sorted(missing)}"
-
         region = row.held[: command.compressed * size]
         if packed and region:
             region = unpack(region[::size])
@@ -237,6 +234,11 @@ class PagedWorker:
         assert len(region) == command.compressed_tokens
         tokens = region + row.held[command.compressed * size : candidates]
         self._check_parts(row.plan, command, len(tokens))
+        assert row.hit < n
+        scores = "running" in row.needs or row.plan.needs_scores(len(command.target), len(tokens))
+        if "queries" in row.needs and scores and not row.late:
+            missing = set(range(n - row.plan.window, n)) - row.queries
+            assert not missing, f"{row.request_id} at {n}: no queries of {sorted(missing)}"
         survivors = sorted(self.random.sample(range(len(tokens)), command.keep))
         kept = [tokens[i] for i in survivors]
         if command.same_as is not None:
@@ -309,7 +311,8 @@ class PagedWorker:
         return row.tokens[-1:]
 
     def _remember_queries(self, row: Row, start: int, end: int, commands: StepCommands) -> None:
-        if not row.wants_queries:
+        row.late |= row.request_id in commands.deferred
+        if "queries" not in row.needs:
             return
         window = row.plan.window
         if row.request_id in commands.deferred:

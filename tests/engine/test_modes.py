@@ -101,9 +101,60 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> str:
     return str(path)
 
 
+LOPSIDED = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm_kvcrush.policies.kvcrush import KVCrush
+
+@dataclass
+class Lopsided(KVCrush):
+    '''Goes wrong on the second rank only, in each layer in another way.'''
+
+    name: ClassVar[str] = "lopsided"
+
+    def score(self, view):
+        if self._second() and view.layer == 0:
+            raise RuntimeError("a rank of its own")
+        return super().score(view)
+
+    def select(self, view, scores, keep):
+        kept = super().select(view, scores, keep)
+        if self._second() and view.layer == 1:
+            raise RuntimeError("after a collective")
+        if self._second() and view.layer == 2:
+            view.all_heads(scores)
+        return kept
+
+    @staticmethod
+    def _second():
+        try:
+            return get_tensor_model_parallel_rank() == 1
+        except AssertionError:  # a front end has no ranks
+            return False
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def third_party(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An installed package with a policy of its own."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "lopsided.py").write_text(LOPSIDED)
+    about = folder / "lopsided-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: lopsided\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[vllm_kvcrush.policies]\nlopsided = lopsided:Lopsided\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="module")
 def tiny_job(ids: list[int]) -> dict[str, Any]:
-    names = (*POLICIES, *MEASURED, "none")
+    names = (*POLICIES, *MEASURED, "none", "lopsided")
     prompts = [ids[i * 50 : i * 50 + 400] for i in range(len(names))]
     extra = [{"kv_policy": name} for name in names]
     return {"prompts": prompts, "max_tokens": 40, "extra": extra}
@@ -131,7 +182,8 @@ def alone(
 ) -> list[dict[str, Any]]:
     """One rank, eager."""
     answers = run_tiny(tiny, tiny_job, tmp_path_factory.mktemp("alone"))
-    assert all(a["details"]["compactions"] >= 1 for a in answers[:-1])
+    assert all(a["details"]["compactions"] >= 1 for a in answers[:-2])
+    assert "policy_failures" not in answers[-1]["details"]
     assert len({tuple(a["tokens"]) for a in answers}) > 1
     return answers
 
@@ -140,9 +192,13 @@ def test_tensor_parallel_ranks_agree(
     tiny: str, tiny_job: dict[str, Any], alone: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
     both = run_tiny(tiny, tiny_job, tmp_path, ranks=2)
-    for policy, a, b in zip((*POLICIES, *MEASURED, "none"), alone, both, strict=True):
+    for policy, a, b in zip((*POLICIES, *MEASURED, "none"), alone[:-1], both[:-1], strict=True):
         assert a["tokens"] == b["tokens"], policy
         assert a["details"] == b["details"]
+    # A policy that fails on one of them hangs none.
+    assert len(both[-1]["tokens"]) == tiny_job["max_tokens"]
+    details = both[-1]["details"]
+    assert details["policy_failures"] == details["compactions"] >= 1
 
 
 def test_a_compiled_model_gives_the_same_tokens(
@@ -150,7 +206,9 @@ def test_a_compiled_model_gives_the_same_tokens(
 ) -> None:
     """What a server without --enforce-eager does."""
     compiled = run_tiny(tiny, tiny_job, tmp_path, enforce_eager=False)
-    for policy, a, b in zip((*POLICIES, *MEASURED, "none"), alone, compiled, strict=True):
+    for policy, a, b in zip(
+        (*POLICIES, *MEASURED, "none", "lopsided"), alone, compiled, strict=True
+    ):
         assert a["tokens"] == b["tokens"], policy
         assert a["details"] == b["details"]
 

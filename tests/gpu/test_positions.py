@@ -134,6 +134,29 @@ def test_merges_of_fitted_and_other_pages(draw: random.Random, device: str, targ
     assert ties > 0, "nothing tied, so nothing was tested"
 
 
+def test_tokens_that_tie_at_the_end_stay_within_the_tables(
+    draw: random.Random, device: str
+) -> None:
+    """Moved on by tokens before them, the last ones would be beyond the longest context."""
+    both = Both(draw, device, ("int8",))
+    near = torch.arange(POSITIONS - 20, POSITIONS, dtype=torch.int32)
+    both.entries, both.held = [], 40
+    for head in range(HEADS):
+        for codec in ("int8", "tc4"):
+            page = both.gpu.page()
+            both.entries.append((page, 20, CODECS[codec]))
+            key, value = (torch.randn(20, SIZE) for _ in range(2))
+            cpu.encode(both.cpu, codec, page, key, value, near, head)
+            both.gpu.fill(page, codec, key, value, near, head)
+    read, _ = both.positions(both.entries)
+    pages = both.pages(["tc6"], 40)
+    both.compact(read.argsort(dim=1, stable=True), pages)
+    own, other = both.positions(pages)
+    assert torch.equal(own, other)
+    strips = torch.arange(0, 40, 16)
+    assert torch.equal(own[:, strips].long(), (POSITIONS - 40 + strips).expand(HEADS, -1))
+
+
 def test_slots_out_of_order_are_refused(draw: random.Random, device: str, mode: str) -> None:
     both = Both(draw, device, ("int8", "tc4"))
     read, _ = both.positions(both.entries)

@@ -394,6 +394,7 @@ def report(
         "kv_blocks_held": -(-held // 16),
         "kv_block_size": 16,
         "kv_block_bytes": 1000,
+        "kv_side_bytes": 7,
         "compactions": compactions,
         "policy_failures": failures,
         "policy": "kvcrush",
@@ -403,7 +404,7 @@ def report(
 
 def kept(held: int, raw: int, compactions: int = 1, **more: Any) -> dict[str, Any]:
     """Details of one request that reported the like."""
-    sizes = {"kv_bytes_held": -(-held // 16) * 1000, "kv_bytes_raw": -(-raw // 16) * 1000}
+    sizes = {"kv_bytes_held": -(-held // 16) * 1000 + 7, "kv_bytes_raw": -(-raw // 16) * 1000}
     counts = {"held": held, "raw": raw, "compactions": compactions}
     return counts | sizes | {"policy": "kvcrush"} | more
 
@@ -478,7 +479,7 @@ def test_bytes_are_of_whole_blocks_as_they_fill() -> None:
         request = Request()
         request.step(1, report(40, 100))
         output = request.step(tokens, finish=True)
-        assert details(output)["kv_bytes_held"] == blocks * 1000
+        assert details(output)["kv_bytes_held"] == blocks * 1000 + 7
         assert details(output)["kv_bytes_raw"] == -(-(100 + tokens) // 16) * 1000
     # Tokens in fewer bits: many of them in few slots. And a block that is there already counts.
     few = report(100, 100)
@@ -487,7 +488,7 @@ def test_bytes_are_of_whole_blocks_as_they_fill() -> None:
     request.step(1, few)
     output = request.step(2, finish=True)
     found = details(output)
-    assert (found["held"], found["kv_bytes_held"], found["kv_bytes_raw"]) == (102, 3000, 7000)
+    assert (found["held"], found["kv_bytes_held"], found["kv_bytes_raw"]) == (102, 3007, 7000)
 
 
 def test_failures_of_a_policy_are_told() -> None:
@@ -522,7 +523,7 @@ def test_samples_add_up_in_whatever_order_they_end() -> None:
         "held": 10 + 24 + 30,
         "raw": 304,
         "compactions": 2,
-        "kv_bytes_held": 1000 + 2000 + 2000,
+        "kv_bytes_held": 1007 + 2007 + 2007,
         "kv_bytes_raw": 3 * 7000,
         "policy": "kvcrush",
     }

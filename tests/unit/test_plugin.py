@@ -8,11 +8,15 @@ import sys
 import types
 from dataclasses import dataclass, field
 from types import SimpleNamespace as Namespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from torch import Tensor
 
-from vllm_kvcrush import gate, plugin
+from vllm_kvcrush import gate, plugin, policies
+from vllm_kvcrush.config import ConfigError, Settings
+from vllm_kvcrush.policies import View
+from vllm_kvcrush.policies.snapkv import SnapKV
 
 
 def make_engine_args() -> Any:
@@ -277,3 +281,41 @@ def test_bad_flags_are_one_sentence(
     assert caught.value.code == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+# -- policies that fail before anybody asked for them ----------------------------------------------
+
+
+@dataclass
+class Broken(SnapKV):
+    name: ClassVar[str] = "broken"
+
+    def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
+        return super().select(view, scores, keep).flip(1)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(policies._BUILT_IN, "broken", Broken)
+
+
+@pytest.mark.parametrize(
+    ("asked", "key"),
+    [({"policy": "broken"}, "--kv-policy"), ({"allow": "snapkv,broken"}, "--kv-policy-allow")],
+)
+def test_a_policy_that_fails_its_dry_run_is_refused(
+    broken: None, asked: dict[str, Any], key: str
+) -> None:
+    settings = Settings.from_dict({"policy": "snapkv", **asked})
+    with pytest.raises(ConfigError, match=f"{key}: the policy broken fails: .*not ascending"):
+        plugin._tried(settings, 32)
+
+
+def test_a_policy_that_nobody_named_is_left_out_with_a_warning(broken: None) -> None:
+    settings = Settings.from_dict({"policy": "snapkv"})
+    assert "broken" in settings.allow
+    tried, (warning,) = plugin._tried(settings, 32)
+    assert set(settings.allow) - set(tried.allow) == {"broken"}
+    assert "clients may not ask for the policy broken" in warning
+    every, none = plugin._tried(tried, 32)
+    assert every.allow == tried.allow and not none

@@ -9,16 +9,21 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvcrush import gate
 from vllm_kvcrush.engine import region
-from vllm_kvcrush.engine.compaction import Backend
 from vllm_kvcrush.engine.region import Region
+from vllm_kvcrush.engine.state import Backend
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.fitted import LayerTable
+from vllm_kvcrush.pages import STRIP
 
 
 class KVCrushAttentionBackend(CPUAttentionBackend):
@@ -29,6 +34,10 @@ class KVCrushAttentionBackend(CPUAttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.BLHNC,)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(STRIP)]  # vLLM's own kernels need 32
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
@@ -123,7 +132,7 @@ def install(attention: Sequence[Any]) -> Backend:
 
 
 class CPUCacheLayer:
-    """One layer's KV cache as compactions see it: `compaction.CacheLayer` on the CPU kernels.
+    """One layer's KV cache as compactions see it: `state.CacheLayer` on the CPU kernels.
 
     Args:
         layer: vLLM's attention layer, whose cache is laid out block-outermost.
@@ -166,7 +175,7 @@ class CPUCacheLayer:
     def request(
         self, region: Region | None, tail: Tensor, tokens: int, position: int
     ) -> cpu.Request:
-        """See `compaction.CacheLayer`, as for all of these."""
+        """See `state.CacheLayer`, as for all of these."""
         directory = None if region is None else region.directory(self.index)
         return cpu.Request(directory, tail, tokens, position, self.block_size)
 

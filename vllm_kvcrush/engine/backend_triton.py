@@ -19,8 +19,8 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, Trito
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvcrush import gate
-from vllm_kvcrush.engine.compaction import Backend
 from vllm_kvcrush.engine.region import Region, joined
+from vllm_kvcrush.engine.state import Backend
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
 from vllm_kvcrush.ops.triton.compaction import compact, gather
@@ -158,7 +158,7 @@ def install(attention: Sequence[Any]) -> Backend:
 
 
 class TritonCacheLayer:
-    """One layer's KV cache as compactions see it: `compaction.CacheLayer` on the GPU kernels.
+    """One layer's KV cache as compactions see it: `state.CacheLayer` on the GPU kernels.
 
     Args:
         layer: vLLM's attention layer, whose cache is laid out block-outermost.
@@ -198,7 +198,7 @@ class TritonCacheLayer:
         return self.pages.pool.device
 
     def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Request:
-        """See `compaction.CacheLayer`, as for all of these."""
+        """See `state.CacheLayer`, as for all of these."""
         counts = torch.zeros(self.heads, dtype=torch.int32)
         parts = [torch.zeros(0, dtype=torch.int32)] * 3
         if region is not None:

@@ -84,7 +84,10 @@ class WorkerReport:
     Args:
         seconds: (policy, time that a compaction took), for each since the last report.
         failures: (request, policy) of each compaction in which the policy failed.
+        peaks: the most bytes that the worker has held beside its KV cache, by what for; see
+            `stats.Stats.worker_bytes`.
     """
 
     seconds: list[tuple[str, float]] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
+    peaks: dict[str, int] = field(default_factory=dict)

@@ -1,136 +1,40 @@
-"""Compaction as a worker does it, whichever of vLLM's model runners it has: what it remembers of
-requests, the queries that the next compaction scores with, and the moving of tokens."""
+"""Compaction as a worker does it, whichever of vLLM's model runners it has: it follows requests,
+remembers the queries that the next compaction scores with, and runs the scheduler's commands."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_kvcrush import transform
-from vllm_kvcrush.config import RequestParams, Settings
+from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine import measure
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction, StepCommands, WorkerReport
-from vllm_kvcrush.engine.ranks import Ranks
-from vllm_kvcrush.engine.region import Pages, Region
-from vllm_kvcrush.ops.fitted import Angles, LayerTable
-from vllm_kvcrush.plan import Plan, cdiv
-from vllm_kvcrush.policies.base import Held, Policy, View
-from vllm_kvcrush.policies.choice import (
-    Choice,
-    PolicyFailure,
-    choose,
-    in_position_order,
-    newest,
-)
+from vllm_kvcrush.engine.move import Move
+from vllm_kvcrush.engine.state import Backend, CacheLayer, Request
+from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.ops.fitted import Angles
+from vllm_kvcrush.plan import cdiv
+from vllm_kvcrush.policies.base import Policy
+from vllm_kvcrush.policies.choice import PolicyFailure
 from vllm_kvcrush.transform import Tables
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 logger = init_logger("vllm.kvcrush")
-
-
-class CacheLayer(Protocol):
-    """One layer's KV cache as compactions see it; `request` makes what `held` and `compact` take.
-
-    Attributes:
-        index: of the layer among those that share the cache's storage, in the order of its pages.
-        heads: KV heads of this rank.
-        scale: factor of q·k.
-        pages: what its pages are, for `Region.of`.
-        device: of its cache.
-    """
-
-    index: int
-    heads: int
-    scale: float
-
-    @property
-    def pages(self) -> Pages: ...
-    @property
-    def device(self) -> torch.device: ...
-    def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Any:
-        """A request: its region, then `tokens` raw ones in the blocks `tail` (int32), the first
-        of which stands at `position`."""
-        ...
-
-    def held(self, request: Any, tokens: int) -> Held:
-        """What every head of a request holds, `tokens` tokens."""
-        ...
-
-    def positions(self, request: Any, tokens: int) -> Tensor:
-        """Where each head's first `tokens` slots stand, int32 `[heads, tokens]`."""
-        ...
-
-    def compact(self, request: Any, kept: Tensor, target: Region) -> None:
-        """Moves the slots `kept` (int64 `[heads, k]`, each page's in position order) into the pages
-        of `target`, which may be among the request's own: all is read before any is written."""
-        ...
-
-
-class Backend(NamedTuple):
-    """How a worker's attention and compactions are done.
-
-    Attributes:
-        layer: makes a CacheLayer of (vLLM's attention layer, number of layers, its tables).
-        builder: metadata builder that is told the regions of the requests in a batch, or None
-            where all pages are raw.
-        table: makes what `layer` wants for a fitted codec; arguments as `LayerTable`.
-    """
-
-    layer: Callable[[Any, int, Mapping[str, Any]], CacheLayer]
-    builder: Any
-    table: Callable[[Tables, int, range, int, int, Angles], Any] = LayerTable
-
-
-@dataclass
-class Request:
-    """Worker-side state of a request with an active policy."""
-
-    params: RequestParams
-    # None where it could not be built: then the sinks and the newest tokens stay.
-    policy: Policy | None
-    plan: Plan
-    evicted: int = 0
-    # The compressed region in pages of another codec; None while it is raw.
-    region: Region | None = None
-    # The last `window` queries, `[layers, window, query_heads, head_size]`; the one of token p is
-    # at p % window. None until a compaction is near.
-    queries: Tensor | None = None
-    queries_end: int = 0
-    # Per layer [kv_heads, slots of the compressed region], for policies with running scores.
-    running: list[Tensor] | None = None
-    # Leading slots of the compressed region that are in the finer of two codecs, of a policy with
-    # tiers.
-    finer: int = 0
-    # Whether the log has said that its policy failed.
-    failed: bool = False
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What its policy asks the engine to keep."""
-        return frozenset() if self.policy is None else self.policy.needs
-
-    @property
-    def tiers(self) -> bool:
-        """Whether its most important tokens get the finer of two codecs."""
-        return self.policy is not None and self.policy.tiers and bool(self.plan.packings)
 
 
 class QueryTap:
@@ -186,6 +90,9 @@ class CompactionMixin(_Base):
         # whose compactions a policy failed.
         self._seconds: list[tuple[str, float]] = []
         self._failures: list[tuple[str, str]] = []
+        # The most bytes held beside the cache, by what for; and whether the scheduler knows.
+        self._peaks: dict[str, int] = {}
+        self._higher = False
         # Compactions whose choices the device has not told to be sound yet.
         self._unsettled: list[tuple[str, Request, Tensor]] = []
         # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
@@ -340,12 +247,12 @@ class CompactionMixin(_Base):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        if (self._seconds or self._failures) and output is not None:
+        if (self._seconds or self._failures or self._higher) and output is not None:
             # Where the output is copied asynchronously, the real one is wrapped: by V2, or V1.
             inner = getattr(output, "model_runner_output", output)
             inner = getattr(inner, "_model_runner_output", inner)
-            inner.kvcrush = WorkerReport(self._seconds, self._failures)
-            self._seconds, self._failures = [], []
+            inner.kvcrush = WorkerReport(self._seconds, self._failures, dict(self._peaks))
+            self._seconds, self._failures, self._higher = [], [], False
         return output
 
     # -- observation window ---------------------------------------------------------------------
@@ -369,6 +276,12 @@ class CompactionMixin(_Base):
                     near: int | None = end
                 else:
                     near = state.plan.next_compaction(start, start - state.evicted, end + window)
+                    # If it is put off, others than itself may need scores.
+                    size = self.cache_config.block_size
+                    if near is not None and not any(
+                        state.scores_at(n, size) for n in (near, near + window // 2, near + window)
+                    ):
+                        near = None
                 if near is not None and end > near - window:
                     first = max(start, end - window, near - window)
                     self._wanted.append((state, first_row + first - start, first, end - first))
@@ -390,11 +303,18 @@ class CompactionMixin(_Base):
             if state.queries is None:
                 layers, _, heads, size = taken.shape
                 state.queries = taken.new_empty(layers, window, heads, size)
+                held = [s.queries for s in self._crushed.values() if s.queries is not None]
+                self._holds("queries", sum(queries.nbytes for queries in held))
             places = torch.arange(first, first + count, device=taken.device) % window
             state.queries[:, places] = taken[:, used : used + count]
             state.queries_end = first + count
             used += count
         self._wanted = []
+
+    def _holds(self, kind: str, size: int) -> None:
+        """Remembers the most bytes that are held for one kind of thing."""
+        if size > self._peaks.get(kind, 0):
+            self._peaks[kind], self._higher = size, True
 
     def _window(self, state: Request, computed: int) -> Tensor:
         """Queries of the last `window` tokens, in order: `[layers, query_heads, window, size]`."""
@@ -419,6 +339,9 @@ class CompactionMixin(_Base):
         else:
             other = self._crushed[command.same_as]
             state.region, state.running, state.finer = other.region, other.running, other.finer
+            if (command.same_as, other.params.policy) in self._failures:
+                self._failures.append((command.request_id, state.params.policy))
+        state.compressed, state.compressed_tokens = len(command.target), command.keep
         state.evicted = command.evicted
         # The next window may reach back before this compaction.
         n, left = command.computed, command.computed - command.evicted
@@ -429,146 +352,41 @@ class CompactionMixin(_Base):
 
     def _move(self, command: Compaction, state: Request) -> None:
         """Fills the target blocks of a compaction."""
-        size, region, layers = self.cache_config.block_size, state.region, self._layers
-        device = layers[0].device
-        # Raw blocks, among them a raw compressed region, are read as one tail: slots are in order.
-        raw = command.source[command.compressed if region else 0 :]
-        tail = torch.tensor((*raw, *command.tail), dtype=torch.int32, device=device)
-        tail_tokens = len(raw) * size + command.tail_tokens
-        position = command.computed - tail_tokens
-        held = tail_tokens + (command.compressed_tokens if region else 0)
-        candidates, keep = held - command.tail_tokens, command.keep
-        target, order = Region.of(
-            command.target, command.parts, [layer.pages for layer in layers], raw, region
+        name = command.request_id
+        move = Move(
+            command,
+            state,
+            self._layers,
+            self.cache_config.block_size,
+            failed=lambda why: self._failed(name, state, why),
+            on_select=self.on_select,
         )
-        everything = torch.arange(keep, device=device).expand(layers[0].heads, -1)
-        # Tokens of two tiers lie one tier after the other. Once they are together again, fitted
-        # pages, which know the positions of some tokens only, may say of two neighbouring pages
-        # that they overlap.
-        mixed = state.tiers and region is not None
-        two = state.tiers and len(command.parts) > 1
-        chooses = keep < candidates or "running" in state.needs or mixed or two
-        queries: Tensor | None = None
-        broken: PolicyFailure | None = None
-        if chooses and "queries" in state.needs:
+        if move.scores and "queries" in state.needs:
             try:
-                queries = self._window(state, command.computed)
-            except PolicyFailure as error:
-                broken = error
-                self._failed(command.request_id, state, error)
-        sound: list[Tensor] = []
-        running: dict[int, Tensor] = {}
-
-        def view_of(index: int, request: Any) -> tuple[View, Tensor | None]:
-            """What the policy sees of a layer, and the slots of its candidates if reordered."""
-            layer = layers[index]
-            known = None
-            if "running" in state.needs:
-                known = torch.zeros(layer.heads, candidates, device=device)
-                if state.running is not None:
-                    known[:, : state.running[index].shape[1]] = state.running[index]
-            view = View(
-                held=layer.held(request, held),
-                queries=None if queries is None else queries[index],
-                scale=layer.scale,
-                candidates=candidates,
-                sinks=state.plan.sinks,
-                page_size=size,
-                running=known,
-                layer=index,
-                all_heads=_identity,
-            )
-            if not mixed:
-                return view, None
-            slots = layer.positions(request, candidates).argsort(dim=1, stable=True)
-            return in_position_order(view, slots), slots
-
-        def chosen(index: int, request: Any, trust: bool = True) -> Tensor:
-            """The slots that stay, in the order in which the target holds them."""
-            view, slots = view_of(index, request)
-            finer = command.parts[0].tokens if two else 0
-            choice = None
-            if trust and broken is None:
-                demoted = None
-                if two:
-                    later = torch.arange(candidates, device=device)
-                    later = (later >= state.finer) & (later < command.compressed_tokens)
-                    demoted = later.expand(layers[0].heads, -1)
-                    if slots is not None:
-                        demoted = demoted.gather(1, slots)
-                choice = self._ask(command.request_id, state, view, keep, finer, demoted)
-            if choice is None:
-                choice = newest(view, keep, finer)
-            else:
-                sound.append(choice.sound)
-            if choice.running is not None:
-                running[index] = choice.running
-            return choice.slots if slots is None else slots.gather(1, choice.slots)
-
-        def fill(index: int, kept: Tensor | None = None) -> None:
-            layer = layers[index]
-            request = layer.request(region, tail, tail_tokens, position)
-            if kept is None:
-                kept = chosen(index, request) if chooses else everything
-            if self.on_select is not None:
-                self.on_select(command, index, kept)
-            try:
-                layer.compact(request, kept, target)
-            except Exception as error:
-                # Refused before anything was written: a choice of ours cannot be at fault twice.
-                if not chooses:
-                    raise
-                self._failed(command.request_id, state, PolicyFailure(str(error)))
-                layer.compact(request, chosen(index, request, trust=False), target)
-
-        if chooses and order != sorted(order) and get_tensor_model_parallel_world_size() > 1:
-            # Ranks share pages out in orders of their own, but must choose in the same one.
-            choices = [
-                chosen(i, layer.request(region, tail, tail_tokens, position)).int()
-                for i, layer in enumerate(layers)
-            ]
-            for index in order:
-                fill(index, choices[index].long())
-        else:
-            for index in order:
-                fill(index)
-        if sound:
-            self._unsettled.append((command.request_id, state, torch.stack(sound).all()))
-            if device.type == "cpu":
+                move.queries = self._window(state, command.computed)
+            except PolicyFailure as why:
+                move.give_up(why)
+        move.run()
+        cpus = self._layers[0].device.type == "cpu"
+        if move.sound:
+            self._unsettled.append((name, state, torch.stack(move.sound).all()))
+            if cpus:
                 self._settle()
-        state.region = target if state.plan.packings else None
-        state.running = [running[i] for i in range(len(layers))] if running else None
+        state.region = move.target if state.plan.packings else None
+        state.running = (
+            [move.running[i] for i in range(len(self._layers))] if move.running else None
+        )
         finest = state.plan.packings[0].codec if state.plan.packings else "raw"
         first = command.parts[0]
-        state.finer = first.tokens if two or first.codec == finest else 0
+        state.finer = first.tokens if move.two or first.codec == finest else 0
+        self._holds("gathered", move.gathered)
+        if state.running:
+            known = (x for s in self._crushed.values() for x in s.running or ())
+            self._holds("running", sum(x.nbytes for x in known))
+        if cpus:
+            self._holds("scratch", cpu.scratch_peak())
 
     # -- policies that fail ---------------------------------------------------------------------
-
-    def _ask(
-        self,
-        request_id: str,
-        state: Request,
-        view: View,
-        keep: int,
-        finer: int,
-        demoted: Tensor | None,
-    ) -> Choice | None:
-        """The policy's choice for one layer, or None where it failed, here or on another rank."""
-        ranks = Ranks(view.device) if get_tensor_model_parallel_world_size() > 1 else None
-        if ranks is not None:
-            view = replace(view, all_heads=ranks.all_heads)
-        try:
-            if state.policy is None:
-                raise PolicyFailure("it cannot be built")
-            choice = choose(state.policy, view, keep, finer, demoted)
-            if ranks is not None:
-                ranks.agree("done")
-        except PolicyFailure as error:
-            if ranks is not None:
-                ranks.give_up()
-            self._failed(request_id, state, error)
-            return None
-        return choice
 
     def _failed(self, request_id: str, state: Request, why: PolicyFailure) -> None:
         """Counts a compaction that had to do without its policy; a request is logged once."""
@@ -592,7 +410,3 @@ class CompactionMixin(_Base):
             if not sound:
                 useless = "its scores have NaN, or its slots are not ascending candidates"
                 self._failed(request_id, state, PolicyFailure(useless))
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x

@@ -10,7 +10,8 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_kvcrush.engine import backend
-from vllm_kvcrush.engine.compaction import Backend, CompactionMixin
+from vllm_kvcrush.engine.compaction import CompactionMixin
+from vllm_kvcrush.engine.state import Backend
 
 
 class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):

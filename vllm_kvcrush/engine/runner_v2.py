@@ -22,7 +22,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_kvcrush import policies
 from vllm_kvcrush.config import NONE
 from vllm_kvcrush.engine.commands import Compaction
-from vllm_kvcrush.engine.compaction import Backend, CompactionMixin
+from vllm_kvcrush.engine.compaction import CompactionMixin
+from vllm_kvcrush.engine.state import Backend
 from vllm_kvcrush.ops.triton.shift import shift
 
 

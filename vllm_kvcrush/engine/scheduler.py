@@ -44,8 +44,8 @@ class _Wait:
 @dataclass
 class _Tracked:
     params: RequestParams
-    # Whether scores come from the last queries, so that the prefix cache must leave them to us.
-    queries: bool
+    # What its policy needs; queries the prefix cache must leave to us.
+    needs: frozenset[str]
     compactions: int = 0
     # Of those, in which the policy failed and sinks and newest tokens were kept.
     policy_failures: int = 0
@@ -73,7 +73,7 @@ class KVCrushSchedulerMixin(_Base):
         self._settings = Settings.from_dict(self.vllm_config.additional_config["kvcrush"])
         self._tracked: dict[str, _Tracked] = {}
         self._plans: dict[str, Plan] = {}
-        self._queries: dict[str, bool] = {}
+        self._needs: dict[str, frozenset[str]] = {}
         self._step = 0
         # Requests whose numbers changed since their client was told.
         self._unreported: set[str] = set()
@@ -90,22 +90,27 @@ class KVCrushSchedulerMixin(_Base):
             // max(1, self.kv_cache_config.num_blocks)
         )
 
+        self._pairs = ranks * sum(
+            len(group.layer_names) * group.kv_cache_spec.num_kv_heads
+            for group in self.kv_cache_config.kv_cache_groups
+        )
+
     # -- requests -------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests and request.sampling_params is not None:
             try:
                 params = self._settings.request(request.sampling_params.extra_args)
-                queries = params.active and self._uses_queries(params.policy)
+                needs = self._policy_needs(params.policy) if params.active else frozenset()
             except Exception as error:
                 # Not by way of our front-end, which refuses it; or a third party's constructor.
                 logger.error("Request %s is not compressed: %s", request.request_id, error)
-                params, queries = RequestParams(NONE, 1.0), False
+                params, needs = RequestParams(NONE, 1.0), frozenset()
             if request.resumable:
                 # A prompt that grows while it is served has no plan.
                 logger.warning_once("Requests with streaming input are not compressed.")
                 params = RequestParams(NONE, 1.0)
-            self._tracked[request.request_id] = _Tracked(params, queries)
+            self._tracked[request.request_id] = _Tracked(params, needs)
             self._unreported.add(request.request_id)
             if params.active:
                 self._plans[request.request_id] = self._settings.plan(
@@ -113,10 +118,10 @@ class KVCrushSchedulerMixin(_Base):
                 )
         super().add_request(request)
 
-    def _uses_queries(self, policy: str) -> bool:
-        if policy not in self._queries:
-            self._queries[policy] = "queries" in self._settings.build(policy).needs
-        return self._queries[policy]
+    def _policy_needs(self, policy: str) -> frozenset[str]:
+        if policy not in self._needs:
+            self._needs[policy] = self._settings.build(policy).needs
+        return self._needs[policy]
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         held = self._held_report(request)
@@ -144,10 +149,21 @@ class KVCrushSchedulerMixin(_Base):
             "kv_blocks_held": blocks,
             "kv_block_size": self._manager.block_size,
             "kv_block_bytes": self._block_bytes,
+            "kv_side_bytes": self._side_bytes(request.request_id),
             "compactions": tracked.compactions,
             "policy_failures": tracked.policy_failures,
             "policy": tracked.params.policy if tracked.params.active else "none",
         }
+
+    def _side_bytes(self, request_id: str) -> int:
+        """Bytes that workers keep beside a request's blocks between compactions, over all ranks:
+        which pages its heads own (`region.Region`), and running scores."""
+        blocks, tokens = self._manager.regions.get(request_id, (0, 0))
+        if not blocks:
+            return 0
+        directory = 7 * blocks + 8 if self._plans[request_id].packings else 0
+        running = 4 * tokens if "running" in self._tracked[request_id].needs else 0
+        return self._pairs * (directory + running)
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -333,16 +349,27 @@ class KVCrushSchedulerMixin(_Base):
         plan = self._plans.get(request.request_id)
         if plan is not None and hit:
             # The last sampled token never has KV.
-            last = request.num_prompt_tokens + request.max_tokens - 1
-            first = plan.first_compaction(min(last, self.max_model_len))
-            if first is not None:
-                window = plan.window if self._tracked[request.request_id].queries else 1
-                size = self._manager.block_size
-                cap = max(0, first - window) // size * size
+            last = min(request.num_prompt_tokens + request.max_tokens - 1, self.max_model_len)
+            cap = self._exact_until(plan, self._tracked[request.request_id].needs, last)
+            if cap is not None:
+                cap = max(0, cap) // self._manager.block_size * self._manager.block_size
                 if hit > cap:
                     blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, cap)
                     hit = cap
         return blocks, hit, boundary, diverged
+
+    @staticmethod
+    def _exact_until(plan: Plan, needs: frozenset[str], last: int) -> int | None:
+        """How many tokens of a request that grows to `last` the prefix cache may give it: those
+        before its first compaction, and before the window of the first that scores; None: all."""
+        first = plan.first_compaction(last)
+        if first is None:
+            return None
+        scored: int | None = None
+        if "queries" in needs:
+            near = min(last, first + plan.window)  # later windows begin after it
+            scored = first if "running" in needs else plan.first_scoring(near)
+        return first - 1 if scored is None else min(first - 1, scored - plan.window)
 
     # -- statistics -----------------------------------------------------------------------------
 
@@ -350,6 +377,9 @@ class KVCrushSchedulerMixin(_Base):
         self, scheduler_output: SchedulerOutput, model_runner_output: Any
     ) -> Any:
         report = getattr(model_runner_output, "kvcrush", WorkerReport())
+        for kind, size in report.peaks.items():
+            worker_bytes = self.kvcrush_stats.worker_bytes
+            worker_bytes[kind] = max(worker_bytes.get(kind, 0), size)
         for policy, seconds in report.seconds:
             self.kvcrush_stats.record_seconds(policy, seconds)
         for request_id, policy in report.failures:
@@ -375,6 +405,7 @@ class KVCrushSchedulerMixin(_Base):
         if stats is not None:
             held: dict[str, int] = {}
             raw: dict[str, int] = {}
+            size = self._block_bytes
             for request in self.running:
                 tracked = self._tracked.get(request.request_id)
                 if tracked is None:
@@ -382,15 +413,16 @@ class KVCrushSchedulerMixin(_Base):
                 name = tracked.params.policy if tracked.params.active else "none"
                 blocks = len(self._manager.req_to_blocks.get(request.request_id, ()))
                 saved = self._manager.evicted.get(request.request_id, 0)
-                held[name] = held.get(name, 0) + blocks
-                raw[name] = raw.get(name, 0) + blocks + cdiv(saved, self._manager.block_size)
-            size = self._block_bytes
+                side = self._side_bytes(request.request_id)
+                held[name] = held.get(name, 0) + blocks * size + side
+                whole = blocks + cdiv(saved, self._manager.block_size)
+                raw[name] = raw.get(name, 0) + whole * size
             stats.kv_connector_stats = {
                 **(stats.kv_connector_stats or {}),
                 "kvcrush": {
                     **self.kvcrush_stats.take(),
-                    "kv_bytes_held": {k: v * size for k, v in held.items()},
-                    "kv_bytes_raw_equivalent": {k: v * size for k, v in raw.items()},
+                    "kv_bytes_held": held,
+                    "kv_bytes_raw_equivalent": raw,
                 },
             }
         return stats

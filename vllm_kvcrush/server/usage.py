@@ -163,7 +163,7 @@ def _details(state: Any) -> Details:
         "held": report["kv_tokens_held"] + since,
         "raw": raw,
         "compactions": report["compactions"],
-        "kv_bytes_held": blocks * report["kv_block_bytes"],
+        "kv_bytes_held": blocks * report["kv_block_bytes"] + report["kv_side_bytes"],
         "kv_bytes_raw": cdiv(raw, size) * report["kv_block_bytes"],
         "policy": report["policy"],
     }

@@ -10,7 +10,7 @@ import torch
 
 from vllm_kvcrush.engine.backend_stock import StockCacheLayer
 from vllm_kvcrush.engine.backend_triton import KVCrushTritonMetadataBuilder, TritonCacheLayer
-from vllm_kvcrush.engine.region import Region, Stage
+from vllm_kvcrush.engine.region import Region
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.shift import shift
 from vllm_kvcrush.plan import Part
@@ -62,8 +62,8 @@ def test_raw_pages_in_any_layout(order: str) -> None:
     assert torch.equal(torch.cat([seen.keys, seen.values], -1), keys_values)
     # Six survivors of each head, into two blocks, one of them a source.
     kept = torch.stack([torch.randperm(12)[:6].sort().values for _ in range(heads)])
-    target = Region.of([2, 4], [Part("raw", 6)], [layer.pages] * layers)
-    layer.compact(request, kept, target, None)
+    target, _ = Region.of([2, 4], [Part("raw", 6)], [layer.pages] * layers, source)
+    layer.compact(request, kept, target)
     want = keys_values.gather(1, kept.unsqueeze(-1).expand(-1, -1, 2 * k_size))
     assert torch.equal(tokens([2, 4], cache)[:, :6], want)
     untouched = [b for b in range(blocks) if b not in (2, 4)]
@@ -107,10 +107,10 @@ def test_compactions_on_triton_pages() -> None:
         choices: list[torch.Tensor],
     ) -> tuple[Region, list[list[int]]]:
         """`held`: positions by head, of all slots; `choices`: slots of each part, by head."""
-        new = Region.of(target, parts, [layer.pages for layer in layers])
-        stage = Stage(new, region, layers[0].pages)
+        new, order = Region.of(target, parts, [layer.pages for layer in layers], tail, region)
         table = torch.tensor(tail, dtype=torch.int32)
-        for i, layer in enumerate(layers):
+        for i in order:
+            layer = layers[i]
             request = layer.request(region, table, tail_tokens, n - tail_tokens)
             slots = len(held[0])
             if region is not None:
@@ -123,10 +123,7 @@ def test_compactions_on_triton_pages() -> None:
                 torch.testing.assert_close(
                     seen.values[head], value[i, head, held[head]], rtol=0, atol=0.5
                 )
-            for part, choice in enumerate(choices):
-                one = part if len(choices) > 1 else None
-                layer.compact(request, choice, new, stage.pages, one)
-        stage.finish()
+            layer.compact(request, torch.cat(choices, 1), new)
         return new, [
             [held[head][s] for choice in choices for s in choice[head].tolist()]
             for head in range(HEADS)
@@ -139,13 +136,12 @@ def test_compactions_on_triton_pages() -> None:
     first, at = step(
         None, every, tail_blocks, n, [1, 2, 5, 6][: -(-96 // room)], [Part("int8", 96)], [kept]
     )
-    assert first.own
     tail, rest = tail_blocks[8:], list(range(128, n))
     # All of them: the newest 40 in int8, the others in int4; a target is a source.
     both = [Part("int4", 56), Part("int8", 40)]
     all_slots = torch.arange(96).expand(HEADS, -1)
     second, at = step(first, [a + rest for a in at], tail, len(rest), [2, 7, 8], both, [all_slots])
-    assert not second.own and at == [a[:96] for a in at]
+    assert at == [a[:96] for a in at]
     # The finer part is chosen by importance: its slots ascend in position, and so do the others'.
     by_head = [torch.randperm(96) for _ in range(HEADS)]
     finer = torch.stack([order[:30].sort().values for order in by_head])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.gpu.v2.engine import BLOCK, VOCABULARY, Answer, Engine
+from tests.ledger import Ledger
 
 RAW = ("streaming", "snapkv", "h2o", "kvcrush")
 PACKED = ("int8", "int4", "mikv")
@@ -69,6 +70,17 @@ def test_a_request_alone(policy: str, v1: Engine, v2: Engine) -> None:
     assert got[0].steps[-1].length < 274 - 4 * BLOCK
 
 
+@pytest.mark.parametrize("policy", (*RAW, *PACKED))
+def test_pages_say_where_their_tokens_stand(policy: str, v2: Engine) -> None:
+    ledger = Ledger(v2.runner)
+    try:
+        extra: list[dict[str, Any]] = [{"kv_policy": policy, "kv_budget": b} for b in (0.3, 96)]
+        v2.run(prompts(240, 60, seed=4), 150, extra)
+    finally:
+        ledger.close()
+    assert sum(ledger.compactions.values()) >= 8 and not ledger.failures.total()
+
+
 def test_a_request_state_is_clean_for_the_next(v2: Engine) -> None:
     """vLLM gives the state of a request that is over to the next one."""
     (first,) = v2.run(prompts(150), 2, [{"kv_policy": "streaming"}])
@@ -101,9 +113,18 @@ def test_eviction_changes_what_is_said(v1: Engine, v2: Engine) -> None:
 def test_fitted_codecs(model: str, tables: str, v1_fitted: Engine) -> None:
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("tc4", "none", "auto", "tc8")]
     job = (prompts(250, 40, 300, 280, seed=6), 12, extra)
-    want, got = (e.run(*job) for e in (v1_fitted, Engine(model, v2=True, tables=tables)))
+    v2_fitted = Engine(model, v2=True, tables=tables)
+    want, got = (e.run(*job) for e in (v1_fitted, v2_fitted))
     assert_equal(got, want)
     assert [a.compactions > 0 for a in got] == [True, False, True, True]
+    # And pages say where their tokens stand, after codecs of all kinds.
+    ledger = Ledger(v2_fitted.runner)
+    try:
+        more = [{"kv_policy": p, "kv_budget": 96} for p in ("tc6", "mikv", "auto", "tc4")]
+        v2_fitted.run(prompts(60, 70, 250, 200, seed=5), 150, more)
+    finally:
+        ledger.close()
+    assert sum(ledger.compactions.values()) >= 12 and not ledger.failures.total()
 
 
 def test_a_preempted_request_is_compacted_again(model: str) -> None:

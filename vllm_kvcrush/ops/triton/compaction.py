@@ -104,7 +104,7 @@ def compact(
     if knobs.runtime.interpret or knobs.runtime.debug:
         _check_order(target, where)
     if layer.fitted is not None and where.shape[1]:
-        where = stored_positions(where)
+        where = _within_tables(stored_positions(where), target, layer.fitted.positions)
     encode(into or layer, target, key, value, where)
 
 
@@ -120,6 +120,17 @@ def stored_positions(read: Tensor) -> Tensor:
     back = F.pad(read[:, 1:] < read[:, :-1], (1, 0)) | (read < 0)
     part = back.cumsum(1) << 40  # more than any positions are apart
     return ((read - steps + part).cummax(1).values - part + steps).int()
+
+
+def _within_tables(where: Tensor, target: Request, limit: int) -> Tensor:
+    """The positions [kv_heads, n] of what fills `target`, such that none in a page of a fitted
+    codec is beyond `limit`: tokens that tied may have been moved on past the end."""
+    entries = torch.arange(len(target.count), device=where.device)
+    entry = entries.repeat_interleave(target.count, output_size=where.numel()).view_as(where)
+    place = torch.arange(where.shape[1], device=where.device) - target.first[entry]
+    most = limit - target.count[entry] + place
+    fitted = target.codec[entry] >= CODECS[FITTED[0]]
+    return torch.where(fitted, where.minimum(most), where).int()
 
 
 def _check_order(target: Request, read: Tensor) -> None:
