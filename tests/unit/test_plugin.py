@@ -47,6 +47,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "_not_ours", set())
     monkeypatch.setattr(plugin, "_problem", None)
     monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.32.0"))
+    # vLLM, once imported, keeps its loggers' lines from pytest.
+    monkeypatch.setattr(plugin, "logger", logging.getLogger("tests.kvcrush"))
     # What the real vLLM has is another test's business.
     monkeypatch.setattr(plugin.server, "wrap", lambda owner, name, make: None)
     monkeypatch.setattr(plugin.server, "register", lambda: None)
