@@ -279,6 +279,8 @@ class KVCrushSchedulerMixin(_Base):
         full = n // self._manager.block_size
         if n > request.num_prompt_tokens or not 0 < full <= len(request.block_hashes):
             return None
+        if request.prompt_embeds is not None:
+            return None  # of which tokens after the last full block say nothing
         compressed, _ = self._manager.regions.get(request.request_id, (0, 0))
         blocks = self._manager.req_to_blocks[request.request_id][:compressed]
         return (
