@@ -34,8 +34,8 @@ MAX_MODEL_LEN = 2048
 LAYERS, KV_HEADS, HEAD_SIZE, VOCABULARY = 2, 2, 64, 256
 AT_ONCE = 12
 TABLES = ".safetensors"  # beside the model's folder, where vLLM does not take them for weights
-# A process's memory may still grow by this much in the last third of the run: oneDNN keeps something
-# for each number of tokens that a step had in float32. In bfloat16 nothing grows.
+# A process's memory may still grow by this much in the last third of the run: in float32 oneDNN
+# keeps something for each number of tokens that a step had. In bfloat16 nothing grows.
 MOST_GROWTH = 64 * 2**20
 
 
