@@ -473,6 +473,7 @@ struct Piece {
     int64_t entry, first, count;
     int64_t copied;   // source entry that is copied as it is, or -1
     int64_t waiting;  // page of the staging memory that it is written to first, or -1
+    int32_t last;     // position of its last token as it was read
 };
 
 // Why slots cannot fill pages in the order that they are given in.
@@ -510,7 +511,7 @@ Disorder order_positions(const Layer &layer, const kvc_directory &target, Piece 
             if (stored > INT32_MAX) found.kind = Disorder::kBeyond;
             if (kept && found.kind != Disorder::kNone) return found;
             if (stored != position) piece->copied = -1;
-            before = position;
+            before = piece->last = position;
             positions[i] = static_cast<int32_t>(std::min<int64_t>(stored, INT32_MAX));
         }
     }
@@ -542,7 +543,7 @@ int bad_order(int head, const Disorder &found) {
 }
 
 int compact(const Layer &layer, const kvc_request &request, const int64_t *slots,
-            const int64_t *slot_start, const kvc_directory &target, uint8_t *staged) {
+            const int64_t *slot_start, const kvc_directory &target) {
     const Source source{layer, request};
     const int heads = layer.num_kv_heads;
     std::vector<Piece> pieces;
@@ -558,7 +559,7 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
         int64_t used = 0;
         first_piece.push_back(pieces.size());
         for (int64_t e = target.begin[h]; e < target.end[h]; ++e) {
-            pieces.push_back({h, e, slot_start[h] + used, target.count[e], -1, -1});
+            pieces.push_back({h, e, slot_start[h] + used, target.count[e], -1, -1, 0});
             used += target.count[e];
             keeps_positions |= target.count[e] != 0 && positions_kept(target.codec[e]);
         }
@@ -596,8 +597,8 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
                 return bad_order(h, found[static_cast<size_t>(h)]);
         for (const Piece &piece : pieces) {
             const int codec = target.codec[piece.entry];
-            // Tokens that tie may have been moved on past the end, which none of them is beyond.
-            if (fitted(codec) && piece.copied < 0) {
+            // Tokens that tied may have been moved on past the end, which none of them was beyond.
+            if (fitted(codec) && piece.copied < 0 && piece.last < layer.table(codec)->positions) {
                 const int64_t end = layer.table(codec)->positions - piece.count;
                 int32_t *own = positions + piece.first;
                 for (int64_t t = piece.count - 1; t >= 0 && own[t] > end + t; --t)
@@ -611,19 +612,17 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
     }
     // Pages that are sources too are written when all is read.
     int64_t waiting = 0;
-    if (staged == nullptr) {
-        std::vector<int64_t> read;
-        for (int h = 0; h < heads; ++h) {
-            for (int64_t e = source.begin(h); e < source.end(h); ++e)
-                read.push_back(request.directory.page[e]);
-            for (int64_t i = 0; i * layer.block_size < request.tail_length; ++i)
-                read.push_back(layer.tail_page(request.tail_table[i], h));
-        }
-        std::sort(read.begin(), read.end());
-        for (Piece &piece : pieces)
-            if (std::binary_search(read.begin(), read.end(), int64_t{target.page[piece.entry]}))
-                piece.waiting = waiting++;
+    std::vector<int64_t> read;
+    for (int h = 0; h < heads; ++h) {
+        for (int64_t e = source.begin(h); e < source.end(h); ++e)
+            read.push_back(request.directory.page[e]);
+        for (int64_t i = 0; i * layer.block_size < request.tail_length; ++i)
+            read.push_back(layer.tail_page(request.tail_table[i], h));
     }
+    std::sort(read.begin(), read.end());
+    for (Piece &piece : pieces)
+        if (std::binary_search(read.begin(), read.end(), int64_t{target.page[piece.entry]}))
+            piece.waiting = waiting++;
     uint8_t *staging = waiting != 0
                            ? staging_memory.get(static_cast<size_t>(waiting * layer.page_bytes))
                            : nullptr;
@@ -637,7 +636,6 @@ int compact(const Layer &layer, const kvc_request &request, const int64_t *slots
     bool done = each(n, scratch, alone, [&](int64_t i, uint8_t *memory) {
         const Piece &piece = pieces[static_cast<size_t>(i)];
         uint8_t *page = layer.pool + target.page[piece.entry] * layer.page_bytes;
-        if (staged != nullptr) page = staged + piece.entry * layer.page_bytes;
         if (piece.waiting >= 0) page = staging + piece.waiting * layer.page_bytes;
         if (piece.copied >= 0) {
             std::memcpy(page, layer.page(request.directory.page[piece.copied]), page_bytes);
@@ -894,14 +892,13 @@ KVC_EXPORT int kvc_decode(const kvc_layer *given, int32_t codec, int32_t head, i
 }
 
 KVC_EXPORT int kvc_compact(const kvc_layer *given, const kvc_request *source, const int64_t *slots,
-                           const int64_t *slot_start, const kvc_directory *target,
-                           uint8_t *staged) {
+                           const int64_t *slot_start, const kvc_directory *target) {
     return guarded([&] {
         Layer layer;
         if (check_layer(given, layer) != 0 || check_request(layer, *source) != 0) return -1;
         if (target->begin == nullptr) return fail("a compaction needs target pages");
         if (check_directory(layer, *target, 0) != 0) return -1;
-        return compact(layer, *source, slots, slot_start, *target, staged);
+        return compact(layer, *source, slots, slot_start, *target);
     });
 }
 

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KVC_VERSION 4
+#define KVC_VERSION 5
 
 enum { KVC_F32 = 0, KVC_BF16 = 1, KVC_F16 = 2 };
 
@@ -185,11 +185,9 @@ typedef struct {
  * all is refused and nothing written. Only where the layer has fitted codecs may positions tie,
  * since what their pages keep is rounded down: of a head's slots, page after page, those that tie
  * are moved to the next free position. A source page whose tokens fill a page of the same codec is
- * copied. Targets may be sources. With `staged`, entry e of `target` is
- * written at staged + e * page_bytes instead of its page, for the caller to copy there: pages of
- * one layer may then lie where other layers have not been read yet. */
+ * copied. Targets may be sources. */
 int kvc_compact(const kvc_layer *layer, const kvc_request *source, const int64_t *slots,
-                const int64_t *slot_start, const kvc_directory *target, uint8_t *staged);
+                const int64_t *slot_start, const kvc_directory *target);
 
 /* Reads a request's slots in order as float K [n, k_size] and V [n, v_size] and positions of one
  * head, n tokens from slot `first`; each output may be null. */

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_kvcrush.ops.fitted import COARSE
 from vllm_kvcrush.pages import CODECS, FITTED, STRIP
 
 FITTED_NUMBERS = {CODECS[codec] for codec in FITTED}
@@ -116,7 +117,7 @@ class Ledger:
         assert max(owners.values()) == 1, "two heads share a page"
         pairs = self._runner._layers[0].pages.block_pages
         assert {page // pairs for page in owners} <= set(command.target)
-        limit = self._runner.model_config.max_model_len
+        limit = -(-self._runner.model_config.max_model_len // COARSE) * COARSE
         found = []
         for i, layer in enumerate(self._runner._layers):
             request = layer.request(region, nothing, 0, command.computed)

@@ -280,7 +280,7 @@ def test_queries_are_taken_only_where_a_compaction_scores(
     monkeypatch.setattr(engine.runner._tap, "take", lambda: taken.append(1) or take())
     params = engine.params(40, kv_policy=policy, kv_budget=budget)
     (result,) = engine.generate([ids[5000:5400]], params)
-    assert result.kv_tokens_details["compactions"] >= 2
+    assert result.kv_tokens_details["compactions"] >= 1
     assert bool(taken) == (policy == "kvcrush")
     peaks = engine.runner._peaks
     assert peaks["scratch"] > 0

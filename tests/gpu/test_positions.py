@@ -139,7 +139,8 @@ def test_tokens_that_tie_at_the_end_stay_within_the_tables(
 ) -> None:
     """Moved on by tokens before them, the last ones would be beyond the longest context."""
     both = Both(draw, device, ("int8",))
-    near = torch.arange(POSITIONS - 20, POSITIONS, dtype=torch.int32)
+    end = fitted.Angles(both.gpu.tables["tc4"].rope, POSITIONS).positions
+    near = torch.arange(end - 20, end, dtype=torch.int32)
     both.entries, both.held = [], 40
     for head in range(HEADS):
         for codec in ("int8", "tc4"):
@@ -154,7 +155,7 @@ def test_tokens_that_tie_at_the_end_stay_within_the_tables(
     own, other = both.positions(pages)
     assert torch.equal(own, other)
     strips = torch.arange(0, 40, 16)
-    assert torch.equal(own[:, strips].long(), (POSITIONS - 40 + strips).expand(HEADS, -1))
+    assert torch.equal(own[:, strips].long(), (end - 40 + strips).expand(HEADS, -1))
 
 
 def test_slots_out_of_order_are_refused(draw: random.Random, device: str, mode: str) -> None:

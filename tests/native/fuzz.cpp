@@ -1695,9 +1695,6 @@ class Case {
             }
         kvc_layer used = layer;
         kvc_directory view = target.view();
-        std::vector<uint8_t> staged;
-        if (random_.chance(30))
-            staged.resize(target.page.size() * static_cast<size_t>(layer.page_bytes));
         if (hostile(30)) {
             valid = refuse = false;
             switch (random_.in(0, 4)) {
@@ -1726,11 +1723,11 @@ class Case {
         }
         {
             std::set<int64_t> allowed = asked.allowed;
-            if (staged.empty()) allow(allowed, target);
+            allow(allowed, target);
             const Only only(cache_, allowed);
             before("kvc_compact");
-            const int status = kvc_compact(&used, &asked.request, slots.data(), start.data(), &view,
-                                           staged.empty() ? nullptr : staged.data());
+            const int status =
+                kvc_compact(&used, &asked.request, slots.data(), start.data(), &view);
             if (refuse)
                 must_refuse(status);
             else if (valid)
@@ -1746,10 +1743,6 @@ class Case {
             content.positions.assign(static_cast<size_t>(content.count), 0);
         }
         if (!valid) return;
-        for (size_t e = 0; e < target.page.size() && !staged.empty(); ++e)
-            std::memcpy(layer.pool + target.page[e] * layer.page_bytes,
-                        staged.data() + static_cast<int64_t>(e) * layer.page_bytes,
-                        static_cast<size_t>(layer.page_bytes));
         for (int h = 0; h < heads; ++h)
             compare_compacted(target, slots, start, h, keys, values, places);
     }

@@ -21,7 +21,7 @@ from torch import Tensor
 from vllm_kvcrush.ops.fitted import LayerTable
 from vllm_kvcrush.pages import CODECS, FITTED
 
-VERSION = 4
+VERSION = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _i32, _i64, _ptr = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -112,7 +112,7 @@ def _load() -> ctypes.CDLL:
         "kvc_check_layer": [_ptr],
         "kvc_encode": [_ptr, _i32, _i32, _i64, _i32, _ptr, _ptr, _ptr],
         "kvc_decode": [_ptr, _i32, _i32, _i64, _i32, _ptr, _ptr, _ptr],
-        "kvc_compact": [_ptr, _ptr, _ptr, _ptr, _ptr, _ptr],
+        "kvc_compact": [_ptr, _ptr, _ptr, _ptr, _ptr],
         "kvc_read": [_ptr, _ptr, _i32, _i64, _i64, _ptr, _ptr, _ptr],
         "kvc_window_scores": [_ptr, _ptr, _ptr, _i32, _i64, _i64, _ptr, _i64, _ptr],
         "kvc_top_mask": [_i64, _i64, _ptr, _i64, _ptr],
@@ -498,14 +498,11 @@ def compact(
     source: Request,
     slots: Sequence[Tensor] | Tensor,
     target: Directory,
-    staged: Tensor | None = None,
 ) -> None:
     """Moves chosen tokens of a request into new pages, decoding and encoding on the way; a page
     whose tokens all stay together, in its codec, is copied.
 
-    All is read before anything is written: targets may be among this layer's sources. With
-    `staged`, uint8 [entries, page_bytes], entry e of `target` is written to row e instead of its
-    page.
+    All is read before anything is written: targets may be among this layer's sources.
 
     Args:
         slots: for each KV head int64 [n]: slots among the directory's tokens in order, then the
@@ -533,7 +530,6 @@ def compact(
             flat.data_ptr(),
             start.data_ptr(),
             ctypes.addressof(target.struct),
-            _address(staged, torch.uint8),
         )
     )
 

@@ -11,7 +11,8 @@ import os
 
 import pytest
 
-from tests.gpu.v2.engine import Engine, save_model, save_tables
+from tests import tiny
+from tests.gpu.v2.engine import SHAPE, Engine
 
 collect_ignore_glob = ["test_*.py"]
 if os.environ.get("KVCRUSH_V2_TESTS"):
@@ -37,7 +38,7 @@ def quick_launches(interpreter: None) -> None:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("tiny"))
-    save_model(path)
+    tiny.save_model(path, SHAPE)
     return path
 
 
@@ -54,7 +55,7 @@ def v2(model: str, v1: Engine) -> Engine:
 @pytest.fixture(scope="session")
 def tables(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("tables") / "tables.safetensors")
-    save_tables(model, path)
+    tiny.save_tables(model, path, SHAPE)
     return path
 
 

@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
+from tests import tiny
 
 BLOCK = 32  # vLLM's CPU attention takes multiples
 LAYERS, KV_HEADS, HEAD_SIZE, VOCABULARY = 2, 2, 32, 256
 INTERVALS = {"prefill_interval": 64, "decode_interval": 16}
-
-
-def save_model(path: str) -> None:
-    """A random Llama whose greedy text does not repeat itself at once."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=2 * KV_HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_SIZE,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-
-
-def save_tables(model: str, path: str) -> None:
-    """Transform tables of the model, of what is not its own: they need not be good."""
-    from vllm_kvcrush import transform
-
-    config = json.loads((pathlib.Path(model) / "config.json").read_text())
-    rope = transform.Rope.from_config(config)
-    keys = torch.randn(LAYERS, KV_HEADS, 512, HEAD_SIZE)
-    queries = torch.randn(LAYERS, 2 * KV_HEADS, 512, HEAD_SIZE)
-    statistics = transform.Statistics.of(keys, queries)
-    tables = [transform.fit(statistics, point, rope, 512) for point in transform.POINTS]
-    transform.save(path, transform.Model.from_config(config), tables, "random")
+SHAPE = tiny.Shape(LAYERS, KV_HEADS, HEAD_SIZE, VOCABULARY, 512)
 
 
 class Step(NamedTuple):

@@ -83,9 +83,7 @@ def encode(
         )  # fmt: skip
 
 
-def compact(
-    layer: Layer, source: Request, slots: Tensor, target: Request, into: Layer | None = None
-) -> None:
+def compact(layer: Layer, source: Request, slots: Tensor, target: Request) -> None:
     """Moves chosen tokens of a request into new pages, decoding and encoding on the way.
 
     All is read before anything is written: targets may be among this layer's sources.
@@ -93,7 +91,6 @@ def compact(
     Args:
         slots: int64 [kv_heads, n], in position order within each page that keeps positions.
         target: its entries say which pages each head fills, each with as many as its count says.
-        into: the layer over the pool that these pages are in; None: the same.
 
     Raises:
         ValueError: slots of a page are not in position order. Known only where kernels are
@@ -104,8 +101,8 @@ def compact(
     if knobs.runtime.interpret or knobs.runtime.debug:
         _check_order(target, where)
     if layer.fitted is not None and where.shape[1]:
-        where = _within_tables(stored_positions(where), target, layer.fitted.positions)
-    encode(into or layer, target, key, value, where)
+        where = _within_tables(where, target, layer.fitted.positions)
+    encode(layer, target, key, value, where)
 
 
 def stored_positions(read: Tensor) -> Tensor:
@@ -122,14 +119,16 @@ def stored_positions(read: Tensor) -> Tensor:
     return ((read - steps + part).cummax(1).values - part + steps).int()
 
 
-def _within_tables(where: Tensor, target: Request, limit: int) -> Tensor:
-    """The positions [kv_heads, n] of what fills `target`, such that none in a page of a fitted
-    codec is beyond `limit`: tokens that tied may have been moved on past the end."""
-    entries = torch.arange(len(target.count), device=where.device)
-    entry = entries.repeat_interleave(target.count, output_size=where.numel()).view_as(where)
-    place = torch.arange(where.shape[1], device=where.device) - target.first[entry]
+def _within_tables(read: Tensor, target: Request, limit: int) -> Tensor:
+    """`stored_positions`, such that none in a page of a fitted codec is moved beyond `limit`, which
+    is what its tables know, unless one was read from there."""
+    where = stored_positions(read)
+    entries = torch.arange(len(target.count), device=read.device)
+    entry = entries.repeat_interleave(target.count, output_size=read.numel()).view_as(read)
+    place = torch.arange(read.shape[1], device=read.device) - target.first[entry]
+    last = read.gather(1, (target.first + target.count - 1)[entry].long())
+    fitted = (target.codec[entry] >= CODECS[FITTED[0]]) & (last < limit)
     most = limit - target.count[entry] + place
-    fitted = target.codec[entry] >= CODECS[FITTED[0]]
     return torch.where(fitted, where.minimum(most), where).int()
 
 

@@ -1,0 +1,53 @@
+"""Tiny random models, for engines whose words nobody reads."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """Sizes of a Llama with two query heads for each KV head."""
+
+    layers: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    positions: int
+
+
+def save_model(path: str, shape: Shape) -> None:
+    """A random Llama whose greedy text does not repeat itself at once."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=2 * shape.kv_heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        max_position_embeddings=shape.positions,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+
+
+def save_tables(model: str, path: str, shape: Shape) -> None:
+    """Transform tables of the model, of what is not its own: they need not be good. Not in the
+    model's folder, where vLLM takes all such files for weights."""
+    import torch
+
+    from vllm_kvcrush import transform
+
+    config = json.loads((pathlib.Path(model) / "config.json").read_text())
+    rope = transform.Rope.from_config(config)
+    keys = torch.randn(shape.layers, shape.kv_heads, 512, shape.head_size)
+    queries = torch.randn(shape.layers, 2 * shape.kv_heads, 512, shape.head_size)
+    statistics = transform.Statistics.of(keys, queries)
+    tables = [transform.fit(statistics, point, rope, 512) for point in transform.POINTS]
+    transform.save(path, transform.Model.from_config(config), tables, "random")
