@@ -168,7 +168,8 @@ def test_a_budget_shows_in_bytes_where_every_token_stays(server: Server, long: s
         _, text = post(server, "/v1/completions", body("/v1/completions", long, **extra))
         kept = json.loads(text)["usage"]["kv_tokens_details"]
         assert kept["held"] == kept["raw"] and kept["compactions"] >= 1
-        assert kept["kv_bytes_held"] % BLOCK_BYTES == 0
+        # Whole blocks, and which pages its heads own.
+        assert 0 < kept["kv_bytes_held"] % BLOCK_BYTES < BLOCK_BYTES / 100
         shares.append(kept["kv_bytes_held"] / kept["kv_bytes_raw"])
         assert shares[-1] <= budget + 32 * 3 / kept["raw"]
     # Never compacted: all bytes are there.

@@ -47,15 +47,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugin, "_not_ours", set())
     monkeypatch.setattr(plugin, "_problem", None)
     monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.32.0"))
-<<<<<<< HEAD
-    # vLLM, once imported, keeps its loggers' lines from pytest.
-    monkeypatch.setattr(plugin, "logger", logging.getLogger("tests.kvcrush"))
-=======
     # vLLM and others, once imported, keep lines of its loggers from pytest.
     logger = logging.getLogger("tests.kvcrush")
     logger.setLevel(logging.WARNING)
     monkeypatch.setattr(plugin, "logger", logger)
->>>>>>> wt-config
     # What the real vLLM has is another test's business.
     monkeypatch.setattr(plugin.server, "wrap", lambda owner, name, make: None)
     monkeypatch.setattr(plugin.server, "register", lambda: None)

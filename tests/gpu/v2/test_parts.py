@@ -121,7 +121,7 @@ def test_compactions_on_triton_pages() -> None:
                     seen.keys[head], key[i, head, held[head]], rtol=0, atol=0.3
                 )
                 torch.testing.assert_close(
-                    seen.values[head], value[i, head, held[head]], rtol=0, atol=0.5
+                    seen.values[head], value[i, head, held[head]], rtol=0, atol=0.7
                 )
             layer.compact(request, torch.cat(choices, 1), new)
         return new, [
