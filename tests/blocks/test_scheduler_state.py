@@ -7,6 +7,7 @@ agree, and the design's bound must hold.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -585,3 +586,25 @@ def test_copies_of_a_prompt_in_a_small_pool(
         lives.admit(prompt[:-9], max_tokens=other, policy="none", budget=None, copies=2)
         lives.admit(prompt[:100], max_tokens=90, policy="none", budget=None, copies=1)
         lives.drain()
+
+
+@pytest.mark.parametrize("extra", [{"kv_policy": "tc8"}, {"kv_policy": "h2o"}, {7: 1}], ids=str)
+def test_a_request_that_no_front_end_saw_has_no_plan(extra: dict[Any, Any]) -> None:
+    """It asks for what is not served: a policy without its tables, or one that is not allowed."""
+    lives = SchedulerMachine()
+    lives.start(
+        block_size=8, num_blocks=24, chunk=40, seqs=2, window=8, sinks=4, prefill_interval=32,
+        decode_interval=8, policy="auto", budget=0.25, prefix_caching=True, seed=0, tables=False,
+    )  # fmt: skip
+    allowed = tuple(name for name in lives.scheduler._settings.allow if name != "h2o")
+    lives.scheduler._settings = dataclasses.replace(lives.scheduler._settings, allow=allowed)
+    request = Request(
+        request_id="r",
+        prompt_token_ids=[2] * 60,
+        sampling_params=SamplingParams(max_tokens=9, extra_args=extra),
+        pooling_params=None,
+        block_hasher=lives.hasher,
+    )
+    lives.scheduler.add_request(request)
+    assert not lives.scheduler._plans
+    assert lives.scheduler._tracked["r"].params.policy == "none"

@@ -201,6 +201,8 @@ def test_a_policy_that_fails_keeps_sinks_and_newest(
         {"kv_budget": "much"},
         {"kv_budget": float("nan")},
         {"kv_budget": -5},
+        {"kv_budget": 20},
+        {"kv_size": 7},
         {"kv_budget": [1]},
     ],
     ids=str,

@@ -99,9 +99,17 @@ class KVCrushSchedulerMixin(_Base):
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests and request.sampling_params is not None:
+            plan = None
             try:
-                params = self._settings.request(request.sampling_params.extra_args)
+                params = self._settings.validate_request(
+                    request.sampling_params.extra_args,
+                    self._manager.block_size,
+                    self.max_model_len,
+                )
                 needs = self._policy_needs(params.policy) if params.active else frozenset()
+                plan = self._settings.plan(
+                    params, request.num_prompt_tokens, self._manager.block_size
+                )
             except Exception as error:
                 # Not by way of our front-end, which refuses it; or a third party's constructor.
                 logger.error("Request %s is not compressed: %s", request.request_id, error)
@@ -112,10 +120,8 @@ class KVCrushSchedulerMixin(_Base):
                 params = RequestParams(NONE, 1.0)
             self._tracked[request.request_id] = _Tracked(params, needs)
             self._unreported.add(request.request_id)
-            if params.active:
-                self._plans[request.request_id] = self._settings.plan(
-                    params, request.num_prompt_tokens, self._manager.block_size
-                )
+            if params.active and plan is not None:
+                self._plans[request.request_id] = plan
         super().add_request(request)
 
     def _policy_needs(self, policy: str) -> frozenset[str]:

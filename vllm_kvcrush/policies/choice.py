@@ -87,12 +87,12 @@ def choose(
             slots = torch.cat(parts, 1)
             sound = sound & (slots.sort(1).values == kept).all()
             slots = torch.where(sound, slots, instead.slots)
-        running = policy.running(view, scores)
-        if running is not None:
+        running = None
+        if "running" in policy.needs:  # nobody reads what others return
+            running = policy.running(view, scores)
             _require("running", running, (heads, m), _is_float, "floats")
+            assert running is not None
             running = running.float().nan_to_num().gather(1, slots)
-        elif "running" in policy.needs:
-            raise PolicyFailure('running returned None, though the policy needs "running"')
     except PolicyFailure:
         raise
     except Exception as error:
