@@ -104,7 +104,7 @@ class Request:
     @property
     def tiers(self) -> bool:
         """Whether its most important tokens get the finer of two codecs."""
-        return self.policy is not None and self.policy.tiers and bool(self.plan.packings)
+        return self.plan.tiers and bool(self.plan.packings)
 
     def scores_at(self, n: int, block_size: int) -> bool:
         """Whether a compaction at n would have its policy choose among tokens."""
