@@ -33,10 +33,10 @@ setup:
 	@scripts/setup.sh
 
 model: setup
-	@$(BIN)/python -m vllm_kvcrush.demo_model >/dev/null
+	@$(BIN)/python -m vllm_kvcrush.tools.demo_model >/dev/null
 
 serve: model
-	@MODEL="$$($(BIN)/python -m vllm_kvcrush.demo_model)" PORT=$(PORT) scripts/serve.sh $(ARGS)
+	@MODEL="$$($(BIN)/python -m vllm_kvcrush.tools.demo_model)" PORT=$(PORT) scripts/serve.sh $(ARGS)
 
 test: model
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,4 +1,4 @@
-// What a page looks like inside. Defined here once; vllm_kvcrush/pages.py mirrors the sizes and a
+// What a page looks like inside. Defined here once; vllm_kvcrush/codecs/layout.py mirrors the sizes and a
 // test asks the library whether the two agree.
 //
 // The unit of every page is a *strip* of 16 tokens, and the unit of a strip a *panel*: 16 lanes

@@ -32,7 +32,7 @@ def pytest_report_header() -> str:
 
 @pytest.fixture(scope="session")
 def model_path() -> str:
-    from vllm_kvcrush import demo_model
+    from vllm_kvcrush.tools import demo_model
 
     return str(demo_model.prepare(say=lambda line: print(line, file=sys.stderr)))
 
@@ -47,15 +47,16 @@ def text() -> str:
 @pytest.fixture(scope="session")
 def tables(model_path: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Transform tables of the demo model by codec, where the plugin looks for them. Made once."""
-    from vllm_kvcrush import calibrate, pages, transform
+    from vllm_kvcrush.codecs import layout, transform
+    from vllm_kvcrush.codecs.transform import calibrate
 
     config = json.loads(pathlib.Path(model_path, "config.json").read_text())
     path = transform.default_path(config)
     try:
-        return {codec: transform.load(path, config, codec) for codec in pages.FITTED}
+        return {codec: transform.load(path, config, codec) for codec in layout.FITTED}
     except transform.TablesError:
         prose = tmp_path_factory.mktemp("prose") / "text.txt"
         prose.write_text(text[:20000], encoding="utf-8")
         path.parent.mkdir(parents=True, exist_ok=True)
         calibrate.calibrate(model_path, path, prose)
-    return {codec: transform.load(path, config, codec) for codec in pages.FITTED}
+    return {codec: transform.load(path, config, codec) for codec in layout.FITTED}

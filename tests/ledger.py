@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_kvcrush.codecs.layout import CODECS, FITTED, STRIP
 from vllm_kvcrush.ops.fitted import COARSE
-from vllm_kvcrush.pages import CODECS, FITTED, STRIP
 
 FITTED_NUMBERS = {CODECS[codec] for codec in FITTED}
 

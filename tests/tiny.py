@@ -42,7 +42,7 @@ def save_tables(model: str, path: str, shape: Shape) -> None:
     model's folder, where vLLM takes all such files for weights."""
     import torch
 
-    from vllm_kvcrush import transform
+    from vllm_kvcrush.codecs import transform
 
     config = json.loads((pathlib.Path(model) / "config.json").read_text())
     rope = transform.Rope.from_config(config)

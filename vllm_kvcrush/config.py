@@ -369,7 +369,7 @@ class Settings:
         return self._packings[key]
 
     def _pack(self, policy: str, block_size: int) -> tuple[Packing, ...]:
-        from vllm_kvcrush import pages
+        from vllm_kvcrush.codecs import layout
 
         codecs = _codecs(policy)
         if len(codecs) > 1:
@@ -389,10 +389,10 @@ class Settings:
         pairs = [sum(n for _, n in rank) for rank in next(iter(self.fitted.values()), (((0, 1),),))]
         found = []
         for codec in codecs:
-            if codec in pages.FITTED:
+            if codec in layout.FITTED:
                 found.append(Packing(codec, self.fitted[codec]))
             else:
-                room = pages.capacity(codec, page_bytes, k_size, v_size, itemsize)
+                room = layout.capacity(codec, page_bytes, k_size, v_size, itemsize)
                 found.append(Packing(codec, tuple(((room, n),) for n in pairs)))
         close = [p for p in found if _packs(p, block_size)]
         return tuple(close or found[-1:])
@@ -418,7 +418,7 @@ class Settings:
             ranks: tensor-parallel ranks, which share the KV heads out.
             statistics: whether workers can take statistics.
         """
-        from vllm_kvcrush import transform
+        from vllm_kvcrush.codecs import transform
 
         settings = replace(self, page=page)
         page_bytes = block_size * (page[0] + page[1]) * page[2]
@@ -447,14 +447,14 @@ class Settings:
     @property
     def needs_tables(self) -> bool:
         """Whether the policy has codecs that are fitted to a model."""
-        from vllm_kvcrush import pages
+        from vllm_kvcrush.codecs import layout
 
-        return any(codec in pages.FITTED for codec in _codecs(self.policy))
+        return any(codec in layout.FITTED for codec in _codecs(self.policy))
 
     def _known(self, codec: str) -> bool:
-        from vllm_kvcrush import pages
+        from vllm_kvcrush.codecs import layout
 
-        return codec not in pages.FITTED or codec in self.fitted
+        return codec not in layout.FITTED or codec in self.fitted
 
     def _unpackable(self, policy: str, block_size: int) -> str | None:
         """What is wrong with the pages of `policy` in blocks of this size, if anything."""

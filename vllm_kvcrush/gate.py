@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from vllm_kvcrush.pages import MAX_HEAD_SIZE, MAX_SPAN, STRIP
+from vllm_kvcrush.codecs.layout import MAX_HEAD_SIZE, MAX_SPAN, STRIP
 
 SUPPORTED_VLLM = "0.32"
 

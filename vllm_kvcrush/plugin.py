@@ -42,8 +42,8 @@ _SCHEDULERS = {
     True: "vllm_kvcrush.engine.scheduler.KVCrushAsyncScheduler",
 }
 _WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcrush.engine.worker.KVCrushCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcrush.engine.gpu_worker.KVCrushGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcrush.engine.worker.cpu_worker.KVCrushCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcrush.engine.worker.gpu_worker.KVCrushGPUWorker",
 }
 _registered = False
 # Why this vLLM has no place for us, if it has none; told to whoever asks.

@@ -49,7 +49,7 @@ def points() -> list[Any]:
     """Every point that a content needs tables for."""
     from dataclasses import replace
 
-    from vllm_kvcrush.transform import POINTS
+    from vllm_kvcrush.codecs.transform import POINTS
 
     tc4, tc6, tc8 = POINTS
     return [
@@ -103,7 +103,8 @@ class Study:
         if self._loaded is None:
             from benchmarks.codecs.contents import Setting
             from benchmarks.codecs.model import Forcer
-            from vllm_kvcrush import calibrate, transform
+            from vllm_kvcrush.codecs import transform
+            from vllm_kvcrush.codecs.transform import calibrate
 
             # "tc8 + evict 15%" takes the tables of "tc8".
             named = {name.split(" + ")[0] for name in self.args.contents}
@@ -204,7 +205,7 @@ def show(run: Run, context: int, found: Sequence[tuple[Any, dict[str, dict[str, 
 def main() -> None:
     args = parse()
     from benchmarks.quality.tasks import build
-    from vllm_kvcrush import demo_model
+    from vllm_kvcrush.tools import demo_model
 
     run = Run("codecs", args)
     model = args.model or str(demo_model.prepare(say=say))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.codecs.model import Cache, Coded
-from vllm_kvcrush import pages
-from vllm_kvcrush import transform as tc
-from vllm_kvcrush.ops import pages_reference
+from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs import reference as pages_reference
+from vllm_kvcrush.codecs import transform as tc
 from vllm_kvcrush.plan import Packing
 
 DIRECTORY = 7  # bytes of a page in its request's directory
@@ -99,7 +99,7 @@ def flat(codec: str) -> Encode:
         rooms = {
             (block, itemsize): torch.full(
                 (layers, heads),
-                pages.capacity(
+                layout.capacity(
                     codec,
                     _page_bytes(cache, block, itemsize),
                     size,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.calibrate import Reader
+from vllm_kvcrush.codecs.transform.calibrate import Reader
 
 # The last queries of a context, kept for what needs them.
 WINDOW = 512

@@ -17,6 +17,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_kvcrush.codecs.layout import CODECS, FITTED
+from vllm_kvcrush.codecs.transform import POINTS, quantiser
 from vllm_kvcrush.ops.triton import (
     attention_kernel,
     compaction_kernels,
@@ -37,8 +39,6 @@ from vllm_kvcrush.ops.triton.config import (
 )
 from vllm_kvcrush.ops.triton.fitted import Loop
 from vllm_kvcrush.ops.triton.layout import Geometry
-from vllm_kvcrush.pages import CODECS, FITTED
-from vllm_kvcrush.transform import POINTS, quantiser
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

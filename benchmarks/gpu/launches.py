@@ -18,10 +18,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu import builds
+from vllm_kvcrush.codecs.layout import CODECS
 from vllm_kvcrush.ops.triton import attention, compaction, scores, store
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
 from vllm_kvcrush.ops.triton.fitted import LayerTable
-from vllm_kvcrush.pages import CODECS
 
 PROCESSORS = 132  # of an H100 or H200
 BLOCK_SIZE = 32  # tokens of a raw page

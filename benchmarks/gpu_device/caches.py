@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_device.cases import SHAPES, Case
+from vllm_kvcrush.codecs.layout import CODECS
 from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
-from vllm_kvcrush.pages import CODECS
 
 DISTINCT = 4  # pages of a KV head with contents of their own; all others are copies of them
 MOST_LAYERS = 32

@@ -40,7 +40,7 @@ def main() -> None:
     tokens = 8 if args.quick else 24
     context, batches, turns = (1024, [1, 4], 2) if args.quick else (7680, [1, 8], 2)
 
-    from vllm_kvcrush import demo_model
+    from vllm_kvcrush.tools import demo_model
 
     model = str(demo_model.prepare(say=say))
     run = Run("overhead", args)

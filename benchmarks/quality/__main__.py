@@ -143,13 +143,15 @@ class Bench:
 
     def _make_tables(self) -> None:
         """Makes the model's transform tables where a policy needs them and there are none."""
-        from vllm_kvcrush import calibrate, pages, policies
+        from vllm_kvcrush import policies
+        from vllm_kvcrush.codecs import layout
+        from vllm_kvcrush.codecs.transform import calibrate
 
         codecs = {
             c for policy in self.args.policies if policy != FULL for c in policies.codecs(policy)
         }
         path = calibrate.default_path(self.model)
-        if codecs & set(pages.FITTED) and not path.exists() and not self.args.no_tables:
+        if codecs & set(layout.FITTED) and not path.exists() and not self.args.no_tables:
             say("making the model's transform tables, once …")
             path.parent.mkdir(parents=True, exist_ok=True)
             calibrate.calibrate(self.model, path, progress=calibrate.bar)
@@ -369,7 +371,7 @@ def main() -> None:
 
 def _run(args: argparse.Namespace) -> None:
     from benchmarks.quality import tasks
-    from vllm_kvcrush import demo_model
+    from vllm_kvcrush.tools import demo_model
 
     model = args.model or str(demo_model.prepare(say=say))
     names = list(tasks.TASKS) if args.tasks is None else args.tasks

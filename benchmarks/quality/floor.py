@@ -10,7 +10,7 @@ from benchmarks import report
 from benchmarks.quality import prose
 from benchmarks.quality.engine import BLOCK, Engine, Job
 from benchmarks.report import Run, interruptible, progress, say, table
-from vllm_kvcrush import demo_model
+from vllm_kvcrush.tools import demo_model
 
 LENGTHS, QUICK = (128, 256, 384, 512, 768, 1024), (128, 256)
 POLICIES = ("auto", "int4", "kvcrush")

@@ -56,7 +56,7 @@ class Bench:
                 POLICY: Server(args.policy_url.rstrip("/")),
             }
         if args.model is None:
-            from vllm_kvcrush import demo_model
+            from vllm_kvcrush.tools import demo_model
 
             model = str(demo_model.prepare(say=say))
         else:

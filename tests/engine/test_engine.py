@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL_INTERVAL, Engine
-from vllm_kvcrush import calibrate, policies
-from vllm_kvcrush.engine import measure
-from vllm_kvcrush.ops import cpu, pages_reference
-from vllm_kvcrush.pages import FITTED
-from vllm_kvcrush.transform import SINKS, Rope, Statistics, TablesError
+from vllm_kvcrush import policies
+from vllm_kvcrush.codecs import reference as pages_reference
+from vllm_kvcrush.codecs.layout import FITTED
+from vllm_kvcrush.codecs.transform import SINKS, Rope, Statistics, TablesError, calibrate
+from vllm_kvcrush.engine.worker import statistics
+from vllm_kvcrush.ops import cpu
 
 pytestmark = pytest.mark.engine
 
@@ -210,12 +211,12 @@ def test_statistics_taken_at_start_are_the_models(
     engine: Engine, model_path: str, monkeypatch: Any
 ) -> None:
     """Without a file of tables: the same moments as transformers finds in the same text."""
-    assert measure.pieces(engine.runner.model_config, 9) == []
-    found = measure.pieces(engine.runner.model_config, 512)[:2]
+    assert statistics.pieces(engine.runner.model_config, 9) == []
+    found = statistics.pieces(engine.runner.model_config, 512)[:2]
     assert [len(piece) for piece in found] == [512, 512]
-    monkeypatch.setattr(measure, "pieces", lambda *_: found)
+    monkeypatch.setattr(statistics, "pieces", lambda *_: found)
     reader = calibrate.Reader(model_path)
-    got = measure.gather(engine.runner._read_pieces(), reader.rope)
+    got = statistics.gather(engine.runner._read_pieces(), reader.rope)
     engine.reset()  # the pieces lay in any blocks
     moments = []
     for piece in found:
@@ -229,9 +230,9 @@ def test_statistics_taken_at_start_are_the_models(
         assert (mine - its).norm() < 1e-3 * its.norm(), name
     with pytest.raises(TablesError, match="not the one that its configuration describes"):
         other = Rope(reader.rope.frequencies * 1.5)
-        measure.gather(engine.runner._read_pieces(), other)
+        statistics.gather(engine.runner._read_pieces(), other)
     with pytest.raises(TablesError, match="too short to take statistics"):
-        measure.gather(iter(()), reader.rope)
+        statistics.gather(iter(()), reader.rope)
     engine.reset()
     engine.assert_idle()
 

@@ -40,7 +40,10 @@ def test_without_a_policy_nothing_changes(configure: Any) -> None:
 def test_with_a_policy_scheduler_and_worker_are_ours(configure: Any) -> None:
     config = configure(additional_config=ACTIVE, block_size=32)
     assert config.scheduler_config.scheduler_cls.startswith("vllm_kvcrush.engine.scheduler.")
-    assert config.parallel_config.worker_cls == "vllm_kvcrush.engine.worker.KVCrushCPUWorker"
+    assert (
+        config.parallel_config.worker_cls
+        == "vllm_kvcrush.engine.worker.cpu_worker.KVCrushCPUWorker"
+    )
     assert config.additional_config["kvcrush"]["config"]["window"] == 16
 
 
@@ -134,7 +137,8 @@ kv-policy-config:
 def test_stale_tables_in_the_default_place_are_one_warning(
     configure: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, model_path: str
 ) -> None:
-    from vllm_kvcrush import plugin, transform
+    from vllm_kvcrush import plugin
+    from vllm_kvcrush.codecs import transform
 
     monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path))
     place = transform.default_path(transform.model_config(model_path))
@@ -234,7 +238,8 @@ def test_plan_and_server_refuse_the_same_models(
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_kvcrush import cli, transform
+    from vllm_kvcrush.codecs import transform
+    from vllm_kvcrush.tools import cli
 
     written, words = MODELS[name]
     (tmp_path / "config.json").write_text(json.dumps(written))

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from tests.gpu import oracle
-from vllm_kvcrush import transform
+from vllm_kvcrush.codecs import reference, transform
+from vllm_kvcrush.codecs.layout import CODECS, FITTED
 from vllm_kvcrush.ops import fitted
-from vllm_kvcrush.ops import pages_reference as reference
 from vllm_kvcrush.ops.triton import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
 from vllm_kvcrush.ops.triton.fitted import LayerTable
-from vllm_kvcrush.pages import CODECS, FITTED
 
 POSITIONS = 90_000  # that tables know
 TABLE_LAYER = 1  # in the tables

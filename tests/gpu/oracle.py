@@ -6,10 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_kvcrush import transform
-from vllm_kvcrush.ops import pages_reference as reference
+from vllm_kvcrush.codecs import reference, transform
+from vllm_kvcrush.codecs.layout import GROUP, STRIP
 from vllm_kvcrush.ops.triton.layout import NEVER, STEPS, FittedSection, Geometry, Section
-from vllm_kvcrush.pages import GROUP, STRIP
 
 
 def grid_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,9 +12,9 @@ import torch
 
 from tests.gpu import oracle
 from tests.gpu.cache import Cache
-from vllm_kvcrush.ops import pages_reference as reference
+from vllm_kvcrush.codecs import reference
+from vllm_kvcrush.codecs.layout import CODECS
 from vllm_kvcrush.ops.triton import attention
-from vllm_kvcrush.pages import CODECS
 
 SIZES = [64, 80, 96, 128, 256]
 GROUPS = [1, 3, 4, 8]

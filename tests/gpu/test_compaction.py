@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 from tests.gpu import oracle
 from tests.gpu.cache import Cache
+from vllm_kvcrush.codecs.layout import CODECS
 from vllm_kvcrush.ops import reference
 from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.cache import Request
 from vllm_kvcrush.ops.triton.scores import window_scores
 from vllm_kvcrush.ops.triton.store import store
-from vllm_kvcrush.pages import CODECS
 
 SHAPES = [(64, 64), (80, 48), (128, 128), (8, 24), (256, 96)]
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.gpu.cache import Cache
 from tests.gpu.test_attention import TOLERANCE
-from vllm_kvcrush.ops import pages_reference as reference
+from vllm_kvcrush.codecs import reference
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.store import store
 

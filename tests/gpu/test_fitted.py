@@ -10,13 +10,12 @@ import torch
 from tests.gpu import oracle
 from tests.gpu.cache import TABLE_LAYER, Cache
 from tests.gpu.test_attention import TOLERANCE
-from vllm_kvcrush import transform
-from vllm_kvcrush.ops import pages_reference as reference
+from vllm_kvcrush.codecs import reference, transform
+from vllm_kvcrush.codecs.layout import CODECS, FITTED
 from vllm_kvcrush.ops import reference as plain
 from vllm_kvcrush.ops.triton import attention, compaction, fitted_ops
 from vllm_kvcrush.ops.triton.cache import Request
 from vllm_kvcrush.ops.triton.scores import window_scores
-from vllm_kvcrush.pages import CODECS, FITTED
 
 SHAPES = [(64, 64), (80, 24), (96, 128), (256, 80)]
 DTYPES = [torch.float16, torch.float32]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.gpu.cache import POSITIONS, TABLE_LAYER, Cache
+from vllm_kvcrush.codecs.layout import CODECS
 from vllm_kvcrush.ops import cpu, fitted
 from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.cache import Request
-from vllm_kvcrush.pages import CODECS
 
 SIZE, BLOCK, HEADS = 64, 64, 2
 

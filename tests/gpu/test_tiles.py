@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.ops import pages_reference as reference
+from vllm_kvcrush.codecs import reference
 from vllm_kvcrush.ops.triton import tiles
 from vllm_kvcrush.ops.triton.cache import DTYPES
 

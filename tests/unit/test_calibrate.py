@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 
-from vllm_kvcrush import calibrate as cal
-from vllm_kvcrush import cli
-from vllm_kvcrush import transform as tc
-from vllm_kvcrush.transform import TablesError
+from vllm_kvcrush.codecs import transform as tc
+from vllm_kvcrush.codecs.transform import TablesError
+from vllm_kvcrush.codecs.transform import calibrate as cal
+from vllm_kvcrush.tools import cli
 
 
 def make(folder, **change):

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcrush import capacity, cli, gate, paths
+from vllm_kvcrush import gate, paths
 from vllm_kvcrush.config import DEFAULT_MIN_TOKENS, RequestParams, Settings
 from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.tools import cli
+from vllm_kvcrush.tools import plan as capacity
 
 LLAMA = {
     "num_hidden_layers": 32,
@@ -324,7 +326,7 @@ def test_shown_sizes(size: int, text: str) -> None:
 
 def test_plan_starts_without_torch_and_vllm(model: str) -> None:
     code = (
-        "import sys; from vllm_kvcrush import cli; status = cli.main(sys.argv[1:]); "
+        "import sys; from vllm_kvcrush.tools import cli; status = cli.main(sys.argv[1:]); "
         "heavy = {'torch', 'vllm'} & set(sys.modules); sys.exit(f'{heavy}' if heavy else status)"
     )
     done = subprocess.run(
@@ -359,7 +361,7 @@ def test_doctor_says_which_kernels() -> None:
     found = {}
     for name in ("baseline", "nonsense"):
         found[name] = subprocess.run(
-            [sys.executable, "-m", "vllm_kvcrush.cli", "doctor"],
+            [sys.executable, "-m", "vllm_kvcrush.tools.cli", "doctor"],
             capture_output=True,
             text=True,
             env=os.environ | {"KVCRUSH_ISA": name},

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcrush import config, policies, transform
+from vllm_kvcrush import config, policies
+from vllm_kvcrush.codecs import transform
 from vllm_kvcrush.config import (
     AdditionalConfig,
     ConfigError,

@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_kvcrush import ops, pages, policies
+from vllm_kvcrush import ops, policies
+from vllm_kvcrush.codecs import layout, reference
+from vllm_kvcrush.codecs.transform import Point, Rope, Statistics, Tables, fit
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.ops import pages_reference as reference
 from vllm_kvcrush.ops import reference as oracle
 from vllm_kvcrush.ops.fitted import Angles, LayerTable
-from vllm_kvcrush.transform import Point, Rope, Statistics, Tables, fit
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Query heads of a KV head, K and V head size.
@@ -68,9 +68,9 @@ def draw() -> random.Random:
 def same_positions(codec: str, got: Tensor | None, want: Tensor) -> bool:
     """Fitted pages know where strips begin, and take the other tokens for neighbours."""
     assert got is not None and got.shape == want.shape
-    if codec in pages.FITTED:
-        starts = torch.arange(len(want)) // pages.STRIP * pages.STRIP
-        want = want[starts] + torch.arange(len(want)) % pages.STRIP
+    if codec in layout.FITTED:
+        starts = torch.arange(len(want)) // layout.STRIP * layout.STRIP
+        want = want[starts] + torch.arange(len(want)) % layout.STRIP
     return torch.equal(got.long(), want.long())
 
 
@@ -114,7 +114,7 @@ class Cache:
         start = -pool.data_ptr() % 64
         self.pool = pool[start : start + size]
         self.tables = {
-            name: random_tables(name, 1, kv_heads, k_size, v_size) for name in pages.FITTED
+            name: random_tables(name, 1, kv_heads, k_size, v_size) for name in layout.FITTED
         }
         angles = Angles(self.tables["tc8"].rope, 1 << 19)
         self.layer = cpu.Layer(
@@ -152,7 +152,7 @@ class Cache:
         self, codec: str, key: Tensor, value: Tensor, where: Tensor | None, head: int = 0
     ) -> tuple[Tensor, Tensor]:
         """What the oracle says that a page gives back."""
-        if codec not in pages.FITTED:
+        if codec not in layout.FITTED:
             return reference.kept(codec, key, value, self.dtype)
         assert where is not None
         tables, layer = self.tables[codec], self.layer
@@ -197,7 +197,7 @@ class Cache:
                 page = self.page()
                 raw = codec == "raw"
                 cpu.encode(layer, codec, page, key, value, None if raw else where, head)
-                self.entries.append((page, count, pages.CODECS[codec]))
+                self.entries.append((page, count, layout.CODECS[codec]))
                 k_kept, v_kept, stands = cpu.decode(layer, codec, page, count, head)
                 k_parts.append(k_kept.double())
                 v_parts.append(v_kept.double())
@@ -350,7 +350,7 @@ def test_log_bias(isa: str, draw: random.Random, group: int) -> None:
     cache.check([1, 7], TOLERANCE["mixed"], bias=True)
 
 
-@pytest.mark.parametrize("codec", list(pages.CODECS))
+@pytest.mark.parametrize("codec", list(layout.CODECS))
 def test_long_sequences_are_split_and_merged(isa: str, draw: random.Random, codec: str) -> None:
     cache = Cache(draw, 3, 64, 64, block_size=128, blocks=80)
     cache.put([codec] * 14, 1030)
@@ -392,7 +392,7 @@ def test_a_whole_page_that_stays_is_copied(isa: str, draw: random.Random) -> Non
         for page, count, codec in own:
             staying += [(len(entries), page)] * (count > 0)
             entries.append((cache.page(), count, codec))
-        entries.append((cache.page(), 30, pages.CODECS["int8"]))
+        entries.append((cache.page(), 30, layout.CODECS["int8"]))
         end.append(len(entries))
     page, count, codec = (list(x) for x in zip(*entries, strict=True))
     made = cpu.Directory(
@@ -454,7 +454,7 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
     value[0] = 0
     cpu.encode(layer, codec, 0, key, value, torch.arange(n, dtype=torch.int32))
     key, value, _ = cpu.decode(layer, codec, 0, n)
-    cache.entries, cache.begin, cache.end = [(0, n, pages.CODECS[codec])], [[0]], [[1]]
+    cache.entries, cache.begin, cache.end = [(0, n, layout.CODECS[codec])], [[0]], [[1]]
     cache.tails, cache.lengths = [[]], [0]
     out = torch.full((1, 1, 64), torch.nan)
     cpu.attention(layer, cache.batch([1]), query, out)
@@ -467,7 +467,7 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
 # -- what codecs keep -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", list(pages.CODECS))
+@pytest.mark.parametrize("codec", list(layout.CODECS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("k_size", "v_size"), [(64, 64), (80, 112), (8, 24), (256, 128)])
 def test_pages_keep_what_their_codec_says(
@@ -529,7 +529,7 @@ def test_positions_of_a_million_tokens_come_back(draw: random.Random, codec: str
     cache = Cache(draw, 1, 64, 64)
     n = cache.capacity(codec)
     key, value = cache.content(n)
-    for span in (n, 70_000, pages.MAX_SPAN):
+    for span in (n, 70_000, layout.MAX_SPAN):
         where = torch.tensor(sorted([0, span - 1, *draw.sample(range(1, span - 1), n - 2)]))
         where = (where + draw.randrange(10**6)).int()
         cpu.encode(cache.layer, codec, 3, key, value, where)
@@ -604,7 +604,7 @@ def test_compaction_keeps_the_chosen_tokens(
         left = len(slots[head])
         while left:
             count = min(left, cache.capacity(target, head), draw.randrange(1, 150))
-            entries.append((cache.page(), count, pages.CODECS[target]))
+            entries.append((cache.page(), count, layout.CODECS[target]))
             left -= count
         end.append(len(entries))
     page, count, codec = zip(*entries, strict=True)
@@ -631,7 +631,7 @@ def test_compaction_keeps_the_chosen_tokens(
                 close = (got - want).abs() <= 1e-5 * want.abs().amax()
                 # What the codec made loses nothing to it, so which of these tokens become
                 # exceptions, and are rounded to int8, is chance.
-                again = target in pages.FITTED and target in codecs
+                again = target in layout.FITTED and target in codecs
                 assert close.all(-1).double().mean() > 0.85 or (
                     again and (got - want).norm() < 0.02 * want.norm()
                 )
@@ -675,7 +675,7 @@ def one_page(draw: random.Random, codec: str) -> tuple[Any, ...]:
         torch.tensor([[1, 2]], dtype=torch.int32),
         torch.tensor(to := [cache.page(), cache.page()], dtype=torch.int32),
         torch.tensor([16, 16], dtype=torch.int32).to(torch.uint16),
-        torch.tensor([pages.CODECS[codec]] * 2, dtype=torch.uint8),
+        torch.tensor([layout.CODECS[codec]] * 2, dtype=torch.uint8),
     )
     return cache, request, slots, target, places, to
 
@@ -753,7 +753,7 @@ def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> Non
     page = torch.tensor([cache.layer.page(int(b), 0) for b in tail[: len(counts)]])
     target = cpu.Directory(
         row, row + len(counts), page.int(), torch.tensor(counts).to(torch.uint16),
-        torch.full((len(counts),), pages.CODECS["int4"], dtype=torch.uint8),
+        torch.full((len(counts),), layout.CODECS["int4"], dtype=torch.uint8),
     )  # fmt: skip
     slots = torch.arange(sum(counts)).unsqueeze(0)
     cpu.scratch_peak()
@@ -990,10 +990,10 @@ def test_bad_geometry_is_refused(draw: random.Random) -> None:
     cache = Cache(draw, 2, 64, 64)
     for size, what in ((60, "head size"), (264, "head size")):
         with pytest.raises(ValueError, match=what):
-            pages.capacity("int8", 32768, size, 64, 2)
+            layout.capacity("int8", 32768, size, 64, 2)
         assert cpu._library.kvc_capacity(2, 32768, size, 64, 0) == -1
     with pytest.raises(ValueError, match="codec"):
-        pages.capacity("int3", 32768, 64, 64, 2)
+        layout.capacity("int3", 32768, 64, 64, 2)
     cache.put([], 3)
     with pytest.raises(ValueError, match="query is"):
         cpu.attention(cache.layer, cache.batch([1]), torch.zeros(1, 4, 32), torch.zeros(1, 4, 64))

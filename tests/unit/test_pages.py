@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush import pages
+from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs.transform import Point, Rope, Tables, origins
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.fitted import Angles, LayerTable
-from vllm_kvcrush.transform import Point, Rope, Tables, origins
 
 SIZES = st.integers(1, 32).map(lambda eighths: 8 * eighths)
-FLAT = [codec for codec in pages.CODECS if codec not in pages.FITTED]
+FLAT = [codec for codec in layout.CODECS if codec not in layout.FITTED]
 
 
 @given(
@@ -30,12 +30,12 @@ def test_capacity_is_what_the_library_says(
     codec: str, block_size: int, k_size: int, v_size: int, dtype: torch.dtype
 ) -> None:
     page_bytes = block_size * (k_size + v_size) * dtype.itemsize
-    tokens = pages.capacity(codec, page_bytes, k_size, v_size, dtype.itemsize)
+    tokens = layout.capacity(codec, page_bytes, k_size, v_size, dtype.itemsize)
     assert tokens == cpu.capacity(codec, page_bytes, k_size, v_size, dtype)
-    assert tokens % pages.STRIP == 0
-    room = page_bytes - (0 if codec == "raw" else pages.HEADER)
-    used = pages.layout(codec, tokens, k_size, v_size, dtype.itemsize).end
-    more = pages.layout(codec, tokens + pages.STRIP, k_size, v_size, dtype.itemsize).end
+    assert tokens % layout.STRIP == 0
+    room = page_bytes - (0 if codec == "raw" else layout.HEADER)
+    used = layout.layout(codec, tokens, k_size, v_size, dtype.itemsize).end
+    more = layout.layout(codec, tokens + layout.STRIP, k_size, v_size, dtype.itemsize).end
     assert used <= room < more or tokens == 65520
     if codec == "raw":
         assert tokens == block_size
@@ -53,13 +53,13 @@ def test_capacity_is_what_the_library_says(
     ],
 )
 def test_pages_of_128_tokens(codec: str, dtype: torch.dtype, tokens: int) -> None:
-    assert pages.capacity(codec, 128 * 128 * dtype.itemsize, 64, 64, dtype.itemsize) == tokens
+    assert layout.capacity(codec, 128 * 128 * dtype.itemsize, 64, 64, dtype.itemsize) == tokens
 
 
 def test_fitted_codecs_have_no_capacity_of_their_own() -> None:
-    for codec in (*pages.FITTED, "int2"):
+    for codec in (*layout.FITTED, "int2"):
         with pytest.raises(ValueError, match="is not one of raw, exact, int8, int4"):
-            pages.capacity(codec, 1 << 15, 64, 64, 2)
+            layout.capacity(codec, 1 << 15, 64, 64, 2)
 
 
 # -- fitted codecs --------------------------------------------------------------------------------
@@ -67,8 +67,8 @@ def test_fitted_codecs_have_no_capacity_of_their_own() -> None:
 
 def least(tokens: int, share: float) -> int:
     """The fewest exceptions that a page of so many tokens has."""
-    wanted = max(pages.FEWEST_EXCEPTIONS, math.ceil(share * tokens))
-    return min(tokens, pages.MOST_EXCEPTIONS, wanted)
+    wanted = max(layout.FEWEST_EXCEPTIONS, math.ceil(share * tokens))
+    return min(tokens, layout.MOST_EXCEPTIONS, wanted)
 
 
 @settings(max_examples=300, deadline=None)
@@ -86,24 +86,24 @@ def test_fitted_capacity_is_the_most_that_fits(
     words = data.draw(st.integers(0, k_size // 4))
 
     def end(tokens: int, exceptions: int) -> int:
-        return pages.fitted_layout(tokens, exceptions, words, v_bits, k_size, v_size).end
+        return layout.fitted_layout(tokens, exceptions, words, v_bits, k_size, v_size).end
 
-    tokens, exceptions = pages.fitted_capacity(page_bytes, words, v_bits, k_size, v_size, share)
-    room = page_bytes - pages.HEADER
-    assert tokens % pages.STRIP == 0
-    assert least(tokens, share) <= exceptions <= min(tokens, pages.MOST_EXCEPTIONS)
+    tokens, exceptions = layout.fitted_capacity(page_bytes, words, v_bits, k_size, v_size, share)
+    room = page_bytes - layout.HEADER
+    assert tokens % layout.STRIP == 0
+    assert least(tokens, share) <= exceptions <= min(tokens, layout.MOST_EXCEPTIONS)
     if tokens:
         assert end(tokens, exceptions) <= room
     # Not a strip more, and exceptions fill what is left.
-    more = tokens + pages.STRIP
+    more = tokens + layout.STRIP
     assert end(more, least(more, share)) > room or tokens == 65520
-    assert exceptions == min(tokens, pages.MOST_EXCEPTIONS) or end(tokens, exceptions + 1) > room
+    assert exceptions == min(tokens, layout.MOST_EXCEPTIONS) or end(tokens, exceptions + 1) > room
 
 
 def test_a_fitted_page_by_hand() -> None:
     # Strips of 16 keys of 3 words and 16 values of 16 bytes, with their scales and flags; 8 int8
     # tokens; a position for each strip.
-    at = pages.fitted_layout(32, 8, words=3, v_bits=2, k_size=64, v_size=64)
+    at = layout.fitted_layout(32, 8, words=3, v_bits=2, k_size=64, v_size=64)
     assert (at.v, at.strip) == (16 * 12, 16 * 12 + 16 * 16)
     assert at.scales == 2 * 448
     assert at.exceptions == at.scales + 2 * (16 + 2)
@@ -112,9 +112,9 @@ def test_a_fitted_page_by_hand() -> None:
     # A page of 64 bfloat16 tokens: 33 strips take 33 * (448 + 18 + 2) = 15444 of 16384 - 32 bytes,
     # which leaves room for 6 int8 tokens. 6 must be there; or 11, and two strips less leave room
     # for 13.
-    assert pages.fitted_capacity(16384, 3, 2, 64, 64, 0.01) == (528, 6)
-    assert pages.fitted_capacity(16384, 3, 2, 64, 64, 0.02) == (496, 13)
-    assert pages.fitted_capacity(500, 3, 2, 64, 64, 0.02) == (0, 0)
+    assert layout.fitted_capacity(16384, 3, 2, 64, 64, 0.01) == (528, 6)
+    assert layout.fitted_capacity(16384, 3, 2, 64, 64, 0.02) == (496, 13)
+    assert layout.fitted_capacity(500, 3, 2, 64, 64, 0.02) == (0, 0)
 
 
 def blank_tables(words: list[int], v_bits: int, k_size: int, share: float) -> Tables:
@@ -158,7 +158,7 @@ def test_the_library_takes_what_fits_and_no_more(
     assert tables.words[0].tolist() == words
     page_bytes = block_size * (k_size + v_size) * dtype.itemsize
     angles = Angles(tables.rope, 16)
-    fits = pages.fitted_capacity
+    fits = layout.fitted_capacity
     # The library's own refusals of more than 16 bits count, and of too many exceptions, aside.
     small = all(fits(page_bytes, w, v_bits, k_size, v_size, share)[0] < 65520 for w in words)
 
@@ -187,7 +187,7 @@ def test_the_library_takes_what_fits_and_no_more(
     assert own.exceptions == [x for _, x in found]
 
     def strip_more(*args: float) -> tuple[int, int]:
-        tokens = fits(*args)[0] + pages.STRIP
+        tokens = fits(*args)[0] + layout.STRIP
         return tokens, least(tokens, share)
 
     def exception_more(*args: float) -> tuple[int, int]:
@@ -195,11 +195,11 @@ def test_the_library_takes_what_fits_and_no_more(
         return tokens, exceptions + 1
 
     if small:
-        with mock.patch.object(pages, "fitted_capacity", strip_more):
+        with mock.patch.object(layout, "fitted_capacity", strip_more):
             longer = table()
         with pytest.raises(ValueError, match=r"of head \d do not fit a page"):
             layer(longer)
-    with mock.patch.object(pages, "fitted_capacity", exception_more):
+    with mock.patch.object(layout, "fitted_capacity", exception_more):
         fuller = table()
     with pytest.raises(ValueError, match=r"do not fit a page|exceptions in a page of head"):
         layer(fuller)
@@ -236,6 +236,6 @@ def test_full_pages_stay_within_themselves(
         _, back, where = cpu.decode(layer, "tc4", 1, n, head)
         # Of each strip the first token's position is kept.
         assert where is not None
-        assert torch.equal(where, (origins(places) + torch.arange(n) % pages.STRIP).int())
+        assert torch.equal(where, (origins(places) + torch.arange(n) % layout.STRIP).int())
         error = (back - values).square().sum() / values.square().sum()
         assert error < {2: 0.25, 3: 0.1, 4: 0.05}[v_bits]

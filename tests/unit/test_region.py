@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush.engine.region import Region
-from vllm_kvcrush.pages import CODECS
+from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.plan import Part, cdiv
 
 BLOCKS = 24

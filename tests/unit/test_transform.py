@@ -12,11 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush import pages
-from vllm_kvcrush import transform as tc
-from vllm_kvcrush.ops import pages_reference as reference
+from vllm_kvcrush.codecs import layout, reference
+from vllm_kvcrush.codecs import transform as tc
+from vllm_kvcrush.codecs.transform import Point, Rope, Statistics, TablesError
 from vllm_kvcrush.plan import Packing
-from vllm_kvcrush.transform import Point, Rope, Statistics, TablesError
 
 CONFIG = {
     "model_type": "llama",
@@ -560,10 +559,10 @@ def test_packings_count_every_heads_pages(saved):
     path, made = saved
     page = 64 * 2 * D * 4
     found = tc.packings(path, CONFIG, page, D, 1)
-    assert tuple(found) == pages.FITTED
+    assert tuple(found) == layout.FITTED
     for t in made:
         rooms = [
-            pages.fitted_capacity(page, w, t.point.value_bits, D, D, t.point.exceptions)[0]
+            layout.fitted_capacity(page, w, t.point.value_bits, D, D, t.point.exceptions)[0]
             for w in t.words.flatten().tolist()
         ]
         (rank,) = found[t.point.name]
@@ -587,7 +586,7 @@ def test_packings_share_the_heads_out(saved):
         t = next(t for t in made if t.point.name == codec)
         for rank, counts in enumerate(ranks):
             rooms = sorted(
-                pages.fitted_capacity(page, w, t.point.value_bits, D, D, 0.02)[0]
+                layout.fitted_capacity(page, w, t.point.value_bits, D, D, 0.02)[0]
                 for w in t.words[:, rank].tolist()
             )
             assert sorted(r for room, heads in counts for r in [room] * heads) == rooms

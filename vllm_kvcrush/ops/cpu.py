@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_kvcrush.codecs.layout import CODECS, FITTED
 from vllm_kvcrush.ops.fitted import LayerTable
-from vllm_kvcrush.pages import CODECS, FITTED
 
 VERSION = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

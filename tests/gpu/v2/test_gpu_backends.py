@@ -12,8 +12,8 @@ import torch
 
 from tests.gpu.v2.engine import Engine
 from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
+from vllm_kvcrush.codecs.layout import FITTED
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.pages import FITTED
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +94,8 @@ def test_pages_of_fitted_codecs_under_ours(
 def test_what_cannot_run_is_refused_in_a_sentence() -> None:
     from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-    from vllm_kvcrush.engine import backend_stock, backend_triton
+    from vllm_kvcrush.engine.worker.backends import stock as backend_stock
+    from vllm_kvcrush.engine.worker.backends import triton as backend_triton
 
     class Unknown:
         pass

@@ -8,9 +8,12 @@ import types
 import pytest
 import torch
 
-from vllm_kvcrush.engine.backend_stock import StockCacheLayer
-from vllm_kvcrush.engine.backend_triton import KVCrushTritonMetadataBuilder, TritonCacheLayer
-from vllm_kvcrush.engine.region import Region
+from vllm_kvcrush.engine.worker.backends.stock import StockCacheLayer
+from vllm_kvcrush.engine.worker.backends.triton import (
+    KVCrushTritonMetadataBuilder,
+    TritonCacheLayer,
+)
+from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.shift import shift
 from vllm_kvcrush.plan import Part

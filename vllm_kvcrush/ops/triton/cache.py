@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from vllm_kvcrush.codecs.layout import CODECS as NUMBERS
+from vllm_kvcrush.codecs.layout import FITTED
 from vllm_kvcrush.ops.triton.fitted import Fitted, LayerTable
 from vllm_kvcrush.ops.triton.layout import CODECS, Geometry
-from vllm_kvcrush.pages import CODECS as NUMBERS
-from vllm_kvcrush.pages import FITTED
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Codecs that kernels tell apart, in the order in which attention reads their pages; exact pages are

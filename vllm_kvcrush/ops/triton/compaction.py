@@ -11,11 +11,11 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from vllm_kvcrush.codecs.layout import CODECS, FITTED, GROUP
 from vllm_kvcrush.ops.triton import fitted_ops
 from vllm_kvcrush.ops.triton.cache import Layer, Request
 from vllm_kvcrush.ops.triton.compaction_kernels import encode_kernel, gather_kernel
 from vllm_kvcrush.ops.triton.config import encode_tiles, gather_warps
-from vllm_kvcrush.pages import CODECS, FITTED, GROUP
 
 SLOTS = 32  # of a program that gathers
 

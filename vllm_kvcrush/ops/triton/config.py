@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_kvcrush.pages import GROUP
+from vllm_kvcrush.codecs.layout import GROUP
 
 # Of scores. With 4 warps or a third tile on its way, ptxas spills a register at some head sizes, in
 # order to fit one block more.

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_kvcrush import pages
+from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs.transform import QUAD, Piece, Tables, pieces
 from vllm_kvcrush.ops import fitted
 from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, WORD_FIELDS, FittedSection, half_pad
-from vllm_kvcrush.transform import QUAD, Piece, Tables, pieces
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Fitted:
     """A layer's tables on its device.
 
     Attributes:
-        codecs: names of the fitted codecs that there are, in the order of `pages.FITTED`.
+        codecs: names of the fitted codecs that there are, in the order of `layout.FITTED`.
         sections: by codec, of each head.
         loops: by codec, one for each number of bits that values have.
         info: int32 [codecs, heads, len(FIELDS)].
@@ -90,7 +90,7 @@ class Fitted:
         k_pad: int,
         device: torch.device,
     ):
-        self.codecs = tuple(codec for codec in pages.FITTED if codec in tables)
+        self.codecs = tuple(codec for codec in layout.FITTED if codec in tables)
         self.sections = {codec: tables[codec].sections for codec in self.codecs}
         self.loops: dict[str, tuple[Loop, ...]] = {}
         self._dtype, self._k_pad = dtype, k_pad
@@ -101,7 +101,7 @@ class Fitted:
         for i, codec in enumerate(self.codecs):
             own = tables[codec]
             bits = sorted({section.v_bits for section in self.sections[codec]})
-            run, local = pages.FITTED.index(codec), own.tables.point.local
+            run, local = layout.FITTED.index(codec), own.tables.point.local
             self.loops[codec] = tuple(
                 Loop(i, run, local, b, b == bits[0], len(bits) > 1) for b in bits
             )

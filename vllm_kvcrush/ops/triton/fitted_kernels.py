@@ -9,6 +9,7 @@ A launch has one codec, and one number of bits for values; programs that find an
 import triton
 import triton.language as tl
 
+from vllm_kvcrush.codecs.transform import SINKS
 from vllm_kvcrush.ops.triton import fitted_tiles as tiles
 from vllm_kvcrush.ops.triton.compaction_kernels import (
     NO_STEP,
@@ -44,7 +45,6 @@ from vllm_kvcrush.ops.triton.tiles import (
     rotation_sign,
 )
 from vllm_kvcrush.ops.triton.tokens import STEP_COUNT
-from vllm_kvcrush.transform import SINKS
 
 FIRST = tl.constexpr(SINKS)
 

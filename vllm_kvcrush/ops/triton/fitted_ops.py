@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs.transform import quantiser
 from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Request
 from vllm_kvcrush.ops.triton.config import gather_warps, product_options
 from vllm_kvcrush.ops.triton.fitted_kernels import (
@@ -16,8 +18,6 @@ from vllm_kvcrush.ops.triton.fitted_kernels import (
     fitted_values_kernel,
 )
 from vllm_kvcrush.ops.triton.layout import Geometry
-from vllm_kvcrush.pages import CODECS
-from vllm_kvcrush.transform import quantiser
 
 SLOTS = 32  # of a program that gathers or scores
 TOKENS = 32  # of a program that finds or packs keys' codes

@@ -1,7 +1,7 @@
 """What a page looks like inside on a GPU. Defined here once.
 
-A page has the size and holds the number of tokens that `vllm_kvcrush.pages` says, so plans and
-directories are the same on every device. Only the order of the bytes differs: csrc/layout.h is
+A page has the size and holds the number of tokens that `vllm_kvcrush.codecs.layout` says, so plans
+and directories are the same on every device. Only the order of the bytes differs: csrc/layout.h is
 made for CPU vectors, this for loads of 128 bits and tensor cores. Everything is token-major.
 
     raw     [K row | V row] of token 0, of token 1, ...          what vLLM's own GPU backends store
@@ -51,7 +51,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_kvcrush import pages
+from vllm_kvcrush.codecs import layout
 
 STEPS = 14  # of the high bits of positions, in a page's header
 NEVER = 65535  # a step that a page does not reach
@@ -105,7 +105,7 @@ def _section(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int)
         return Section(
             capacity, 0, k_row, v, v_row, scales, 0, scales + 2 * capacity, end, end + 2 * capacity
         )
-    grids = 2 * k_size * -(-capacity // pages.GROUP)
+    grids = 2 * k_size * -(-capacity // layout.GROUP)
     k_scale = scales + 2 * capacity
     end = k_scale + 2 * grids
     return Section(
@@ -145,8 +145,8 @@ class FittedSection:
     def of(
         cls, capacity: int, exceptions: int, words: int, v_bits: int, k_size: int, v_size: int
     ) -> FittedSection:
-        """Sections for as many tokens as `pages.fitted_capacity` says."""
-        strips = capacity // pages.STRIP
+        """Sections for as many tokens as `layout.fitted_capacity` says."""
+        strips = capacity // layout.STRIP
         v = 4 * words * capacity
         v_high = v + capacity * v_size * (4 if v_bits == 4 else 2) // 8
         v_scale = v_high + (capacity * v_size // 8 if v_bits == 3 else 0)
@@ -156,7 +156,7 @@ class FittedSection:
         bits = x_scale + 4 * exceptions
         positions = bits + 2 * strips
         end = positions + 2 * strips
-        most = pages.fitted_layout(capacity, exceptions, words, v_bits, k_size, v_size)
+        most = layout.fitted_layout(capacity, exceptions, words, v_bits, k_size, v_size)
         assert end <= most.end and not (v | v_high | v_scale | x_k) % 16
         return cls(
             *(capacity, exceptions, words, v_bits, v, v_high, v_scale),
@@ -201,10 +201,10 @@ class Geometry:
         if block_size % 16 or block_size < 16:
             raise ValueError(f"block size {block_size} is not a multiple of 16")
         page_bytes = block_size * (k_size + v_size) * itemsize
-        header = page_bytes - pages.HEADER
+        header = page_bytes - layout.HEADER
         sections = {}
         for codec in CODECS:
-            capacity = pages.capacity(codec, page_bytes, k_size, v_size, itemsize)
+            capacity = layout.capacity(codec, page_bytes, k_size, v_size, itemsize)
             section = _section(codec, capacity, k_size, v_size, itemsize)
             assert section.end <= (page_bytes if codec == "raw" else header)
             sections[codec] = section

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from vllm_kvcrush.codecs.layout import CODECS, FITTED
 from vllm_kvcrush.ops.triton import fitted_ops
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Request
 from vllm_kvcrush.ops.triton.config import SCORES_STAGES, SCORES_WARPS, product_options
 from vllm_kvcrush.ops.triton.scores_kernel import scores_kernel
-from vllm_kvcrush.pages import CODECS, FITTED
 
 SLOTS = 64  # of a program
 ROWS = 64  # query rows of a product

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_kvcrush import pages, paths
+from vllm_kvcrush import paths
+from vllm_kvcrush.codecs import layout
 
 FORMAT = "vllm-kvcrush-tables"
 VERSION = 4
@@ -401,7 +402,7 @@ class Tables:
     def capacity(self, layer: int, head: int, page_bytes: int, value_size: int) -> tuple[int, int]:
         """Tokens of a page of this head, and how many of them are int8."""
         words, bits = int(self.words[layer, head]), int(self.value_bits[layer, head])
-        return pages.fitted_capacity(
+        return layout.fitted_capacity(
             page_bytes, words, bits, self.rope.size, value_size, self.point.exceptions
         )
 
@@ -524,7 +525,7 @@ def fit(
     `even_words`. Values have `even_value_bits` then, and where there are no gradients.
     """
     far = torch.arange(horizon)
-    near = torch.arange(pages.STRIP) if point.local else far
+    near = torch.arange(layout.STRIP) if point.local else far
     mean, second = rope.spread(statistics.key_mean, statistics.key_second, near)
     if statistics.key_gradient is not None:
         _, cost = rope.spread(statistics.key_mean, statistics.key_gradient, near)
@@ -567,7 +568,7 @@ def fit(
 
 def origins(positions: Tensor) -> Tensor:
     """The position of each token's strip, [n]: that of its first token."""
-    return positions[torch.arange(len(positions)) // pages.STRIP * pages.STRIP]
+    return positions[torch.arange(len(positions)) // layout.STRIP * layout.STRIP]
 
 
 def encode_keys(
@@ -826,7 +827,7 @@ def packings(
         ranks: tensor-parallel ranks, which share the KV heads out.
     """
     found = {}
-    for codec in pages.FITTED:
+    for codec in layout.FITTED:
         tables = load(path, config, codec)
         size = tables.rope.size
         widths = torch.stack([tables.words, tables.value_bits.long()], -1)
@@ -859,7 +860,9 @@ def _packing(
 
     @functools.cache
     def room(words: int, bits: int) -> int:
-        return pages.fitted_capacity(page_bytes, words, bits, size, value_size, point.exceptions)[0]
+        return layout.fitted_capacity(page_bytes, words, bits, size, value_size, point.exceptions)[
+            0
+        ]
 
     rooms = [
         [room(*own) for own in widths[:, r * heads : (r + 1) * heads].flatten(0, 1).tolist()]

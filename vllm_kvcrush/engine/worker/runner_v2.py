@@ -22,8 +22,8 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm_kvcrush import policies
 from vllm_kvcrush.config import NONE
 from vllm_kvcrush.engine.commands import Compaction
-from vllm_kvcrush.engine.compaction import CompactionMixin
-from vllm_kvcrush.engine.state import Backend
+from vllm_kvcrush.engine.worker.compaction import CompactionMixin
+from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops.triton.shift import shift
 
 
@@ -56,17 +56,17 @@ class V2Mixin(CompactionMixin):
             from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
             if any(isinstance(layer.impl, CPUAttentionBackendImpl) for layer in attention):
-                from vllm_kvcrush.engine import backend
+                from vllm_kvcrush.engine.worker.backends import cpu
 
-                return backend.install(attention)
+                return cpu.install(attention)
         if any(policies.codecs(name) for name in self._settings.allow if name != NONE):
-            from vllm_kvcrush.engine import backend_triton
+            from vllm_kvcrush.engine.worker.backends import triton
 
-            return backend_triton.install(attention)
+            return triton.install(attention)
         # A kernel that knows nothing of us is the best that raw pages can have.
-        from vllm_kvcrush.engine import backend_stock
+        from vllm_kvcrush.engine.worker.backends import stock
 
-        return backend_stock.keep(attention)
+        return stock.keep(attention)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         super().load_model(*args, **kwargs)

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from vllm_kvcrush import transform
-from vllm_kvcrush.pages import GROUP
+from vllm_kvcrush.codecs import transform
+from vllm_kvcrush.codecs.layout import GROUP
 
 CLIPS = (1.0, 0.88, 0.76, 0.66)
 HALF_MAX = 65504.0

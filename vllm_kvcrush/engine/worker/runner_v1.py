@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_kvcrush.engine import backend
-from vllm_kvcrush.engine.compaction import CompactionMixin
-from vllm_kvcrush.engine.state import Backend
+from vllm_kvcrush.engine.worker.backends import cpu
+from vllm_kvcrush.engine.worker.compaction import CompactionMixin
+from vllm_kvcrush.engine.worker.state import Backend
 
 
 class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
     """vLLM's V1 CPU runner with compaction."""
 
     def _choose_backend(self, attention: Sequence[Any]) -> Backend:
-        return backend.install(attention)
+        return cpu.install(attention)
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         compactions = self._begin_step(scheduler_output)

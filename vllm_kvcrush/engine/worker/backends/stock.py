@@ -11,8 +11,8 @@ from torch import Tensor
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from vllm_kvcrush import gate, ops
-from vllm_kvcrush.engine.region import Region
-from vllm_kvcrush.engine.state import Backend
+from vllm_kvcrush.engine.worker.region import Region
+from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops.fitted import LayerTable
 
 

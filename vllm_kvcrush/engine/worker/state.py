@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from vllm_kvcrush.codecs.transform import Tables
 from vllm_kvcrush.config import RequestParams
-from vllm_kvcrush.engine.region import Pages, Region
+from vllm_kvcrush.engine.worker.region import Pages, Region
 from vllm_kvcrush.ops.fitted import Angles, LayerTable
 from vllm_kvcrush.plan import Plan
 from vllm_kvcrush.policies.base import Held, Policy
-from vllm_kvcrush.transform import Tables
 
 
 class CacheLayer(Protocol):

@@ -90,7 +90,7 @@ def _fail(message: object) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from vllm_kvcrush.doctor import report
+    from vllm_kvcrush.tools.doctor import report
 
     text, ok = report()
     print(text)
@@ -98,8 +98,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from vllm_kvcrush import capacity
     from vllm_kvcrush.config import ConfigError
+    from vllm_kvcrush.tools import plan as capacity
 
     try:
         config = capacity.read_config(args.model)
@@ -146,7 +146,7 @@ _BLOCK_SIZE = 128
 
 
 def _contexts(text: str) -> list[int]:
-    from vllm_kvcrush.capacity import CapacityError
+    from vllm_kvcrush.tools.plan import CapacityError
 
     try:
         contexts = [int(part) for part in text.split(",") if part.strip()]
@@ -194,7 +194,7 @@ def _settings(args: argparse.Namespace) -> Any:
 def _table(
     model: Any, settings: Any, block_size: int, pool: int | None, rows: Sequence[Any]
 ) -> str:
-    from vllm_kvcrush.capacity import show_bytes
+    from vllm_kvcrush.tools.plan import show_bytes
 
     block_bytes = model.token_bytes * block_size
     how = f"Policy {settings.policy}, budget {settings.budget}"
@@ -246,8 +246,7 @@ def _table(
 def _calibrate(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from vllm_kvcrush import calibrate
-    from vllm_kvcrush.transform import TablesError
+    from vllm_kvcrush.codecs.transform import TablesError, calibrate
 
     try:
         out = Path(args.out) if args.out else calibrate.default_path(args.model)
@@ -262,7 +261,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _model(args: argparse.Namespace) -> int:
-    from vllm_kvcrush import demo_model
+    from vllm_kvcrush.tools import demo_model
 
     def say(text: object) -> None:
         print(text, file=sys.stderr)

@@ -128,7 +128,7 @@ def with_page(settings: Settings, path: str, model: Model, block_size: int) -> S
     page = (model.head_size, model.head_size, model.itemsize)
     if not settings.needs_tables and settings.tables is None:
         return replace(settings, page=page)
-    from vllm_kvcrush import transform
+    from vllm_kvcrush.codecs import transform
 
     try:
         described = transform.model_config(paths.model_folder(path))

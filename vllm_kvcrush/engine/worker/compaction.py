@@ -17,19 +17,19 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from vllm_kvcrush import transform
+from vllm_kvcrush.codecs import transform
+from vllm_kvcrush.codecs.transform import Tables
 from vllm_kvcrush.config import Settings
-from vllm_kvcrush.engine import measure
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction, StepCommands, WorkerReport
-from vllm_kvcrush.engine.move import Move
-from vllm_kvcrush.engine.state import Backend, CacheLayer, Request
+from vllm_kvcrush.engine.worker import statistics
+from vllm_kvcrush.engine.worker.move import Move
+from vllm_kvcrush.engine.worker.state import Backend, CacheLayer, Request
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.fitted import Angles
 from vllm_kvcrush.plan import cdiv
 from vllm_kvcrush.policies.base import Policy
 from vllm_kvcrush.policies.choice import PolicyFailure
-from vllm_kvcrush.transform import Tables
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
@@ -176,10 +176,10 @@ class CompactionMixin(_Base):
         began = time.perf_counter()
         config = self.model_config.hf_text_config.to_dict()
         rope = transform.Rope.from_config(config)
-        statistics = measure.gather(self._read_pieces(), rope)
+        measured = statistics.gather(self._read_pieces(), rope)
         far = transform.horizon(config)
         self._open_layers(
-            [transform.fit(statistics, p, rope, far, even=True) for p in transform.POINTS], 0
+            [transform.fit(measured, p, rope, far, even=True) for p in transform.POINTS], 0
         )
         logger.info(
             "vllm-kvcrush: statistics of the model for transform coding taken in %.1f s.",
@@ -192,13 +192,13 @@ class CompactionMixin(_Base):
         assert tap is not None
         room = (self._layers[0].pages.num_blocks - 1) * size  # vLLM keeps block 0 for itself
         longest = min(room, self.max_num_tokens, self.model_config.max_model_len - 1)
-        for tokens in measure.pieces(self.model_config, longest):
+        for tokens in statistics.pieces(self.model_config, longest):
             n = len(tokens)
             blocks = list(range(1, 1 + cdiv(n, size)))
             tap.rows = torch.arange(n, device=self.device)
-            self.execute_model(measure.scheduled(tokens, blocks))
+            self.execute_model(statistics.scheduled(tokens, blocks))
             self.sample_tokens(None)
-            self.execute_model(measure.finished())
+            self.execute_model(statistics.finished())
             table = torch.tensor(blocks, dtype=torch.int32, device=self._layers[0].device)
             held = (layer.held(layer.request(None, table, n, 0), n) for layer in self._layers)
             keys = torch.stack([own.keys for own in held])

@@ -30,9 +30,9 @@ class KVCrushCPUWorker(cpu_worker.CPUWorker):
         if self.use_v2_model_runner:
             import vllm.v1.worker.cpu.model_runner as v2
 
-            from vllm_kvcrush.engine.runner_v2 import KVCrushCPUModelRunnerV2
+            from vllm_kvcrush.engine.worker.runner_v2 import KVCrushCPUModelRunnerV2
 
             return v2, KVCrushCPUModelRunnerV2
-        from vllm_kvcrush.engine.runner import KVCrushCPUModelRunner
+        from vllm_kvcrush.engine.worker.runner_v1 import KVCrushCPUModelRunner
 
         return cpu_worker, KVCrushCPUModelRunner

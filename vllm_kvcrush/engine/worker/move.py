@@ -11,9 +11,9 @@ from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size
 
 from vllm_kvcrush.engine.commands import Compaction
-from vllm_kvcrush.engine.ranks import Ranks
-from vllm_kvcrush.engine.region import Region
-from vllm_kvcrush.engine.state import CacheLayer, Request
+from vllm_kvcrush.engine.worker.ranks import Ranks
+from vllm_kvcrush.engine.worker.region import Region
+from vllm_kvcrush.engine.worker.state import CacheLayer, Request
 from vllm_kvcrush.policies.base import Held, View
 from vllm_kvcrush.policies.choice import (
     Choice,

@@ -13,7 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from vllm_kvcrush.transform import SINKS, Rope, Statistics, TablesError
+from vllm_kvcrush.codecs.transform import SINKS, Rope, Statistics, TablesError
 
 # Packages that vLLM requires and whose descriptions are long: English with code and lists in it.
 TEXTS = ("openai", "torch")

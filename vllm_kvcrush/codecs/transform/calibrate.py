@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_kvcrush import paths, transform
-from vllm_kvcrush.transform import (
+from vllm_kvcrush import paths
+from vllm_kvcrush.codecs import transform
+from vllm_kvcrush.codecs.transform import (
     POINTS,
     SINKS,
     Model,

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_kvcrush.engine.runner_v2 import KVCrushGPUModelRunnerV2
+from vllm_kvcrush.engine.worker.runner_v2 import KVCrushGPUModelRunnerV2
 
 
 class KVCrushGPUWorker(Worker):

@@ -19,8 +19,8 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, Trito
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvcrush import gate
-from vllm_kvcrush.engine.region import Region, joined
-from vllm_kvcrush.engine.state import Backend
+from vllm_kvcrush.engine.worker.region import Region, joined
+from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
 from vllm_kvcrush.ops.triton.compaction import compact, gather

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_kvcrush.codecs.layout import CODECS
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.pages import CODECS
 from vllm_kvcrush.plan import Part
 
 

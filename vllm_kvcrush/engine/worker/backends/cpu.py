@@ -18,12 +18,12 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvcrush import gate
-from vllm_kvcrush.engine import region
-from vllm_kvcrush.engine.region import Region
-from vllm_kvcrush.engine.state import Backend
+from vllm_kvcrush.codecs.layout import STRIP
+from vllm_kvcrush.engine.worker import region
+from vllm_kvcrush.engine.worker.region import Region
+from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.fitted import LayerTable
-from vllm_kvcrush.pages import STRIP
 
 
 class KVCrushAttentionBackend(CPUAttentionBackend):
