@@ -8,7 +8,7 @@ import pytest
 
 from tests.server.conftest import serve
 
-BASE = "--dtype=float32 --enforce-eager --max-model-len=2048 --port=1".split()
+BASE = ["--dtype=float32", "--enforce-eager", "--max-model-len=2048", "--port=1"]
 CASES = {
     "--kv-policy=h3o": "--kv-policy='h3o' is not a policy",
     "--kv-policy=kvcrush --kv-budget=2.5": "--kv-budget='2.5' is not a KV budget",
