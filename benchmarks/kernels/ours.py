@@ -14,7 +14,8 @@ from vllm_kvcrush.codecs.layout import CODECS, FITTED
 from vllm_kvcrush.codecs.transform import Rope, Statistics, Tables, fit
 from vllm_kvcrush.codecs.transform.calibrate import POINTS
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.ops.fitted import Angles, LayerTable
+from vllm_kvcrush.ops.angles import Angles
+from vllm_kvcrush.ops.cpu.tables import LayerTable
 
 
 class Ours(Candidate):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.gpu import oracle
 from vllm_kvcrush.codecs import reference, transform
 from vllm_kvcrush.codecs.layout import CODECS, FITTED
-from vllm_kvcrush.ops import fitted
+from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
 from vllm_kvcrush.ops.triton.fitted import LayerTable
@@ -54,7 +54,7 @@ class Cache:
         # All bits set: NaN as a float of any width.
         pool = torch.full((blocks * layers * kv_heads * page_bytes,), 255, dtype=torch.uint8)
         self.tables = {c: tables_of(k_size, kv_heads)[c] for c in fitted_codecs}
-        angles = [fitted.Angles(t.rope, POSITIONS) for t in self.tables.values()]
+        angles = [Angles(t.rope, POSITIONS) for t in self.tables.values()]
         self.layer = Layer(
             pool.to(device), index=draw.randrange(layers), layers=layers, heads=group * kv_heads,
             kv_heads=kv_heads, k_size=k_size, v_size=v_size, block_size=block_size, dtype=dtype,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.gpu.cache import POSITIONS, TABLE_LAYER, Cache
 from vllm_kvcrush.codecs.layout import CODECS
-from vllm_kvcrush.ops import cpu, fitted
+from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.cache import Request
 
@@ -29,12 +30,12 @@ class Both:
         size, page_bytes = len(self.gpu.layer.pool), self.gpu.layer.page_bytes
         pool = torch.zeros(size + 64, dtype=torch.uint8)
         start = -pool.data_ptr() % 64
-        angles = fitted.Angles(self.gpu.tables["tc4"].rope, POSITIONS)
+        angles = Angles(self.gpu.tables["tc4"].rope, POSITIONS)
         self.cpu = cpu.Layer(
             pool[start : start + size], index=0, layers=1, heads=HEADS, kv_heads=HEADS,
             k_size=SIZE, v_size=SIZE, block_size=BLOCK, dtype=torch.float32, scale=SIZE**-0.5,
             tables={
-                name: fitted.LayerTable(t, TABLE_LAYER, range(HEADS), page_bytes, SIZE, angles)
+                name: cpu.LayerTable(t, TABLE_LAYER, range(HEADS), page_bytes, SIZE, angles)
                 for name, t in self.gpu.tables.items()
             },
         )  # fmt: skip
@@ -61,10 +62,10 @@ class Both:
         page, count, codec = (torch.tensor(x) for x in zip(*entries, strict=True))
         return begin, begin + each, page.int(), count, codec.to(torch.uint8)
 
-    def requests(self, entries: list[tuple[int, int, int]]) -> tuple[cpu.Request, Request]:
+    def requests(self, entries: list[tuple[int, int, int]]) -> tuple[cpu.Source, Request]:
         """These pages as a request's, on the CPU and on the GPU."""
         none = torch.zeros(1, dtype=torch.int32)
-        own = cpu.Request(self.directory(entries), none, 0, 0, BLOCK)
+        own = cpu.Source(self.directory(entries), none, 0, 0, BLOCK)
         columns = (x.to(self.gpu.device) for x in (*self.columns(entries), none))
         return own, Request.of(*columns, 0, 0)
 
@@ -139,7 +140,7 @@ def test_tokens_that_tie_at_the_end_stay_within_the_tables(
 ) -> None:
     """Moved on by tokens before them, the last ones would be beyond the longest context."""
     both = Both(draw, device, ("int8",))
-    end = fitted.Angles(both.gpu.tables["tc4"].rope, POSITIONS).positions
+    end = Angles(both.gpu.tables["tc4"].rope, POSITIONS).positions
     near = torch.arange(end - 20, end, dtype=torch.int32)
     both.entries, both.held = [], 40
     for head in range(HEADS):

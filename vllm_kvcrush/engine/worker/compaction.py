@@ -26,7 +26,7 @@ from vllm_kvcrush.engine.worker import statistics
 from vllm_kvcrush.engine.worker.move import Move
 from vllm_kvcrush.engine.worker.state import Backend, CacheLayer, Request
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.ops.fitted import Angles
+from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.plan import cdiv
 from vllm_kvcrush.policies.base import Policy
 from vllm_kvcrush.policies.choice import PolicyFailure

@@ -12,7 +12,8 @@ from torch import Tensor
 from vllm_kvcrush.codecs.transform import Tables
 from vllm_kvcrush.config import RequestParams
 from vllm_kvcrush.engine.worker.region import Pages, Region
-from vllm_kvcrush.ops.fitted import Angles, LayerTable
+from vllm_kvcrush.ops.angles import Angles
+from vllm_kvcrush.ops.cpu.tables import LayerTable
 from vllm_kvcrush.plan import Plan
 from vllm_kvcrush.policies.base import Held, Policy
 

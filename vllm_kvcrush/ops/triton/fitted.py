@@ -16,20 +16,20 @@ from torch import Tensor
 
 from vllm_kvcrush.codecs import layout
 from vllm_kvcrush.codecs.transform import QUAD, Piece, Tables, pieces
-from vllm_kvcrush.ops import fitted
+from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, WORD_FIELDS, FittedSection, half_pad
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """One fitted codec in one layer; arguments as `ops.fitted.LayerTable` has them."""
+    """One fitted codec in one layer; arguments as `ops.cpu.LayerTable` has them."""
 
     tables: Tables
     layer: int
     heads: range
     page_bytes: int
     v_size: int
-    angles: fitted.Angles
+    angles: Angles
 
     @property
     def sections(self) -> list[FittedSection]:
@@ -173,7 +173,7 @@ class Fitted:
 
 
 @functools.lru_cache(maxsize=1)
-def _shared(angles: fitted.Angles, device: torch.device) -> tuple[Tensor, Tensor]:
+def _shared(angles: Angles, device: torch.device) -> tuple[Tensor, Tensor]:
     """Coarse and fine rows of all layers."""
     return _halves(angles.coarse).to(device), _halves(angles.fine).to(device)
 

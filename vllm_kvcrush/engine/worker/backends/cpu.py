@@ -23,7 +23,7 @@ from vllm_kvcrush.engine.worker import region
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.ops.fitted import LayerTable
+from vllm_kvcrush.ops.cpu.tables import LayerTable
 
 
 class KVCrushAttentionBackend(CPUAttentionBackend):
@@ -174,20 +174,20 @@ class CPUCacheLayer:
 
     def request(
         self, region: Region | None, tail: Tensor, tokens: int, position: int
-    ) -> cpu.Request:
+    ) -> cpu.Source:
         """See `state.CacheLayer`, as for all of these."""
         directory = None if region is None else region.directory(self.index)
-        return cpu.Request(directory, tail, tokens, position, self.block_size)
+        return cpu.Source(directory, tail, tokens, position, self.block_size)
 
-    def held(self, request: cpu.Request, tokens: int) -> cpu.Held:
-        return cpu.Held(self.pages, request, tokens)
+    def held(self, request: cpu.Source, tokens: int) -> cpu.LayerKV:
+        return cpu.LayerKV(self.pages, request, tokens)
 
-    def positions(self, request: cpu.Request, tokens: int) -> Tensor:
+    def positions(self, request: cpu.Source, tokens: int) -> Tensor:
         return cpu.positions(self.pages, request, tokens)
 
     def compact(
         self,
-        request: cpu.Request,
+        request: cpu.Source,
         kept: Tensor,
         target: Region,
     ) -> None:

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm_kvcrush import gate, ops
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.engine.worker.state import Backend
-from vllm_kvcrush.ops.fitted import LayerTable
+from vllm_kvcrush.ops.cpu.tables import LayerTable
 
 
 def keep(attention: Sequence[Any]) -> Backend:
