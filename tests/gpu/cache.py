@@ -14,8 +14,8 @@ from vllm_kvcrush.codecs import reference, transform
 from vllm_kvcrush.codecs.layout import CODECS, FITTED
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton import attention
-from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
-from vllm_kvcrush.ops.triton.fitted import LayerTable
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 
 POSITIONS = 90_000  # that tables know
 TABLE_LAYER = 1  # in the tables
@@ -193,7 +193,7 @@ class Cache:
         begin, end = (torch.tensor(x, dtype=torch.int32) for x in (self.begin, self.end))
         return Directory.of(begin, end, page, count, codec, offsets, log_bias, self.device)
 
-    def request(self, seq: int) -> Request:
+    def source(self, seq: int) -> Source:
         page, count, codec = (x.to(self.device) for x in self._entries())
         first, last = self.begin[seq][0], self.end[seq][-1]
         begin, end = (
@@ -201,7 +201,7 @@ class Cache:
             for x in (self.begin, self.end)
         )
         own = slice(first, last)
-        return Request.of(
+        return Source.of(
             begin, end, page[own], count[own], codec[own],
             torch.tensor(self.tails[seq], dtype=torch.int32, device=self.device),
             self.lengths[seq], self.starts[seq], runs_of(codec[own].cpu()),

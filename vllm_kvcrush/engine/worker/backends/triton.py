@@ -22,9 +22,9 @@ from vllm_kvcrush import gate
 from vllm_kvcrush.engine.worker.region import Region, joined
 from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops.triton.attention import attention
-from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 from vllm_kvcrush.ops.triton.compaction import compact, gather
-from vllm_kvcrush.ops.triton.fitted import LayerTable
 from vllm_kvcrush.ops.triton.scores import window_scores
 from vllm_kvcrush.ops.triton.store import store
 
@@ -197,7 +197,7 @@ class TritonCacheLayer:
         """Where the cache is."""
         return self.pages.pool.device
 
-    def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Request:
+    def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Source:
         """See `state.CacheLayer`, as for all of these."""
         counts = torch.zeros(self.heads, dtype=torch.int32)
         parts = [torch.zeros(0, dtype=torch.int32)] * 3
@@ -211,18 +211,18 @@ class TritonCacheLayer:
             x.to(self.device, non_blocking=True) for x in (*parts, ends - counts, ends)
         )
         runs = runs_of(parts[2])
-        return Request.of(begins, ends, page, count, codec, tail, tokens, position, runs)
+        return Source.of(begins, ends, page, count, codec, tail, tokens, position, runs)
 
-    def held(self, request: Request, tokens: int) -> TritonHeld:
+    def held(self, request: Source, tokens: int) -> TritonHeld:
         return TritonHeld(self.pages, request, tokens)
 
-    def positions(self, request: Request, tokens: int) -> Tensor:
+    def positions(self, request: Source, tokens: int) -> Tensor:
         slots = torch.arange(tokens, device=self.device).repeat(self.heads, 1)
         where = gather(self.pages, request, slots, values=False, positions=True)[2]
         assert where is not None
         return where
 
-    def compact(self, request: Request, kept: Tensor, target: Region) -> None:
+    def compact(self, request: Source, kept: Tensor, target: Region) -> None:
         nothing = torch.zeros(0, dtype=torch.int32, device=self.device)
         compact(self.pages, request, kept, self.request(target, nothing, 0, 0))
 
@@ -235,7 +235,7 @@ class TritonHeld:
         tokens: n, held by every KV head.
     """
 
-    def __init__(self, layer: Layer, source: Request, tokens: int):
+    def __init__(self, layer: Layer, source: Source, tokens: int):
         self._layer, self._source, self._tokens = layer, source, tokens
 
     @property

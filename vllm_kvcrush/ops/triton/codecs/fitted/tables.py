@@ -73,7 +73,7 @@ class Fitted:
         fields: int32, rows that `info` points to: word, first bit and mask of each piece; quad,
             weight, mask and first bit of each word's fields.
         inverse: [rows, 2, 2 half], the model's dtype: a key for each piece's components, and what
-            rounding to this dtype left over; channels in the order of `fitted_tiles.fitted_keys`.
+            rounding to this dtype left over; channels in the order of `tiles.fitted_keys`.
         base: float32 [codecs, heads, 2, 2 half], in the same order: what codes of 0 stand for under
             the rounded inverse, and under both of its parts.
         mean: float32 [codecs, heads, 2 half], of keys.
