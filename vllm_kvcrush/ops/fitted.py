@@ -7,7 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.transform import QUAD, Rope, Tables, pieces, quantiser
+from vllm_kvcrush.codecs.transform.bits import QUAD, pieces, quantiser
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Tables
 
 _i32, _u8, _ptr = ctypes.c_int32, ctypes.c_uint8, ctypes.c_void_p
 
