@@ -413,28 +413,29 @@ class Settings:
         used. Raises ConfigError for tables that were named, or that the policy needs.
 
         Args:
-            model: content of the model's config.json, as `transform.model_config` reads it.
+            model: content of the model's config.json, as `transform.tables.model_config` reads it.
             page: see Settings.
             ranks: tensor-parallel ranks, which share the KV heads out.
             statistics: whether workers can take statistics.
         """
-        from vllm_kvcrush.codecs import transform
+        from vllm_kvcrush.codecs.transform import tables as transform_tables
+        from vllm_kvcrush.codecs.transform.points import TablesError
 
         settings = replace(self, page=page)
         page_bytes = block_size * (page[0] + page[1]) * page[2]
         try:
             path = settings.tables
             if path is None:
-                place = transform.default_path(model)
+                place = transform_tables.default_path(model)
                 path = str(place) if place is not None and place.exists() else None
             if path is not None:
-                fitted = transform.packings(path, model, page_bytes, page[1], ranks)
+                fitted = transform_tables.packings(path, model, page_bytes, page[1], ranks)
                 return replace(settings, tables=path, fitted=fitted), None
             if not (statistics and self.needs_tables):
                 return settings, None
-            fitted = transform.even_packings(model, page_bytes, page[1], ranks)
+            fitted = transform_tables.even_packings(model, page_bytes, page[1], ranks)
             return replace(settings, fitted=fitted), None
-        except transform.TablesError as error:
+        except TablesError as error:
             if self.tables is not None:
                 key = "--kv-policy-config.tables"
                 raise ConfigError(f"{key}: {error}", key) from None

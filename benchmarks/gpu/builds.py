@@ -18,7 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_kvcrush.codecs.layout import CODECS, FITTED
-from vllm_kvcrush.codecs.transform import POINTS, quantiser
+from vllm_kvcrush.codecs.transform.bits import quantiser
+from vllm_kvcrush.codecs.transform.points import POINTS
 from vllm_kvcrush.ops.triton.codecs.fitted import kernels as fitted_kernels
 from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import Loop

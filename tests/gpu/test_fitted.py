@@ -10,8 +10,9 @@ import torch
 from tests.gpu import oracle
 from tests.gpu.cache import TABLE_LAYER, Cache
 from tests.gpu.test_attention import TOLERANCE
-from vllm_kvcrush.codecs import reference, transform
+from vllm_kvcrush.codecs import reference
 from vllm_kvcrush.codecs.layout import CODECS, FITTED
+from vllm_kvcrush.codecs.transform.reference import encode_page, origins
 from vllm_kvcrush.ops import reference as plain
 from vllm_kvcrush.ops.triton import attention, compaction
 from vllm_kvcrush.ops.triton.cache import Source
@@ -99,9 +100,9 @@ def test_pages_keep_what_their_codec_says(
         at = (tables, TABLE_LAYER, head)
         got, positions = oracle.decode_fitted(content, section, layer.geometry, count, *at)
         k, v, p = key[head][own], value[head][own], where[head][own]
-        assert torch.equal(positions, (transform.origins(p) + torch.arange(count) % 16).int())
+        assert torch.equal(positions, (origins(p) + torch.arange(count) % 16).int())
         assert len(got.slots) == min(section.exceptions, count)
-        want = transform.encode_page(k.double(), v.double(), p, *at, section.exceptions)
+        want = encode_page(k.double(), v.double(), p, *at, section.exceptions)
         if first == 0 and head == 0:
             assert got.slots[:4].tolist() == [0, 1, 2, 3]
         # Losses that are nearly equal may be ordered the other way.
@@ -210,6 +211,6 @@ def test_compact_onto_its_own_sources(draw: random.Random, device: str, codec: s
     for head, page in enumerate(source.page.tolist()[::2]):
         at, section = (tables, TABLE_LAYER, head), layer.fitted.sections[codec][head]
         got, _ = oracle.decode_fitted(cache.bytes_of(page), section, layer.geometry, n - 5, *at)
-        want = transform.encode_page(keys[head], values[head], where[head], *at, section.exceptions)
+        want = encode_page(keys[head], values[head], where[head], *at, section.exceptions)
         same = (got.key_codes == want.key_codes).double().mean()
         assert same > 0.99 and (got.value_codes == want.value_codes).double().mean() > 0.99

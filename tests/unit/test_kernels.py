@@ -19,7 +19,10 @@ from torch import Tensor
 
 from vllm_kvcrush import ops, policies
 from vllm_kvcrush.codecs import layout, reference
-from vllm_kvcrush.codecs.transform import Point, Rope, Statistics, Tables, fit
+from vllm_kvcrush.codecs.transform.fit import Statistics, fit
+from vllm_kvcrush.codecs.transform.points import Point
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import reference as oracle
 from vllm_kvcrush.ops.angles import Angles

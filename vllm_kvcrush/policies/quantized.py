@@ -39,7 +39,7 @@ class Int4(Quantized):
 
 @dataclass
 class TC4(Quantized):
-    """Some four bits a channel by transform coding (`transform.py`): keys with their rotary
+    """Some four bits a channel by transform coding (`codecs.transform`): keys with their rotary
     embedding in components of unequal bits, so that the transform goes into the query; rotated
     values in four bits. Needs the model's tables."""
 

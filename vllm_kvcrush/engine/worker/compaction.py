@@ -17,8 +17,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
-from vllm_kvcrush.codecs import transform
-from vllm_kvcrush.codecs.transform import Tables
+from vllm_kvcrush.codecs.transform import tables as transform_tables
+from vllm_kvcrush.codecs.transform.fit import fit
+from vllm_kvcrush.codecs.transform.points import POINTS, horizon
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Compaction, StepCommands, WorkerReport
@@ -138,7 +141,9 @@ class CompactionMixin(_Base):
         tables: list[Tables] = []
         if settings.tables is not None:
             config = self.model_config.hf_text_config.to_dict()
-            tables = [transform.load(settings.tables, config, codec) for codec in settings.fitted]
+            tables = [
+                transform_tables.load(settings.tables, config, codec) for codec in settings.fitted
+            ]
         self._open_layers(tables, get_tensor_model_parallel_rank())
         if self._tap is None:
             self._tap = QueryTap(list(self._attention.values()))
@@ -175,12 +180,10 @@ class CompactionMixin(_Base):
             return
         began = time.perf_counter()
         config = self.model_config.hf_text_config.to_dict()
-        rope = transform.Rope.from_config(config)
+        rope = Rope.from_config(config)
         measured = statistics.gather(self._read_pieces(), rope)
-        far = transform.horizon(config)
-        self._open_layers(
-            [transform.fit(measured, p, rope, far, even=True) for p in transform.POINTS], 0
-        )
+        far = horizon(config)
+        self._open_layers([fit(measured, p, rope, far, even=True) for p in POINTS], 0)
         logger.info(
             "vllm-kvcrush: statistics of the model for transform coding taken in %.1f s.",
             time.perf_counter() - began,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.transform import Tables
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.config import RequestParams
 from vllm_kvcrush.engine.worker.region import Pages, Region
 from vllm_kvcrush.ops.angles import Angles

@@ -9,7 +9,7 @@ A launch has one codec, and one number of bits for values; programs that find an
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.codecs.transform import SINKS
+from vllm_kvcrush.codecs.transform.points import SINKS
 from vllm_kvcrush.ops.triton.codecs.fitted import tiles
 from vllm_kvcrush.ops.triton.codecs.fitted.tiles import BITS as BITS_AT
 from vllm_kvcrush.ops.triton.codecs.fitted.tiles import (

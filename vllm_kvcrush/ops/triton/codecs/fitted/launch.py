@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from vllm_kvcrush.codecs.layout import CODECS
-from vllm_kvcrush.codecs.transform import quantiser
+from vllm_kvcrush.codecs.transform.bits import quantiser
 from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Source
 from vllm_kvcrush.ops.triton.codecs.fitted.kernels import (
     fitted_components_kernel,

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_kvcrush.codecs import layout
-from vllm_kvcrush.codecs.transform import QUAD, Piece, Tables, pieces
+from vllm_kvcrush.codecs.transform.bits import QUAD, Piece, pieces
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, WORD_FIELDS, FittedSection, half_pad
 
