@@ -87,8 +87,6 @@ _BUILT_IN_CODECS: dict[str, tuple[str, ...]] = {
 }
 # The same of `tiers`.
 _BUILT_IN_TIERS = {name: name == "mikv" for name in _BUILT_IN_CODECS}
-# What stands for codecs that need tables, where there are none.
-_WITHOUT_TABLES = dict.fromkeys(("tc4", "tc6", "tc8"), "int4")
 
 
 @dataclass(frozen=True)
@@ -369,7 +367,7 @@ class Settings:
         return self._packings[key]
 
     def _pack(self, policy: str, block_size: int) -> tuple[Packing, ...]:
-        from vllm_kvcrush.codecs import layout
+        from vllm_kvcrush.codecs import CODECS
 
         codecs = _codecs(policy)
         if len(codecs) > 1:
@@ -377,7 +375,7 @@ class Settings:
             if self.fitted:
                 codecs = tuple(c for c in codecs if self._known(c))
             codecs = tuple(
-                dict.fromkeys(c if self._known(c) else _WITHOUT_TABLES[c] for c in codecs)
+                dict.fromkeys(c if self._known(c) else CODECS[c].stand_in or c for c in codecs)
             )
         if not codecs:
             return ()
@@ -389,10 +387,10 @@ class Settings:
         pairs = [sum(n for _, n in rank) for rank in next(iter(self.fitted.values()), (((0, 1),),))]
         found = []
         for codec in codecs:
-            if codec in layout.FITTED:
+            if CODECS[codec].needs_tables:
                 found.append(Packing(codec, self.fitted[codec]))
             else:
-                room = layout.capacity(codec, page_bytes, k_size, v_size, itemsize)
+                room = CODECS[codec].capacity(page_bytes, k_size, v_size, itemsize)
                 found.append(Packing(codec, tuple(((room, n),) for n in pairs)))
         close = [p for p in found if _packs(p, block_size)]
         return tuple(close or found[-1:])
@@ -448,14 +446,14 @@ class Settings:
     @property
     def needs_tables(self) -> bool:
         """Whether the policy has codecs that are fitted to a model."""
-        from vllm_kvcrush.codecs import layout
+        from vllm_kvcrush.codecs import CODECS
 
-        return any(codec in layout.FITTED for codec in _codecs(self.policy))
+        return any(CODECS[codec].needs_tables for codec in _codecs(self.policy))
 
     def _known(self, codec: str) -> bool:
-        from vllm_kvcrush.codecs import layout
+        from vllm_kvcrush.codecs import CODECS
 
-        return codec not in layout.FITTED or codec in self.fitted
+        return not CODECS[codec].needs_tables or codec in self.fitted
 
     def _unpackable(self, policy: str, block_size: int) -> str | None:
         """What is wrong with the pages of `policy` in blocks of this size, if anything."""

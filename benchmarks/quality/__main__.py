@@ -144,14 +144,14 @@ class Bench:
     def _make_tables(self) -> None:
         """Makes the model's transform tables where a policy needs them and there are none."""
         from vllm_kvcrush import policies
-        from vllm_kvcrush.codecs import layout
+        from vllm_kvcrush.codecs import FITTED
         from vllm_kvcrush.codecs.transform import calibrate
 
         codecs = {
             c for policy in self.args.policies if policy != FULL for c in policies.codecs(policy)
         }
         path = calibrate.default_path(self.model)
-        if codecs & set(layout.FITTED) and not path.exists() and not self.args.no_tables:
+        if codecs & set(FITTED) and not path.exists() and not self.args.no_tables:
             say("making the model's transform tables, once …")
             path.parent.mkdir(parents=True, exist_ok=True)
             calibrate.calibrate(self.model, path, progress=calibrate.bar)

@@ -9,12 +9,12 @@ import torch
 
 from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL_INTERVAL, Engine
 from vllm_kvcrush import policies
-from vllm_kvcrush.codecs import reference as pages_reference
-from vllm_kvcrush.codecs.layout import FITTED
+from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.codecs.transform import calibrate
 from vllm_kvcrush.codecs.transform.fit import Statistics
 from vllm_kvcrush.codecs.transform.points import SINKS, TablesError
 from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import HeadTables
 from vllm_kvcrush.engine.worker import statistics
 from vllm_kvcrush.ops import cpu
 
@@ -141,19 +141,14 @@ def rounding_of(engine: Engine, codec: str, tables: Any) -> Any:
         room = pages.capacity(codec, head)
         for start in range(0, len(keys), room):
             own = slice(start, start + room)
+            mine = None
             if codec in FITTED:
-                kept = pages_reference.kept_fitted(
-                    keys[own],
-                    values[own],
-                    torch.arange(len(keys))[own],  # nothing was evicted
-                    tables[codec],
-                    layer,
-                    head,
-                    pages.tables[codec].exceptions[head],
-                )
-            else:
-                kept = pages_reference.kept(codec, keys[own], values[own], torch.float32)
-            keys[own], values[own] = kept
+                exceptions = pages.tables[codec].exceptions[head]
+                mine = HeadTables(tables[codec], layer, head, exceptions)
+            positions = torch.arange(len(keys))[own]  # nothing was evicted
+            keys[own], values[own] = CODECS[codec].kept(
+                keys[own], values[own], torch.float32, positions, mine
+            )
 
     return apply
 

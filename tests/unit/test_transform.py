@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush.codecs import layout, reference
+from vllm_kvcrush.codecs import CODECS, FITTED, layout
 from vllm_kvcrush.codecs.transform import tables as transform_tables
 from vllm_kvcrush.codecs.transform.bits import (
     MAX_BITS,
@@ -36,7 +36,7 @@ from vllm_kvcrush.codecs.transform.reference import (
     origins,
 )
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.codecs.transform.tables import Model, Tables
+from vllm_kvcrush.codecs.transform.tables import HeadTables, Model, Tables
 from vllm_kvcrush.plan import Packing
 
 CONFIG = {
@@ -460,11 +460,14 @@ def test_pages_hold_sinks_and_the_worst_keys_in_int8(point):
     keys, _, values, positions = fresh(160, 9)
     keys[0, 0, 77] *= 30  # unlike anything in calibration
     keys, values = keys[0, 0], values[0, 0]
-    exact_keys, exact_values = reference.kept("int8", keys, values, torch.float64)
+    exact_keys, exact_values = CODECS["int8"].kept(keys, values, torch.float64)
 
     def exceptions(first, end, most):
         here = slice(first, end)
-        k, v = reference.kept_fitted(keys[here], values[here], positions[here], t, 0, 0, most)
+        own = HeadTables(t, 0, 0, most)
+        k, v = CODECS[point.name].kept(
+            keys[here], values[here], torch.float64, positions[here], own
+        )
         exact = (v == exact_values[here]).all(-1)
         assert torch.equal(exact, (k == exact_keys[here]).all(-1))
         bound = keys[here].abs().amax(-1, keepdim=True) / 127 * 0.51
@@ -583,7 +586,7 @@ def test_packings_count_every_heads_pages(saved):
     path, made = saved
     page = 64 * 2 * D * 4
     found = transform_tables.packings(path, CONFIG, page, D, 1)
-    assert tuple(found) == layout.FITTED
+    assert tuple(found) == FITTED
     for t in made:
         rooms = [
             layout.fitted_capacity(page, w, t.point.value_bits, D, D, t.point.exceptions)[0]

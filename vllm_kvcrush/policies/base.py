@@ -135,7 +135,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset()  # of "queries", "running"
-    # Names in pages.CODECS that the pages of the compressed region may have, those that lose least
+    # Names in codecs.CODECS that the pages of the compressed region may have, those that lose least
     # first; empty: raw.
     codecs: ClassVar[tuple[str, ...]] = ()
     # Whether, where a region has pages of two codecs, the most important tokens get the finer one;

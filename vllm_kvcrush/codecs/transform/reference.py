@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs.reference import hadamard, int8, signs
 from vllm_kvcrush.codecs.transform.bits import quantiser
 from vllm_kvcrush.codecs.transform.points import SINKS
-from vllm_kvcrush.codecs.transform.tables import Tables
+from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 
-MAX_INT8 = 127
 SCALE_STEPS = 16  # value scales: steps per octave
 SCALE_ZERO = 128  # the byte that means 1
-_WORD = 0xFFFFFFFF
 
 
 def origins(positions: Tensor) -> Tensor:
@@ -61,30 +58,6 @@ def decode_keys(
     return tables.rope.rotate(x, origins(positions)) if tables.point.local else x
 
 
-@functools.cache
-def signs(size: int) -> Tensor:
-    """The random signs that go before the Hadamard matrix: int8 [size]. The same hash of the
-    channel as `rotation_sign` in csrc/layout.h."""
-    x = (torch.arange(size) * 2654435769 + 0x9E3779B9) & _WORD
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _WORD
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _WORD
-    return (1 - 2 * ((x ^ (x >> 16)) & 1)).to(torch.int8)
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """Multiplies the last dimension by an orthonormal, symmetric Hadamard matrix, block by block:
-    blocks are the largest power of two that divides it."""
-    size = x.shape[-1]
-    block = size & -size
-    y = x.reshape(-1, size // block, block)
-    step = 1
-    while step < block:
-        y = y.view(-1, size // block, block // (2 * step), 2, step)
-        y = torch.stack([y[..., 0, :] + y[..., 1, :], y[..., 0, :] - y[..., 1, :]], -2)
-        step *= 2
-    return (y / math.sqrt(block)).reshape(x.shape)
-
-
 def encode_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes of values.
 
@@ -117,13 +90,6 @@ def decode_values(
     return hadamard(y) * signs(codes.shape[-1]).to(y)
 
 
-def to_int8(x: Tensor) -> Tensor:
-    """What int8 codes with one float16 scale a row leave of `x` [..., D]."""
-    scale = (x.abs().amax(-1, keepdim=True) / MAX_INT8).half().to(x.dtype)
-    scale = scale.clamp(min=torch.finfo(torch.float16).tiny)
-    return (x / scale).round().clamp(-MAX_INT8, MAX_INT8) * scale
-
-
 @dataclass(frozen=True)
 class Page:
     """One head's n tokens as a page holds them; x of them are exceptions.
@@ -134,7 +100,7 @@ class Page:
         value_codes: uint8 [n, Dv].
         value_scales: uint8 [n].
         slots: [x], the exceptions' places among the n. What the codes say there does not count.
-        keys, values: [x, D] and [x, Dv], the exceptions after int8.
+        keys, values: float64 [x, D] and [x, Dv], the exceptions after int8.
     """
 
     positions: Tensor
@@ -155,7 +121,7 @@ def encode_page(
     head: int,
     exceptions: int,
 ) -> Page:
-    """Encodes the tokens of one page of one head.
+    """Encodes the tokens of one page of one head, in float64 but for what int8 rounds.
 
     Exceptions are the first SINKS tokens of a request, then the tokens whose keys lose most: a
     function of the page's content alone, so that equal tokens give equal pages.
@@ -166,22 +132,34 @@ def encode_page(
         positions: [n], ascending.
         exceptions: how many; all if there are fewer tokens.
     """
-    key_codes, loss = encode_keys(keys, positions, tables, layer, head)
-    value_codes, scales = encode_values(values, int(tables.value_bits[layer, head]))
+    key_codes, loss = encode_keys(keys.double(), positions, tables, layer, head)
+    value_codes, scales = encode_values(values.double(), int(tables.value_bits[layer, head]))
     # topk returns equal values in any order; a stable sort prefers the lower slot everywhere.
     order = loss.masked_fill(positions < SINKS, torch.inf).sort(descending=True, stable=True)
     slots = order.indices[:exceptions].sort().values
-    exact_keys, exact_values = to_int8(keys[slots]), to_int8(values[slots])
+    exact_keys, exact_values = (
+        codes.double() * scale.double() for codes, scale in (int8(keys[slots]), int8(values[slots]))
+    )
     return Page(positions, key_codes, value_codes, scales, slots, exact_keys, exact_values)
 
 
-def decode_page(
-    page: Page, tables: Tables, layer: int, head: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Keys [n, D], with RoPE, and values [n, Dv] of a page."""
-    keys = decode_keys(page.key_codes, page.positions, tables, layer, head, dtype)
+def decode_page(page: Page, tables: Tables, layer: int, head: int) -> tuple[Tensor, Tensor]:
+    """Returns keys [n, D], with RoPE, and values [n, Dv] of a page, float64."""
+    keys = decode_keys(page.key_codes, page.positions, tables, layer, head, torch.float64)
     bits = int(tables.value_bits[layer, head])
-    values = decode_values(page.value_codes, page.value_scales, bits, dtype)
-    keys[page.slots] = page.keys.to(dtype)
-    values[page.slots] = page.values.to(dtype)
+    values = decode_values(page.value_codes, page.value_scales, bits, torch.float64)
+    keys[page.slots], values[page.slots] = page.keys, page.values
     return keys, values
+
+
+def keep(
+    keys: Tensor,
+    values: Tensor,
+    dtype: torch.dtype,
+    positions: Tensor | None,
+    tables: HeadTables | None,
+) -> tuple[Tensor, Tensor]:
+    """The reference of fitted codecs, see `Codec.kept`."""
+    assert positions is not None and tables is not None
+    page = encode_page(keys, values, positions, *tables)
+    return decode_page(page, *tables[:3])

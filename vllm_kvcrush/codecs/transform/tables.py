@@ -11,13 +11,13 @@ import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vllm_kvcrush import paths
-from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs import FITTED, layout
 from vllm_kvcrush.codecs.transform.bits import MAX_BITS, quantiser
 from vllm_kvcrush.codecs.transform.points import (
     POINTS,
@@ -95,6 +95,21 @@ class Tables:
             bits,
             value_bits,
         )
+
+
+class HeadTables(NamedTuple):
+    """One head's part of transform tables.
+
+    Attributes:
+        tables: the model's.
+        layer, head: which part.
+        exceptions: how many tokens of a page of this head are int8.
+    """
+
+    tables: Tables
+    layer: int
+    head: int
+    exceptions: int
 
 
 def model_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -205,7 +220,7 @@ def packings(
         ranks: tensor-parallel ranks, which share the KV heads out.
     """
     found = {}
-    for codec in layout.FITTED:
+    for codec in FITTED:
         tables = load(path, config, codec)
         size = tables.rope.size
         widths = torch.stack([tables.words, tables.value_bits.long()], -1)
