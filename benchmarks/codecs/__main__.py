@@ -114,7 +114,7 @@ class Study:
                 file = pathlib.Path(folder) / "tables.safetensors"
                 calibrate.calibrate(self.model, file, self.args.text, wanted, calibrate.bar)
                 forcer = Forcer(self.model)
-                config, rope = forcer.reader.config, forcer.reader.rope
+                config, rope = forcer.probe.config, forcer.probe.rope
                 tables = {p.name: transform_tables.load(file, config, p.name) for p in wanted}
             block = self.args.block_size
             # A page holds as many bytes of bfloat16 as of float32: block sizes differ.

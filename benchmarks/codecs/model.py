@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.transform.calibrate import Reader
+from vllm_kvcrush.codecs.transform.calibrate import Probe
 
 # The last queries of a context, kept for what needs them.
 WINDOW = 512
@@ -52,18 +52,18 @@ class Forcer:
     """Reads contexts and forces answers."""
 
     def __init__(self, path: str) -> None:
-        self.reader = Reader(path)
+        self.probe = Probe(path)
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[int]) -> Cache:
         """The cache of a context."""
-        queries, keys, values = self.reader.read(tokens)
+        queries, keys, values = self.probe.prefill(tokens)
         return Cache(keys, values, queries[:, :, -WINDOW:].clone())
 
     @torch.inference_mode()
     def force(self, coded: Coded, start: int, tokens: Sequence[int]) -> Tensor:
         """Log-probabilities [m, vocab] after each of m tokens; the first has position `start`."""
-        return self.reader.over(coded.keys, coded.values, start, tokens, coded.kept)
+        return self.probe.log_probabilities(coded.keys, coded.values, start, tokens, coded.kept)
 
 
 def measure(

@@ -150,7 +150,7 @@ class Bench:
         codecs = {
             c for policy in self.args.policies if policy != FULL for c in policies.codecs(policy)
         }
-        path = calibrate.default_path(self.model)
+        path = calibrate.output_path(self.model)
         if codecs & set(FITTED) and not path.exists() and not self.args.no_tables:
             say("making the model's transform tables, once …")
             path.parent.mkdir(parents=True, exist_ok=True)

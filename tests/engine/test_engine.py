@@ -213,24 +213,24 @@ def test_statistics_taken_at_start_are_the_models(
     found = statistics.pieces(engine.runner.model_config, 512)[:2]
     assert [len(piece) for piece in found] == [512, 512]
     monkeypatch.setattr(statistics, "pieces", lambda *_: found)
-    reader = calibrate.Reader(model_path)
-    got = statistics.gather(engine.runner._read_pieces(), reader.rope)
+    probe = calibrate.Probe(model_path)
+    got = statistics.gather(engine.runner._read_pieces(), probe.rope)
     engine.reset()  # the pieces lay in any blocks
     moments = []
     for piece in found:
         back = -torch.arange(len(piece))
-        q, k, _ = reader.read(piece)
-        q, k = (reader.rope.rotate(x, back)[:, :, SINKS:] for x in (q, k))
+        q, k, _ = probe.prefill(piece)
+        q, k = (probe.rope.rotate(x, back)[:, :, SINKS:] for x in (q, k))
         moments.append(Statistics.of(k, q))
     want = moments[0].merged(moments[1], 1, 1)
     for name in ("key_mean", "key_second", "query_second"):
         mine, its = getattr(got, name), getattr(want, name)
         assert (mine - its).norm() < 1e-3 * its.norm(), name
     with pytest.raises(TablesError, match="not the one that its configuration describes"):
-        other = Rope(reader.rope.frequencies * 1.5)
+        other = Rope(probe.rope.frequencies * 1.5)
         statistics.gather(engine.runner._read_pieces(), other)
     with pytest.raises(TablesError, match="too short to take statistics"):
-        statistics.gather(iter(()), reader.rope)
+        statistics.gather(iter(()), probe.rope)
     engine.reset()
     engine.assert_idle()
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from vllm_kvcrush.codecs import CODECS, by_number, layout
 from vllm_kvcrush.codecs.layout import Widths
-from vllm_kvcrush.codecs.transform.points import POINTS, Point
+from vllm_kvcrush.codecs.transform.points import POINTS, OperatingPoint
 from vllm_kvcrush.codecs.transform.reference import origins
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
@@ -202,7 +202,7 @@ def blank_tables(words: list[int], v_bits: int, k_size: int, share: float) -> Ta
     zeros = torch.zeros(1, len(words), k_size)
     square = zeros[..., None].expand(-1, -1, -1, k_size)
     rope = Rope(torch.ones(k_size // 2, dtype=torch.float64))
-    point = Point("tc4", False, 0.0, v_bits, share)
+    point = OperatingPoint("tc4", False, 0.0, v_bits, share)
     value_bits = torch.full((1, len(words)), v_bits, dtype=torch.uint8)
     return Tables(
         point, rope, zeros, square, square, zeros, torch.stack(bits).byte()[None], value_bits

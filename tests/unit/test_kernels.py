@@ -20,7 +20,7 @@ from torch import Tensor
 from vllm_kvcrush import ops, policies
 from vllm_kvcrush.codecs import CODECS, FITTED, layout, reference
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
-from vllm_kvcrush.codecs.transform.points import Point
+from vllm_kvcrush.codecs.transform.points import OperatingPoint
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 from vllm_kvcrush.ops import cpu
@@ -88,7 +88,7 @@ def random_tables(name: str, layers: int, heads: int, k_size: int, v_size: int) 
     queries = torch.randn(layers, 2 * heads, 300, k_size)
     moments = Statistics.of(keys, queries)
     bits = {"tc4": (3.25, 4), "tc6": (2.0, 3), "tc8": (1.5, 2)}[name]
-    point = Point(name, name != "tc4", *bits, 0.02)
+    point = OperatingPoint(name, name != "tc4", *bits, 0.02)
     return fit(moments, point, rope, 512)
 
 

@@ -26,7 +26,12 @@ from vllm_kvcrush.codecs.transform.bits import (
     quantiser,
 )
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
-from vllm_kvcrush.codecs.transform.points import Point, TablesError, even_value_bits, even_words
+from vllm_kvcrush.codecs.transform.points import (
+    OperatingPoint,
+    TablesError,
+    even_value_bits,
+    even_words,
+)
 from vllm_kvcrush.codecs.transform.reference import (
     decode_keys,
     decode_values,
@@ -36,7 +41,7 @@ from vllm_kvcrush.codecs.transform.reference import (
     origins,
 )
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.codecs.transform.tables import HeadTables, Model, Tables
+from vllm_kvcrush.codecs.transform.tables import HeadTables, ModelShape, Tables
 from vllm_kvcrush.plan import Packing
 
 CONFIG = {
@@ -49,9 +54,9 @@ CONFIG = {
     "rope_theta": 10000.0,
 }
 L, H, G, D = 2, 2, 2, 32
-TC4 = Point("tc4", False, 3.0, 4, 0.02)
-TC6 = Point("tc6", True, 2.0, 3, 0.02)
-TC8 = Point("tc8", True, 1.5, 2, 0.02)
+TC4 = OperatingPoint("tc4", False, 3.0, 4, 0.02)
+TC6 = OperatingPoint("tc6", True, 2.0, 3, 0.02)
+TC8 = OperatingPoint("tc8", True, 1.5, 2, 0.02)
 
 both_frames = pytest.mark.parametrize("local", [False, True])
 
@@ -70,7 +75,7 @@ def fresh(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
     return rope.rotate(k, positions), rope.rotate(q, positions), v, positions
 
 
-def tables(point: Point, most: int = MAX_BITS, even: bool = False) -> Tables:
+def tables(point: OperatingPoint, most: int = MAX_BITS, even: bool = False) -> Tables:
     keys, queries, _, positions = fresh(4000, 1)
     rope = Rope.from_config(CONFIG)
     keys, queries = rope.rotate(keys, -positions), rope.rotate(queries, -positions)
@@ -502,7 +507,7 @@ def test_even_tables_give_every_head_the_same_words(local):
 def saved(tmp_path):
     path = tmp_path / "tables.safetensors"
     made = [tables(TC4), tables(TC6), tables(TC8)]
-    transform_tables.save(path, Model.from_config(CONFIG, "tiny"), made, "digest of a text")
+    transform_tables.save(path, ModelShape.from_config(CONFIG, "tiny"), made, "digest of a text")
     return path, made
 
 
@@ -579,7 +584,7 @@ def test_a_config_that_is_no_text_model_is_refused():
     broken = json.loads(json.dumps(CONFIG))
     del broken["vocab_size"]
     with pytest.raises(TablesError, match="no vocab_size"):
-        Model.from_config(broken)
+        ModelShape.from_config(broken)
 
 
 def test_packings_count_every_heads_pages(saved):
@@ -625,7 +630,7 @@ def test_packings_need_pages_that_hold_something(saved):
     path, made = saved
     with pytest.raises(TablesError, match="200 bytes is too small for tc4: use a larger --block"):
         transform_tables.packings(path, CONFIG, 200, D, 1)
-    transform_tables.save(path, Model.from_config(CONFIG, "tiny"), made[:1], "")
+    transform_tables.save(path, ModelShape.from_config(CONFIG, "tiny"), made[:1], "")
     with pytest.raises(TablesError, match="no tables for tc6, only for tc4"):
         transform_tables.packings(path, CONFIG, 1 << 13, D, 1)
 
@@ -667,7 +672,7 @@ def test_gradients_decide_what_is_lost(local):
     gradients = scale * slope * torch.randn(L, H, 4000, D, generator=g).double()
     values = torch.randn(L, H, 4000, D, generator=g).double()
     moments = Statistics.of(keys, queries, gradients, (values, scale * values.flip(2)))
-    point = Point("tc8", local, 1.5, 2.5, 0.0)
+    point = OperatingPoint("tc8", local, 1.5, 2.5, 0.0)
     costs, made = [], []
     for own in (moments, Statistics.of(keys, queries)):
         t = fit(own, point, rope, 4000)

@@ -1,4 +1,4 @@
-"""Plain-torch oracle of csrc/: what each codec keeps of K and V, and attention over it.
+"""Plain-torch oracle of csrc/ and ops/triton/: what each codec keeps of K and V, and attention.
 
 Slow and exact: float64 throughout, float32 only where the format itself rounds. Shapes use n
 tokens, H KV heads, Hq query heads and head sizes D.
@@ -32,7 +32,7 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 def int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric codes of each token.
+    """Encodes each token on a symmetric grid.
 
     Args:
         x: float32 [n, D].
@@ -45,7 +45,7 @@ def int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int4_keys(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes on a grid of each channel, from its least to its largest value over 64 tokens.
+    """Encodes each channel on a grid from its least to its largest value over 64 tokens.
 
     Args:
         x: float32 [n, D].
@@ -65,8 +65,8 @@ def int4_keys(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @functools.cache
 def signs(size: int) -> Tensor:
-    """The random signs that go before the Hadamard matrix: int8 [size]. The same hash of the
-    channel as `rotation_sign` in csrc/layout.h."""
+    """Returns the random signs that are applied before the Hadamard matrix, int8 [size]: the same
+    hash of the channel as `rotation_sign` in csrc/layout.h."""
     x = (torch.arange(size) * 2654435769 + 0x9E3779B9) & _WORD
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _WORD
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _WORD
@@ -74,8 +74,8 @@ def signs(size: int) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Multiplies the last dimension by an orthonormal, symmetric Hadamard matrix, block by block:
-    blocks are the largest power of two that divides it."""
+    """Returns `x` with the last dimension multiplied by an orthonormal, symmetric Hadamard matrix,
+    block by block; a block is the largest power of two that divides the dimension."""
     size = x.shape[-1]
     block = size & -size
     y = x.reshape(-1, size // block, block)
@@ -94,7 +94,7 @@ def rotation(size: int) -> Tensor:
 
 
 def int4_values(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of rotated values, with the best of a few clipping points for each token.
+    """Encodes rotated values, with the best of a few clipping points for each token.
 
     Args:
         x: [n, D].
@@ -122,7 +122,7 @@ def keep_plain(
     positions: Tensor | None,
     tables: HeadTables | None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference of "raw" and "exact", see `Codec.kept`."""
+    """Implements `Codec.kept` for "raw" and "exact"."""
     return keys.to(dtype).double(), values.to(dtype).double()
 
 
@@ -133,7 +133,7 @@ def keep_int8(
     positions: Tensor | None,
     tables: HeadTables | None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference of "int8", see `Codec.kept`."""
+    """Implements `Codec.kept` for "int8"."""
     (k, k_scale), (v, v_scale) = int8(keys), int8(values)
     return k.double() * k_scale.double(), v.double() * v_scale.double()
 
@@ -145,7 +145,7 @@ def keep_int4(
     positions: Tensor | None,
     tables: HeadTables | None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference of "int4", see `Codec.kept`."""
+    """Implements `Codec.kept` for "int4"."""
     k, k_scale, zero = int4_keys(keys)
     v, v_scale = int4_values(values)
     rotated = (v.double() - 7.5) * v_scale.double()
@@ -160,16 +160,16 @@ def attention(
     tail: int,
     log_bias: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one sequence over what its heads hold, compressed tokens first.
+    """Computes attention of one sequence over what its heads hold, compressed tokens first.
 
     Args:
         query: [rows, Hq, D].
-        keys, values: for each KV head [n, D] and [n, Dv]; n may differ between heads.
-        tail: tokens at the end that are causal; the last one belongs to the last row.
-        log_bias: for each KV head [n], added to the logits.
+        keys, values: [n, D] and [n, Dv] of each KV head; n may differ between heads.
+        tail: number of tokens at the end that are causal; the last one belongs to the last row.
+        log_bias: [n] of each KV head, added to the logits.
 
     Returns:
-        float64 [rows, Hq, Dv] and log-sum-exp [rows, Hq]; a row that sees nothing is 0 and -inf.
+        float64 [rows, Hq, Dv] and log-sum-exp [rows, Hq]; a row that sees no token is 0 and -inf.
     """
     rows, heads, _ = query.shape
     group = heads // len(keys)

@@ -1,4 +1,4 @@
-"""The plain-torch oracle of transform coding in csrc/: keys, values, pages."""
+"""Plain-torch oracle of transform coding in csrc/ and ops/triton/: keys, values, and pages."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ SCALE_ZERO = 128  # the byte that means 1
 
 
 def origins(positions: Tensor) -> Tensor:
-    """The position of each token's strip, [n]: that of its first token."""
+    """Returns the position of the first token of each token's strip, [n].
+
+    Args:
+        positions: [n], of tokens from a strip's first on.
+    """
     return positions[torch.arange(len(positions)) // layout.STRIP * layout.STRIP]
 
 
 def encode_keys(
     keys: Tensor, positions: Tensor, tables: Tables, layer: int, head: int
 ) -> tuple[Tensor, Tensor]:
-    """Codes of one head's keys.
+    """Encodes one head's keys.
 
     Args:
         keys: [n, D] with RoPE.
-        positions: [n] of the tokens.
+        positions: [n].
 
     Returns:
-        Codes, uint8 [n, D], components in the order of the tables, 0 where one has no bits; and
-        each token's loss [n], what its error costs (`fit` says in what).
+        Codes, uint8 [n, D], of components in the order of the tables, 0 where one has no bits; and
+        each token's loss [n], what its error costs in the measure of `fit`.
     """
     x = tables.rope.rotate(keys, -origins(positions)) if tables.point.local else keys
     x = (x - tables.key_mean[layer, head].to(x)) @ tables.forward[layer, head].to(x).mT
@@ -51,7 +55,7 @@ def decode_keys(
     head: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The keys [n, D], with RoPE, that codes stand for."""
+    """Returns the keys [n, D], with RoPE, that codes stand for."""
     middle = (2 ** tables.bits[layer, head].long() - 1).to(dtype) / 2
     x = (codes.to(dtype) - middle) @ tables.inverse[layer, head].to(dtype).mT
     x = x + tables.key_mean[layer, head].to(x)
@@ -59,14 +63,14 @@ def decode_keys(
 
 
 def encode_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes of values.
+    """Encodes one head's values.
 
     Args:
         values: [n, Dv].
 
     Returns:
-        Codes, uint8 [n, Dv], and scales, uint8 [n]: byte b > 0 means 2^((b - 128) / 16) between
-        two codes, and 0 means a value of nothing but zeros.
+        Codes, uint8 [n, Dv], and scales, uint8 [n]. A byte b > 0 says that two codes are
+        2^((b - 128) / 16) apart; 0 says that all channels are 0.
     """
     y = hadamard(values * signs(values.shape[-1]).to(values))
     norm = y.square().mean(-1, keepdim=True).sqrt()
@@ -84,7 +88,7 @@ def encode_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def decode_values(
     codes: Tensor, scales: Tensor, bits: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The values [n, Dv] that codes stand for."""
+    """Returns the values [n, Dv] that codes stand for."""
     scale = torch.exp2((scales.to(dtype) - SCALE_ZERO) / SCALE_STEPS) * (scales > 0)
     y = (codes.to(dtype) - quantiser(bits).middle) * scale[:, None]
     return hadamard(y) * signs(codes.shape[-1]).to(y)
@@ -99,7 +103,7 @@ class Page:
         key_codes: uint8 [n, D].
         value_codes: uint8 [n, Dv].
         value_scales: uint8 [n].
-        slots: [x], the exceptions' places among the n. What the codes say there does not count.
+        slots: [x], the exceptions' places among the n. The codes there are not used.
         keys, values: float64 [x, D] and [x, Dv], the exceptions after int8.
     """
 
@@ -121,7 +125,7 @@ def encode_page(
     head: int,
     exceptions: int,
 ) -> Page:
-    """Encodes the tokens of one page of one head, in float64 but for what int8 rounds.
+    """Encodes the tokens of one page of one head, in float64 except for int8.
 
     Exceptions are the first SINKS tokens of a request, then the tokens whose keys lose most: a
     function of the page's content alone, so that equal tokens give equal pages.
@@ -159,7 +163,7 @@ def keep(
     positions: Tensor | None,
     tables: HeadTables | None,
 ) -> tuple[Tensor, Tensor]:
-    """The reference of fitted codecs, see `Codec.kept`."""
+    """Implements `Codec.kept` for fitted codecs."""
     assert positions is not None and tables is not None
     page = encode_page(keys, values, positions, *tables)
     return decode_page(page, *tables[:3])
