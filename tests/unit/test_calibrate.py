@@ -73,7 +73,7 @@ def test_calibrates_on_a_text(tiny, tmp_path, text):
 
     model = cal.calibrate(tiny, out, source, progress=progress)
     assert (model.layers, model.heads, model.kv_heads, model.size) == (2, 4, 2, 16)
-    assert labels == ["reading text", "fitting tables"]
+    assert labels == ["taking statistics", "fitting tables"]
     for point in cal.POINTS:
         t = transform_tables.load(out, config(tiny), point.name)
         assert t.point == point

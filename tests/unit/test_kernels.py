@@ -898,7 +898,7 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
     cache.put([], held)
     table = torch.tensor(cache.tails[0], dtype=torch.int32)
     request = cpu.Source(None, table, held, 0, cache.block_size)
-    plain = ops.Held(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
+    plain = ops.LayerKV(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
     paged = cpu.LayerKV(cache.layer, request, held)
     assert torch.equal(paged.keys, plain.keys) and torch.equal(paged.values, plain.values)
     m = (held - 16) // page * page
