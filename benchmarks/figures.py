@@ -1,4 +1,4 @@
-"""Pictures and tables from result files: README never says a figure that a file does not hold.
+"""Draws pictures and fills tables from result files: README shows no figure that no file holds.
 
     python -m benchmarks.figures
 

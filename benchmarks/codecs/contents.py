@@ -1,5 +1,5 @@
-"""Page contents that the study compares: each turns a cache into what its pages would give back,
-and counts their bytes."""
+"""The page contents that the study compares: each turns a cache into what its pages would give
+back, and counts their bytes."""
 
 from __future__ import annotations
 

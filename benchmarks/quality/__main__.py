@@ -1,10 +1,10 @@
-"""How much quality each policy loses at each memory budget, through vLLM itself.
+"""Measures how much quality each policy loses at each memory budget, in vLLM itself.
 
 Every item is a context and questions over it. The context (mode question_after) or the context
-and the first question (mode question_before) is read and compacted; what follows is forced token
-by token, and the gold tokens are scored on the raw logits: their negative log-likelihood, whether
+and the first question (mode question_before) is prefilled and compacted; what follows is forced
+token by token. Gold tokens are scored on the raw logits: their negative log-likelihood, whether
 greedy decoding would have given them, and how far the distribution is from the uncompressed
-run's. Memory is what a request really held while it answered: whole blocks and side tensors.
+run's. Memory is what a request held while it answered: whole blocks and side tensors.
 
     python -m benchmarks.quality [--quick] [--json FILE]
     python -m benchmarks.quality --longbench DIR --ruler DIR --tasks ""   # data that you have
