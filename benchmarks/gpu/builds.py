@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.gpu.model import BLOCK_SIZE
 from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.codecs.transform.bits import quantiser
 from vllm_kvcrush.codecs.transform.points import POINTS
@@ -47,7 +48,6 @@ TARGETS = {
 }
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 PRODUCTS = ("decode", "prefill", "scores")  # kernels that multiply matrices
-BLOCK_SIZE = 128  # tokens of a raw page
 PLAIN = ("int4", "int8", "raw")
 # Pointers whose type is not the model's dtype.
 POINTERS = {
