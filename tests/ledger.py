@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import CODECS, FITTED, STRIP
+from vllm_kvcrush.codecs import CODECS, FITTED
+from vllm_kvcrush.codecs.layout import STRIP
 from vllm_kvcrush.ops.angles import COARSE
 
-FITTED_NUMBERS = {CODECS[codec] for codec in FITTED}
+FITTED_NUMBERS = {CODECS[codec].number for codec in FITTED}
 
 
 class Ledger:

@@ -1,4 +1,4 @@
-"""One offline engine with the plugin, and what its requests held while they answered."""
+"""Runs one offline engine with the plugin, and records what requests held as they answered."""
 
 from __future__ import annotations
 

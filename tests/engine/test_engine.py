@@ -9,12 +9,12 @@ import torch
 
 from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL_INTERVAL, Engine
 from vllm_kvcrush import policies
-from vllm_kvcrush.codecs import reference as pages_reference
-from vllm_kvcrush.codecs.layout import FITTED
+from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.codecs.transform import calibrate
 from vllm_kvcrush.codecs.transform.fit import Statistics
 from vllm_kvcrush.codecs.transform.points import SINKS, TablesError
 from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import HeadTables
 from vllm_kvcrush.engine.worker import statistics
 from vllm_kvcrush.ops import cpu
 
@@ -141,19 +141,14 @@ def rounding_of(engine: Engine, codec: str, tables: Any) -> Any:
         room = pages.capacity(codec, head)
         for start in range(0, len(keys), room):
             own = slice(start, start + room)
+            mine = None
             if codec in FITTED:
-                kept = pages_reference.kept_fitted(
-                    keys[own],
-                    values[own],
-                    torch.arange(len(keys))[own],  # nothing was evicted
-                    tables[codec],
-                    layer,
-                    head,
-                    pages.tables[codec].exceptions[head],
-                )
-            else:
-                kept = pages_reference.kept(codec, keys[own], values[own], torch.float32)
-            keys[own], values[own] = kept
+                exceptions = pages.tables[codec].exceptions[head]
+                mine = HeadTables(tables[codec], layer, head, exceptions)
+            positions = torch.arange(len(keys))[own]  # nothing was evicted
+            keys[own], values[own] = CODECS[codec].kept(
+                keys[own], values[own], torch.float32, positions, mine
+            )
 
     return apply
 
@@ -223,24 +218,24 @@ def test_statistics_taken_at_start_are_the_models(
     found = statistics.pieces(engine.runner.model_config, 512)[:2]
     assert [len(piece) for piece in found] == [512, 512]
     monkeypatch.setattr(statistics, "pieces", lambda *_: found)
-    reader = calibrate.Reader(model_path)
-    got = statistics.gather(engine.runner._read_pieces(), reader.rope)
+    probe = calibrate.Probe(model_path)
+    got = statistics.gather(engine.runner._read_pieces(), probe.rope)
     engine.reset()  # the pieces lay in any blocks
     moments = []
     for piece in found:
         back = -torch.arange(len(piece))
-        q, k, _ = reader.read(piece)
-        q, k = (reader.rope.rotate(x, back)[:, :, SINKS:] for x in (q, k))
+        q, k, _ = probe.prefill(piece)
+        q, k = (probe.rope.rotate(x, back)[:, :, SINKS:] for x in (q, k))
         moments.append(Statistics.of(k, q))
     want = moments[0].merged(moments[1], 1, 1)
     for name in ("key_mean", "key_second", "query_second"):
         mine, its = getattr(got, name), getattr(want, name)
         assert (mine - its).norm() < 1e-3 * its.norm(), name
     with pytest.raises(TablesError, match="not the one that its configuration describes"):
-        other = Rope(reader.rope.frequencies * 1.5)
+        other = Rope(probe.rope.frequencies * 1.5)
         statistics.gather(engine.runner._read_pieces(), other)
     with pytest.raises(TablesError, match="too short to take statistics"):
-        statistics.gather(iter(()), reader.rope)
+        statistics.gather(iter(()), probe.rope)
     engine.reset()
     engine.assert_idle()
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_kvcrush import ops, policies
-from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.policies import Policy, View
 from vllm_kvcrush.policies.h2o import H2O
 from vllm_kvcrush.policies.kvcrush import KVCrush
@@ -573,7 +573,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 def test_policies_name_codecs_that_pages_have() -> None:
     for name in BUILT_IN:
         assert policies.codecs(name) == policies.get(name).codecs == PACKED.get(name, ())
-        assert set(policies.codecs(name)) <= set(layout.CODECS)
+        assert set(policies.codecs(name)) <= set(CODECS)
 
 
 @pytest.mark.parametrize("name", [name for name in PACKED if name != "mikv"])
