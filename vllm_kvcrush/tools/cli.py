@@ -98,13 +98,14 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from vllm_kvcrush import gate
     from vllm_kvcrush.config import ConfigError
     from vllm_kvcrush.tools import plan as capacity
 
     try:
         config = capacity.read_config(args.model)
         contexts = _contexts(args.context)
-        block_size = _BLOCK_SIZE if args.block_size is None else args.block_size
+        block_size = gate.CPU_BLOCK_SIZE if args.block_size is None else args.block_size
         for flag, value, least in (
             ("--block-size", block_size, 1),
             ("--output-tokens", args.output_tokens, 0),
@@ -139,10 +140,6 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         print(_table(model, settings, block_size, pool, rows))
     return 0
-
-
-# vLLM's default on a CPU; on GPUs it is 16.
-_BLOCK_SIZE = 128
 
 
 def _contexts(text: str) -> list[int]:
