@@ -291,9 +291,12 @@ def _settings(additional_config: Any) -> Settings | None:
             "--kv-policy=none to activate it only for requests that ask.",
             "--kv-policy",
         )
+    from vllm_kvcrush import hooks
+
     ok, sentence = gate.verdict()
-    if not ok or _problem is not None:
-        raise ConfigError(_problem if ok and _problem else sentence, "--kv-policy")
+    problem = sentence if not ok else _problem or hooks.refusal()
+    if problem:
+        raise ConfigError(problem, "--kv-policy")
     return Settings.from_dict(raw)
 
 

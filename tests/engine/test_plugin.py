@@ -289,6 +289,17 @@ def test_an_unverified_vllm_is_refused_only_with_a_policy(
         configure(additional_config=ACTIVE, block_size=32)
 
 
+def test_a_vllm_that_was_changed_is_refused_only_with_a_policy(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_kvcrush import hooks
+
+    monkeypatch.setattr(hooks, "refusal", lambda: "vLLM 0.32.9 is not what it was.")
+    assert configure().scheduler_config.scheduler_cls is None
+    with pytest.raises(ValueError, match=r"vLLM 0\.32\.9 is not what it was"):
+        configure(additional_config=ACTIVE, block_size=32)
+
+
 def test_the_size_of_a_block_is_final_before_anything_follows_from_it(
     configure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser(
         "doctor", help="what is installed and whether it can run, for a bug report"
     )
+    doctor.add_argument(
+        "--hooks",
+        nargs="?",
+        const="",
+        metavar="SOURCE",
+        help="instead, what this package relies on in vLLM, and whether it is there: in the one "
+        "that is installed, or in a source tree or wheel of another release",
+    )
+    doctor.add_argument(
+        "--record", metavar="FILE", help="with --hooks: keep what was found, to be checked again"
+    )
     doctor.set_defaults(run=_doctor)
 
     plan = commands.add_parser(
@@ -90,9 +101,25 @@ def _fail(message: object) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from vllm_kvcrush.tools.doctor import report
+    from vllm_kvcrush.compat.source import Source, SourceError
+    from vllm_kvcrush.tools.doctor import hooks_report, report
 
-    text, ok = report()
+    if args.hooks is None:
+        if args.record is not None:
+            return _fail("--record keeps what --hooks finds: give both.")
+        text, ok = report()
+    else:
+        from pathlib import Path
+
+        from vllm_kvcrush import hooks
+
+        try:
+            source = Source.at(args.hooks) if args.hooks else Source.installed()
+            text, ok = hooks_report(source)
+            if args.record is not None:
+                Path(args.record).write_text(hooks.record(source), encoding="utf-8")
+        except (SourceError, OSError) as error:
+            return _fail(error)
     print(text)
     return 0 if ok else 1
 
