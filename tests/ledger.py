@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush.codecs.layout import CODECS, FITTED, STRIP
-from vllm_kvcrush.ops.fitted import COARSE
+from vllm_kvcrush.ops.angles import COARSE
 
 FITTED_NUMBERS = {CODECS[codec] for codec in FITTED}
 

@@ -19,10 +19,15 @@ from torch import Tensor
 
 from vllm_kvcrush import ops, policies
 from vllm_kvcrush.codecs import layout, reference
-from vllm_kvcrush.codecs.transform import Point, Rope, Statistics, Tables, fit
+from vllm_kvcrush.codecs.transform.fit import Statistics, fit
+from vllm_kvcrush.codecs.transform.points import Point
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import reference as oracle
-from vllm_kvcrush.ops.fitted import Angles, LayerTable
+from vllm_kvcrush.ops.angles import Angles
+from vllm_kvcrush.ops.cpu.library import LIBRARY
+from vllm_kvcrush.ops.cpu.tables import LayerTable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Query heads of a KV head, K and V head size.
@@ -380,7 +385,7 @@ def test_a_whole_page_that_stays_is_copied(isa: str, draw: random.Random) -> Non
     """Recoding would lose a little each time."""
     cache = Cache(draw, 1, 64, 64, block_size=32)
     cache.put(["int4", "tc8"], 40)
-    request = cpu.Request(
+    request = cpu.Source(
         cache.directory(), torch.tensor(cache.tails[0], dtype=torch.int32), 40, 90_000, 32
     )
     layer, view = cache.layer, cache.pool.view(-1, cache.layer.page_bytes)
@@ -587,7 +592,7 @@ def test_compaction_keeps_the_chosen_tokens(
 ) -> None:
     cache = Cache(draw, 3, 64, 80, draw.choice(DTYPES), block_size=64, blocks=48)
     cache.put(codecs, 200)
-    request = cpu.Request(
+    request = cpu.Source(
         cache.directory() if codecs else None,
         torch.tensor(cache.tails[0], dtype=torch.int32),
         200,
@@ -640,7 +645,7 @@ def test_compaction_keeps_the_chosen_tokens(
 def test_targets_of_a_compaction_may_be_its_sources(isa: str, draw: random.Random) -> None:
     cache = Cache(draw, 1, 64, 64, block_size=32)
     cache.put([], 128)
-    request = cpu.Request(
+    request = cpu.Source(
         None, torch.tensor(cache.tails[0], dtype=torch.int32), 128, 0, cache.block_size
     )
     layer, block = cache.layer, cache.tails[0][0]
@@ -666,7 +671,7 @@ def one_page(draw: random.Random, codec: str) -> tuple[Any, ...]:
     cache = Cache(draw, 1, 64, 64, block_size=64)
     cache.put(["int8", "tc4"], 64)
     tail = torch.tensor(cache.tails[0], dtype=torch.int32)
-    request = cpu.Request(cache.directory(), tail, 64, 100_000, cache.block_size)
+    request = cpu.Source(cache.directory(), tail, 64, 100_000, cache.block_size)
     held = min(map(len, cache.keys[0]))
     places = cpu.positions(cache.layer, request, held)
     slots = torch.stack([torch.tensor(sorted(draw.sample(range(held), 16))) for _ in range(2)])
@@ -723,7 +728,7 @@ def test_a_position_comes_twice_only_where_codecs_round(draw: random.Random) -> 
     row = torch.zeros(1, 1, dtype=torch.int32)
     counts, codecs = torch.tensor([3, 3]).to(torch.uint16), torch.ones(2, dtype=torch.uint8)
     held = cpu.Directory(row, row + 2, torch.tensor(sources, dtype=torch.int32), counts, codecs)
-    request = cpu.Request(held, torch.zeros(1, dtype=torch.int32), 0, 0, cache.block_size)
+    request = cpu.Source(held, torch.zeros(1, dtype=torch.int32), 0, 0, cache.block_size)
     one = torch.tensor([page], dtype=torch.int32)
     target = cpu.Directory(row, row + 1, one, torch.tensor([6]).to(torch.uint16), codecs[:1])
     slots = torch.tensor([[0, 3, 1, 4, 2, 5]])
@@ -746,7 +751,7 @@ def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> Non
     tokens = 128 * 128
     tail = torch.tensor(cache.free[:128], dtype=torch.int32)
     cache.pool.view(torch.bfloat16).normal_()
-    request = cpu.Request(None, tail, tokens, 0, 128)
+    request = cpu.Source(None, tail, tokens, 0, 128)
     full = cache.capacity("int4")
     counts = [full] * (tokens // full)
     row = torch.zeros(1, 1, dtype=torch.int32)
@@ -768,7 +773,7 @@ def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> Non
 def test_reading_slots_across_pages(isa: str, draw: random.Random) -> None:
     cache = Cache(draw, 1, 64, 80, torch.float16)
     cache.put(["int8", "exact", "int4"], 70)
-    request = cpu.Request(
+    request = cpu.Source(
         cache.directory(), torch.tensor(cache.tails[0], dtype=torch.int32), 70, 5, 32
     )
     for head in range(2):
@@ -794,7 +799,7 @@ def test_long_windows_take_little_memory(
     cache = Cache(draw, 8, 64, 64, torch.bfloat16, kv_heads=1, blocks=400)
     cache.put(codecs, 9000)
     tail = torch.tensor(cache.tails[0], dtype=torch.int32)
-    request = cpu.Request(cache.directory() if codecs else None, tail, 9000, 0, cache.block_size)
+    request = cpu.Source(cache.directory() if codecs else None, tail, 9000, 0, cache.block_size)
     queries = torch.randn(8, window, 64)
     key, n = cache.keys[0][0].unsqueeze(0).float(), len(cache.keys[0][0])
     cpu.scratch_peak()
@@ -818,7 +823,7 @@ def test_window_scores(isa: str, draw: random.Random, group: int, window: int) -
     codecs = draw.choice([[], ["int8", "int4", "exact", "raw"]])
     cache.put(codecs, draw.randrange(60, 150))
     layer, tail = cache.layer, cache.lengths[0]
-    request = cpu.Request(
+    request = cpu.Source(
         cache.directory() if codecs else None,
         torch.tensor(cache.tails[0], dtype=torch.int32),
         tail,
@@ -893,9 +898,9 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
     held, page = draw.randrange(60, 400), 8
     cache.put([], held)
     table = torch.tensor(cache.tails[0], dtype=torch.int32)
-    request = cpu.Request(None, table, held, 0, cache.block_size)
-    plain = ops.Held(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
-    paged = cpu.Held(cache.layer, request, held)
+    request = cpu.Source(None, table, held, 0, cache.block_size)
+    plain = ops.LayerKV(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
+    paged = cpu.LayerKV(cache.layer, request, held)
     assert torch.equal(paged.keys, plain.keys) and torch.equal(paged.values, plain.values)
     m = (held - 16) // page * page
     views = [
@@ -933,7 +938,7 @@ def test_choosing_refuses_what_cannot_be(draw: random.Random) -> None:
         cpu.represent(bits, torch.tensor([[True, True, False]]), 2, torch.zeros(1).bool())
     cache = Cache(draw, 1, 64, 64)
     cache.put([], 20)
-    request = cpu.Request(None, torch.tensor(cache.tails[0], dtype=torch.int32), 20, 0, 32)
+    request = cpu.Source(None, torch.tensor(cache.tails[0], dtype=torch.int32), 20, 0, 32)
     with pytest.raises(ValueError, match="a window of 21 queries"):
         cpu.window_scores(cache.layer, request, torch.zeros(2, 21, 64), 10)
     with pytest.raises(ValueError, match="21 candidates among the 20 slots"):
@@ -991,7 +996,7 @@ def test_bad_geometry_is_refused(draw: random.Random) -> None:
     for size, what in ((60, "head size"), (264, "head size")):
         with pytest.raises(ValueError, match=what):
             layout.capacity("int8", 32768, size, 64, 2)
-        assert cpu._library.kvc_capacity(2, 32768, size, 64, 0) == -1
+        assert LIBRARY.kvc_capacity(2, 32768, size, 64, 0) == -1
     with pytest.raises(ValueError, match="codec"):
         layout.capacity("int3", 32768, 64, 64, 2)
     cache.put([], 3)
@@ -1022,7 +1027,7 @@ def test_the_environment_chooses_the_instruction_set(name: str) -> None:
         assert done.returncode and "KVCRUSH_ISA=nonsense is not one of" in done.stderr
 
 
-# -- threads and torch ----------------------------------------------------------------------------
+# -- threads --------------------------------------------------------------------------------------
 
 
 def test_two_threads_give_the_same_bits(draw: random.Random) -> None:
@@ -1054,7 +1059,7 @@ def test_scores_do_not_depend_on_threads(draw: random.Random) -> None:
     cache = Cache(draw, 3, 64, 64, block_size=128)
     cache.put(["int8", "raw"], 900)
     table = torch.tensor(cache.tails[0], dtype=torch.int32)
-    request = cpu.Request(cache.directory(), table, 900, 0, cache.block_size)
+    request = cpu.Source(cache.directory(), table, 900, 0, cache.block_size)
     queries = torch.randn(6, 16, 64)
     results = []
     before = torch.get_num_threads()
@@ -1065,44 +1070,3 @@ def test_scores_do_not_depend_on_threads(draw: random.Random) -> None:
     finally:
         torch._C.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
-
-
-def test_the_torch_ops_do_the_same_and_can_be_traced(draw: random.Random) -> None:
-    cache = Cache(draw, 2, 64, 64)
-    cache.put(["int8"], 40)
-    layer = cache.layer
-    directory = cache.directory()
-    begin, end, page, count, codec = directory._kept[:5]
-    table = torch.tensor([cache.tails[0]], dtype=torch.int32)
-    starts, lengths = torch.tensor([0, 1]).int(), torch.tensor([40]).int()
-    shape, scale = cpu.shape(layer), layer.scale
-    slots = torch.tensor([cache.tails[0][1] * 32 + 7])
-
-    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.zeros_like(query)
-        torch.ops.kvcrush.store(cache.pool, key, value, slots, shape)
-        torch.ops.kvcrush.paged_attention(
-            out,
-            query,
-            cache.pool,
-            shape,
-            scale,
-            starts,
-            lengths,
-            table,
-            begin,
-            end,
-            page,
-            count,
-            codec,
-        )
-        return out + 1
-
-    query, key, value = torch.randn(1, 4, 64), torch.randn(1, 2, 64), torch.randn(1, 2, 64)
-    plain = step(query, key, value)
-    for head in range(2):
-        cache.keys[0][head][-1], cache.values[0][head][-1] = key[0, head], value[0, head]
-    want, _ = reference.attention(query, cache.keys[0], cache.values[0], scale, 40)
-    torch.testing.assert_close(plain.double() - 1, want, rtol=1e-3, atol=1e-3)
-    traced = torch.compile(step, backend="eager", fullgraph=True)
-    assert torch.equal(traced(query, key, value), plain)
