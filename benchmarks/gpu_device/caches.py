@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_device.cases import SHAPES, Case
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops.triton import compaction
-from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 
 DISTINCT = 4  # pages of a KV head with contents of their own; all others are copies of them
 MOST_LAYERS = 32
@@ -83,7 +83,7 @@ class Cache:
         count = torch.full((batch, heads, self.pages), self.capacity, dtype=torch.int32)
         if self.pages:
             count[..., -1] = self.paged - (self.pages - 1) * self.capacity
-        codec = torch.full((page.numel(),), CODECS[self.codec], dtype=torch.uint8)
+        codec = torch.full((page.numel(),), CODECS[self.codec].number, dtype=torch.uint8)
         return begin, begin + self.pages, page.flatten().int(), count.flatten(), codec
 
     def _batch(self, layer: Layer) -> Batch:
@@ -95,30 +95,30 @@ class Cache:
         start, length, table = (x.to(self.device) for x in (start, length, self.table.int()))
         return Batch(start, length, table, directory, case.rows)
 
-    def request(self, layer: Layer, seq: int) -> Request:
+    def source(self, layer: Layer, seq: int) -> Source:
         """One sequence, as compactions see it."""
         begin, end, page, count, codec = self.entries(layer)
         first, last = int(begin[seq, 0]), int(end[seq, -1])
         own = slice(first, last)
         entries = (begin[seq] - first, end[seq] - first, page[own], count[own], codec[own])
         table = self.table[seq].int()
-        return _request(self.device, *entries, table, self.tail, self.paged, runs_of(codec[own]))
+        return _source(self.device, *entries, table, self.tail, self.paged, runs_of(codec[own]))
 
     def tokens(self, layer: Layer, seq: int) -> tuple[Tensor, Tensor]:
         """Float32 keys and values of a sequence: [kv_heads, context, size] each."""
         slots = torch.arange(self.case.context, device=self.device).repeat(layer.kv_heads, 1)
-        key, value, _ = compaction.gather(layer, self.request(layer, seq), slots)
+        key, value, _ = compaction.gather(layer, self.source(layer, seq), slots)
         assert value is not None
         return key, value
 
 
-def _request(device: str, *arguments: Any) -> Request:
-    """`Request.of`, from the host's tensors."""
+def _source(device: str, *arguments: Any) -> Source:
+    """`Source.of`, from the host's tensors."""
     there: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
-    return Request.of(*there)
+    return Source.of(*there)
 
 
-def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -> Request:
+def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -> Source:
     """Fresh pages for `tokens` tokens of each KV head, in blocks of the pool."""
     full = layer.capacity(codec)
     pages = -(-tokens // full)
@@ -127,10 +127,10 @@ def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -
     count = torch.full((layer.kv_heads, pages), full, dtype=torch.int32)
     count[:, -1] = tokens - (pages - 1) * full
     begin = (heads * pages).int()
-    codecs = torch.full((layer.kv_heads * pages,), CODECS[codec], dtype=torch.uint8)
+    codecs = torch.full((layer.kv_heads * pages,), CODECS[codec].number, dtype=torch.uint8)
     none = torch.zeros(0, dtype=torch.int32)
     entries = (begin, begin + pages, page.flatten().int(), count.flatten(), codecs)
-    return _request(device, *entries, none, 0, 0, runs_of(codecs))
+    return _source(device, *entries, none, 0, 0, runs_of(codecs))
 
 
 def distinct(layer: Layer, codec: str) -> Tensor:
@@ -143,9 +143,9 @@ def distinct(layer: Layer, codec: str) -> Tensor:
     count = torch.full((heads * DISTINCT,), layer.capacity(codec), dtype=torch.int32)
     begin = (torch.arange(heads) * DISTINCT).int()
     page = torch.arange(heads * DISTINCT, dtype=torch.int32)
-    codecs = torch.full((heads * DISTINCT,), CODECS[codec], dtype=torch.uint8)
+    codecs = torch.full((heads * DISTINCT,), CODECS[codec].number, dtype=torch.uint8)
     none = torch.zeros(0, dtype=torch.int32)
     entries = (begin, begin + DISTINCT, page, count, codecs)
-    request = _request(str(device), *entries, none, 0, 0, runs_of(codecs))
-    compaction.encode(layer.over(pages), request, key, value, where)
+    to = _source(str(device), *entries, none, 0, 0, runs_of(codecs))
+    compaction.encode(layer.over(pages), to, key, value, where)
     return pages

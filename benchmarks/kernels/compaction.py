@@ -1,5 +1,5 @@
-"""The plugin's own maths at a compaction, layer by layer: what faster operations behind the same
-names are compared with. Reading and writing pages is not part of it."""
+"""Times the plugin's own maths at a compaction, layer by layer: what faster operations behind the
+same names are compared with. Reading and writing pages is not part of it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Layers:
             )
             for index in range(self.sets)
         ]
-        self._request = cpu.Request(None, table, held, 0, PAGE)
+        self._request = cpu.Source(None, table, held, 0, PAGE)
         for layer, contents in zip(self._layers, case.contents(self.sets), strict=True):
             rows = case.tokens(case.keys, contents[0], held).transpose(0, 1).contiguous()
             cpu.store(layer, rows, rows, torch.arange(held))
@@ -67,7 +67,7 @@ class Layers:
         assert needs <= {"queries", "running"}
         running = torch.zeros(layer.kv_heads, self.candidates) if "running" in needs else None
         return View(
-            held=cpu.Held(layer, self._request, self._held),
+            held=cpu.LayerKV(layer, self._request, self._held),
             queries=self._queries if "queries" in needs else None,
             scale=layer.scale,
             candidates=self.candidates,

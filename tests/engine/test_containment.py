@@ -58,7 +58,7 @@ class Faulty(Policy):
     """Does the wrong thing in one way."""
 
     name: ClassVar[str] = "faulty"
-    needs: ClassVar[frozenset[str]] = frozenset({"queries", "running"})
+    needs: ClassVar[frozenset[str]] = frozenset({"queries", "state"})
     how: ClassVar[str] = ""
     only_layer: ClassVar[int | None] = None
 
@@ -69,7 +69,7 @@ class Faulty(Policy):
     def _now(self, view: View, how: str) -> bool:
         return self.how == how and self.only_layer in (None, view.layer)
 
-    def score(self, view: View) -> torch.Tensor:
+    def score(self, view: View) -> Any:
         scores = view.window_scores()
         if self._now(view, "score raises"):
             raise KeyError("weights")
@@ -79,48 +79,45 @@ class Faulty(Policy):
             return scores[:, :-1]
         if self._now(view, "integers"):
             return scores.long()
-        return scores
+        if self._now(view, "state shape"):
+            return scores, {"seen": scores[:1]}
+        if self._now(view, "state of lists"):
+            return scores, {"seen": scores.tolist()}
+        if self._now(view, "a list of state"):
+            return scores, [scores]
+        return scores, {"seen": scores}
 
-    def select(self, view: View, scores: torch.Tensor, keep: int) -> torch.Tensor:
+    def select(self, view: View, scores: torch.Tensor, keep: torch.Tensor) -> Any:
         kept = super().select(view, scores, keep)
         if self._now(view, "select raises"):
             raise ZeroDivisionError
-        if self._now(view, "out of range"):
-            kept[0, -1] = 10**6
-        if self._now(view, "negative"):
-            kept[0, 0] = -1
-        if self._now(view, "twice"):
-            kept[0, 1] = kept[0, 0]
-        if self._now(view, "descending"):
-            return kept.flip(1)
+        if self._now(view, "slots"):
+            return kept.nonzero()
+        if self._now(view, "one too many"):
+            kept[0, kept[0].int().argmin()] = True
         if self._now(view, "too few"):
+            kept[0, kept[0].int().argmax()] = False
+        if self._now(view, "narrow"):
             return kept[:, 1:]
+        if self._now(view, "numbers"):
+            return kept.long()
         if self._now(view, "a list"):
             return kept.tolist()
         return kept
 
-    def running(self, view: View, scores: torch.Tensor) -> torch.Tensor | None:
-        if self._now(view, "running raises"):
-            raise MemoryError
-        if self._now(view, "running shape"):
-            return scores[:1]
-        if self._now(view, "no running"):
-            return None
-        return scores
-
 
 FAULTS = [
-    *("constructor", "score raises", "NaN", "shape", "integers", "select raises", "out of range"),
-    *("negative", "twice", "descending", "too few", "a list", "running raises", "running shape"),
-    "no running",
+    *("constructor", "score raises", "NaN", "shape", "integers", "select raises", "slots"),
+    *("one too many", "too few", "narrow", "numbers", "a list", "state shape", "state of lists"),
+    "a list of state",
 ]
 
 
 @pytest.fixture
 def faulty(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
-    from vllm_kvcrush.policies import _BUILT_IN
+    from vllm_kvcrush.policies import _CLASSES
 
-    monkeypatch.setitem(_BUILT_IN, "faulty", Faulty)
+    monkeypatch.setitem(_CLASSES, "faulty", Faulty)
     monkeypatch.setattr(Faulty, "how", "")
     for holder in (engine.scheduler, engine.runner):
         settings = holder._settings
@@ -130,6 +127,11 @@ def faulty(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
             )
         )  # fmt: skip
     return Faulty
+
+
+def was_built(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler built it when the server started; workers do so when it is asked for."""
+    monkeypatch.setitem(engine.scheduler._settings._policies, "faulty", Faulty.__new__(Faulty))
 
 
 @on_tiny_model
@@ -146,7 +148,7 @@ def test_a_faulty_policy_costs_its_request_its_choice(
     if fault in ("NaN", "select raises"):
         monkeypatch.setattr(faulty, "only_layer", engine.layers - 1)
     engine.runner._policies.pop("faulty", None)
-    engine.scheduler._needs["faulty"] = Faulty.needs  # it was built when the server started
+    was_built(engine, monkeypatch)
     prompts = [ids[1300:1700], ids[1800:2200]]
     other = engine.tokens(prompts[1], 40, kv_policy="snapkv")
     engine.reset()
@@ -187,7 +189,7 @@ def test_a_policy_that_fails_keeps_sinks_and_newest(
     monkeypatch.setattr(faulty, "how", "score raises")
     monkeypatch.setattr("vllm_kvcrush.server.params.Front.check", lambda *_, **__: None)
     engine.runner._policies.pop("faulty", None)
-    engine.scheduler._needs["faulty"] = Faulty.needs
+    was_built(engine, monkeypatch)
     prompt, params = ids[2300:2700], engine.params(40)
     params.extra_args = {"kv_policy": "faulty"}
     (result,) = engine.generate([prompt], params)

@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks.gpu import disassembly, launches
 from tests.gpu.cache import POSITIONS, tables_of
-from vllm_kvcrush.codecs.layout import FITTED
-from vllm_kvcrush.ops import fitted
-from vllm_kvcrush.ops.triton.fitted import LayerTable
+from vllm_kvcrush.codecs import FITTED
+from vllm_kvcrush.ops.angles import Angles
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 
 TARGET = "sm_90"
 SHAPES = {"llama": (32, 8, 128), "smol": (9, 3, 64)}
@@ -26,7 +26,7 @@ def model(shape: str, index: int = 1) -> launches.Model:
     """A layer whose cache has room for all codecs."""
     heads, kv_heads, size = SHAPES[shape]
     tables = tables_of(size, kv_heads)
-    angles = fitted.Angles(tables["tc4"].rope, POSITIONS)
+    angles = Angles(tables["tc4"].rope, POSITIONS)
     page_bytes = launches.BLOCK_SIZE * 2 * size * 2
     own = {c: LayerTable(tables[c], 1, range(kv_heads), page_bytes, size, angles) for c in FITTED}
     return launches.Model(heads, kv_heads, size, index=index, tables=own)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from tests.gpu.cache import POSITIONS, TABLE_LAYER, Cache
-from vllm_kvcrush.codecs.layout import CODECS
-from vllm_kvcrush.ops import cpu, fitted
+from vllm_kvcrush.codecs import CODECS
+from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton import compaction
-from vllm_kvcrush.ops.triton.cache import Request
+from vllm_kvcrush.ops.triton.cache import Source
 
 SIZE, BLOCK, HEADS = 64, 64, 2
 
@@ -29,12 +30,12 @@ class Both:
         size, page_bytes = len(self.gpu.layer.pool), self.gpu.layer.page_bytes
         pool = torch.zeros(size + 64, dtype=torch.uint8)
         start = -pool.data_ptr() % 64
-        angles = fitted.Angles(self.gpu.tables["tc4"].rope, POSITIONS)
+        angles = Angles(self.gpu.tables["tc4"].rope, POSITIONS)
         self.cpu = cpu.Layer(
             pool[start : start + size], index=0, layers=1, heads=HEADS, kv_heads=HEADS,
             k_size=SIZE, v_size=SIZE, block_size=BLOCK, dtype=torch.float32, scale=SIZE**-0.5,
             tables={
-                name: fitted.LayerTable(t, TABLE_LAYER, range(HEADS), page_bytes, SIZE, angles)
+                name: cpu.LayerTable(t, TABLE_LAYER, range(HEADS), page_bytes, SIZE, angles)
                 for name, t in self.gpu.tables.items()
             },
         )  # fmt: skip
@@ -47,7 +48,7 @@ class Both:
             owner = owner[torch.randperm(len(owner))]
             for i, codec in enumerate(codecs):
                 page = self.gpu.page()
-                self.entries.append((page, counts[i], CODECS[codec]))
+                self.entries.append((page, counts[i], CODECS[codec].number))
                 key, value = (torch.randn(counts[i], SIZE) for _ in range(2))
                 where = true[owner == i]
                 cpu.encode(self.cpu, codec, page, key, value, where, head)
@@ -61,12 +62,12 @@ class Both:
         page, count, codec = (torch.tensor(x) for x in zip(*entries, strict=True))
         return begin, begin + each, page.int(), count, codec.to(torch.uint8)
 
-    def requests(self, entries: list[tuple[int, int, int]]) -> tuple[cpu.Request, Request]:
+    def sources(self, entries: list[tuple[int, int, int]]) -> tuple[cpu.Source, Source]:
         """These pages as a request's, on the CPU and on the GPU."""
         none = torch.zeros(1, dtype=torch.int32)
-        own = cpu.Request(self.directory(entries), none, 0, 0, BLOCK)
+        own = cpu.Source(self.directory(entries), none, 0, 0, BLOCK)
         columns = (x.to(self.gpu.device) for x in (*self.columns(entries), none))
-        return own, Request.of(*columns, 0, 0)
+        return own, Source.of(*columns, 0, 0)
 
     def directory(self, entries: list[tuple[int, int, int]]) -> cpu.Directory:
         begin, end, page, count, codec = self.columns(entries)
@@ -74,7 +75,7 @@ class Both:
 
     def positions(self, entries: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
         """Of all slots of these pages, int32 [heads, n]: from the CPU's and from the GPU's."""
-        own, other = self.requests(entries)
+        own, other = self.sources(entries)
         n = sum(count for _, count, _ in entries) // HEADS
         slots = torch.arange(n, device=self.gpu.device).repeat(HEADS, 1)
         where = compaction.gather(self.gpu.layer, other, slots, positions=True)[2]
@@ -83,14 +84,14 @@ class Both:
 
     def compact(self, slots: Tensor, target: list[tuple[int, int, int]]) -> None:
         """Both."""
-        own, other = self.requests(self.entries)
+        own, other = self.sources(self.entries)
         cpu.compact(self.cpu, own, slots, self.directory(target))
-        into = self.requests(target)[1]
+        into = self.sources(target)[1]
         compaction.compact(self.gpu.layer, other, slots.to(self.gpu.device), into)
 
     def pages(self, codecs: list[str], count: int) -> list[tuple[int, int, int]]:
         """Fresh ones, of as many tokens each."""
-        return [(self.gpu.page(), count, CODECS[c]) for _ in range(HEADS) for c in codecs]
+        return [(self.gpu.page(), count, CODECS[c].number) for _ in range(HEADS) for c in codecs]
 
 
 def stored(read: list[int], starts: set[int]) -> list[int]:
@@ -139,13 +140,13 @@ def test_tokens_that_tie_at_the_end_stay_within_the_tables(
 ) -> None:
     """Moved on by tokens before them, the last ones would be beyond the longest context."""
     both = Both(draw, device, ("int8",))
-    end = fitted.Angles(both.gpu.tables["tc4"].rope, POSITIONS).positions
+    end = Angles(both.gpu.tables["tc4"].rope, POSITIONS).positions
     near = torch.arange(end - 20, end, dtype=torch.int32)
     both.entries, both.held = [], 40
     for head in range(HEADS):
         for codec in ("int8", "tc4"):
             page = both.gpu.page()
-            both.entries.append((page, 20, CODECS[codec]))
+            both.entries.append((page, 20, CODECS[codec].number))
             key, value = (torch.randn(20, SIZE) for _ in range(2))
             cpu.encode(both.cpu, codec, page, key, value, near, head)
             both.gpu.fill(page, codec, key, value, near, head)
@@ -165,11 +166,11 @@ def test_slots_out_of_order_are_refused(draw: random.Random, device: str, mode: 
     slots[1, [4, 9]] = slots[1, [9, 4]]
     pages = both.pages(["int8"], 16)
     words = r"slots of head 1 are not in position order: position \d+ comes after \d+ in one page"
-    own, other = both.requests(both.entries)
+    own, other = both.sources(both.entries)
     before = both.gpu.layer.pool.clone()
     with pytest.raises(ValueError, match=words):
         cpu.compact(both.cpu, own, slots, both.directory(pages))
     if mode == "interpreter":
         with pytest.raises(ValueError, match=words):
-            compaction.compact(both.gpu.layer, other, slots, both.requests(pages)[1])
+            compaction.compact(both.gpu.layer, other, slots, both.sources(pages)[1])
         assert torch.equal(both.gpu.layer.pool, before)

@@ -18,11 +18,16 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush import ops, policies
-from vllm_kvcrush.codecs import layout, reference
-from vllm_kvcrush.codecs.transform import Point, Rope, Statistics, Tables, fit
+from vllm_kvcrush.codecs import CODECS, FITTED, layout, reference
+from vllm_kvcrush.codecs.transform.fit import Statistics, fit
+from vllm_kvcrush.codecs.transform.points import OperatingPoint
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import reference as oracle
-from vllm_kvcrush.ops.fitted import Angles, LayerTable
+from vllm_kvcrush.ops.angles import Angles
+from vllm_kvcrush.ops.cpu.library import LIBRARY
+from vllm_kvcrush.ops.cpu.tables import LayerTable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Query heads of a KV head, K and V head size.
@@ -68,7 +73,7 @@ def draw() -> random.Random:
 def same_positions(codec: str, got: Tensor | None, want: Tensor) -> bool:
     """Fitted pages know where strips begin, and take the other tokens for neighbours."""
     assert got is not None and got.shape == want.shape
-    if codec in layout.FITTED:
+    if codec in FITTED:
         starts = torch.arange(len(want)) // layout.STRIP * layout.STRIP
         want = want[starts] + torch.arange(len(want)) % layout.STRIP
     return torch.equal(got.long(), want.long())
@@ -83,7 +88,7 @@ def random_tables(name: str, layers: int, heads: int, k_size: int, v_size: int) 
     queries = torch.randn(layers, 2 * heads, 300, k_size)
     moments = Statistics.of(keys, queries)
     bits = {"tc4": (3.25, 4), "tc6": (2.0, 3), "tc8": (1.5, 2)}[name]
-    point = Point(name, name != "tc4", *bits, 0.02)
+    point = OperatingPoint(name, name != "tc4", *bits, 0.02)
     return fit(moments, point, rope, 512)
 
 
@@ -113,9 +118,7 @@ class Cache:
         pool = torch.full((size + 64,), 255, dtype=torch.uint8)
         start = -pool.data_ptr() % 64
         self.pool = pool[start : start + size]
-        self.tables = {
-            name: random_tables(name, 1, kv_heads, k_size, v_size) for name in layout.FITTED
-        }
+        self.tables = {name: random_tables(name, 1, kv_heads, k_size, v_size) for name in FITTED}
         angles = Angles(self.tables["tc8"].rope, 1 << 19)
         self.layer = cpu.Layer(
             self.pool,
@@ -152,12 +155,13 @@ class Cache:
         self, codec: str, key: Tensor, value: Tensor, where: Tensor | None, head: int = 0
     ) -> tuple[Tensor, Tensor]:
         """What the oracle says that a page gives back."""
-        if codec not in layout.FITTED:
-            return reference.kept(codec, key, value, self.dtype)
-        assert where is not None
-        tables, layer = self.tables[codec], self.layer
-        _, exceptions = tables.capacity(0, head, layer.page_bytes, layer.v_size)
-        return reference.kept_fitted(key, value, where.long(), tables, 0, head, exceptions)
+        own, layer = None, self.layer
+        if CODECS[codec].needs_tables:
+            tables = self.tables[codec]
+            _, exceptions = tables.capacity(0, head, layer.page_bytes, layer.v_size)
+            own = HeadTables(tables, 0, head, exceptions)
+        positions = None if where is None else where.long()
+        return CODECS[codec].kept(key, value, self.dtype, positions, own)
 
     def page(self) -> int:
         """Any unused page: compressed pages may come from anywhere in their block."""
@@ -197,7 +201,7 @@ class Cache:
                 page = self.page()
                 raw = codec == "raw"
                 cpu.encode(layer, codec, page, key, value, None if raw else where, head)
-                self.entries.append((page, count, layout.CODECS[codec]))
+                self.entries.append((page, count, CODECS[codec].number))
                 k_kept, v_kept, stands = cpu.decode(layer, codec, page, count, head)
                 k_parts.append(k_kept.double())
                 v_parts.append(v_kept.double())
@@ -350,7 +354,7 @@ def test_log_bias(isa: str, draw: random.Random, group: int) -> None:
     cache.check([1, 7], TOLERANCE["mixed"], bias=True)
 
 
-@pytest.mark.parametrize("codec", list(layout.CODECS))
+@pytest.mark.parametrize("codec", list(CODECS))
 def test_long_sequences_are_split_and_merged(isa: str, draw: random.Random, codec: str) -> None:
     cache = Cache(draw, 3, 64, 64, block_size=128, blocks=80)
     cache.put([codec] * 14, 1030)
@@ -380,7 +384,7 @@ def test_a_whole_page_that_stays_is_copied(isa: str, draw: random.Random) -> Non
     """Recoding would lose a little each time."""
     cache = Cache(draw, 1, 64, 64, block_size=32)
     cache.put(["int4", "tc8"], 40)
-    request = cpu.Request(
+    request = cpu.Source(
         cache.directory(), torch.tensor(cache.tails[0], dtype=torch.int32), 40, 90_000, 32
     )
     layer, view = cache.layer, cache.pool.view(-1, cache.layer.page_bytes)
@@ -392,7 +396,7 @@ def test_a_whole_page_that_stays_is_copied(isa: str, draw: random.Random) -> Non
         for page, count, codec in own:
             staying += [(len(entries), page)] * (count > 0)
             entries.append((cache.page(), count, codec))
-        entries.append((cache.page(), 30, layout.CODECS["int8"]))
+        entries.append((cache.page(), 30, CODECS["int8"].number))
         end.append(len(entries))
     page, count, codec = (list(x) for x in zip(*entries, strict=True))
     made = cpu.Directory(
@@ -454,7 +458,7 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
     value[0] = 0
     cpu.encode(layer, codec, 0, key, value, torch.arange(n, dtype=torch.int32))
     key, value, _ = cpu.decode(layer, codec, 0, n)
-    cache.entries, cache.begin, cache.end = [(0, n, layout.CODECS[codec])], [[0]], [[1]]
+    cache.entries, cache.begin, cache.end = [(0, n, CODECS[codec].number)], [[0]], [[1]]
     cache.tails, cache.lengths = [[]], [0]
     out = torch.full((1, 1, 64), torch.nan)
     cpu.attention(layer, cache.batch([1]), query, out)
@@ -467,7 +471,7 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
 # -- what codecs keep -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", list(layout.CODECS))
+@pytest.mark.parametrize("codec", list(CODECS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("k_size", "v_size"), [(64, 64), (80, 112), (8, 24), (256, 128)])
 def test_pages_keep_what_their_codec_says(
@@ -519,7 +523,7 @@ def test_extreme_values_do_not_break_a_page(isa: str, draw: random.Random, codec
     where = torch.arange(n, dtype=torch.int32)
     cpu.encode(cache.layer, codec, 0, key, value, where)
     got_k, got_v, _ = cpu.decode(cache.layer, codec, 0, n)
-    want_k, want_v = reference.kept(codec, key, value, torch.float32)
+    want_k, want_v = CODECS[codec].kept(key, value, torch.float32)
     torch.testing.assert_close(got_k.double(), want_k, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(got_v.double(), want_v, rtol=1e-2, atol=1e-2)
 
@@ -587,7 +591,7 @@ def test_compaction_keeps_the_chosen_tokens(
 ) -> None:
     cache = Cache(draw, 3, 64, 80, draw.choice(DTYPES), block_size=64, blocks=48)
     cache.put(codecs, 200)
-    request = cpu.Request(
+    request = cpu.Source(
         cache.directory() if codecs else None,
         torch.tensor(cache.tails[0], dtype=torch.int32),
         200,
@@ -604,7 +608,7 @@ def test_compaction_keeps_the_chosen_tokens(
         left = len(slots[head])
         while left:
             count = min(left, cache.capacity(target, head), draw.randrange(1, 150))
-            entries.append((cache.page(), count, layout.CODECS[target]))
+            entries.append((cache.page(), count, CODECS[target].number))
             left -= count
         end.append(len(entries))
     page, count, codec = zip(*entries, strict=True)
@@ -631,7 +635,7 @@ def test_compaction_keeps_the_chosen_tokens(
                 close = (got - want).abs() <= 1e-5 * want.abs().amax()
                 # What the codec made loses nothing to it, so which of these tokens become
                 # exceptions, and are rounded to int8, is chance.
-                again = target in layout.FITTED and target in codecs
+                again = target in FITTED and target in codecs
                 assert close.all(-1).double().mean() > 0.85 or (
                     again and (got - want).norm() < 0.02 * want.norm()
                 )
@@ -640,7 +644,7 @@ def test_compaction_keeps_the_chosen_tokens(
 def test_targets_of_a_compaction_may_be_its_sources(isa: str, draw: random.Random) -> None:
     cache = Cache(draw, 1, 64, 64, block_size=32)
     cache.put([], 128)
-    request = cpu.Request(
+    request = cpu.Source(
         None, torch.tensor(cache.tails[0], dtype=torch.int32), 128, 0, cache.block_size
     )
     layer, block = cache.layer, cache.tails[0][0]
@@ -666,7 +670,7 @@ def one_page(draw: random.Random, codec: str) -> tuple[Any, ...]:
     cache = Cache(draw, 1, 64, 64, block_size=64)
     cache.put(["int8", "tc4"], 64)
     tail = torch.tensor(cache.tails[0], dtype=torch.int32)
-    request = cpu.Request(cache.directory(), tail, 64, 100_000, cache.block_size)
+    request = cpu.Source(cache.directory(), tail, 64, 100_000, cache.block_size)
     held = min(map(len, cache.keys[0]))
     places = cpu.positions(cache.layer, request, held)
     slots = torch.stack([torch.tensor(sorted(draw.sample(range(held), 16))) for _ in range(2)])
@@ -675,7 +679,7 @@ def one_page(draw: random.Random, codec: str) -> tuple[Any, ...]:
         torch.tensor([[1, 2]], dtype=torch.int32),
         torch.tensor(to := [cache.page(), cache.page()], dtype=torch.int32),
         torch.tensor([16, 16], dtype=torch.int32).to(torch.uint16),
-        torch.tensor([layout.CODECS[codec]] * 2, dtype=torch.uint8),
+        torch.tensor([CODECS[codec].number] * 2, dtype=torch.uint8),
     )
     return cache, request, slots, target, places, to
 
@@ -723,7 +727,7 @@ def test_a_position_comes_twice_only_where_codecs_round(draw: random.Random) -> 
     row = torch.zeros(1, 1, dtype=torch.int32)
     counts, codecs = torch.tensor([3, 3]).to(torch.uint16), torch.ones(2, dtype=torch.uint8)
     held = cpu.Directory(row, row + 2, torch.tensor(sources, dtype=torch.int32), counts, codecs)
-    request = cpu.Request(held, torch.zeros(1, dtype=torch.int32), 0, 0, cache.block_size)
+    request = cpu.Source(held, torch.zeros(1, dtype=torch.int32), 0, 0, cache.block_size)
     one = torch.tensor([page], dtype=torch.int32)
     target = cpu.Directory(row, row + 1, one, torch.tensor([6]).to(torch.uint16), codecs[:1])
     slots = torch.tensor([[0, 3, 1, 4, 2, 5]])
@@ -746,14 +750,14 @@ def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> Non
     tokens = 128 * 128
     tail = torch.tensor(cache.free[:128], dtype=torch.int32)
     cache.pool.view(torch.bfloat16).normal_()
-    request = cpu.Request(None, tail, tokens, 0, 128)
+    request = cpu.Source(None, tail, tokens, 0, 128)
     full = cache.capacity("int4")
     counts = [full] * (tokens // full)
     row = torch.zeros(1, 1, dtype=torch.int32)
     page = torch.tensor([cache.layer.page(int(b), 0) for b in tail[: len(counts)]])
     target = cpu.Directory(
         row, row + len(counts), page.int(), torch.tensor(counts).to(torch.uint16),
-        torch.full((len(counts),), layout.CODECS["int4"], dtype=torch.uint8),
+        torch.full((len(counts),), CODECS["int4"].number, dtype=torch.uint8),
     )  # fmt: skip
     slots = torch.arange(sum(counts)).unsqueeze(0)
     cpu.scratch_peak()
@@ -768,7 +772,7 @@ def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> Non
 def test_reading_slots_across_pages(isa: str, draw: random.Random) -> None:
     cache = Cache(draw, 1, 64, 80, torch.float16)
     cache.put(["int8", "exact", "int4"], 70)
-    request = cpu.Request(
+    request = cpu.Source(
         cache.directory(), torch.tensor(cache.tails[0], dtype=torch.int32), 70, 5, 32
     )
     for head in range(2):
@@ -794,7 +798,7 @@ def test_long_windows_take_little_memory(
     cache = Cache(draw, 8, 64, 64, torch.bfloat16, kv_heads=1, blocks=400)
     cache.put(codecs, 9000)
     tail = torch.tensor(cache.tails[0], dtype=torch.int32)
-    request = cpu.Request(cache.directory() if codecs else None, tail, 9000, 0, cache.block_size)
+    request = cpu.Source(cache.directory() if codecs else None, tail, 9000, 0, cache.block_size)
     queries = torch.randn(8, window, 64)
     key, n = cache.keys[0][0].unsqueeze(0).float(), len(cache.keys[0][0])
     cpu.scratch_peak()
@@ -818,7 +822,7 @@ def test_window_scores(isa: str, draw: random.Random, group: int, window: int) -
     codecs = draw.choice([[], ["int8", "int4", "exact", "raw"]])
     cache.put(codecs, draw.randrange(60, 150))
     layer, tail = cache.layer, cache.lengths[0]
-    request = cpu.Request(
+    request = cpu.Source(
         cache.directory() if codecs else None,
         torch.tensor(cache.tails[0], dtype=torch.int32),
         tail,
@@ -893,9 +897,9 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
     held, page = draw.randrange(60, 400), 8
     cache.put([], held)
     table = torch.tensor(cache.tails[0], dtype=torch.int32)
-    request = cpu.Request(None, table, held, 0, cache.block_size)
-    plain = ops.Held(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
-    paged = cpu.Held(cache.layer, request, held)
+    request = cpu.Source(None, table, held, 0, cache.block_size)
+    plain = ops.LayerKV(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
+    paged = cpu.LayerKV(cache.layer, request, held)
     assert torch.equal(paged.keys, plain.keys) and torch.equal(paged.values, plain.values)
     m = (held - 16) // page * page
     views = [
@@ -933,7 +937,7 @@ def test_choosing_refuses_what_cannot_be(draw: random.Random) -> None:
         cpu.represent(bits, torch.tensor([[True, True, False]]), 2, torch.zeros(1).bool())
     cache = Cache(draw, 1, 64, 64)
     cache.put([], 20)
-    request = cpu.Request(None, torch.tensor(cache.tails[0], dtype=torch.int32), 20, 0, 32)
+    request = cpu.Source(None, torch.tensor(cache.tails[0], dtype=torch.int32), 20, 0, 32)
     with pytest.raises(ValueError, match="a window of 21 queries"):
         cpu.window_scores(cache.layer, request, torch.zeros(2, 21, 64), 10)
     with pytest.raises(ValueError, match="21 candidates among the 20 slots"):
@@ -990,10 +994,8 @@ def test_bad_geometry_is_refused(draw: random.Random) -> None:
     cache = Cache(draw, 2, 64, 64)
     for size, what in ((60, "head size"), (264, "head size")):
         with pytest.raises(ValueError, match=what):
-            layout.capacity("int8", 32768, size, 64, 2)
-        assert cpu._library.kvc_capacity(2, 32768, size, 64, 0) == -1
-    with pytest.raises(ValueError, match="codec"):
-        layout.capacity("int3", 32768, 64, 64, 2)
+            CODECS["int8"].capacity(32768, size, 64, 2)
+        assert LIBRARY.kvc_capacity(2, 32768, size, 64, 0) == -1
     cache.put([], 3)
     with pytest.raises(ValueError, match="query is"):
         cpu.attention(cache.layer, cache.batch([1]), torch.zeros(1, 4, 32), torch.zeros(1, 4, 64))
@@ -1022,7 +1024,7 @@ def test_the_environment_chooses_the_instruction_set(name: str) -> None:
         assert done.returncode and "KVCRUSH_ISA=nonsense is not one of" in done.stderr
 
 
-# -- threads and torch ----------------------------------------------------------------------------
+# -- threads --------------------------------------------------------------------------------------
 
 
 def test_two_threads_give_the_same_bits(draw: random.Random) -> None:
@@ -1054,7 +1056,7 @@ def test_scores_do_not_depend_on_threads(draw: random.Random) -> None:
     cache = Cache(draw, 3, 64, 64, block_size=128)
     cache.put(["int8", "raw"], 900)
     table = torch.tensor(cache.tails[0], dtype=torch.int32)
-    request = cpu.Request(cache.directory(), table, 900, 0, cache.block_size)
+    request = cpu.Source(cache.directory(), table, 900, 0, cache.block_size)
     queries = torch.randn(6, 16, 64)
     results = []
     before = torch.get_num_threads()
@@ -1065,44 +1067,3 @@ def test_scores_do_not_depend_on_threads(draw: random.Random) -> None:
     finally:
         torch._C.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results)
-
-
-def test_the_torch_ops_do_the_same_and_can_be_traced(draw: random.Random) -> None:
-    cache = Cache(draw, 2, 64, 64)
-    cache.put(["int8"], 40)
-    layer = cache.layer
-    directory = cache.directory()
-    begin, end, page, count, codec = directory._kept[:5]
-    table = torch.tensor([cache.tails[0]], dtype=torch.int32)
-    starts, lengths = torch.tensor([0, 1]).int(), torch.tensor([40]).int()
-    shape, scale = cpu.shape(layer), layer.scale
-    slots = torch.tensor([cache.tails[0][1] * 32 + 7])
-
-    def step(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = torch.zeros_like(query)
-        torch.ops.kvcrush.store(cache.pool, key, value, slots, shape)
-        torch.ops.kvcrush.paged_attention(
-            out,
-            query,
-            cache.pool,
-            shape,
-            scale,
-            starts,
-            lengths,
-            table,
-            begin,
-            end,
-            page,
-            count,
-            codec,
-        )
-        return out + 1
-
-    query, key, value = torch.randn(1, 4, 64), torch.randn(1, 2, 64), torch.randn(1, 2, 64)
-    plain = step(query, key, value)
-    for head in range(2):
-        cache.keys[0][head][-1], cache.values[0][head][-1] = key[0, head], value[0, head]
-    want, _ = reference.attention(query, cache.keys[0], cache.values[0], scale, 40)
-    torch.testing.assert_close(plain.double() - 1, want, rtol=1e-3, atol=1e-3)
-    traced = torch.compile(step, backend="eager", fullgraph=True)
-    assert torch.equal(traced(query, key, value), plain)

@@ -11,17 +11,18 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from vllm_kvcrush.codecs.layout import CODECS, FITTED, GROUP
-from vllm_kvcrush.ops.triton import fitted_ops
-from vllm_kvcrush.ops.triton.cache import Layer, Request
-from vllm_kvcrush.ops.triton.compaction_kernels import encode_kernel, gather_kernel
+from vllm_kvcrush.codecs import CODECS, FITTED
+from vllm_kvcrush.codecs.layout import GROUP
+from vllm_kvcrush.ops.triton.cache import Layer, Source
+from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
 from vllm_kvcrush.ops.triton.config import encode_tiles, gather_warps
+from vllm_kvcrush.ops.triton.kernels.compaction import encode_kernel, gather_kernel
 
 SLOTS = 32  # of a program that gathers
 
 
 def gather(
-    layer: Layer, source: Request, slots: Tensor, *, values: bool = True, positions: bool = False
+    layer: Layer, source: Source, slots: Tensor, *, values: bool = True, positions: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Keys, values and positions of slots.
 
@@ -41,7 +42,7 @@ def gather(
     for run in dict.fromkeys((*source.runs, "raw")) if count else ():
         if run in FITTED:
             if layer.reads(run):
-                fitted_ops.gather(layer, run, source, slots, key, value, where)
+                fitted_launch.gather(layer, run, source, slots, key, value, where)
             continue
         gather_kernel[(triton.cdiv(count, SLOTS), layer.kv_heads)](
             key, key if value is None else value, key if where is None else where, slots,
@@ -49,14 +50,14 @@ def gather(
             source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
             source.tail_table, count, slots.stride(0), len(source.page).bit_length(),
             layer.block_pages, layer.first_page, source.tail_position, T=SLOTS,
-            CODEC=CODECS[run], VALUES=values, POSITIONS=positions, G=layer.geometry,
+            CODEC=CODECS[run].number, VALUES=values, POSITIONS=positions, G=layer.geometry,
             num_warps=gather_warps(layer.geometry.k_pad, layer.geometry.v_pad),
         )  # fmt: skip
     return key, value, where
 
 
 def encode(
-    layer: Layer, target: Request, key: Tensor, value: Tensor, positions: Tensor | None
+    layer: Layer, target: Source, key: Tensor, value: Tensor, positions: Tensor | None
 ) -> None:
     """Fills pages.
 
@@ -71,19 +72,19 @@ def encode(
         if run in FITTED:
             if layer.reads(run):
                 assert positions is not None
-                fitted_ops.encode(layer, run, target, key, value, positions)
+                fitted_launch.encode(layer, run, target, key, value, positions)
             continue
         groups, parts = triton.cdiv(layer.capacity(run), GROUP), 1 + GROUP // tokens
         encode_kernel[(len(target.page), groups, parts)](
             key, value, key if positions is None else positions,
             layer.raw, layer.grid, layer.half, layer.words, layer.wide, layer.pool,
             target.head, target.page, target.count, target.codec, target.first, key.shape[1],
-            T=GROUP, V=tokens, CODEC=CODECS[run], POSITIONS=positions is not None, G=geometry,
-            num_warps=warps,
+            T=GROUP, V=tokens, CODEC=CODECS[run].number, POSITIONS=positions is not None,
+            G=geometry, num_warps=warps,
         )  # fmt: skip
 
 
-def compact(layer: Layer, source: Request, slots: Tensor, target: Request) -> None:
+def compact(layer: Layer, source: Source, slots: Tensor, target: Source) -> None:
     """Moves chosen tokens of a request into new pages, decoding and encoding on the way.
 
     All is read before anything is written: targets may be among this layer's sources.
@@ -119,7 +120,7 @@ def stored_positions(read: Tensor) -> Tensor:
     return ((read - steps + part).cummax(1).values - part + steps).int()
 
 
-def _within_tables(read: Tensor, target: Request, limit: int) -> Tensor:
+def _within_tables(read: Tensor, target: Source, limit: int) -> Tensor:
     """`stored_positions`, such that none in a page of a fitted codec is moved beyond `limit`, which
     is what its tables know, unless one was read from there."""
     where = stored_positions(read)
@@ -127,17 +128,17 @@ def _within_tables(read: Tensor, target: Request, limit: int) -> Tensor:
     entry = entries.repeat_interleave(target.count, output_size=read.numel()).view_as(read)
     place = torch.arange(read.shape[1], device=read.device) - target.first[entry]
     last = read.gather(1, (target.first + target.count - 1)[entry].long())
-    fitted = (target.codec[entry] >= CODECS[FITTED[0]]) & (last < limit)
+    fitted = (target.codec[entry] >= CODECS[FITTED[0]].number) & (last < limit)
     most = limit - target.count[entry] + place
     return torch.where(fitted, where.minimum(most), where).int()
 
 
-def _check_order(target: Request, read: Tensor) -> None:
+def _check_order(target: Source, read: Tensor) -> None:
     columns = (target.head, target.first, target.count, target.codec)
     for head, first, count, codec in zip(*(x.tolist() for x in columns), strict=True):
         own = read[head, first : first + count]
         back = (own[1:] < own[:-1]).nonzero().flatten().tolist()
-        if back and codec != CODECS["raw"]:
+        if back and codec != CODECS["raw"].number:
             before, after = own[back[0] : back[0] + 2].tolist()
             raise ValueError(
                 f"slots of head {head} are not in position order: position {after} comes after "

@@ -23,7 +23,7 @@ from vllm_kvcrush.engine.worker import region
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.ops.fitted import LayerTable
+from vllm_kvcrush.ops.cpu.tables import LayerTable
 
 
 class KVCrushAttentionBackend(CPUAttentionBackend):
@@ -68,8 +68,8 @@ class KVCrushMetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
     regions: ClassVar[list[region.Region | None]] = []
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any):
-        super().__init__(kv_cache_spec, layer_names, config, device)
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self,
@@ -172,23 +172,32 @@ class CPUCacheLayer:
         """Where the cache is."""
         return self.pages.pool.device
 
-    def request(
-        self, region: Region | None, tail: Tensor, tokens: int, position: int
-    ) -> cpu.Request:
+    def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> cpu.Source:
         """See `state.CacheLayer`, as for all of these."""
         directory = None if region is None else region.directory(self.index)
-        return cpu.Request(directory, tail, tokens, position, self.block_size)
+        return cpu.Source(directory, tail, tokens, position, self.block_size)
 
-    def held(self, request: cpu.Request, tokens: int) -> cpu.Held:
-        return cpu.Held(self.pages, request, tokens)
+    def held(self, source: cpu.Source, tokens: Sequence[int]) -> cpu.LayerKV:
+        return cpu.LayerKV(self.pages, source, max(tokens))
 
-    def positions(self, request: cpu.Request, tokens: int) -> Tensor:
-        return cpu.positions(self.pages, request, tokens)
+    def positions(self, source: cpu.Source, tokens: Sequence[int]) -> Tensor:
+        return cpu.positions(self.pages, source, max(tokens))
 
     def compact(
+        self, source: cpu.Source, slots: Tensor, counts: Sequence[int], target: Region
+    ) -> None:
+        own = (
+            slots if len(set(counts)) == 1 else [s[:n] for s, n in zip(slots, counts, strict=True)]
+        )
+        cpu.compact(self.pages, source, own, target.directory(self.index))
+
+    def fill(
         self,
-        request: cpu.Request,
-        kept: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        counts: Sequence[int],
         target: Region,
     ) -> None:
-        cpu.compact(self.pages, request, kept, target.directory(self.index))
+        directory = target.directory(self.index)
+        cpu.fill(self.pages, keys, values, positions, counts, directory)

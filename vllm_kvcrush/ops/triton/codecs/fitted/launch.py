@@ -6,17 +6,17 @@ import torch
 import triton
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import CODECS
-from vllm_kvcrush.codecs.transform import quantiser
-from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Request
-from vllm_kvcrush.ops.triton.config import gather_warps, product_options
-from vllm_kvcrush.ops.triton.fitted_kernels import (
+from vllm_kvcrush.codecs import CODECS
+from vllm_kvcrush.codecs.transform.bits import quantiser
+from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Source
+from vllm_kvcrush.ops.triton.codecs.fitted.kernels import (
     fitted_components_kernel,
     fitted_gather_kernel,
     fitted_keys_kernel,
     fitted_scores_kernel,
     fitted_values_kernel,
 )
+from vllm_kvcrush.ops.triton.config import gather_warps, product_options
 from vllm_kvcrush.ops.triton.layout import Geometry
 
 SLOTS = 32  # of a program that gathers or scores
@@ -39,7 +39,7 @@ def scores_options(geometry: Geometry) -> tuple[int, int]:
 
 
 def gather(
-    layer: Layer, codec: str, source: Request, slots: Tensor, key: Tensor, value: Tensor | None,
+    layer: Layer, codec: str, source: Source, slots: Tensor, key: Tensor, value: Tensor | None,
     position: Tensor | None,
 ) -> None:  # fmt: skip
     """The part of `compaction.gather` that lies in pages of one fitted codec."""
@@ -51,7 +51,7 @@ def gather(
             layer.half, layer.words, layer.wide, layer.pool,
             source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
             *fitted.tables(loop.place), count, slots.stride(0),
-            len(source.page).bit_length(), T=SLOTS, CODEC=CODECS[codec],
+            len(source.page).bit_length(), T=SLOTS, CODEC=CODECS[codec].number,
             LOCAL=loop.local, BITS=loop.bits, VALUES=value is not None,
             POSITIONS=position is not None, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
             num_warps=warps(layer.geometry), **product_options(layer.wave),
@@ -59,7 +59,7 @@ def gather(
 
 
 def scores(
-    layer: Layer, codec: str, source: Request, rows: Tensor, lse: Tensor, out: Tensor, width: int
+    layer: Layer, codec: str, source: Source, rows: Tensor, lse: Tensor, out: Tensor, width: int
 ) -> None:
     """The part of `scores.window_scores` that lies in pages of one fitted codec; `width`: query
     rows of a product."""
@@ -72,14 +72,14 @@ def scores(
         out, rows, lse, layer.half, layer.words, layer.wide, layer.pool,
         source.head, source.page, source.count, source.codec, source.first,
         *fitted.tables(loop.place), out.shape[1], layer.scale, len(rows),
-        T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, CODEC=CODECS[codec],
+        T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, CODEC=CODECS[codec].number,
         LOCAL=loop.local, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
         num_warps=score_warps, num_stages=score_stages, **product_options(layer.wave),
     )  # fmt: skip
 
 
 def encode(
-    layer: Layer, codec: str, target: Request, key: Tensor, value: Tensor, positions: Tensor
+    layer: Layer, codec: str, target: Source, key: Tensor, value: Tensor, positions: Tensor
 ) -> None:
     """The part of `compaction.encode` that goes into pages of one fitted codec."""
     fitted, geometry, device = layer.fitted, layer.geometry, key.device
@@ -96,20 +96,20 @@ def encode(
         key, positions, component, loss, target.head, target.count, target.codec, target.first,
         fitted.mean[place], fitted.forward[place], fitted.cost[place], fitted.top[place],
         fitted.coarse, fitted.fine, fitted.positions, count, most,
-        T=TOKENS, CODEC=CODECS[codec], LOCAL=loops[0].local, G=geometry, num_warps=warps(geometry),
-        num_stages=STAGES,
+        T=TOKENS, CODEC=CODECS[codec].number, LOCAL=loops[0].local, G=geometry,
+        num_warps=warps(geometry), num_stages=STAGES,
     )  # fmt: skip
     numbers = _exceptions(loss, fitted.exceptions[place][target.head.long()])
     fitted_keys_kernel[(entries, groups)](
         key, positions, component.view(torch.int32), numbers,
         layer.half, layer.words, layer.wide, layer.pool,
         *where, fitted.info[place], fitted.fields, count, most,
-        T=TOKENS, CODEC=CODECS[codec], G=geometry, num_warps=KEYS_WARPS,
+        T=TOKENS, CODEC=CODECS[codec].number, G=geometry, num_warps=KEYS_WARPS,
     )  # fmt: skip
     for loop in loops:
         fitted_values_kernel[(entries, triton.cdiv(min(most, count), VALUES))](
             value, numbers, layer.half, layer.pool, *where, fitted.info[place], count, most,
-            T=VALUES, CODEC=CODECS[codec], BITS=loop.bits, STEP=quantiser(loop.bits).step,
+            T=VALUES, CODEC=CODECS[codec].number, BITS=loop.bits, STEP=quantiser(loop.bits).step,
             G=geometry, num_warps=warps(geometry),
         )  # fmt: skip
 

@@ -14,22 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_kvcrush.codecs import layout
-from vllm_kvcrush.codecs.transform import QUAD, Piece, Tables, pieces
-from vllm_kvcrush.ops import fitted
+from vllm_kvcrush.codecs import FITTED
+from vllm_kvcrush.codecs.transform.bits import QUAD, Piece, pieces
+from vllm_kvcrush.codecs.transform.tables import Tables
+from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, WORD_FIELDS, FittedSection, half_pad
 
 
 @dataclass(frozen=True)
 class LayerTable:
-    """One fitted codec in one layer; arguments as `ops.fitted.LayerTable` has them."""
+    """One fitted codec in one layer; arguments as `ops.cpu.LayerTable` has them."""
 
     tables: Tables
     layer: int
     heads: range
     page_bytes: int
     v_size: int
-    angles: fitted.Angles
+    angles: Angles
 
     @property
     def sections(self) -> list[FittedSection]:
@@ -65,7 +66,7 @@ class Fitted:
     """A layer's tables on its device.
 
     Attributes:
-        codecs: names of the fitted codecs that there are, in the order of `layout.FITTED`.
+        codecs: names of the fitted codecs that there are, in the order of `FITTED`.
         sections: by codec, of each head.
         loops: by codec, one for each number of bits that values have.
         info: int32 [codecs, heads, len(FIELDS)].
@@ -73,7 +74,7 @@ class Fitted:
         fields: int32, rows that `info` points to: word, first bit and mask of each piece; quad,
             weight, mask and first bit of each word's fields.
         inverse: [rows, 2, 2 half], the model's dtype: a key for each piece's components, and what
-            rounding to this dtype left over; channels in the order of `fitted_tiles.fitted_keys`.
+            rounding to this dtype left over; channels in the order of `tiles.fitted_keys`.
         base: float32 [codecs, heads, 2, 2 half], in the same order: what codes of 0 stand for under
             the rounded inverse, and under both of its parts.
         mean: float32 [codecs, heads, 2 half], of keys.
@@ -90,7 +91,7 @@ class Fitted:
         k_pad: int,
         device: torch.device,
     ):
-        self.codecs = tuple(codec for codec in layout.FITTED if codec in tables)
+        self.codecs = tuple(codec for codec in FITTED if codec in tables)
         self.sections = {codec: tables[codec].sections for codec in self.codecs}
         self.loops: dict[str, tuple[Loop, ...]] = {}
         self._dtype, self._k_pad = dtype, k_pad
@@ -101,7 +102,7 @@ class Fitted:
         for i, codec in enumerate(self.codecs):
             own = tables[codec]
             bits = sorted({section.v_bits for section in self.sections[codec]})
-            run, local = layout.FITTED.index(codec), own.tables.point.local
+            run, local = FITTED.index(codec), own.tables.point.local
             self.loops[codec] = tuple(
                 Loop(i, run, local, b, b == bits[0], len(bits) > 1) for b in bits
             )
@@ -173,7 +174,7 @@ class Fitted:
 
 
 @functools.lru_cache(maxsize=1)
-def _shared(angles: fitted.Angles, device: torch.device) -> tuple[Tensor, Tensor]:
+def _shared(angles: Angles, device: torch.device) -> tuple[Tensor, Tensor]:
     """Coarse and fine rows of all layers."""
     return _halves(angles.coarse).to(device), _halves(angles.fine).to(device)
 

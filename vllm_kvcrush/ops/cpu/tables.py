@@ -7,56 +7,10 @@ import ctypes
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.transform import QUAD, Rope, Tables, pieces, quantiser
-
-_i32, _u8, _ptr = ctypes.c_int32, ctypes.c_uint8, ctypes.c_void_p
-
-COARSE = 256  # positions between two rows of the coarse angles
-
-
-class _Piece(ctypes.Structure):
-    _fields_ = [(name, _u8) for name in ("quad", "weight", "word", "first", "bits")]
-
-
-class _HeadTable(ctypes.Structure):
-    _fields_ = [
-        *((name, _i32) for name in ("capacity", "exceptions", "words", "pieces")),
-        *((name, _i32) for name in ("components", "stride")),
-        *((name, _ptr) for name in ("piece", "mean", "forward", "inverse", "cost")),
-        *((name, _i32) for name in ("fields", "v_bits")),
-        *((name, _ptr) for name in ("weight", "middle")),
-        ("v_step", ctypes.c_float),
-        ("reserved", _i32),
-    ]
-
-
-class _Table(ctypes.Structure):
-    _fields_ = [
-        ("local", _i32),
-        ("positions", _i32),
-        ("heads", _ptr),
-        *((name, _ptr) for name in ("coarse", "fine")),
-    ]
-
-
-class Angles:
-    """Cosines and sines of a rotary embedding, shared by all layers.
-
-    Args:
-        rope: the embedding.
-        positions: how many positions must be known.
-    """
-
-    def __init__(self, rope: Rope, positions: int) -> None:
-        rows = -(-positions // COARSE)
-        self.positions = rows * COARSE
-        self.coarse = self._rows(rope, torch.arange(rows) * COARSE)
-        self.fine = self._rows(rope, torch.arange(COARSE))
-
-    @staticmethod
-    def _rows(rope: Rope, positions: Tensor) -> Tensor:
-        angle = positions.double()[:, None] * rope.frequencies
-        return torch.cat([angle.cos(), angle.sin()], -1).float()
+from vllm_kvcrush.codecs.transform.bits import QUAD, pieces, quantiser
+from vllm_kvcrush.codecs.transform.tables import Tables
+from vllm_kvcrush.ops.angles import Angles
+from vllm_kvcrush.ops.cpu.library import HeadTableStruct, PieceStruct, TableStruct
 
 
 class LayerTable:
@@ -81,7 +35,7 @@ class LayerTable:
         angles: Angles,
     ) -> None:
         self._kept: list[object] = [angles]
-        table = (_HeadTable * len(heads))()
+        table = (HeadTableStruct * len(heads))()
         self.capacity: list[int] = []
         self.exceptions: list[int] = []
         for own, head in zip(table, heads, strict=True):
@@ -98,7 +52,7 @@ class LayerTable:
             own.v_bits = int(tables.value_bits[layer, head])
             own.v_step = quantiser(own.v_bits).step
             own.pieces, own.components, own.stride = len(fields), components, stride
-            array = (_Piece * max(1, len(fields)))(*(_Piece(*f) for f in fields))
+            array = (PieceStruct * max(1, len(fields)))(*(PieceStruct(*f) for f in fields))
             self._kept.append(array)
             own.piece = ctypes.addressof(array)
             own.mean = self._keep(tables.key_mean[layer, head])
@@ -116,7 +70,7 @@ class LayerTable:
             self.capacity.append(capacity)
             self.exceptions.append(exceptions)
         self._kept.append(table)
-        self._struct = _Table(
+        self._struct = TableStruct(
             int(tables.point.local),
             angles.positions,
             ctypes.addressof(table),

@@ -1,0 +1,54 @@
+"""The CPU kernels of csrc/, on torch tensors; importing this package loads the library."""
+
+from vllm_kvcrush.ops.cpu.cache import Batch, Directory, Layer, Source
+from vllm_kvcrush.ops.cpu.kernels import (
+    attention,
+    compact,
+    decode,
+    encode,
+    huge_pages,
+    positions,
+    read,
+    store,
+)
+from vllm_kvcrush.ops.cpu.layer_kv import LayerKV
+from vllm_kvcrush.ops.cpu.library import (
+    DTYPES,
+    VERSION,
+    capacity,
+    isa,
+    scratch_peak,
+    threads,
+    use_isa,
+)
+from vllm_kvcrush.ops.cpu.select import REDUCTIONS, mask_slots, represent, top_mask, window_scores
+from vllm_kvcrush.ops.cpu.tables import LayerTable
+
+__all__ = [
+    "DTYPES",
+    "REDUCTIONS",
+    "VERSION",
+    "Batch",
+    "Directory",
+    "Layer",
+    "LayerKV",
+    "LayerTable",
+    "Source",
+    "attention",
+    "capacity",
+    "compact",
+    "decode",
+    "encode",
+    "huge_pages",
+    "isa",
+    "mask_slots",
+    "positions",
+    "read",
+    "represent",
+    "scratch_peak",
+    "store",
+    "threads",
+    "top_mask",
+    "use_isa",
+    "window_scores",
+]

@@ -1,0 +1,122 @@
+"""Scoring and choosing tokens with the CPU kernels: the same choices as `ops.reference`."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from vllm_kvcrush.ops.cpu.cache import Layer, Source
+from vllm_kvcrush.ops.cpu.library import DTYPES, LIBRARY, ScoringStruct, address, check
+
+REDUCTIONS = {None: 0, "mean": 1, "max": 2}
+
+
+def window_scores(
+    layer: Layer,
+    source: Source,
+    queries: Tensor,
+    candidates: int,
+    *,
+    mean: bool = True,
+    pool: int = 1,
+    pool_kind: str = "max",
+    reduce: str | None = "mean",
+) -> Tensor:
+    """Attention of a window of queries over a request's slots, as policies want it: what
+    `reference.window_attention` gives, summed over the window, then `pool_scores` and
+    `reduce_groups`, without copies of the keys.
+
+    Args:
+        queries: [heads, w, k_size], unscaled, any dtype and strides of the first two dimensions;
+            row i is the query of the tail's token tail_length - w + i, and w <= tail_length.
+        candidates: m; scores are wanted, and pooled, for slots [0, m).
+        mean: the mean over the window instead of the sum.
+        pool, pool_kind: width of the pooling window, 1 for none; "avg" or "max".
+        reduce: "mean" or "max" over the query heads of a KV head, or None.
+
+    Returns:
+        float32 [kv_heads, m], or [heads, m] without reduction.
+    """
+    window = queries.shape[1]
+    if tuple(queries.shape) != (layer.heads, window, layer.k_size) or queries.stride(2) != 1:
+        raise ValueError(
+            f"queries are {tuple(queries.shape)} with strides {queries.stride()}; "
+            f"[{layer.heads}, w, {layer.k_size}] with contiguous rows is needed"
+        )
+    if pool_kind not in ("avg", "max"):
+        raise ValueError(f"pool_kind={pool_kind!r} is not one of avg, max")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce={reduce!r} is not one of mean, max, None")
+    out = torch.empty(layer.heads if reduce is None else layer.kv_heads, max(0, candidates))
+    factor = 1 / max(1, window) if mean else 1.0
+    scoring = ScoringStruct(window, pool, pool_kind == "max", REDUCTIONS[reduce], factor)
+    check(
+        LIBRARY.kvc_window_scores(
+            layer._pointer,
+            source._pointer,
+            queries.data_ptr(),
+            DTYPES[queries.dtype],
+            queries.stride(0),
+            queries.stride(1),
+            ctypes.addressof(scoring),
+            candidates,
+            out.data_ptr(),
+        )
+    )
+    return out
+
+
+def top_mask(scores: Tensor, keep: int) -> Tensor:
+    """Marks each head's `keep` best slots, as `reference.top_mask` does: float32 [H, m] → bool."""
+    rows = scores.to(torch.float32).contiguous()
+    mask = torch.empty(rows.shape, dtype=torch.bool)
+    check(LIBRARY.kvc_top_mask(*rows.shape, rows.data_ptr(), keep, mask.data_ptr()))
+    return mask
+
+
+def mask_slots(mask: Tensor, count: int) -> Tensor:
+    """Slots that a bool mask [H, m] with `count` ones in each row marks: int64 [H, count]."""
+    rows = mask.contiguous()
+    slots = torch.empty(rows.shape[0], max(0, count), dtype=torch.int64)
+    check(LIBRARY.kvc_mask_slots(*rows.shape, rows.data_ptr(), count, slots.data_ptr()))
+    return slots
+
+
+def represent(
+    bits: Tensor, important: Tensor, count: int, anchor: Tensor | None, unit: int = 1
+) -> Tensor:
+    """KVCrush's choice (arXiv 2503.00022): adds to each head's important units `count` evenly
+    spaced ones of its others, in the order of their Hamming distance to the anchor, then of their
+    index.
+
+    Args:
+        bits: bool [b, u * unit], a row for each head that describes tokens.
+        important: bool [H, u], equally many ones in each row.
+        count: representatives wanted of each head.
+        anchor: bool [b * unit], or None for the majority of each head's others.
+        unit: tokens of a unit; its vector is the bits of its tokens, head after head.
+
+    Returns:
+        bool [H, u].
+    """
+    rows, mask = bits.contiguous(), important.clone().contiguous()
+    units = mask.shape[1]
+    if rows.dtype != torch.bool or rows.shape[1] != units * unit:
+        raise ValueError(f"bits are {rows.dtype} {tuple(rows.shape)} for {units} units of {unit}")
+    if anchor is not None and tuple(anchor.shape) != (rows.shape[0] * unit,):
+        raise ValueError(f"an anchor of {tuple(anchor.shape)} for {rows.shape[0]} heads of {unit}")
+    check(
+        LIBRARY.kvc_represent(
+            rows.shape[0],
+            units,
+            unit,
+            rows.data_ptr(),
+            address(None if anchor is None else anchor.contiguous(), torch.bool),
+            mask.shape[0],
+            mask.data_ptr(),
+            count,
+        )
+    )
+    return mask
