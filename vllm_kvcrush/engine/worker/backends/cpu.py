@@ -17,13 +17,15 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_kvcrush import gate
+from vllm_kvcrush import gate, ops
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.codecs.layout import STRIP
 from vllm_kvcrush.engine.worker import region
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.cpu.tables import LayerTable
+from vllm_kvcrush.policies.base import LayerKV
 
 
 class KVCrushAttentionBackend(CPUAttentionBackend):
@@ -177,11 +179,23 @@ class CPUCacheLayer:
         directory = None if region is None else region.directory(self.index)
         return cpu.Source(directory, tail, tokens, position, self.block_size)
 
-    def held(self, source: cpu.Source, tokens: Sequence[int]) -> cpu.LayerKV:
-        return cpu.LayerKV(self.pages, source, max(tokens))
+    def held(self, source: cpu.Source, tokens: Sequence[int]) -> LayerKV:
+        if len(set(tokens)) == 1:
+            return cpu.LayerKV(self.pages, source, tokens[0])
+        most = max(tokens)
+        keys = torch.zeros(self.heads, most, self.pages.k_size)
+        values = torch.zeros(self.heads, most, self.pages.v_size)
+        for head, n in enumerate(tokens):
+            keys[head, :n], values[head, :n], _ = cpu.read(self.pages, source, head, 0, n)
+        return ops.LayerKV(keys, values, tokens)
 
     def positions(self, source: cpu.Source, tokens: Sequence[int]) -> Tensor:
-        return cpu.positions(self.pages, source, max(tokens))
+        where = torch.zeros(self.heads, max(tokens), dtype=torch.int32)
+        for head, n in enumerate(tokens):
+            found = cpu.read(self.pages, source, head, 0, n, positions=True)[2]
+            assert found is not None
+            where[head, :n] = found
+        return where
 
     def compact(
         self, source: cpu.Source, slots: Tensor, counts: Sequence[int], target: Region
@@ -199,5 +213,16 @@ class CPUCacheLayer:
         counts: Sequence[int],
         target: Region,
     ) -> None:
-        directory = target.directory(self.index)
-        cpu.fill(self.pages, keys, values, positions, counts, directory)
+        rows = target.begin[self.index].tolist(), target.end[self.index].tolist()
+        names = {codec.number: name for name, codec in CODECS.items()}
+        for head, (begin, end) in enumerate(zip(*rows, strict=True)):
+            at = 0
+            for entry in range(begin, end):
+                count = int(target.count[entry])
+                own = slice(at, at + count)
+                name = names[int(target.codec[entry])]
+                where = positions[head, own].contiguous() if name != "raw" else None
+                page = int(target.page[entry])
+                own_keys, own_values = keys[head, own].contiguous(), values[head, own].contiguous()
+                cpu.encode(self.pages, name, page, own_keys, own_values, where, head)
+                at += count
