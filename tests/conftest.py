@@ -17,10 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import core
 
+from tests.seconds import Seconds
+
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Seconds(), "seconds")
     # A seed of its own for each run, named in the header; --hypothesis-seed repeats one.
     if core.global_force_seed is None:
         core.global_force_seed = random.randrange(2**31)

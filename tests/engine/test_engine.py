@@ -108,7 +108,7 @@ def test_tokens_equal_transformers_with_the_same_kept_tokens(
     """Compactions between prefill chunks, at the prompt's end and while decoding."""
     if policy == "kvcrush-page":
         policy = "kvcrush"
-        paged = policies.get("kvcrush", {"level": "page", "anchor": "mean"})
+        paged = policies.get("kvcrush(level=page, anchor=mean)")
         monkeypatch.setitem(engine.runner._policies, "kvcrush", paged)
     kept: dict[int, list[torch.Tensor]] = {}
 
@@ -183,13 +183,18 @@ def test_tokens_equal_transformers_with_the_same_rounded_cache(
     kept: dict[int, list[torch.Tensor]] = {}
     packed: dict[int, int] = {}
 
+    region = 0
+
     def record(command: Any, layer: int, slots: torch.Tensor) -> None:
-        tail_start = command.compressed_tokens
+        nonlocal region
+        tail_start = region if command.compressed else 0
         tail_start += (len(command.source) - command.compressed) * BLOCK
         tail = torch.arange(tail_start, tail_start + command.tail_tokens)
         everything = torch.cat([slots, tail.expand(slots.shape[0], -1)], 1)
         kept.setdefault(command.computed, []).append(everything)
-        packed[command.computed] = command.keep
+        packed[command.computed] = slots.shape[1]
+        if len(kept[command.computed]) == len(engine.runner._layers):
+            region = slots.shape[1]
 
     engine.runner.on_select = record
     prompt, new = ids[3100:3500], DECODE_INTERVAL + 8
@@ -248,11 +253,12 @@ def test_auto_takes_as_many_bits_as_the_budget_pays_for(
     evicts: bool,
 ) -> None:
     prompt = ids[4000:5000]
-    with engine.watch() as steps:
+    with engine.moves() as moves:
         (output,) = engine.generate([prompt], engine.params(12, kv_policy="auto", kv_budget=budget))
-    last = [c for step in steps for c in step["compactions"]][-1]
-    assert [part.codec for part in last.parts] == codecs
-    assert len(last.target) + len(last.tail) <= max(3, int(budget * 1000) // BLOCK)
+    last = moves[-1]
+    assert [part.codec for part in last._parts] == codecs
+    blocks = len(last._command.target) + len(last._command.tail)
+    assert blocks <= max(3, int(budget * 1000) // BLOCK)
     details = output.kv_tokens_details
     assert (details["held"] < details["raw"]) == evicts
     if not evicts:  # a model that reads its own context well goes on as it would have
@@ -272,15 +278,17 @@ def test_mikv_keeps_everything_and_the_important_tokens_finer(
 
     engine.runner.on_select = record
     prompt, new = ids[4000:5000], 2 * DECODE_INTERVAL + 4
-    (output,) = engine.generate([prompt], engine.params(new, kv_policy="mikv", kv_budget=0.25))
+    with engine.moves() as moves:
+        (output,) = engine.generate([prompt], engine.params(new, kv_policy="mikv", kv_budget=0.25))
     details = output.kv_tokens_details
     assert details["held"] == details["raw"] and len(tiers) >= 4
     # Positions by slot of the first KV head, before each compaction and after.
     position, demoted = torch.arange(0), set[int]()
-    for command, slots in tiers:
+    for (command, slots), move in zip(tiers, moves, strict=True):
+        parts = move._parts
         have = torch.cat([position, torch.arange(len(position), command.computed)])
         position = have[slots[0]]
-        fine, coarse = command.parts if len(command.parts) > 1 else (None, command.parts[0])
+        fine, coarse = parts if len(parts) > 1 else (None, parts[0])
         assert coarse.codec in ("int8", "tc8")
         if coarse.codec == "tc8":
             finer = position[: fine.tokens if fine else 0].tolist()
@@ -411,13 +419,13 @@ def test_abort_gives_every_block_back(engine: Engine, ids: list[int], phase: str
     if phase != "waiting":
         core.step()
     if phase == "compacted":
-        step_until(engine, lambda: name in engine.manager.evicted)
+        step_until(engine, lambda: name in engine.manager.slot_shift)
     if phase == "decoding":
         step_until(engine, lambda: engine.scheduler.requests[name].num_output_tokens > 40)
     core.abort_request(["victim"])
     step_until(engine, lambda: not core.has_unfinished_requests())
     core.step()  # tells the worker
-    assert not engine.runner._crushed
+    assert not engine.runner._requests
     engine.assert_idle()
 
 

@@ -342,7 +342,7 @@ def test_doctor_reports_and_judges(
     assert run("doctor") == 0
     out = capsys.readouterr().out
     assert "| vLLM | vllm 0.32.1 |" in out
-    assert "OK: vllm 0.32.1 is supported." in out
+    assert "OK: vllm 0.32.1 is supported (seen working: " in out
     for row in gate.REFUSED:
         assert row.feature in out
     assert f"| our kernels | {cpu.isa()} |" in out
@@ -352,9 +352,9 @@ def test_doctor_reports_and_judges(
         assert run("doctor") == 1
         assert "Refused: the kernels cannot be loaded: build them." in capsys.readouterr().out
 
-    monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.33.0"))
+    monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.34.0"))
     assert run("doctor") == 1
-    assert "Refused: vllm 0.33.0 was not verified" in capsys.readouterr().out
+    assert "Refused: vllm 0.34.0 was not verified" in capsys.readouterr().out
 
 
 def test_doctor_says_which_kernels() -> None:
@@ -379,6 +379,9 @@ def test_doctor_says_which_kernels() -> None:
         ("0.32.0+cpu", True),
         ("0.32.4.post1", True),
         ("v0.32.0", True),
+        ("0.33.0", True),
+        ("0.33.1+cpu", True),
+        ("0.34.0", False),
         ("0.3.2", False),
         ("0.320.0", False),
         ("1.32.0", False),
@@ -395,7 +398,7 @@ def test_the_gate(installed: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_gate_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "distribution", lambda: None)
-    assert gate.installed_vllm() is None
+    assert gate.release() is None
     assert gate.verdict()[0] is False
     assert "pip install" in gate.verdict()[1]
 
@@ -540,7 +543,7 @@ def test_the_v2_runner_is_taken_in_eager_mode_on_one_rank() -> None:
 
 def test_a_gpu_passes_only_where_the_operator_insists(monkeypatch: pytest.MonkeyPatch) -> None:
     config = plain()
-    assert gate.unverified(config) is None
+    assert gate.unverified(config) == []
     config.device_config.device_type = "cuda"
     config.use_v2_model_runner = config.model_config.enforce_eager = True
     config.parallel_config.tensor_parallel_size = 1
@@ -549,7 +552,10 @@ def test_a_gpu_passes_only_where_the_operator_insists(monkeypatch: pytest.Monkey
         assert "platform cuda" in gate.refusals(config)[0]
     monkeypatch.setenv(gate.UNVERIFIED_GPU, "1")
     assert gate.refusals(config) == []
-    assert "never verified on cuda" in str(gate.unverified(config))
+    (warning,) = gate.unverified(config)
+    assert "never verified on cuda" in warning
+    monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.33.0"))
+    assert gate.unverified(config) == [gate.SUPPORTED[-1].warning, warning]
     config.use_v2_model_runner = False
     assert "cuda under the V1 model runner" in gate.refusals(config)[0]
     config.device_config.device_type = "xpu"

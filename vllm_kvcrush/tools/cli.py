@@ -23,6 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser(
         "doctor", help="what is installed and whether it can run, for a bug report"
     )
+    doctor.add_argument(
+        "--hooks",
+        nargs="?",
+        const="",
+        metavar="SOURCE",
+        help="instead, what this package relies on in vLLM, and whether it is there: in the one "
+        "that is installed, or in a source tree or wheel of another release",
+    )
+    doctor.add_argument(
+        "--record", metavar="FILE", help="with --hooks: keep what was found, to be checked again"
+    )
     doctor.set_defaults(run=_doctor)
 
     plan = commands.add_parser(
@@ -90,21 +101,38 @@ def _fail(message: object) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from vllm_kvcrush.tools.doctor import report
+    from vllm_kvcrush.compat.source import Source, SourceError
+    from vllm_kvcrush.tools.doctor import hooks_report, report
 
-    text, ok = report()
+    if args.hooks is None:
+        if args.record is not None:
+            return _fail("--record keeps what --hooks finds: give both.")
+        text, ok = report()
+    else:
+        from pathlib import Path
+
+        from vllm_kvcrush import hooks
+
+        try:
+            source = Source.at(args.hooks) if args.hooks else Source.installed()
+            text, ok = hooks_report(source)
+            if args.record is not None:
+                Path(args.record).write_text(hooks.record(source), encoding="utf-8")
+        except (SourceError, OSError) as error:
+            return _fail(error)
     print(text)
     return 0 if ok else 1
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from vllm_kvcrush import gate
     from vllm_kvcrush.config import ConfigError
     from vllm_kvcrush.tools import plan
 
     try:
         config = plan.read_config(args.model)
         contexts = _contexts(args.context)
-        block_size = _BLOCK_SIZE if args.block_size is None else args.block_size
+        block_size = gate.CPU_BLOCK_SIZE if args.block_size is None else args.block_size
         for flag, value, least in (
             ("--block-size", block_size, 1),
             ("--output-tokens", args.output_tokens, 0),
@@ -139,10 +167,6 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         print(_table(model, settings, block_size, pool, rows))
     return 0
-
-
-# vLLM's default on a CPU; on GPUs it is 16.
-_BLOCK_SIZE = 128
 
 
 def _contexts(text: str) -> list[int]:
