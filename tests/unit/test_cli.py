@@ -16,7 +16,7 @@ from vllm_kvcrush import gate, paths
 from vllm_kvcrush.config import DEFAULT_MIN_TOKENS, RequestParams, Settings
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.tools import cli
-from vllm_kvcrush.tools import plan as capacity
+from vllm_kvcrush.tools import plan as tool
 
 LLAMA = {
     "num_hidden_layers": 32,
@@ -290,7 +290,7 @@ def test_where_things_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_model_says_of_itself() -> None:
     def bytes_of(asked: str = "auto", **changes: Any) -> int:
         config = {k: v for k, v in (LLAMA | changes).items() if v is not None}
-        return capacity.Model.from_config(config, asked).token_bytes
+        return tool.KVShape.from_config(config, asked).token_bytes
 
     assert bytes_of() == 131072
     assert bytes_of(head_dim=64) == 131072 // 2
@@ -302,10 +302,10 @@ def test_what_a_model_says_of_itself() -> None:
 
 def test_walk_agrees_with_the_plan() -> None:
     plan = Settings("kvcrush").plan(RequestParams("kvcrush", 0.25), 4000, 16)
-    held, compactions = capacity.walk(plan, 4200)
+    held, compactions = tool.walk(plan, 4200)
     assert compactions == 3  # at 3040 (62 blocks and 2048 tokens), at 4000, at 4128
     assert held == plan.blocks(4128) * 16 + (4200 - 4128)
-    assert capacity.walk(plan, 3000) == (3000, 0)
+    assert tool.walk(plan, 3000) == (3000, 0)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_walk_agrees_with_the_plan() -> None:
     [("8GiB", 8 * 2**30), ("8 gb", 8 * 10**9), ("1.5g", 3 * 2**29), ("4096", 4096), ("7B", 7)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert capacity.parse_bytes(text) == size
+    assert tool.parse_bytes(text) == size
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_sizes(text: str, size: int) -> None:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (23040, "22.5 KiB"), (2**50, "1024 TiB")],
 )
 def test_shown_sizes(size: int, text: str) -> None:
-    assert capacity.show_bytes(size) == text
+    assert tool.show_bytes(size) == text
 
 
 def test_plan_starts_without_torch_and_vllm(model: str) -> None:
