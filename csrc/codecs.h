@@ -9,38 +9,6 @@
 
 namespace kvc::KVC_NAMESPACE {
 
-// Query rows that share a pass over a panel, and panels that share a pass over those rows: as many
-// accumulators as there are registers, and never so few that additions wait for one another.
-#if defined(__AVX512F__)
-constexpr int kMostHeads = 8, kItemPad = 12, kItemPanels = 2;
-constexpr int panels_at_once(int heads) {
-    return heads == 1 ? 8 : heads <= 4 ? 4 : 2;
-}
-constexpr int code_panels_at_once(int heads) {
-    return panels_at_once(heads);
-}
-#elif defined(__AVX2__)
-constexpr int kMostHeads = 6, kItemPad = 6, kItemPanels = 1;
-constexpr int panels_at_once(int heads) {
-    return heads == 1 ? 4 : heads <= 3 ? 2 : 1;
-}
-// Integer additions wait for one another for a single cycle.
-constexpr int code_panels_at_once(int heads) {
-    return heads == 1 ? 4 : heads == 2 ? 2 : 1;
-}
-#elif defined(KVC_NEON)
-// GCC keeps the factors of all rows in registers too.
-constexpr int kMostHeads = 5, kItemPad = 5, kItemPanels = 1;
-constexpr int panels_at_once(int heads) {
-    return heads == 1 ? 4 : heads <= 3 ? 2 : 1;
-}
-#else
-constexpr int kMostHeads = 3, kItemPad = 4, kItemPanels = 1;
-constexpr int panels_at_once(int) {
-    return 1;
-}
-#endif
-
 constexpr bool rotates_v(int codec) {
     return codec == KVC_INT4 || (fitted(codec) && codec != kExceptions);
 }

@@ -361,22 +361,6 @@ inline void fitted_query(const Layer &layer, const Strip &strip, const float *q,
     }
 }
 
-#if defined(__AVX512F__)
-template <int lanes>
-KVC_INLINE vi load_field(const uint8_t *p, int first, int bits) {
-    const vi x = lanes == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(0xff, p);
-    return _mm512_and_si512(_mm512_srl_epi16(x, _mm_cvtsi32_si128(first)),
-                            _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)));
-}
-#else
-template <int lanes>
-KVC_INLINE vi load_field(const uint8_t *p, int first, int bits) {
-    const vi x = _mm256_loadu_si256(reinterpret_cast<const vi *>(p));
-    return _mm256_and_si256(_mm256_srl_epi16(x, _mm_cvtsi32_si128(first)),
-                            _mm256_set1_epi8(static_cast<char>((1 << bits) - 1)));
-}
-#endif
-
 // Scores of NP strips of keys.
 template <int G, int NP>
 KVC_APART void fitted_k(const uint8_t *const *strip, const kvc_head_table &head, const int8_t *q,

@@ -1,5 +1,5 @@
-// What a page looks like inside. Defined here once; vllm_kvcrush/codecs/layout.py mirrors the sizes and a
-// test asks the library whether the two agree.
+// What a page looks like inside. Defined here once; vllm_kvcrush/codecs/layout.py mirrors the sizes
+// and a test asks the library whether the two agree.
 //
 // The unit of every page is a *strip* of 16 tokens, and the unit of a strip a *panel*: 16 lanes
 // wide, so that one reading order serves both products of attention without horizontal sums.
