@@ -23,6 +23,9 @@ static int guarded(F &&work) {
 KVC_EXPORT int kvc_version(void) {
     return KVC_VERSION;
 }
+KVC_EXPORT const char *kvc_structs(void) {
+    return structs();
+}
 KVC_EXPORT const char *kvc_error(void) {
     return last_error();
 }
@@ -45,8 +48,8 @@ KVC_EXPORT int64_t kvc_scratch_peak(void) {
 
 KVC_EXPORT int64_t kvc_capacity(int32_t codec, int64_t page_bytes, int32_t k_size, int32_t v_size,
                                 int32_t dtype) {
-    if (codec < 0 || codec >= KVC_FIRST_FITTED || !good_heads(k_size) || !good_heads(v_size) ||
-        dtype < KVC_F32 || dtype > KVC_F16)
+    if (codec < 0 || codec >= KVC_CODECS || kFormats[codec].tables || !good_heads(k_size) ||
+        !good_heads(v_size) || dtype < KVC_F32 || dtype > KVC_F16)
         return -1;
     if (page_bytes <= 0) return 0;
     return page_capacity(codec, page_bytes, k_size, v_size, dtype);
@@ -78,8 +81,8 @@ KVC_EXPORT int kvc_store(const kvc_layer *given, int64_t rows, const void *key, 
 KVC_EXPORT int kvc_check_layer(const kvc_layer *given) {
     Layer layer;
     if (check_layer(given, layer) != 0) return -1;
-    for (int codec = KVC_FIRST_FITTED; codec < KVC_CODECS; ++codec) {
-        const kvc_table *table = layer.table(codec);
+    for (const Format &format : kFormats) {
+        const kvc_table *table = format.tables ? layer.table(format.codec) : nullptr;
         if (table != nullptr && check_table(layer, *table) != 0) return -1;
     }
     return 0;
@@ -94,9 +97,9 @@ KVC_EXPORT int kvc_encode(const kvc_layer *given, int32_t codec, int32_t head, i
             check_page(layer, head, page, codec, count) != 0)
             return -1;
         uint8_t *to = layer.pool + page * layer.page_bytes;
-        if (positions_kept(codec)) {
+        if (kFormats[codec].positions) {
             if (positions == nullptr && count != 0)
-                return fail("codec %d keeps positions; none given", codec);
+                return fail("codec %s keeps positions; none given", kFormats[codec].name);
             if (!put_positions(layer, codec, head, to, count, positions))
                 return bad_positions(layer, codec);
         }
@@ -114,7 +117,7 @@ KVC_EXPORT int kvc_decode(const kvc_layer *given, int32_t codec, int32_t head, i
             return -1;
         const uint8_t *from = layer.page(page);
         if (positions != nullptr) {
-            if (!positions_kept(codec)) return fail("raw pages have no positions");
+            if (!kFormats[codec].positions) return fail("raw pages have no positions");
             get_positions(layer.layout(codec, head), codec, layer.page_bytes, from, 0, count,
                           positions);
         }
@@ -124,22 +127,44 @@ KVC_EXPORT int kvc_decode(const kvc_layer *given, int32_t codec, int32_t head, i
     });
 }
 
-KVC_EXPORT int kvc_compact(const kvc_layer *given, const kvc_request *source, const int64_t *slots,
+KVC_EXPORT int kvc_compact(const kvc_layer *given, const kvc_source *source, const int64_t *slots,
                            const int64_t *slot_start, const kvc_directory *target) {
     return guarded([&] {
         Layer layer;
-        if (check_layer(given, layer) != 0 || check_request(layer, *source) != 0) return -1;
+        if (check_layer(given, layer) != 0 || check_source(layer, *source) != 0) return -1;
         if (target->begin == nullptr) return fail("a compaction needs target pages");
         if (check_directory(layer, *target, 0) != 0) return -1;
         return compact(layer, *source, slots, slot_start, *target);
     });
 }
 
-KVC_EXPORT int kvc_read(const kvc_layer *given, const kvc_request *source, int32_t head,
+KVC_EXPORT int kvc_gather(const kvc_layer *given, const kvc_source *source, const int64_t *slots,
+                          const int64_t *slot_start, int64_t rows, float *key, float *value,
+                          int32_t *positions) {
+    return guarded([&] {
+        Layer layer;
+        if (check_layer(given, layer) != 0 || check_source(layer, *source) != 0) return -1;
+        return gather(layer, *source, slots, slot_start, rows, key, value, positions);
+    });
+}
+
+KVC_EXPORT int kvc_fill(const kvc_layer *given, int64_t rows, const int64_t *counts,
+                        const float *key, const float *value, const int32_t *positions,
+                        const kvc_directory *target) {
+    return guarded([&] {
+        Layer layer;
+        if (check_layer(given, layer) != 0) return -1;
+        if (target->begin == nullptr) return fail("tokens need target pages");
+        if (check_directory(layer, *target, 0) != 0) return -1;
+        return fill(layer, rows, counts, key, value, positions, *target);
+    });
+}
+
+KVC_EXPORT int kvc_read(const kvc_layer *given, const kvc_source *source, int32_t head,
                         int64_t first, int64_t n, float *key, float *value, int32_t *positions) {
     return guarded([&] {
         Layer layer;
-        if (check_layer(given, layer) != 0 || check_request(layer, *source) != 0) return -1;
+        if (check_layer(given, layer) != 0 || check_source(layer, *source) != 0) return -1;
         if (check_head(layer, head) != 0) return -1;
         const Source from{layer, *source};
         if (first < 0 || n < 0 || first > from.tokens(head) - n)
@@ -151,35 +176,35 @@ KVC_EXPORT int kvc_read(const kvc_layer *given, const kvc_request *source, int32
     });
 }
 
-KVC_EXPORT int kvc_window_scores(const kvc_layer *given, const kvc_request *source,
+KVC_EXPORT int kvc_window_scores(const kvc_layer *given, const kvc_source *source,
                                  const void *query, int32_t query_dtype, int64_t head_stride,
-                                 int64_t row_stride, const kvc_scoring *scoring, int64_t candidates,
-                                 float *out) {
+                                 int64_t row_stride, const kvc_scoring *scoring,
+                                 const int64_t *candidates, float *out) {
     return guarded([&] {
         Layer layer;
-        if (check_layer(given, layer) != 0 || check_request(layer, *source) != 0) return -1;
+        if (check_layer(given, layer) != 0 || check_source(layer, *source) != 0) return -1;
         if (query_dtype < KVC_F32 || query_dtype > KVC_F16)
             return fail("dtype %d of the queries", query_dtype);
         if (scoring->window < 1 || scoring->window > source->tail_length)
             return fail("a window of %d queries in a tail of %d tokens", scoring->window,
                         source->tail_length);
         if (scoring->pool < 1 || scoring->pool % 2 == 0 || scoring->reduce < 0 ||
-            scoring->reduce > 2 || candidates < 0)
-            return fail("pool %d, reduce %d, %lld candidates", scoring->pool, scoring->reduce,
-                        static_cast<long long>(candidates));
+            scoring->reduce > 2)
+            return fail("pool %d, reduce %d", scoring->pool, scoring->reduce);
         return window_scores(layer, *source, query, query_dtype, head_stride, row_stride, *scoring,
                              candidates, out);
     });
 }
 
-KVC_EXPORT int kvc_top_mask(int64_t rows, int64_t n, const float *scores, int64_t keep,
+KVC_EXPORT int kvc_top_mask(int64_t rows, int64_t n, const float *scores, const int64_t *keep,
                             uint8_t *mask) {
     return guarded([&] {
-        if (keep < 0 || keep > n)
-            return fail("cannot keep %lld of %lld slots", static_cast<long long>(keep),
-                        static_cast<long long>(n));
+        for (int64_t row = 0; row < rows; ++row)
+            if (keep[row] < 0 || keep[row] > n)
+                return fail("cannot keep %lld of %lld slots", static_cast<long long>(keep[row]),
+                            static_cast<long long>(n));
         const bool done = each(rows, 0, rows * n < 65536, [&](int64_t row, uint8_t *) {
-            top_row(scores + row * n, n, keep, mask + row * n);
+            top_row(scores + row * n, n, keep[row], mask + row * n);
         });
         return done ? 0 : no_memory();
     });
@@ -199,16 +224,22 @@ KVC_EXPORT int kvc_represent(int64_t bit_heads, int64_t units, int64_t unit, con
     });
 }
 
-KVC_EXPORT int kvc_mask_slots(int64_t rows, int64_t n, const uint8_t *mask, int64_t count,
+KVC_EXPORT int kvc_mask_slots(int64_t rows, int64_t n, const uint8_t *mask, const int64_t *count,
                               int64_t *slots) {
-    for (int64_t row = 0; row < rows; ++row, mask += n) {
+    int64_t width = 0;
+    for (int64_t row = 0; row < rows; ++row) {
         int64_t found = 0;
-        for (int64_t i = 0; i < n; ++i) found += mask[i] != 0;
-        if (found != count)
+        for (int64_t i = 0; i < n; ++i) found += mask[row * n + i] != 0;
+        if (found != count[row])
             return fail("a mask marks %lld slots, not %lld", static_cast<long long>(found),
-                        static_cast<long long>(count));
+                        static_cast<long long>(count[row]));
+        width = found > width ? found : width;
+    }
+    for (int64_t row = 0; row < rows; ++row, mask += n, slots += width) {
+        int64_t at = 0;
         for (int64_t i = 0; i < n; ++i)
-            if (mask[i] != 0) *slots++ = i;
+            if (mask[i] != 0) slots[at++] = i;
+        while (at < width) slots[at++] = -1;
     }
     return 0;
 }

@@ -20,7 +20,10 @@ int check_head(const Layer &layer, int head);
 int check_page(const Layer &layer, int head, int64_t page, int codec, int64_t count);
 int check_directory(const Layer &layer, const kvc_directory &directory, int64_t row);
 int check_tail(const Layer &layer, const int32_t *table, int64_t columns, int32_t length);
-int check_request(const Layer &layer, const kvc_request &request);
+int check_source(const Layer &layer, const kvc_source &given);
+
+// structs.cpp
+const char *structs();
 
 // isa.cpp
 const Kernels *find(const char *name);
@@ -40,17 +43,17 @@ bool each(int64_t items, size_t scratch, bool alone, F &&work) {
 
 struct Source {
     const Layer &layer;
-    const kvc_request &request;
+    const kvc_source &given;
 
     int64_t begin(int head) const {
-        return request.directory.begin != nullptr ? request.directory.begin[head] : 0;
+        return given.directory.begin != nullptr ? given.directory.begin[head] : 0;
     }
     int64_t end(int head) const {
-        return request.directory.begin != nullptr ? request.directory.end[head] : 0;
+        return given.directory.begin != nullptr ? given.directory.end[head] : 0;
     }
     int64_t tokens(int head) const {
-        int64_t n = request.tail_length;
-        for (int64_t e = begin(head); e < end(head); ++e) n += request.directory.count[e];
+        int64_t n = given.tail_length;
+        for (int64_t e = begin(head); e < end(head); ++e) n += given.directory.count[e];
         return n;
     }
 };
@@ -67,10 +70,14 @@ int store(const Layer &layer, int64_t rows, const void *key, int64_t key_stride,
 // attention.cpp, compact.cpp, scores.cpp: calls whose layer and request are checked.
 int attention(const Layer &layer, const kvc_batch &batch, const void *query, int32_t query_dtype,
               int64_t query_stride, void *out, int32_t out_dtype, int64_t out_stride, float *lse);
-int compact(const Layer &layer, const kvc_request &request, const int64_t *slots,
+int compact(const Layer &layer, const kvc_source &given, const int64_t *slots,
             const int64_t *slot_start, const kvc_directory &target);
-int window_scores(const Layer &layer, const kvc_request &request, const void *query, int32_t dtype,
+int gather(const Layer &layer, const kvc_source &given, const int64_t *slots,
+           const int64_t *slot_start, int64_t rows, float *key, float *value, int32_t *positions);
+int fill(const Layer &layer, int64_t rows, const int64_t *counts, const float *key,
+         const float *value, const int32_t *positions, const kvc_directory &target);
+int window_scores(const Layer &layer, const kvc_source &given, const void *query, int32_t dtype,
                   int64_t head_stride, int64_t row_stride, const kvc_scoring &scoring,
-                  int64_t candidates, float *out);
+                  const int64_t *candidates, float *out);
 
 }  // namespace kvc

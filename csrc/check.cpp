@@ -66,11 +66,13 @@ int check_layer(const kvc_layer *given, Layer &layer) {
                     static_cast<long long>(layer.num_blocks));
     layer.group = layer.num_heads / layer.num_kv_heads;
     layer.v_padded = (layer.v_size + 15) / 16 * 16;
-    for (int codec = 0; codec < KVC_FIRST_FITTED; ++codec) {
-        layer.flat_capacity[codec] =
-            page_capacity(codec, layer.page_bytes, layer.k_size, layer.v_size, layer.dtype);
-        layer.flat[codec] =
-            page_layout(codec, layer.flat_capacity[codec], layer.k_size, layer.v_size, layer.dtype);
+    for (const Format &format : kFormats) {
+        if (format.tables) continue;
+        int64_t &capacity = layer.flat_capacity[format.codec];
+        capacity =
+            page_capacity(format.codec, layer.page_bytes, layer.k_size, layer.v_size, layer.dtype);
+        layer.flat[format.codec] =
+            page_layout(format.codec, capacity, layer.k_size, layer.v_size, layer.dtype);
     }
     return 0;
 }
@@ -129,8 +131,8 @@ int check_head(const Layer &layer, int head) {
 
 int check_page(const Layer &layer, int head, int64_t page, int codec, int64_t count) {
     if (codec < 0 || codec >= KVC_CODECS) return fail("codec %d does not exist", codec);
-    if (fitted(codec) && layer.table(codec) == nullptr)
-        return fail("codec %d needs tables, which this layer has none of", codec);
+    if (kFormats[codec].tables && layer.table(codec) == nullptr)
+        return fail("codec %s needs tables, which this layer has none of", kFormats[codec].name);
     if (page < 0 || page >= layer.pages())
         return fail("page %lld is outside the cache of %lld pages", static_cast<long long>(page),
                     static_cast<long long>(layer.pages()));
@@ -174,9 +176,9 @@ int check_tail(const Layer &layer, const int32_t *table, int64_t columns, int32_
     return 0;
 }
 
-int check_request(const Layer &layer, const kvc_request &request) {
-    if (check_directory(layer, request.directory, 0) != 0) return -1;
-    return check_tail(layer, request.tail_table, INT32_MAX, request.tail_length);
+int check_source(const Layer &layer, const kvc_source &given) {
+    if (check_directory(layer, given.directory, 0) != 0) return -1;
+    return check_tail(layer, given.tail_table, INT32_MAX, given.tail_length);
 }
 
 }  // namespace kvc

@@ -11,10 +11,10 @@ bool put_positions(const Layer &layer, int codec, int head, uint8_t *page, int c
     PageHeader header;
     header.base = count != 0 ? positions[0] : 0;
     for (uint16_t &first : header.first) first = 65535;
-    if (fitted(codec) && count != 0 &&
+    if (kFormats[codec].tables && count != 0 &&
         (positions[0] < 0 || positions[count - 1] >= layer.table(codec)->positions))
         return false;
-    const int each = position_step(codec);
+    const int each = kFormats[codec].position_step;
     int64_t steps = 0;
     for (int i = 0; i < count; ++i) {
         if (i != 0 && positions[i] <= positions[i - 1]) return false;
@@ -31,7 +31,7 @@ bool put_positions(const Layer &layer, int codec, int head, uint8_t *page, int c
 }
 
 int bad_positions(const Layer &layer, int codec) {
-    if (fitted(codec))
+    if (kFormats[codec].tables)
         return fail(
             "positions within a page do not ascend from 0 on below %d, which its tables know",
             layer.table(codec)->positions);
@@ -60,7 +60,7 @@ int store(const Layer &layer, int64_t rows, const void *key, int64_t key_stride,
 bool read_slots(const Source &source, int head, const int64_t *slots, int64_t first, int64_t n,
                 float *key, float *value, int32_t *positions) {
     const Layer &layer = source.layer;
-    const kvc_directory &directory = source.request.directory;
+    const kvc_directory &directory = source.given.directory;
     const Kernels &kernel = *kernels();
     const auto slot = [&](int64_t i) { return slots != nullptr ? slots[i] : first + i; };
     constexpr int kBatch = 256;
@@ -84,7 +84,7 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
             start = page_start;
         } else {
             const int64_t block = (slot(done) - page_start) / layer.block_size;
-            index = layer.tail_page(source.request.tail_table[block], head);
+            index = layer.tail_page(source.given.tail_table[block], head);
             count = layer.block_size;
             start = page_start + block * layer.block_size;
         }
@@ -104,9 +104,9 @@ bool read_slots(const Source &source, int head, const int64_t *slots, int64_t fi
         if (positions != nullptr) {
             if (entry >= entries) {
                 for (int i = 0; i < batch; ++i)
-                    positions[done + i] = static_cast<int32_t>(source.request.tail_position +
+                    positions[done + i] = static_cast<int32_t>(source.given.tail_position +
                                                                (start - page_start) + places[i]);
-            } else if (!positions_kept(codec)) {
+            } else if (!kFormats[codec].positions) {
                 for (int i = 0; i < batch; ++i) positions[done + i] = -1;
                 known = false;
             } else {

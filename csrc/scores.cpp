@@ -35,24 +35,25 @@ constexpr int kRowUnit = 12;
 
 }  // namespace
 
-int window_scores(const Layer &layer, const kvc_request &request, const void *query, int32_t dtype,
+int window_scores(const Layer &layer, const kvc_source &given, const void *query, int32_t dtype,
                   int64_t head_stride, int64_t row_stride, const kvc_scoring &scoring,
-                  int64_t candidates, float *out) {
-    const Source source{layer, request};
-    int64_t longest = 0;
+                  const int64_t *candidates, float *out) {
+    const Source source{layer, given};
+    int64_t longest = 0, width = 0;
     for (int h = 0; h < layer.num_kv_heads; ++h) {
         const int64_t held = source.tokens(h);
         longest = held > longest ? held : longest;
-        if (held < candidates)
+        width = std::max(width, candidates[h]);
+        if (candidates[h] < 0 || held < candidates[h])
             return fail("%lld candidates among the %lld slots of head %d",
-                        static_cast<long long>(candidates), static_cast<long long>(held), h);
+                        static_cast<long long>(candidates[h]), static_cast<long long>(held), h);
     }
     // The shapes of a batch of one.
     kvc_batch batch{};
     batch.num_seqs = 1;
-    batch.tail_length = &request.tail_length;
-    batch.tail_table = request.tail_table;
-    batch.directory = request.directory;
+    batch.tail_length = &given.tail_length;
+    batch.tail_table = given.tail_table;
+    batch.directory = given.directory;
     const Kernels &kernel = *kernels();
     const size_t whole = static_cast<size_t>(layer.num_heads) * static_cast<size_t>(longest);
     Scratch weights_memory, pooled_memory;
@@ -60,7 +61,7 @@ int window_scores(const Layer &layer, const kvc_request &request, const void *qu
     float *pooled = out;
     if (scoring.reduce != 0)
         pooled = reinterpret_cast<float *>(
-            pooled_memory.get(static_cast<size_t>(layer.num_heads * candidates) * sizeof(float)));
+            pooled_memory.get(static_cast<size_t>(layer.num_heads * width) * sizeof(float)));
     if (weights == nullptr || pooled == nullptr) return no_memory();
     // A KV head is one item, and more where there are threads for more.
     int parts = max_threads() / layer.num_kv_heads;
@@ -95,24 +96,27 @@ int window_scores(const Layer &layer, const kvc_request &request, const void *qu
                                       std::min(at_once, heads - head), scoring.factor,
                                       own + head * longest, longest, memory);
             }
-        for (int i = 0; i < heads; ++i)
-            pool_row(own + i * longest, candidates, scoring.pool, scoring.pool_max != 0,
-                     pooled + (first + i) * candidates);
+        const int64_t n = candidates[item / parts];
+        for (int i = 0; i < heads; ++i) {
+            float *to = pooled + (first + i) * width;
+            pool_row(own + i * longest, n, scoring.pool, scoring.pool_max != 0, to);
+            std::fill(to + n, to + width, -__builtin_inff());
+        }
     };
     const bool done = each(int64_t{layer.num_kv_heads} * parts, scratch, longest < 512, score);
     if (!done) return no_memory();
     if (scoring.reduce == 0) return 0;
     const float share = 1.0f / static_cast<float>(layer.group);
     for (int64_t h = 0; h < layer.num_kv_heads; ++h) {
-        const float *from = pooled + h * layer.group * candidates;
-        float *to = out + h * candidates;
-        for (int64_t i = 0; i < candidates; ++i) to[i] = from[i];
+        const float *from = pooled + h * layer.group * width;
+        float *to = out + h * width;
+        for (int64_t i = 0; i < width; ++i) to[i] = from[i];
         for (int64_t g = 1; g < layer.group; ++g) {
-            from += candidates;
-            for (int64_t i = 0; i < candidates; ++i)
+            from += width;
+            for (int64_t i = 0; i < width; ++i)
                 to[i] = scoring.reduce == 1 ? to[i] + from[i] : (from[i] > to[i] ? from[i] : to[i]);
         }
-        for (int64_t i = 0; scoring.reduce == 1 && i < candidates; ++i) to[i] *= share;
+        for (int64_t i = 0; scoring.reduce == 1 && i < width; ++i) to[i] *= share;
     }
     return 0;
 }
