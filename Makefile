@@ -1,6 +1,8 @@
 # make serve   set up, then serve the demo model with a quarter of the KV cache on 127.0.0.1:8000
 #              (make serve PORT=8001 ARGS="--kv-budget 0.5")
 # make test    set up, then run the tests (make test ARGS="-m 'not engine and not server'")
+# make test-all  the same with whole matrices where make test runs samples that have every pair of
+#              values, and with more random lives of the scheduler
 # make lint    set up, then check style and types
 # make sanitize  set up, then call the CPU kernels with hostile arguments under AddressSanitizer and
 #              UBSan (make sanitize SEED=2 FUZZ_SECONDS=600)
@@ -23,7 +25,7 @@ export VLLM_KVCRUSH_CACHE ?= $(CURDIR)/.cache
 # processes would compile everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup model serve test lint sanitize soak bench bench-gpu figures clean
+.PHONY: help setup model serve test test-all lint sanitize soak bench bench-gpu figures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +42,9 @@ serve: model
 
 test: model
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: export KVCRUSH_FULL = 1
+test-all: test
 
 lint: setup
 	$(BIN)/ruff check .

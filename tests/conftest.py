@@ -47,16 +47,18 @@ def text() -> str:
 @pytest.fixture(scope="session")
 def tables(model_path: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Transform tables of the demo model by codec, where the plugin looks for them. Made once."""
-    from vllm_kvcrush.codecs import layout, transform
+    from vllm_kvcrush.codecs import layout
     from vllm_kvcrush.codecs.transform import calibrate
+    from vllm_kvcrush.codecs.transform import tables as transform_tables
+    from vllm_kvcrush.codecs.transform.points import TablesError
 
     config = json.loads(pathlib.Path(model_path, "config.json").read_text())
-    path = transform.default_path(config)
+    path = transform_tables.default_path(config)
     try:
-        return {codec: transform.load(path, config, codec) for codec in layout.FITTED}
-    except transform.TablesError:
+        return {codec: transform_tables.load(path, config, codec) for codec in layout.FITTED}
+    except TablesError:
         prose = tmp_path_factory.mktemp("prose") / "text.txt"
         prose.write_text(text[:20000], encoding="utf-8")
         path.parent.mkdir(parents=True, exist_ok=True)
         calibrate.calibrate(model_path, path, prose)
-    return {codec: transform.load(path, config, codec) for codec in layout.FITTED}
+    return {codec: transform_tables.load(path, config, codec) for codec in layout.FITTED}

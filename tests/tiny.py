@@ -42,12 +42,16 @@ def save_tables(model: str, path: str, shape: Shape) -> None:
     model's folder, where vLLM takes all such files for weights."""
     import torch
 
-    from vllm_kvcrush.codecs import transform
+    from vllm_kvcrush.codecs.transform import tables as transform_tables
+    from vllm_kvcrush.codecs.transform.fit import Statistics, fit
+    from vllm_kvcrush.codecs.transform.points import POINTS
+    from vllm_kvcrush.codecs.transform.rope import Rope
+    from vllm_kvcrush.codecs.transform.tables import Model
 
     config = json.loads((pathlib.Path(model) / "config.json").read_text())
-    rope = transform.Rope.from_config(config)
+    rope = Rope.from_config(config)
     keys = torch.randn(shape.layers, shape.kv_heads, 512, shape.head_size)
     queries = torch.randn(shape.layers, 2 * shape.kv_heads, 512, shape.head_size)
-    statistics = transform.Statistics.of(keys, queries)
-    tables = [transform.fit(statistics, point, rope, 512) for point in transform.POINTS]
-    transform.save(path, transform.Model.from_config(config), tables, "random")
+    statistics = Statistics.of(keys, queries)
+    tables = [fit(statistics, point, rope, 512) for point in POINTS]
+    transform_tables.save(path, Model.from_config(config), tables, "random")

@@ -21,15 +21,6 @@ class PolicyStats:
     blocks_freed: int = 0
     seconds: list[float] = field(default_factory=list)
 
-    def add(self, tokens: int, blocks: int, seconds: float | None) -> None:
-        """Counts one compaction."""
-        self.compactions += 1
-        self.tokens_evicted += tokens
-        # Blocks that stay shared can make a compaction cost some; a counter cannot go down.
-        self.blocks_freed += max(0, blocks)
-        if seconds is not None:
-            self.add_seconds(seconds)
-
     def add_seconds(self, seconds: float) -> None:
         """Adds one sample of the time a compaction took."""
         if len(self.seconds) < _MOST_SAMPLES:
@@ -61,6 +52,7 @@ class Stats:
         worker_bytes: the most bytes that a worker has held beside its KV cache, by what for
             ("gathered": keys and values that a policy reads,
             "queries", "running": state of policies, "scratch": of kernels).
+        uncompressed: requests whose parameters could not be used where nobody could refuse them.
     """
 
     policies: dict[str, PolicyStats] = field(default_factory=dict)
@@ -69,17 +61,26 @@ class Stats:
     kv_bytes_held: dict[str, int] = field(default_factory=dict)
     kv_bytes_raw_equivalent: dict[str, int] = field(default_factory=dict)
     worker_bytes: dict[str, int] = field(default_factory=dict)
+    uncompressed: int = 0
 
-    def record_compaction(
-        self, policy: str, tokens: int, blocks: int, seconds: float | None = None
-    ) -> None:
-        """Counts one compaction: tokens evicted, blocks returned to the pool, and the time it
-        took where that is known already."""
-        self.policies.setdefault(policy, PolicyStats()).add(tokens, blocks, seconds)
+    def record_compaction(self, policy: str, blocks: int) -> None:
+        """Counts one compaction and the blocks that it returned to the pool."""
+        own = self.policies.setdefault(policy, PolicyStats())
+        own.compactions += 1
+        # Blocks that stay shared can make a compaction cost some; a counter cannot go down.
+        own.blocks_freed += max(0, blocks)
 
-    def record_seconds(self, policy: str, seconds: float) -> None:
-        """Adds the time of a compaction that was counted before."""
-        self.policies.setdefault(policy, PolicyStats()).add_seconds(seconds)
+    def record_moved(self, policy: str, evicted: int, seconds: float) -> None:
+        """Adds what the workers say of a compaction that was counted before: tokens evicted, and
+        the time it took."""
+        own = self.policies.setdefault(policy, PolicyStats())
+        own.tokens_evicted += max(0, evicted)
+        own.add_seconds(seconds)
+
+    def record_uncompressed(self) -> None:
+        """Counts one request that asked for what is not served here and reached the scheduler by
+        another way than a front end, so that it runs uncompressed."""
+        self.uncompressed += 1
 
     def record_deferral(self, reason: str) -> None:
         """Counts one compaction put off."""
@@ -98,6 +99,8 @@ class Stats:
             "kv_bytes_held": self.kv_bytes_held,
             "kv_bytes_raw_equivalent": self.kv_bytes_raw_equivalent,
             "worker_bytes": dict(self.worker_bytes),
+            "uncompressed": self.uncompressed,
         }
+        self.uncompressed = 0
         self.policies, self.deferrals, self.policy_failures = {}, {}, {}
         return taken

@@ -49,7 +49,7 @@ def points() -> list[Any]:
     """Every point that a content needs tables for."""
     from dataclasses import replace
 
-    from vllm_kvcrush.codecs.transform import POINTS
+    from vllm_kvcrush.codecs.transform.points import POINTS
 
     tc4, tc6, tc8 = POINTS
     return [
@@ -103,8 +103,8 @@ class Study:
         if self._loaded is None:
             from benchmarks.codecs.contents import Setting
             from benchmarks.codecs.model import Forcer
-            from vllm_kvcrush.codecs import transform
             from vllm_kvcrush.codecs.transform import calibrate
+            from vllm_kvcrush.codecs.transform import tables as transform_tables
 
             # "tc8 + evict 15%" takes the tables of "tc8".
             named = {name.split(" + ")[0] for name in self.args.contents}
@@ -115,7 +115,7 @@ class Study:
                 calibrate.calibrate(self.model, file, self.args.text, wanted, calibrate.bar)
                 forcer = Forcer(self.model)
                 config, rope = forcer.reader.config, forcer.reader.rope
-                tables = {p.name: transform.load(file, config, p.name) for p in wanted}
+                tables = {p.name: transform_tables.load(file, config, p.name) for p in wanted}
             block = self.args.block_size
             # A page holds as many bytes of bfloat16 as of float32: block sizes differ.
             setting = Setting(

@@ -13,7 +13,9 @@ from torch import Tensor
 from benchmarks.codecs.model import Cache, Coded
 from vllm_kvcrush.codecs import layout
 from vllm_kvcrush.codecs import reference as pages_reference
-from vllm_kvcrush.codecs import transform as tc
+from vllm_kvcrush.codecs.transform.points import SINKS
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.plan import Packing
 
 DIRECTORY = 7  # bytes of a page in its request's directory
@@ -33,8 +35,8 @@ class Setting:
         sizes: for which bytes are counted; the first one also decides which tokens share a page.
     """
 
-    tables: dict[str, tc.Tables]
-    rope: tc.Rope
+    tables: dict[str, Tables]
+    rope: Rope
     scale: float
     sizes: tuple[Size, ...]
 
@@ -123,7 +125,7 @@ def flat(codec: str) -> Encode:
 # -- transform coding -----------------------------------------------------------------------------
 
 
-def _fitted(cache: Cache, tables: tc.Tables, setting: Setting, tokens: int) -> Coded:
+def _fitted(cache: Cache, tables: Tables, setting: Setting, tokens: int) -> Coded:
     """Pages of a point, and the bytes of `tokens` tokens in them."""
     layers, heads = cache.keys.shape[:2]
     rooms, exact = {}, {}
@@ -184,7 +186,7 @@ def evict(cache: Cache, setting: Setting, keep: float) -> Tensor:
     logits = logits + ((keys @ spread) * keys).sum(-1) * setting.scale**2 / 2
     attention = logits.softmax(-1).mean(2)
     scores = (attention + 0.01) * cache.values.norm(dim=-1)
-    scores[:, :, : tc.SINKS] = torch.inf
+    scores[:, :, :SINKS] = torch.inf
     best = scores.topk(round(n * keep), -1).indices
     return torch.zeros(layers, heads, n, dtype=torch.bool).scatter_(2, best, True)
 

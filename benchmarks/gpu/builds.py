@@ -18,15 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_kvcrush.codecs.layout import CODECS, FITTED
-from vllm_kvcrush.codecs.transform import POINTS, quantiser
-from vllm_kvcrush.ops.triton import (
-    attention_kernel,
-    compaction_kernels,
-    fitted_kernels,
-    fitted_ops,
-    scores_kernel,
-)
-from vllm_kvcrush.ops.triton import store_kernel as stores
+from vllm_kvcrush.codecs.transform.bits import quantiser
+from vllm_kvcrush.codecs.transform.points import POINTS
+from vllm_kvcrush.ops.triton.codecs.fitted import kernels as fitted_kernels
+from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import Loop
 from vllm_kvcrush.ops.triton.config import (
     MERGE_TILE,
     MOST_SPLITS,
@@ -37,7 +33,10 @@ from vllm_kvcrush.ops.triton.config import (
     gather_warps,
     product_options,
 )
-from vllm_kvcrush.ops.triton.fitted import Loop
+from vllm_kvcrush.ops.triton.kernels import attention as attention_kernels
+from vllm_kvcrush.ops.triton.kernels import compaction as compaction_kernels
+from vllm_kvcrush.ops.triton.kernels import scores as scores_kernels
+from vllm_kvcrush.ops.triton.kernels import store as store_kernels
 from vllm_kvcrush.ops.triton.layout import Geometry
 
 TARGETS = {
@@ -163,7 +162,7 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
     tile = tiles.fitted if loops else tile.get(codec, tiles.raw)
     return Build(
         "decode" if decode else "prefill", codec, size, group, dtype,
-        attention_kernel.attention_kernel, constants, tiles.warps, tiles.stages,
+        attention_kernels.attention_kernel, constants, tiles.warps, tiles.stages,
         {"out": "*fp32"} if decode else {}, tile,
     )  # fmt: skip
 
@@ -174,12 +173,12 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     same = (size, group, dtype)
     warps = gather_warps(geometry.k_pad, geometry.v_pad)
     yield Build(
-        "merge", "-", *same, attention_kernel.merge_kernel,
+        "merge", "-", *same, attention_kernels.merge_kernel,
         {"HEADS": 8 * group, "SIZE": size, "PAD": geometry.v_pad, "MOST": MOST_SPLITS}
         | {"TILE": MERGE_TILE, "VALUES": True},
         1, 3,
     )  # fmt: skip
-    yield Build("store", "raw", *same, stores.store_kernel, {"T": 4, "G": geometry}, 2, 3)
+    yield Build("store", "raw", *same, store_kernels.store_kernel, {"T": 4, "G": geometry}, 2, 3)
     scratch = {"key": "*fp32", "value": "*fp32"}
     constants = {"T": 32, "VALUES": True, "POSITIONS": True, "G": geometry}
     for codec in PLAIN:
@@ -198,7 +197,7 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     constants |= {"DTYPE": DTYPES[dtype], "G": geometry}
     for codec in PLAIN:
         yield Build(
-            "scores", codec, *same, scores_kernel.scores_kernel,
+            "scores", codec, *same, scores_kernels.scores_kernel,
             constants | {"TAIL": codec == "raw", "CODEC": CODECS[codec]},
             SCORES_WARPS, SCORES_STAGES, {"out": "*fp32", "tail_length": "i32"},
         )  # fmt: skip
@@ -209,33 +208,35 @@ def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
     geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
     for codec, loop in LOOPS.items():
-        warps = fitted_ops.warps(geometry)
+        warps = fitted_launch.warps(geometry)
         pages = {"CODEC": CODECS[codec], "G": geometry}
         keys = {"LOCAL": loop.local, "DTYPE": DTYPES[dtype]}
         yield Build(
             "gather", codec, *same, fitted_kernels.fitted_gather_kernel,
-            {"T": fitted_ops.SLOTS, "BITS": loop.bits, **pages, **keys}
+            {"T": fitted_launch.SLOTS, "BITS": loop.bits, **pages, **keys}
             | {"VALUES": True, "POSITIONS": True},
             warps, 3, {"key": "*fp32", "value": "*fp32"},
         )  # fmt: skip
         yield Build(
             "scores", codec, *same, fitted_kernels.fitted_scores_kernel,
-            {"T": fitted_ops.SLOTS, "W": 32, "GROUP": group, "HEADS": 8 * group, **pages, **keys},
-            *fitted_ops.scores_options(geometry), {"out": "*fp32"},
+            {"T": fitted_launch.SLOTS, "W": 32, "GROUP": group, "HEADS": 8 * group}
+            | {**pages, **keys},
+            *fitted_launch.scores_options(geometry), {"out": "*fp32"},
         )  # fmt: skip
         yield Build(
             "encode: codes", codec, *same, fitted_kernels.fitted_components_kernel,
-            {"T": fitted_ops.TOKENS, "LOCAL": loop.local, **pages},
-            warps, fitted_ops.STAGES, {"key": "*fp32"},
+            {"T": fitted_launch.TOKENS, "LOCAL": loop.local, **pages},
+            warps, fitted_launch.STAGES, {"key": "*fp32"},
         )  # fmt: skip
         yield Build(
             "encode: keys", codec, *same, fitted_kernels.fitted_keys_kernel,
-            {"T": fitted_ops.TOKENS, **pages}, fitted_ops.KEYS_WARPS, 3,
+            {"T": fitted_launch.TOKENS, **pages}, fitted_launch.KEYS_WARPS, 3,
             {"key": "*fp32", "component": "*i32"},
         )  # fmt: skip
         yield Build(
             "encode: values", codec, *same, fitted_kernels.fitted_values_kernel,
-            {"T": fitted_ops.VALUES, "BITS": loop.bits, "STEP": quantiser(loop.bits).step, **pages},
+            {"T": fitted_launch.VALUES, "BITS": loop.bits, "STEP": quantiser(loop.bits).step}
+            | pages,
             warps, 3, {"value": "*fp32"},
         )  # fmt: skip
 

@@ -20,8 +20,8 @@ from triton.runtime.jit import JITFunction
 from benchmarks.gpu import builds
 from vllm_kvcrush.codecs.layout import CODECS
 from vllm_kvcrush.ops.triton import attention, compaction, scores, store
-from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
-from vllm_kvcrush.ops.triton.fitted import LayerTable
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 
 PROCESSORS = 132  # of an H100 or H200
 BLOCK_SIZE = 32  # tokens of a raw page
@@ -130,20 +130,20 @@ class Model:
         store.store(layer, key, value, torch.arange(total))
         attention.attention(layer, self.batch(rows, codecs), query, torch.empty_like(query))
 
-    def request(self, codecs: tuple[str, ...], tail: int) -> Request:
-        """A request with a page of each codec for every head, and a tail."""
+    def source(self, codecs: tuple[str, ...], tail: int) -> Source:
+        """A request's tokens: a page of each codec for every head, and a tail."""
         begin, end, page, count, codec = self.entries(codecs, 1)
         table = torch.zeros(-(-tail // self.layer.block_size), dtype=torch.int32)
-        return Request.of(begin, end, page, count, codec, table, tail, 9, runs_of(codec))
+        return Source.of(begin, end, page, count, codec, table, tail, 9, runs_of(codec))
 
     def compact(self, source: tuple[str, ...], target: tuple[str, ...], tail: int) -> None:
         """Moves tokens from pages and a tail into other pages."""
-        request = self.request(source, tail)
+        held = self.source(source, tail)
         kept = torch.arange(5 * len(target)).repeat(self.layer.kv_heads, 1)
-        compaction.compact(self.layer, request, kept, self.request(target, 0))
+        compaction.compact(self.layer, held, kept, self.source(target, 0))
 
     def score(self, codecs: tuple[str, ...], tail: int, window: int) -> None:
         """Scores what a request holds by the newest queries."""
         queries = torch.zeros(self.layer.heads, window, self.layer.k_size, dtype=self.dtype)
-        request = self.request(codecs, tail)
-        scores.window_scores(self.layer, request, queries, 5 * len(codecs) + tail)
+        held = self.source(codecs, tail)
+        scores.window_scores(self.layer, held, queries, 5 * len(codecs) + tail)

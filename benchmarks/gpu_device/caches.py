@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.gpu_device.cases import SHAPES, Case
 from vllm_kvcrush.codecs.layout import CODECS
 from vllm_kvcrush.ops.triton import compaction
-from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 
 DISTINCT = 4  # pages of a KV head with contents of their own; all others are copies of them
 MOST_LAYERS = 32
@@ -95,30 +95,30 @@ class Cache:
         start, length, table = (x.to(self.device) for x in (start, length, self.table.int()))
         return Batch(start, length, table, directory, case.rows)
 
-    def request(self, layer: Layer, seq: int) -> Request:
+    def source(self, layer: Layer, seq: int) -> Source:
         """One sequence, as compactions see it."""
         begin, end, page, count, codec = self.entries(layer)
         first, last = int(begin[seq, 0]), int(end[seq, -1])
         own = slice(first, last)
         entries = (begin[seq] - first, end[seq] - first, page[own], count[own], codec[own])
         table = self.table[seq].int()
-        return _request(self.device, *entries, table, self.tail, self.paged, runs_of(codec[own]))
+        return _source(self.device, *entries, table, self.tail, self.paged, runs_of(codec[own]))
 
     def tokens(self, layer: Layer, seq: int) -> tuple[Tensor, Tensor]:
         """Float32 keys and values of a sequence: [kv_heads, context, size] each."""
         slots = torch.arange(self.case.context, device=self.device).repeat(layer.kv_heads, 1)
-        key, value, _ = compaction.gather(layer, self.request(layer, seq), slots)
+        key, value, _ = compaction.gather(layer, self.source(layer, seq), slots)
         assert value is not None
         return key, value
 
 
-def _request(device: str, *arguments: Any) -> Request:
-    """`Request.of`, from the host's tensors."""
+def _source(device: str, *arguments: Any) -> Source:
+    """`Source.of`, from the host's tensors."""
     there: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
-    return Request.of(*there)
+    return Source.of(*there)
 
 
-def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -> Request:
+def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -> Source:
     """Fresh pages for `tokens` tokens of each KV head, in blocks of the pool."""
     full = layer.capacity(codec)
     pages = -(-tokens // full)
@@ -130,7 +130,7 @@ def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -
     codecs = torch.full((layer.kv_heads * pages,), CODECS[codec], dtype=torch.uint8)
     none = torch.zeros(0, dtype=torch.int32)
     entries = (begin, begin + pages, page.flatten().int(), count.flatten(), codecs)
-    return _request(device, *entries, none, 0, 0, runs_of(codecs))
+    return _source(device, *entries, none, 0, 0, runs_of(codecs))
 
 
 def distinct(layer: Layer, codec: str) -> Tensor:
@@ -146,6 +146,6 @@ def distinct(layer: Layer, codec: str) -> Tensor:
     codecs = torch.full((heads * DISTINCT,), CODECS[codec], dtype=torch.uint8)
     none = torch.zeros(0, dtype=torch.int32)
     entries = (begin, begin + DISTINCT, page, count, codecs)
-    request = _request(str(device), *entries, none, 0, 0, runs_of(codecs))
-    compaction.encode(layer.over(pages), request, key, value, where)
+    to = _source(str(device), *entries, none, 0, 0, runs_of(codecs))
+    compaction.encode(layer.over(pages), to, key, value, where)
     return pages

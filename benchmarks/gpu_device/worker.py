@@ -122,10 +122,10 @@ class Job:
         slots = self._slots()
         self.bytes = self._held_bytes() + self._scratch()
 
-        def call(layer: Any, request: Any) -> None:
-            compaction.gather(layer, request, slots, positions=True)
+        def call(layer: Any, source: Any) -> None:
+            compaction.gather(layer, source, slots, positions=True)
 
-        return [functools.partial(call, x, self.cache.request(x, 0)) for x in self.cache.layers]
+        return [functools.partial(call, x, self.cache.source(x, 0)) for x in self.cache.layers]
 
     def _encode(self) -> list[Call]:
         cache, tokens = self.cache, self.case.context
@@ -146,7 +146,7 @@ class Job:
         for layer in cache.layers:
             to = target(layer, cache.spare, self.name, self.case.context, DEVICE)
             calls.append(
-                functools.partial(compaction.compact, layer, cache.request(layer, 0), slots, to)
+                functools.partial(compaction.compact, layer, cache.source(layer, 0), slots, to)
             )
         return list(calls)
 
@@ -155,10 +155,10 @@ class Job:
         query = torch.randn(heads, case.rows, self.size, device=DEVICE).to(self.dtype)
         self.bytes = self._held_bytes() / 2  # keys, once
 
-        def call(layer: Any, request: Any) -> None:
-            window_scores(layer, request, query, case.context)
+        def call(layer: Any, source: Any) -> None:
+            window_scores(layer, source, query, case.context)
 
-        return [functools.partial(call, x, self.cache.request(x, 0)) for x in self.cache.layers]
+        return [functools.partial(call, x, self.cache.source(x, 0)) for x in self.cache.layers]
 
     def _check(
         self, query: Tensor, out: Tensor, tokens: Callable[[int], tuple[Tensor, Tensor]], call: Call

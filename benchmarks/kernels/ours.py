@@ -11,8 +11,10 @@ from torch import Tensor
 from benchmarks.kernels.candidates import Candidate
 from benchmarks.kernels.cases import DISTINCT, PAGE, Case
 from vllm_kvcrush.codecs.layout import CODECS, FITTED
-from vllm_kvcrush.codecs.transform import Rope, Statistics, Tables, fit
 from vllm_kvcrush.codecs.transform.calibrate import POINTS
+from vllm_kvcrush.codecs.transform.fit import Statistics, fit
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.cpu.tables import LayerTable

@@ -11,7 +11,10 @@ from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL
 from vllm_kvcrush import policies
 from vllm_kvcrush.codecs import reference as pages_reference
 from vllm_kvcrush.codecs.layout import FITTED
-from vllm_kvcrush.codecs.transform import SINKS, Rope, Statistics, TablesError, calibrate
+from vllm_kvcrush.codecs.transform import calibrate
+from vllm_kvcrush.codecs.transform.fit import Statistics
+from vllm_kvcrush.codecs.transform.points import SINKS, TablesError
+from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.engine.worker import statistics
 from vllm_kvcrush.ops import cpu
 

@@ -138,10 +138,11 @@ def test_stale_tables_in_the_default_place_are_one_warning(
     configure: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, model_path: str
 ) -> None:
     from vllm_kvcrush import plugin
-    from vllm_kvcrush.codecs import transform
+    from vllm_kvcrush.codecs.transform import tables as transform_tables
+    from vllm_kvcrush.codecs.transform.tables import model_config
 
     monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path))
-    place = transform.default_path(transform.model_config(model_path))
+    place = transform_tables.default_path(model_config(model_path))
     assert place is not None
     place.parent.mkdir()
     place.write_bytes(b"from another release")
@@ -238,7 +239,8 @@ def test_plan_and_server_refuse_the_same_models(
 ) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_kvcrush.codecs import transform
+    from vllm_kvcrush.codecs.transform import tables as transform_tables
+    from vllm_kvcrush.codecs.transform.tables import model_config
     from vllm_kvcrush.tools import cli
 
     written, words = MODELS[name]
@@ -262,7 +264,7 @@ def test_plan_and_server_refuse_the_same_models(
         return
     config = arguments.create_engine_config().model_config.hf_text_config.to_dict()
     # Tools find the tables that the server looks for.
-    assert transform.default_path(transform.model_config(tmp_path)) == transform.default_path(
+    assert transform_tables.default_path(model_config(tmp_path)) == transform_tables.default_path(
         config
     )
 

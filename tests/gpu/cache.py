@@ -10,30 +10,35 @@ import torch
 from torch import Tensor
 
 from tests.gpu import oracle
-from vllm_kvcrush.codecs import reference, transform
+from vllm_kvcrush.codecs import reference
 from vllm_kvcrush.codecs.layout import CODECS, FITTED
+from vllm_kvcrush.codecs.transform.fit import Statistics, fit
+from vllm_kvcrush.codecs.transform.points import POINTS
+from vllm_kvcrush.codecs.transform.reference import origins
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton import attention
-from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Request, runs_of
-from vllm_kvcrush.ops.triton.fitted import LayerTable
+from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 
 POSITIONS = 90_000  # that tables know
 TABLE_LAYER = 1  # in the tables
 
 
 @functools.cache
-def tables_of(size: int, kv_heads: int) -> dict[str, transform.Tables]:
+def tables_of(size: int, kv_heads: int) -> dict[str, Tables]:
     """Tables of two layers' heads that differ in what their keys look like, and in their bits, also
     those of values."""
-    rope = transform.Rope(1e4 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size))
+    rope = Rope(1e4 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size))
     generator = torch.Generator().manual_seed(size)
     draw = torch.randn(2, 2, kv_heads, 600, size, generator=generator, dtype=torch.float64)
     spread = torch.logspace(0.5, -1, size).double() * torch.linspace(1, 2, kv_heads)[:, None, None]
-    statistics = transform.Statistics.of(draw[0] * spread + 1, draw[1] * spread)
+    statistics = Statistics.of(draw[0] * spread + 1, draw[1] * spread)
     found = {}
-    for i, point in enumerate(transform.POINTS):
+    for i, point in enumerate(POINTS):
         bits = (4 - i + torch.arange(kv_heads) % 2).clamp(max=4).to(torch.uint8)
-        fitted_tables = transform.fit(statistics, point, rope, 512)
+        fitted_tables = fit(statistics, point, rope, 512)
         found[point.name] = dataclasses.replace(fitted_tables, value_bits=bits.expand(2, -1))
     return found
 
@@ -150,7 +155,7 @@ class Cache:
                 )
                 if codec in FITTED:  # they keep the positions of strips
                     steps = torch.arange(count) % 16
-                    where = (transform.origins(where) + steps).int()
+                    where = (origins(where) + steps).int()
                 k_parts.append(k_kept)
                 v_parts.append(v_kept)
                 p_parts.append(where)
@@ -193,7 +198,7 @@ class Cache:
         begin, end = (torch.tensor(x, dtype=torch.int32) for x in (self.begin, self.end))
         return Directory.of(begin, end, page, count, codec, offsets, log_bias, self.device)
 
-    def request(self, seq: int) -> Request:
+    def source(self, seq: int) -> Source:
         page, count, codec = (x.to(self.device) for x in self._entries())
         first, last = self.begin[seq][0], self.end[seq][-1]
         begin, end = (
@@ -201,7 +206,7 @@ class Cache:
             for x in (self.begin, self.end)
         )
         own = slice(first, last)
-        return Request.of(
+        return Source.of(
             begin, end, page[own], count[own], codec[own],
             torch.tensor(self.tails[seq], dtype=torch.int32, device=self.device),
             self.lengths[seq], self.starts[seq], runs_of(codec[own].cpu()),

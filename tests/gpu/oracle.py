@@ -6,8 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs import reference, transform
+from vllm_kvcrush.codecs import reference
 from vllm_kvcrush.codecs.layout import GROUP, STRIP
+from vllm_kvcrush.codecs.transform.bits import pieces
+from vllm_kvcrush.codecs.transform.reference import Page, decode_page, encode_page
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops.triton.layout import NEVER, STEPS, FittedSection, Geometry, Section
 
 
@@ -160,20 +163,18 @@ def decode(
 
 def encode_fitted(
     page: Tensor, at: FittedSection, geometry: Geometry, key: Tensor, value: Tensor,
-    positions: Tensor, tables: transform.Tables, layer: int, head: int,
+    positions: Tensor, tables: Tables, layer: int, head: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fills a page's bytes from float32 K and V [n, D] and positions [n]; returns what the page
     gives back, float64."""
     n = len(key)
-    kept = transform.encode_page(
-        key.double(), value.double(), positions, tables, layer, head, at.exceptions
-    )
-    back = transform.decode_page(kept, tables, layer, head, torch.float64)
+    kept = encode_page(key.double(), value.double(), positions, tables, layer, head, at.exceptions)
+    back = decode_page(kept, tables, layer, head, torch.float64)
     if n == 0:
         return back
     words = torch.zeros(n, at.words, 4, dtype=torch.long)
     codes = kept.key_codes.long().view(n, -1, 4)
-    for p in transform.pieces(tables.bits[layer, head]):
+    for p in pieces(tables.bits[layer, head]):
         words[:, p.word] |= (codes[:, p.quad] >> p.weight & (1 << p.bits) - 1) << p.first
     scales = kept.value_scales.clone()
     scales[kept.slots] = torch.arange(len(kept.slots), dtype=torch.uint8)
@@ -212,14 +213,14 @@ def _pairs(columns: Tensor, half: int) -> Tensor:
 
 
 def decode_fitted(
-    page: Tensor, at: FittedSection, geometry: Geometry, n: int, tables: transform.Tables,
+    page: Tensor, at: FittedSection, geometry: Geometry, n: int, tables: Tables,
     layer: int, head: int,
-) -> tuple[transform.Page, Tensor]:  # fmt: skip
-    """What is in a page: as `transform.Page`, and the positions of its tokens."""
+) -> tuple[Page, Tensor]:  # fmt: skip
+    """What is in a page: as `Page`, and the positions of its tokens."""
     words = _read_rows(page, 0, 4 * at.words, n, 4 * at.words, torch.uint8).long()
     words = words.view(n, at.words, 4)
     codes = torch.zeros(n, geometry.k_size // 4, 4, dtype=torch.long)
-    for p in transform.pieces(tables.bits[layer, head]):
+    for p in pieces(tables.bits[layer, head]):
         codes[:, p.quad] |= (words[:, p.word] >> p.first & (1 << p.bits) - 1) << p.weight
     size = geometry.v_size
     row = size * (4 if at.v_bits == 4 else 2) // 8
@@ -245,7 +246,7 @@ def decode_fitted(
     values = _read_rows(page, at.x_v, size, count, size, torch.int8)
     strip = _get_positions(page, at.positions, geometry, strips)
     positions = (strip.unsqueeze(1) + torch.arange(STRIP)).flatten()[:n].int()
-    found = transform.Page(
+    found = Page(
         strip.repeat_interleave(STRIP)[:n], codes.flatten(1).to(torch.uint8),
         value.to(torch.uint8), scales, slots, keys.double() * factor[:, :1],
         values.double() * factor[:, 1:],

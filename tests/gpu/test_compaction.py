@@ -13,7 +13,7 @@ from tests.gpu.cache import Cache
 from vllm_kvcrush.codecs.layout import CODECS
 from vllm_kvcrush.ops import reference
 from vllm_kvcrush.ops.triton import compaction
-from vllm_kvcrush.ops.triton.cache import Request
+from vllm_kvcrush.ops.triton.cache import Source
 from vllm_kvcrush.ops.triton.scores import window_scores
 from vllm_kvcrush.ops.triton.store import store
 
@@ -55,15 +55,15 @@ def test_gather(draw: random.Random, device: str, k_size: int, v_size: int) -> N
     cache = Cache(draw, device, 1, k_size, v_size, draw.choice([torch.float16, torch.float32]))
     cache.put(["raw", "int8"], 3)
     cache.put(draw.sample(["int8", "int4", "exact", "int4", "raw"], 4), draw.randrange(70))
-    request = cache.request(1)
+    source = cache.source(1)
     held = [len(k) for k in cache.keys[1]]
-    assert (request.tail_slot + request.tail_length).tolist() == held
+    assert (source.tail_slot + source.tail_length).tolist() == held
     count = 40
     slots = torch.full((2, count), -1)
     for row, n in zip(slots, held, strict=True):
         some = sorted(draw.sample(range(n), min(n, count - 3)))
         row[: len(some)] = torch.tensor(some, dtype=torch.int64)
-    key, value, where = compaction.gather(cache.layer, request, slots.to(device), positions=True)
+    key, value, where = compaction.gather(cache.layer, source, slots.to(device), positions=True)
     for head in range(2):
         mine = slots[head][slots[head] >= 0]
         got_k, got_v = key[head, : len(mine)].cpu(), value[head, : len(mine)].cpu()
@@ -100,7 +100,7 @@ def test_pages_keep_what_their_codec_says(
     key, value = zip(*(cache.content(int(kept)) for _ in range(2)), strict=True)
     where = torch.randint(1, 900, (2, int(kept))).cumsum(1).int()
     pages = [cache.page() for _ in counts]
-    target = Request.of(
+    target = Source.of(
         *(torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 2], [2, 4], pages)),
         *(torch.tensor(x, device=device) for x in (counts, [CODECS[codec]] * 4, [0])),
         0, 0,
@@ -143,7 +143,7 @@ def test_extreme_values_do_not_break_a_page(draw: random.Random, device: str, co
     key[0, 9], value[0, 9] = 1e30, -1e30
     one = torch.tensor([0], dtype=torch.int32, device=device)
     page = torch.tensor([5], device=device)
-    target = Request.of(one, one + 1, page, one + 20, one + CODECS[codec], one, 0, 0)
+    target = Source.of(one, one + 1, page, one + 20, one + CODECS[codec], one, 0, 0)
     where = torch.tensor([[*range(10), *range(9 * 10**5, 9 * 10**5 + 10)]], dtype=torch.int32)
     compaction.encode(
         cache.layer, target, key.to(device), value.to(device), where.contiguous().to(device)
@@ -158,22 +158,22 @@ def test_compact_onto_its_own_sources(draw: random.Random, device: str, codec: s
     """Chosen tokens of all pages and of the tail move into pages that were among the sources."""
     cache = Cache(draw, device, 2, 64, 64, torch.float16)
     cache.put(["int8", "int4"], 50, [40, 60])
-    request = cache.request(0)
+    source = cache.source(0)
     n = min(100, 2 * cache.layer.capacity(codec))
     slots = torch.stack([torch.randperm(150)[:n].sort().values for _ in range(2)])
     first = min(n, cache.layer.capacity(codec))
     counts = [first, n - first] * 2
     begin = torch.tensor([0, 2], dtype=torch.int32, device=device)
-    target = Request.of(
-        begin, begin + 2, request.page, torch.tensor(counts, device=device),
-        torch.full((4,), CODECS[codec], device=device), request.tail_table, 0, 0,
+    target = Source.of(
+        begin, begin + 2, source.page, torch.tensor(counts, device=device),
+        torch.full((4,), CODECS[codec], device=device), source.tail_table, 0, 0,
     )  # fmt: skip
-    compaction.compact(cache.layer, request, slots.to(device), target)
+    compaction.compact(cache.layer, source, slots.to(device), target)
     for head in range(2):
         k, v = cache.keys[0][head][slots[head]].float(), cache.values[0][head][slots[head]].float()
         where = cache.positions[0][head][slots[head]]
         at = 0
-        for page, count in zip(request.page.tolist()[2 * head :], counts[:2], strict=False):
+        for page, count in zip(source.page.tolist()[2 * head :], counts[:2], strict=False):
             own = slice(at, at + count)
             at += count
             if not count:
@@ -198,8 +198,8 @@ def test_window_scores(draw: random.Random, device: str, group: int, size: int) 
     keys = torch.stack(cache.keys[0])
     weights = reference.window_attention(queries.double(), keys, cache.layer.scale)
     want = weights.sum(1)[:, :candidates]
-    request = cache.request(0)
-    run = (cache.layer, request, queries.to(device), candidates)
+    source = cache.source(0)
+    run = (cache.layer, source, queries.to(device), candidates)
     got = window_scores(*run, mean=False, reduce=None).cpu()
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-4)
     pooled = F.max_pool1d(want / window, 5, stride=1, padding=2)

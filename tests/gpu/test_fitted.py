@@ -10,11 +10,13 @@ import torch
 from tests.gpu import oracle
 from tests.gpu.cache import TABLE_LAYER, Cache
 from tests.gpu.test_attention import TOLERANCE
-from vllm_kvcrush.codecs import reference, transform
+from vllm_kvcrush.codecs import reference
 from vllm_kvcrush.codecs.layout import CODECS, FITTED
+from vllm_kvcrush.codecs.transform.reference import encode_page, origins
 from vllm_kvcrush.ops import reference as plain
-from vllm_kvcrush.ops.triton import attention, compaction, fitted_ops
-from vllm_kvcrush.ops.triton.cache import Request
+from vllm_kvcrush.ops.triton import attention, compaction
+from vllm_kvcrush.ops.triton.cache import Source
+from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
 from vllm_kvcrush.ops.triton.scores import window_scores
 
 SHAPES = [(64, 64), (80, 24), (96, 128), (256, 80)]
@@ -28,7 +30,7 @@ def test_gather(draw: random.Random, device: str, codec: str, k_size: int, v_siz
     cache = Cache(draw, device, 1, k_size, v_size, dtype, blocks=10, fitted_codecs=FITTED)
     others = [c for c in FITTED if c != codec]
     cache.put([codec, draw.choice(others), codec, codec], 20)
-    request = cache.request(0)
+    source = cache.source(0)
     held = [len(k) for k in cache.keys[0]]
     count = 50
     slots = torch.full((2, count), -1)
@@ -38,7 +40,7 @@ def test_gather(draw: random.Random, device: str, codec: str, k_size: int, v_siz
     key = torch.full((2, count, k_size), torch.nan, device=device)
     value = torch.full((2, count, v_size), torch.nan, device=device)
     where = torch.full((2, count), -77, dtype=torch.int32, device=device)
-    fitted_ops.gather(cache.layer, codec, request, slots.to(device), key, value, where)
+    fitted_launch.gather(cache.layer, codec, source, slots.to(device), key, value, where)
     seen = 0
     for head in range(2):
         mine = slots[head][slots[head] >= 0]
@@ -78,12 +80,12 @@ def test_pages_keep_what_their_codec_says(
     where = torch.stack([torch.arange(n), 65_500 + torch.randint(1, 9, (n,)).cumsum(0)])
     where = where.int()
     pages = [cache.page() for _ in counts]
-    target = Request.of(
+    target = Source.of(
         *(torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 2], [2, 4], pages)),
         *(torch.tensor(x, device=device) for x in (counts, [CODECS[codec]] * 4, [0])),
         0, 0,
     )  # fmt: skip
-    fitted_ops.encode(
+    fitted_launch.encode(
         layer, codec, target, *(torch.stack(x).to(device) for x in (key, value)), where.to(device)
     )
     for i, (page, count) in enumerate(zip(pages, counts, strict=True)):
@@ -98,9 +100,9 @@ def test_pages_keep_what_their_codec_says(
         at = (tables, TABLE_LAYER, head)
         got, positions = oracle.decode_fitted(content, section, layer.geometry, count, *at)
         k, v, p = key[head][own], value[head][own], where[head][own]
-        assert torch.equal(positions, (transform.origins(p) + torch.arange(count) % 16).int())
+        assert torch.equal(positions, (origins(p) + torch.arange(count) % 16).int())
         assert len(got.slots) == min(section.exceptions, count)
-        want = transform.encode_page(k.double(), v.double(), p, *at, section.exceptions)
+        want = encode_page(k.double(), v.double(), p, *at, section.exceptions)
         if first == 0 and head == 0:
             assert got.slots[:4].tolist() == [0, 1, 2, 3]
         # Losses that are nearly equal may be ordered the other way.
@@ -180,7 +182,7 @@ def test_window_scores(draw: random.Random, device: str, group: int, size: int) 
     queries = torch.randn(2 * group, window, size).half()
     keys = torch.stack(cache.keys[0])
     weights = plain.window_attention(queries.double(), keys, cache.layer.scale)
-    run = (cache.layer, cache.request(0), queries.to(device), candidates)
+    run = (cache.layer, cache.source(0), queries.to(device), candidates)
     got = window_scores(*run, mean=False, reduce=None).cpu()
     want = weights.sum(1)[:, :candidates]
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-4)
@@ -194,21 +196,21 @@ def test_compact_onto_its_own_sources(draw: random.Random, device: str, codec: s
     layer, tables = cache.layer, cache.tables[codec]
     n = 16 * min(4, layer.capacity(codec, 0) // 16, layer.capacity(codec, 1) // 16)
     cache.put([codec, "int8"], 50, [n, 40])
-    request = cache.request(0)
+    source = cache.source(0)
     slots = torch.stack([torch.randperm(n + 90)[: n - 5].sort().values for _ in range(2)])
     counts = [n - 5, 0] * 2
     begin = torch.tensor([0, 2], dtype=torch.int32, device=device)
-    target = Request.of(
-        begin, begin + 2, request.page, torch.tensor(counts, device=device),
-        torch.full((4,), CODECS[codec], device=device), request.tail_table, 0, 0,
+    target = Source.of(
+        begin, begin + 2, source.page, torch.tensor(counts, device=device),
+        torch.full((4,), CODECS[codec], device=device), source.tail_table, 0, 0,
     )  # fmt: skip
     where = [x[s] for x, s in zip(cache.positions[0], slots, strict=True)]
     keys = [x[s] for x, s in zip(cache.keys[0], slots, strict=True)]
     values = [x[s] for x, s in zip(cache.values[0], slots, strict=True)]
-    compaction.compact(layer, request, slots.to(device), target)
-    for head, page in enumerate(request.page.tolist()[::2]):
+    compaction.compact(layer, source, slots.to(device), target)
+    for head, page in enumerate(source.page.tolist()[::2]):
         at, section = (tables, TABLE_LAYER, head), layer.fitted.sections[codec][head]
         got, _ = oracle.decode_fitted(cache.bytes_of(page), section, layer.geometry, n - 5, *at)
-        want = transform.encode_page(keys[head], values[head], where[head], *at, section.exceptions)
+        want = encode_page(keys[head], values[head], where[head], *at, section.exceptions)
         same = (got.key_codes == want.key_codes).double().mean()
         assert same > 0.99 and (got.value_codes == want.value_codes).double().mean() > 0.99

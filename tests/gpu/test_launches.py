@@ -14,7 +14,7 @@ from benchmarks.gpu import disassembly, launches
 from tests.gpu.cache import POSITIONS, tables_of
 from vllm_kvcrush.codecs.layout import FITTED
 from vllm_kvcrush.ops.angles import Angles
-from vllm_kvcrush.ops.triton.fitted import LayerTable
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 
 TARGET = "sm_90"
 SHAPES = {"llama": (32, 8, 128), "smol": (9, 3, 64)}

@@ -14,7 +14,7 @@ from vllm_kvcrush.codecs.layout import CODECS
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton import compaction
-from vllm_kvcrush.ops.triton.cache import Request
+from vllm_kvcrush.ops.triton.cache import Source
 
 SIZE, BLOCK, HEADS = 64, 64, 2
 
@@ -62,12 +62,12 @@ class Both:
         page, count, codec = (torch.tensor(x) for x in zip(*entries, strict=True))
         return begin, begin + each, page.int(), count, codec.to(torch.uint8)
 
-    def requests(self, entries: list[tuple[int, int, int]]) -> tuple[cpu.Source, Request]:
+    def sources(self, entries: list[tuple[int, int, int]]) -> tuple[cpu.Source, Source]:
         """These pages as a request's, on the CPU and on the GPU."""
         none = torch.zeros(1, dtype=torch.int32)
         own = cpu.Source(self.directory(entries), none, 0, 0, BLOCK)
         columns = (x.to(self.gpu.device) for x in (*self.columns(entries), none))
-        return own, Request.of(*columns, 0, 0)
+        return own, Source.of(*columns, 0, 0)
 
     def directory(self, entries: list[tuple[int, int, int]]) -> cpu.Directory:
         begin, end, page, count, codec = self.columns(entries)
@@ -75,7 +75,7 @@ class Both:
 
     def positions(self, entries: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
         """Of all slots of these pages, int32 [heads, n]: from the CPU's and from the GPU's."""
-        own, other = self.requests(entries)
+        own, other = self.sources(entries)
         n = sum(count for _, count, _ in entries) // HEADS
         slots = torch.arange(n, device=self.gpu.device).repeat(HEADS, 1)
         where = compaction.gather(self.gpu.layer, other, slots, positions=True)[2]
@@ -84,9 +84,9 @@ class Both:
 
     def compact(self, slots: Tensor, target: list[tuple[int, int, int]]) -> None:
         """Both."""
-        own, other = self.requests(self.entries)
+        own, other = self.sources(self.entries)
         cpu.compact(self.cpu, own, slots, self.directory(target))
-        into = self.requests(target)[1]
+        into = self.sources(target)[1]
         compaction.compact(self.gpu.layer, other, slots.to(self.gpu.device), into)
 
     def pages(self, codecs: list[str], count: int) -> list[tuple[int, int, int]]:
@@ -166,11 +166,11 @@ def test_slots_out_of_order_are_refused(draw: random.Random, device: str, mode: 
     slots[1, [4, 9]] = slots[1, [9, 4]]
     pages = both.pages(["int8"], 16)
     words = r"slots of head 1 are not in position order: position \d+ comes after \d+ in one page"
-    own, other = both.requests(both.entries)
+    own, other = both.sources(both.entries)
     before = both.gpu.layer.pool.clone()
     with pytest.raises(ValueError, match=words):
         cpu.compact(both.cpu, own, slots, both.directory(pages))
     if mode == "interpreter":
         with pytest.raises(ValueError, match=words):
-            compaction.compact(both.gpu.layer, other, slots, both.requests(pages)[1])
+            compaction.compact(both.gpu.layer, other, slots, both.sources(pages)[1])
         assert torch.equal(both.gpu.layer.pool, before)

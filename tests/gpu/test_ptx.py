@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvcrush.ops.triton import tiles
+from vllm_kvcrush.ops.triton.kernels import tiles
 
 WORDS = np.arange(65536, dtype=np.uint32)
 # Neighbours in one register: every word in either half, beside a different one.

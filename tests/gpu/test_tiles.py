@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from vllm_kvcrush.codecs import reference
-from vllm_kvcrush.ops.triton import tiles
 from vllm_kvcrush.ops.triton.cache import DTYPES
+from vllm_kvcrush.ops.triton.kernels import tiles
 
 
 @triton.jit

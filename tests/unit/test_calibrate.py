@@ -8,9 +8,13 @@ import shutil
 import pytest
 import torch
 
-from vllm_kvcrush.codecs import transform as tc
-from vllm_kvcrush.codecs.transform import TablesError
 from vllm_kvcrush.codecs.transform import calibrate as cal
+from vllm_kvcrush.codecs.transform import tables as transform_tables
+from vllm_kvcrush.codecs.transform.bits import MAX_BITS, quantiser
+from vllm_kvcrush.codecs.transform.points import TablesError
+from vllm_kvcrush.codecs.transform.reference import encode_keys
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import model_config
 from vllm_kvcrush.tools import cli
 
 
@@ -71,7 +75,7 @@ def test_calibrates_on_a_text(tiny, tmp_path, text):
     assert (model.layers, model.heads, model.kv_heads, model.size) == (2, 4, 2, 16)
     assert labels == ["reading text", "fitting tables"]
     for point in cal.POINTS:
-        t = tc.load(out, config(tiny), point.name)
+        t = transform_tables.load(out, config(tiny), point.name)
         assert t.point == point
         assert t.words.sum() == round(point.key_bits * 2 * 2 * 16 / 32)
         assert t.value_bits.sum() == round(point.value_bits * 2 * 2), "shared out by gradients"
@@ -81,14 +85,14 @@ def test_calibrates_on_a_text(tiny, tmp_path, text):
     _, keys, _ = reader.read(tokens)
     positions = torch.arange(len(tokens))
     losses = []
-    for t in (tc.load(out, config(tiny), p.name) for p in cal.POINTS):
+    for t in (transform_tables.load(out, config(tiny), p.name) for p in cal.POINTS):
         blank = torch.zeros(())
         loss = blank
         for layer in range(2):
             for head in range(2):
-                loss = loss + tc.encode_keys(keys[layer, head], positions, t, layer, head)[1].mean()
+                loss = loss + encode_keys(keys[layer, head], positions, t, layer, head)[1].mean()
         # What keys lose without any bits: their components' variances.
-        step = torch.tensor([tc.quantiser(b).step for b in range(tc.MAX_BITS + 1)])
+        step = torch.tensor([quantiser(b).step for b in range(MAX_BITS + 1)])
         losses.append(loss / (t.cost / step[t.bits.long()].square()).sum())
     assert losses[0] < losses[1] < losses[2] < 0.3
 
@@ -175,18 +179,18 @@ LLAMA_3 = {
 )
 def test_rotary_embeddings_are_read_as_transformers_does(tiny, tmp_path, change, theta):
     folder = rewrite(tiny, tmp_path, change)
-    read = tc.model_config(folder)
+    read = model_config(folder)
     reader = cal.Reader(folder)  # which compares it with what the model does
-    assert torch.equal(reader.rope.frequencies, tc.Rope.from_config(read).frequencies)
+    assert torch.equal(reader.rope.frequencies, Rope.from_config(read).frequencies)
     if theta is not None:
         plain = float(theta) ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
         assert torch.allclose(reader.rope.frequencies, plain, rtol=1e-12)
-    assert cal.default_path(folder) == tc.default_path(reader.config)
+    assert cal.default_path(folder) == transform_tables.default_path(reader.config)
 
 
 def test_a_model_type_that_transformers_does_not_know_is_read_as_it_is(tiny, tmp_path):
     folder = rewrite(tiny, tmp_path, {"model_type": "of-tomorrow"})
-    assert tc.model_config(folder) == config(folder)
+    assert model_config(folder) == config(folder)
     with pytest.raises(TablesError, match="does not load in transformers"):
         cal.Reader(folder)
 
@@ -213,7 +217,7 @@ def test_a_model_is_found_by_its_name(tiny, tmp_path, monkeypatch):
         return str(tiny)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert cal.Reader("someone/tiny").config == tc.model_config(tiny)
+    assert cal.Reader("someone/tiny").config == model_config(tiny)
     assert cal.default_path("someone/tiny") == cal.default_path(tiny)
     assert set(asked) == {("someone/tiny", True)}
 
@@ -222,7 +226,7 @@ def test_a_rope_that_differs_from_the_configuration_is_found(tmp_path):
     folder = make(tmp_path / "other")
     path = folder / "config.json"
     reader = cal.Reader(folder)
-    reader.rope = tc.Rope(reader.rope.frequencies * 1.01)
+    reader.rope = Rope(reader.rope.frequencies * 1.01)
     with pytest.raises(TablesError, match="rotary embedding of other is not the one"):
         reader._verify()
     changed = json.loads(path.read_text())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from vllm_kvcrush import config, policies
-from vllm_kvcrush.codecs import transform
+from vllm_kvcrush.codecs.transform import tables as transform_tables
 from vllm_kvcrush.config import (
     AdditionalConfig,
     ConfigError,
@@ -359,7 +359,7 @@ def test_pages_that_pack_nothing_are_refused() -> None:
 
 # -- tables ---------------------------------------------------------------------------------------
 
-# A configuration as `transform.model_config` reads it: 60 pairs of layer and KV head of 64.
+# A configuration as `model_config` reads it: 60 pairs of layer and KV head of 64.
 MODEL = {
     "num_hidden_layers": 20,
     "num_attention_heads": 6,
@@ -374,7 +374,7 @@ MODEL = {
 def stale(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
     """A file in the default place that cannot be read."""
     monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path))
-    place = transform.default_path(MODEL)
+    place = transform_tables.default_path(MODEL)
     assert place is not None
     place.parent.mkdir()
     place.write_bytes(b"from another release")

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from vllm_kvcrush import ops, policies
 from vllm_kvcrush.codecs import layout, reference
-from vllm_kvcrush.codecs.transform import Point, Rope, Statistics, Tables, fit
+from vllm_kvcrush.codecs.transform.fit import Statistics, fit
+from vllm_kvcrush.codecs.transform.points import Point
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import reference as oracle
 from vllm_kvcrush.ops.angles import Angles
@@ -896,7 +899,7 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
     cache.put([], held)
     table = torch.tensor(cache.tails[0], dtype=torch.int32)
     request = cpu.Source(None, table, held, 0, cache.block_size)
-    plain = ops.Held(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
+    plain = ops.LayerKV(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
     paged = cpu.LayerKV(cache.layer, request, held)
     assert torch.equal(paged.keys, plain.keys) and torch.equal(paged.values, plain.values)
     m = (held - 16) // page * page

@@ -11,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcrush.codecs import layout
-from vllm_kvcrush.codecs.transform import Point, Rope, Tables, origins
+from vllm_kvcrush.codecs.transform.points import Point
+from vllm_kvcrush.codecs.transform.reference import origins
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.cpu.tables import LayerTable

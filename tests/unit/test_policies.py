@@ -83,7 +83,7 @@ def make_view(
         return torch.randn(*shape, generator=generator).to(dtype)
 
     return View(
-        held=ops.Held(3 * randn(heads, m + tail, 16), randn(heads, m + tail, 16)),
+        held=ops.LayerKV(3 * randn(heads, m + tail, 16), randn(heads, m + tail, 16)),
         queries=randn(heads * group, window, 16),
         scale=0.25,
         candidates=m,
@@ -129,7 +129,7 @@ def test_sinks_stay(name: str, options: dict[str, Any], sinks: int, page: int) -
     keys, queries = view.keys.clone(), view.queries
     assert queries is not None
     keys[:, :sinks] = -3 * queries.mean(1, keepdim=True)
-    view = replace(view, held=ops.Held(keys), running=torch.zeros(3, 48))
+    view = replace(view, held=ops.LayerKV(keys), running=torch.zeros(3, 48))
     policy = policies.get(name, options)
     check_slots(policy.select(view, policy.score(view), 16), 3, 48, 16, sinks)
 
@@ -151,7 +151,7 @@ def test_takes_only_what_it_says_it_needs(name: str, options: dict[str, Any]) ->
     policy, view = policies.get(name, options), make_view()
     assert policy.needs <= {"queries", "running"}
     unused: dict[str, Any] = dict.fromkeys({"queries", "running"} - policy.needs)
-    view = replace(view, held=ops.Held(view.keys), **unused)
+    view = replace(view, held=ops.LayerKV(view.keys), **unused)
     scores = policy.score(view)
     policy.select(view, scores, 16)
     running = policy.running(view, scores)
@@ -165,7 +165,7 @@ def test_broken_numbers_do_not_break_the_count(name: str, options: dict[str, Any
     keys = view.keys.clone()
     keys[0, 20] = torch.nan
     keys[1, 21] = torch.inf
-    policy, view = policies.get(name, options), replace(view, held=ops.Held(keys))
+    policy, view = policies.get(name, options), replace(view, held=ops.LayerKV(keys))
     check_slots(policy.select(view, policy.score(view), 16), 3, 48, 16, view.sinks)
 
 
@@ -174,7 +174,7 @@ def test_stays_on_the_device_of_the_view(name: str, options: dict[str, Any]) -> 
     # "meta" refuses to mix with the CPU and has no data: a copy from or to the device would fail.
     view, policy = make_view(), policies.get(name, options)
     moved = {f: getattr(view, f).to("meta") for f in ("queries", "running")}
-    view = replace(view, held=ops.Held(view.keys.to("meta")), **moved)
+    view = replace(view, held=ops.LayerKV(view.keys.to("meta")), **moved)
     slots = policy.select(view, policy.score(view), 16)
     assert slots.device.type == "meta" and slots.shape == (3, 16)
 
@@ -232,7 +232,7 @@ def test_snapkv_keeps_what_the_window_looks_at() -> None:
     keys = torch.zeros_like(view.keys)
     keys[0, 20] = 5 * view.queries[0].mean(0)
     keys[1, 33] = 5 * view.queries[1].mean(0)
-    view = replace(view, held=ops.Held(keys))
+    view = replace(view, held=ops.LayerKV(keys))
     policy = SnapKV(pool=3)
     slots = policy.select(view, policy.score(view), 8).tolist()
     assert {19, 20, 21} <= set(slots[0]) and {32, 33, 34} <= set(slots[1])
@@ -437,7 +437,7 @@ def test_tensor_parallel_ranks_choose_as_one_would(anchor: str, level: str) -> N
     halves = [
         replace(
             whole,
-            held=ops.Held(whole.keys[2 * rank : 2 * rank + 2]),
+            held=ops.LayerKV(whole.keys[2 * rank : 2 * rank + 2]),
             queries=whole.queries[6 * rank : 6 * rank + 6],
             running=whole.running[2 * rank : 2 * rank + 2],
         )

@@ -13,8 +13,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcrush.codecs import layout, reference
-from vllm_kvcrush.codecs import transform as tc
-from vllm_kvcrush.codecs.transform import Point, Rope, Statistics, TablesError
+from vllm_kvcrush.codecs.transform import tables as transform_tables
+from vllm_kvcrush.codecs.transform.bits import (
+    MAX_BITS,
+    PIECE_BITS,
+    QUAD,
+    VALUE_BITS,
+    WORD_BITS,
+    head_bits,
+    pieces,
+    pooled_bits,
+    quantiser,
+)
+from vllm_kvcrush.codecs.transform.fit import Statistics, fit
+from vllm_kvcrush.codecs.transform.points import Point, TablesError, even_value_bits, even_words
+from vllm_kvcrush.codecs.transform.reference import (
+    decode_keys,
+    decode_values,
+    encode_keys,
+    encode_values,
+    hadamard,
+    origins,
+)
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Model, Tables
 from vllm_kvcrush.plan import Packing
 
 CONFIG = {
@@ -48,16 +70,16 @@ def fresh(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
     return rope.rotate(k, positions), rope.rotate(q, positions), v, positions
 
 
-def tables(point: Point, most: int = tc.MAX_BITS, even: bool = False) -> tc.Tables:
+def tables(point: Point, most: int = MAX_BITS, even: bool = False) -> Tables:
     keys, queries, _, positions = fresh(4000, 1)
     rope = Rope.from_config(CONFIG)
     keys, queries = rope.rotate(keys, -positions), rope.rotate(queries, -positions)
-    return tc.fit(Statistics.of(keys, queries), point, rope, 4000, most, even)
+    return fit(Statistics.of(keys, queries), point, rope, 4000, most, even)
 
 
-def steps(t: tc.Tables) -> torch.Tensor:
+def steps(t: Tables) -> torch.Tensor:
     """Distance between two codes of each component, in its standard deviations."""
-    step = [tc.quantiser(b).step for b in range(tc.MAX_BITS + 1)]
+    step = [quantiser(b).step for b in range(MAX_BITS + 1)]
     return torch.tensor(step, dtype=torch.float64)[t.bits.long()]
 
 
@@ -73,15 +95,15 @@ def steps(t: tc.Tables) -> torch.Tensor:
     ],
 )
 def test_quantisers_are_the_best_even_ones(bits, step, distortion):
-    q = tc.quantiser(bits)
+    q = quantiser(bits)
     assert q.middle == (2**bits - 1) / 2
     assert q.step == pytest.approx(step, rel=5e-4)
     assert q.distortion == pytest.approx(distortion, rel=5e-4)
 
 
-@pytest.mark.parametrize("bits", range(tc.MAX_BITS + 1))
+@pytest.mark.parametrize("bits", range(MAX_BITS + 1))
 def test_distortion_is_what_a_gaussian_loses_and_other_steps_lose_more(bits):
-    q = tc.quantiser(bits)
+    q = quantiser(bits)
     x = torch.linspace(-10, 10, 400_001, dtype=torch.float64)
     mass = torch.exp(-x * x / 2)
     mass /= mass.sum()
@@ -97,47 +119,47 @@ def test_distortion_is_what_a_gaussian_loses_and_other_steps_lose_more(bits):
 
 def test_distortion_falls_convexly():
     """What hands out bits by what each gains relies on it."""
-    errors = torch.tensor([tc.quantiser(b).distortion for b in range(tc.MAX_BITS + 1)])
+    errors = torch.tensor([quantiser(b).distortion for b in range(MAX_BITS + 1)])
     gains = -errors.diff()
     assert (gains > 0).all() and (gains.diff() < 0).all()
-    assert tc.quantiser(0) == (1.0, 0.0, 1.0)
-    for bits in (-1, tc.MAX_BITS + 1):
+    assert quantiser(0) == (1.0, 0.0, 1.0)
+    for bits in (-1, MAX_BITS + 1):
         with pytest.raises(ValueError, match=r"not one of 0\.\.8"):
-            tc.quantiser(bits)
+            quantiser(bits)
 
 
-quad_bits = st.lists(st.integers(0, tc.MAX_BITS), min_size=1, max_size=64).map(
+quad_bits = st.lists(st.integers(0, MAX_BITS), min_size=1, max_size=64).map(
     # The last quads make the words whole.
-    lambda quads: quads + (lambda rest: [min(8, rest)] if rest else [])(-sum(quads) % tc.WORD_BITS)
+    lambda quads: quads + (lambda rest: [min(8, rest)] if rest else [])(-sum(quads) % WORD_BITS)
 )
 
 
 @settings(max_examples=200, deadline=None)
 @given(quads=quad_bits, seed=st.integers(0, 2**16))
 def test_pieces_fill_words_and_rebuild_every_code(quads, seed):
-    bits = torch.tensor(quads).repeat_interleave(tc.QUAD)
-    found = tc.pieces(bits)
+    bits = torch.tensor(quads).repeat_interleave(QUAD)
+    found = pieces(bits)
     words = int(bits.sum()) // 32
     # Every bit of every byte of every word once.
-    assert all(1 <= p.bits <= tc.PIECE_BITS for p in found)
+    assert all(1 <= p.bits <= PIECE_BITS for p in found)
     places = [(p.word, b) for p in found for b in range(p.first, p.first + p.bits)]
-    assert sorted(places) == list(itertools.product(range(words), range(tc.WORD_BITS)))
+    assert sorted(places) == list(itertools.product(range(words), range(WORD_BITS)))
     # A code's bits once each, in as few fields as may be but for one cut in each word.
     for quad, width in enumerate(quads):
         own = [b for p in found if p.quad == quad for b in range(p.weight, p.weight + p.bits)]
         assert sorted(own) == list(range(width))
-    assert len(found) <= sum(-(-width // tc.PIECE_BITS) for width in quads) + words
+    assert len(found) <= sum(-(-width // PIECE_BITS) for width in quads) + words
     # Fields of equal weight are neighbours.
     weights = [p.weight for p in found]
     assert weights == sorted(weights, reverse=True)
     generator = torch.Generator().manual_seed(seed)
     codes = (torch.rand(len(bits), generator=generator) * 2**bits).long()
-    packed = torch.zeros(words, tc.QUAD, dtype=torch.long)  # a word's bytes: a quad's components
+    packed = torch.zeros(words, QUAD, dtype=torch.long)  # a word's bytes: a quad's components
     for p in found:
-        field = codes.view(-1, tc.QUAD)[p.quad] >> p.weight & (1 << p.bits) - 1
+        field = codes.view(-1, QUAD)[p.quad] >> p.weight & (1 << p.bits) - 1
         packed[p.word] |= field << p.first
     assert (packed < 256).all()
-    back = torch.zeros(len(quads), tc.QUAD, dtype=torch.long)
+    back = torch.zeros(len(quads), QUAD, dtype=torch.long)
     for p in found:
         back[p.quad] += (packed[p.word] >> p.first & (1 << p.bits) - 1) << p.weight
     assert torch.equal(back.flatten(), codes)
@@ -145,7 +167,7 @@ def test_pieces_fill_words_and_rebuild_every_code(quads, seed):
 
 def error_of(variances, bits):
     """What these bits lose."""
-    d = torch.tensor([tc.quantiser(b).distortion for b in range(tc.MAX_BITS + 1)]).double()
+    d = torch.tensor([quantiser(b).distortion for b in range(MAX_BITS + 1)]).double()
     return float((variances.double() * d[bits.long()]).sum())
 
 
@@ -154,16 +176,16 @@ def error_of(variances, bits):
 def test_pooled_bits_fill_words(shape, mean):
     g = torch.Generator().manual_seed(1)
     variances = (3 * torch.randn(shape, generator=g)).exp().sort(-1, descending=True).values
-    bits = tc.pooled_bits(variances, mean)
+    bits = pooled_bits(variances, mean)
     assert bits.shape == variances.shape and bits.dtype == torch.uint8
     heads = bits.long().flatten(0, -2)
     assert (heads.sum(-1) % 32 == 0).all()
     assert heads.sum() == 32 * round(mean * variances.numel() / 32)
-    quads = heads.view(len(heads), -1, tc.QUAD)
+    quads = heads.view(len(heads), -1, QUAD)
     assert (quads == quads[..., :1]).all()
-    assert (heads.diff(dim=-1) <= 0).all() and bits.max() <= tc.MAX_BITS
+    assert (heads.diff(dim=-1) <= 0).all() and bits.max() <= MAX_BITS
     for head in heads:
-        tc.pieces(head)  # they do fill them
+        pieces(head)  # they do fill them
 
 
 @settings(max_examples=60, deadline=None)
@@ -173,16 +195,16 @@ def test_pooled_bits_lose_least_of_all_that_fill_words(data, heads, quads, most)
     rows = [sorted(data.draw(logs), reverse=True) for _ in range(heads)]
     variances = torch.tensor(rows, dtype=torch.float64).exp()
     mean = data.draw(st.floats(0, most))
-    bits = tc.pooled_bits(variances, mean, most)
+    bits = pooled_bits(variances, mean, most)
     assert bits.max() <= most
     # Each head's least error with so many words, by trying everything; then over all heads.
     best = []
     for row in variances:
         least = {}
         for tried in itertools.product(range(most + 1), repeat=quads):
-            if sum(tried) % tc.WORD_BITS == 0:
-                error = error_of(row, torch.tensor(tried).repeat_interleave(tc.QUAD))
-                words = sum(tried) // tc.WORD_BITS
+            if sum(tried) % WORD_BITS == 0:
+                error = error_of(row, torch.tensor(tried).repeat_interleave(QUAD))
+                words = sum(tried) // WORD_BITS
                 least[words] = min(error, least.get(words, math.inf))
         best.append(least)
     wanted = min(round(mean * variances.numel() / 32), sum(max(least) for least in best))
@@ -196,12 +218,12 @@ def test_pooled_bits_lose_least_of_all_that_fill_words(data, heads, quads, most)
 
 
 def test_the_first_of_equal_components_get_the_bits():
-    bits = tc.pooled_bits(torch.ones(2, 16), 1.0)
+    bits = pooled_bits(torch.ones(2, 16), 1.0)
     assert bits[0].tolist() == [2] * 16 and not bits[1].any()
-    assert tc.pooled_bits(torch.ones(1, 32), 1.0)[0].tolist() == [1] * 32
+    assert pooled_bits(torch.ones(1, 32), 1.0)[0].tolist() == [1] * 32
     for mean in (4.5, -0.1):
         with pytest.raises(ValueError, match="between 0 and 4"):
-            tc.pooled_bits(torch.ones(1, 8), mean, most=4)
+            pooled_bits(torch.ones(1, 8), mean, most=4)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3"])
@@ -260,14 +282,14 @@ def test_moments_after_turning_are_those_of_turned_keys():
 @pytest.mark.parametrize("size", [16, 24, 64, 80, 96, 112, 128])
 def test_hadamard_is_its_own_inverse(size):
     x = torch.randn(5, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
-    y = tc.hadamard(x)
-    torch.testing.assert_close(tc.hadamard(y), x)
+    y = hadamard(x)
+    torch.testing.assert_close(hadamard(y), x)
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
     block = size & -size
     one = torch.zeros(size, dtype=torch.float64)
     one[0] = 1
-    assert torch.allclose(tc.hadamard(one)[:block], torch.full((block,), block**-0.5).double())
-    assert not tc.hadamard(one)[block:].any()
+    assert torch.allclose(hadamard(one)[:block], torch.full((block,), block**-0.5).double())
+    assert not hadamard(one)[block:].any()
 
 
 @pytest.mark.parametrize("size", [64, 80, 128])
@@ -277,15 +299,15 @@ def test_value_error_is_that_of_the_quantiser(size, bits, bound):
     # Over the whole range of scales, with one channel that sticks out.
     v = torch.randn(600, size, generator=g) * torch.logspace(-2, 2, 600)[:, None]
     v[:, 3] *= 5
-    back = tc.decode_values(*tc.encode_values(v, bits), bits)
+    back = decode_values(*encode_values(v, bits), bits)
     error = (back - v).square().sum(-1) / v.square().sum(-1)
     assert error.mean() < bound
 
 
 def test_values_of_nothing_stay_nothing():
-    codes, scales = tc.encode_values(torch.zeros(3, 16), 2)
+    codes, scales = encode_values(torch.zeros(3, 16), 2)
     assert not scales.any()
-    assert not tc.decode_values(codes, scales, 2).any()
+    assert not decode_values(codes, scales, 2).any()
 
 
 @both_frames
@@ -302,7 +324,7 @@ def test_forward_and_inverse_match(local):
 def test_components_are_white_on_fresh_keys(local):
     t = tables(dataclasses.replace(TC8, local=local))
     keys, _, _, positions = fresh(4000, 2)
-    x = t.rope.rotate(keys, -tc.origins(positions)) if local else keys
+    x = t.rope.rotate(keys, -origins(positions)) if local else keys
     x = (x - t.key_mean[:, :, None]) @ t.forward.mT.double() * steps(t)[:, :, None]
     second = x.mT @ x / x.shape[2]
     # Components that no query can see are not blown up to unit variance.
@@ -331,8 +353,8 @@ def test_more_bits_lose_less_and_the_loss_is_what_queries_see(local):
         for layer in range(L):
             for head in range(H):
                 at = t, layer, head
-                codes, loss = tc.encode_keys(keys[layer, head], positions, *at)
-                back = tc.decode_keys(codes, positions, *at, torch.float64)
+                codes, loss = encode_keys(keys[layer, head], positions, *at)
+                back = decode_keys(codes, positions, *at, torch.float64)
                 e = keys[layer, head] - back
                 expected += loss.mean().item()
                 seen += (q[layer, head] * e).sum(-1).square().sum(0).mean().item()
@@ -348,9 +370,9 @@ def test_encoding_keys_again_changes_nothing(point):
     keys, _, _, positions = fresh(200, 5)
     for layer, head in itertools.product(range(L), range(H)):
         at = t, layer, head
-        codes, loss = tc.encode_keys(keys[layer, head], positions, *at)
-        back = tc.decode_keys(codes, positions, *at, torch.float64)
-        again, more = tc.encode_keys(back, positions, *at)
+        codes, loss = encode_keys(keys[layer, head], positions, *at)
+        back = decode_keys(codes, positions, *at, torch.float64)
+        again, more = encode_keys(back, positions, *at)
         assert torch.equal(again, codes)
         assert (more <= 1e-6 * loss.mean()).all()
         top = 2 ** t.bits[layer, head].long() - 1
@@ -363,9 +385,9 @@ def test_keys_that_others_are_added_to_keep_their_codes(point):
     t = tables(point)
     keys, _, _, positions = fresh(60, 13)
     keys = keys[0, 1].clone()
-    first, _ = tc.encode_keys(keys[:41], positions[:41], t, 0, 1)
-    keys[:41] = tc.decode_keys(first, positions[:41], t, 0, 1, torch.float64)
-    again, _ = tc.encode_keys(keys, positions, t, 0, 1)
+    first, _ = encode_keys(keys[:41], positions[:41], t, 0, 1)
+    keys[:41] = decode_keys(first, positions[:41], t, 0, 1, torch.float64)
+    again, _ = encode_keys(keys, positions, t, 0, 1)
     assert torch.equal(again[:41], first)
 
 
@@ -374,29 +396,29 @@ def test_keys_that_others_are_added_to_keep_their_codes(point):
 def test_encoding_values_again_changes_next_to_nothing(size, bits):
     g = torch.Generator().manual_seed(size)
     values = torch.randn(4000, size, generator=g, dtype=torch.float64)
-    codes, scales = tc.encode_values(values, bits)
-    back = tc.decode_values(codes, scales, bits, torch.float64)
-    again, other = tc.encode_values(back, bits)
+    codes, scales = encode_values(values, bits)
+    back = decode_values(codes, scales, bits, torch.float64)
+    again, other = encode_values(back, bits)
     # The scale follows from the codes, and the codes from the norm, which the scale rounds.
     changed = (again != codes).any(-1) | (other != scales)
     assert changed.double().mean() < (0.01 if bits == 4 else 1e-9)
-    twice = tc.decode_values(again, other, bits, torch.float64)
+    twice = decode_values(again, other, bits, torch.float64)
     once = (back - values).square().sum()
     assert (twice - values).square().sum() < 1.02 * once
 
 
 def test_strips_start_at_their_first_token():
     positions = torch.tensor([*range(5, 21), 40, 90, 91])
-    assert tc.origins(positions).tolist() == [5] * 16 + [40] * 3
-    assert tc.origins(positions[:0]).tolist() == []
+    assert origins(positions).tolist() == [5] * 16 + [40] * 3
+    assert origins(positions[:0]).tolist() == []
 
 
 def test_local_keys_look_alike_wherever_they_stand():
     t = tables(TC8)
     keys, _, _, positions = fresh(100, 12)
-    codes, loss = tc.encode_keys(keys[1, 0], positions, t, 1, 0)
+    codes, loss = encode_keys(keys[1, 0], positions, t, 1, 0)
     far = t.rope.rotate(keys[1, 0], torch.full((100,), 3000))
-    again, other = tc.encode_keys(far, positions + 3000, t, 1, 0)
+    again, other = encode_keys(far, positions + 3000, t, 1, 0)
     assert torch.equal(again, codes)
     torch.testing.assert_close(other, loss)
 
@@ -407,12 +429,12 @@ def test_absorbed_queries_give_the_logits_of_decoded_keys(local):
     keys, queries, _, positions = fresh(32, 6)
     positions = positions + 777
     at = t, 0, 1
-    codes, _ = tc.encode_keys(keys[0, 1], positions, *at)
+    codes, _ = encode_keys(keys[0, 1], positions, *at)
     q = queries[0, 2 * G - 1]
-    plain = q @ tc.decode_keys(codes, positions, *at, torch.float64).mT
+    plain = q @ decode_keys(codes, positions, *at, torch.float64).mT
     # Each key's query: the same one, or one for each strip.
     each = q[:, None].expand(-1, len(positions), -1)
-    each = t.rope.rotate(each, -tc.origins(positions)) if local else each
+    each = t.rope.rotate(each, -origins(positions)) if local else each
     absorbed = each @ t.inverse[0, 1].double()
     x = codes.double() - (2 ** t.bits[0, 1].double() - 1) / 2
     logits = (absorbed * x).sum(-1) + each @ t.key_mean[0, 1].double()
@@ -422,14 +444,14 @@ def test_absorbed_queries_give_the_logits_of_decoded_keys(local):
 def test_components_without_bits_need_no_transform():
     t = tables(TC8)
     keys, _, _, positions = fresh(50, 8)
-    codes, _ = tc.encode_keys(keys[0, 0], positions, t, 0, 0)
+    codes, _ = encode_keys(keys[0, 0], positions, t, 0, 0)
     used = int((t.bits[0, 0] > 0).sum())
     assert 0 < used < D
     assert not codes[:, used:].any()
     x = codes[:, :used].float() - (2 ** t.bits[0, 0, :used].float() - 1) / 2
     back = x @ t.inverse[0, 0, :, :used].mT + t.key_mean[0, 0]
-    back = t.rope.rotate(back, tc.origins(positions))
-    torch.testing.assert_close(back, tc.decode_keys(codes, positions, t, 0, 0))
+    back = t.rope.rotate(back, origins(positions))
+    torch.testing.assert_close(back, decode_keys(codes, positions, t, 0, 0))
 
 
 @pytest.mark.parametrize("point", [TC4, TC6, TC8])
@@ -452,7 +474,7 @@ def test_pages_hold_sinks_and_the_worst_keys_in_int8(point):
     found = exceptions(0, 160, 8)
     assert found[:4] == [0, 1, 2, 3] and 77 in found and len(found) == 8
     # All of the others lose less than any of those that are none.
-    _, loss = tc.encode_keys(keys, positions, t, 0, 0)
+    _, loss = encode_keys(keys, positions, t, 0, 0)
     others = [i for i in range(160) if i not in found]
     assert loss[found[4:]].min() >= loss[others].max()
     assert exceptions(0, 3, 8) == [0, 1, 2]
@@ -464,8 +486,8 @@ def test_pages_hold_sinks_and_the_worst_keys_in_int8(point):
 def test_even_tables_give_every_head_the_same_words(local):
     point = dataclasses.replace(TC8, local=local)
     t = tables(point, even=True)
-    assert (t.words == tc.even_words(point, D)).all()
-    assert tc.even_words(point, D) * 32 >= point.key_bits * D
+    assert (t.words == even_words(point, D)).all()
+    assert even_words(point, D) * 32 >= point.key_bits * D
     assert (t.bits.int().diff(dim=-1) <= 0).all()
     torch.testing.assert_close(t.forward @ t.inverse, torch.eye(D).expand(L, H, D, D))
 
@@ -477,14 +499,14 @@ def test_even_tables_give_every_head_the_same_words(local):
 def saved(tmp_path):
     path = tmp_path / "tables.safetensors"
     made = [tables(TC4), tables(TC6), tables(TC8)]
-    tc.save(path, tc.Model.from_config(CONFIG, "tiny"), made, "digest of a text")
+    transform_tables.save(path, Model.from_config(CONFIG, "tiny"), made, "digest of a text")
     return path, made
 
 
 def test_files_give_back_what_was_saved(saved):
     path, made = saved
     for mine in made:
-        read = tc.load(path, CONFIG, mine.point.name)
+        read = transform_tables.load(path, CONFIG, mine.point.name)
         assert read.point == mine.point
         for name in ("key_mean", "forward", "inverse", "cost", "bits"):
             assert torch.equal(getattr(read, name), getattr(mine, name))
@@ -492,7 +514,9 @@ def test_files_give_back_what_was_saved(saved):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     # The other way in which transformers writes the same model.
     new = {k: v for k, v in CONFIG.items() if k != "rope_theta"}
-    tc.load(path, {**new, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "tc8")
+    transform_tables.load(
+        path, {**new, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "tc8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -507,7 +531,7 @@ def test_files_give_back_what_was_saved(saved):
 )
 def test_tables_of_another_model_are_refused(saved, change, message):
     with pytest.raises(TablesError, match=message) as caught:
-        tc.load(saved[0], {**CONFIG, **change}, "tc8")
+        transform_tables.load(saved[0], {**CONFIG, **change}, "tc8")
     assert str(caught.value).count(". ") == 0 and "calibrate" in str(caught.value)
 
 
@@ -526,39 +550,39 @@ def test_files_that_are_no_tables_are_refused(saved, tmp_path):
         if content is not None:
             bad.write_bytes(content)
         with pytest.raises(TablesError, match=message):
-            tc.load(bad, CONFIG, "tc8")
+            transform_tables.load(bad, CONFIG, "tc8")
     flipped = bytearray(whole)
     flipped[-5] ^= 1
     bad.write_bytes(flipped)
     with pytest.raises(TablesError, match="is damaged"):
-        tc.load(bad, CONFIG, "tc8")
+        transform_tables.load(bad, CONFIG, "tc8")
     save_file({"x": torch.zeros(3)}, bad)
     with pytest.raises(TablesError, match="holds no transform tables"):
-        tc.load(bad, CONFIG, "tc8")
+        transform_tables.load(bad, CONFIG, "tc8")
     with pytest.raises(TablesError, match="does not exist"):
-        tc.load(tmp_path / "nowhere", CONFIG, "tc8")
+        transform_tables.load(tmp_path / "nowhere", CONFIG, "tc8")
     with pytest.raises(TablesError, match="no tables for tc16, only for tc4, tc6, tc8"):
-        tc.load(path, CONFIG, "tc16")
+        transform_tables.load(path, CONFIG, "tc16")
 
 
 def test_other_versions_are_refused(saved, monkeypatch):
-    now = tc.VERSION
-    monkeypatch.setattr(tc, "VERSION", now + 1)
+    now = transform_tables.VERSION
+    monkeypatch.setattr(transform_tables, "VERSION", now + 1)
     with pytest.raises(TablesError, match=f"version {now} of the tables, this release reads"):
-        tc.load(saved[0], CONFIG, "tc8")
+        transform_tables.load(saved[0], CONFIG, "tc8")
 
 
 def test_a_config_that_is_no_text_model_is_refused():
     broken = json.loads(json.dumps(CONFIG))
     del broken["vocab_size"]
     with pytest.raises(TablesError, match="no vocab_size"):
-        tc.Model.from_config(broken)
+        Model.from_config(broken)
 
 
 def test_packings_count_every_heads_pages(saved):
     path, made = saved
     page = 64 * 2 * D * 4
-    found = tc.packings(path, CONFIG, page, D, 1)
+    found = transform_tables.packings(path, CONFIG, page, D, 1)
     assert tuple(found) == layout.FITTED
     for t in made:
         rooms = [
@@ -575,14 +599,14 @@ def test_packings_count_every_heads_pages(saved):
             assert packing.blocks(tokens) == -(-needed // (L * H))
     assert any(len(rank) > 1 for (rank,) in found.values()), "heads with equal bits show little"
     # Fewer words, more tokens; a value of half the size takes half of the room.
-    wide = tc.packings(path, CONFIG, page, D // 2, 1)
+    wide = transform_tables.packings(path, CONFIG, page, D // 2, 1)
     assert wide["tc4"][0][0][0] > found["tc4"][0][0][0]
 
 
 def test_packings_share_the_heads_out(saved):
     path, made = saved
     page = 64 * 2 * D * 4
-    for codec, ranks in tc.packings(path, CONFIG, page, D, 2).items():
+    for codec, ranks in transform_tables.packings(path, CONFIG, page, D, 2).items():
         t = next(t for t in made if t.point.name == codec)
         for rank, counts in enumerate(ranks):
             rooms = sorted(
@@ -591,28 +615,28 @@ def test_packings_share_the_heads_out(saved):
             )
             assert sorted(r for room, heads in counts for r in [room] * heads) == rooms
     with pytest.raises(TablesError, match="2 KV heads do not divide over 4 ranks: use int8"):
-        tc.packings(path, CONFIG, page, D, 4)
+        transform_tables.packings(path, CONFIG, page, D, 4)
 
 
 def test_packings_need_pages_that_hold_something(saved):
     path, made = saved
     with pytest.raises(TablesError, match="200 bytes is too small for tc4: use a larger --block"):
-        tc.packings(path, CONFIG, 200, D, 1)
-    tc.save(path, tc.Model.from_config(CONFIG, "tiny"), made[:1], "")
+        transform_tables.packings(path, CONFIG, 200, D, 1)
+    transform_tables.save(path, Model.from_config(CONFIG, "tiny"), made[:1], "")
     with pytest.raises(TablesError, match="no tables for tc6, only for tc4"):
-        tc.packings(path, CONFIG, 1 << 13, D, 1)
+        transform_tables.packings(path, CONFIG, 1 << 13, D, 1)
 
 
 def test_the_default_place_is_that_of_the_models_shape(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path))
-    place = tc.default_path(CONFIG)
+    place = transform_tables.default_path(CONFIG)
     assert place.parent == tmp_path / "tables" and place.suffix == ".safetensors"
     same = {
         **{k: v for k, v in CONFIG.items() if k != "rope_theta"},
         **{"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "head_dim": D},
         **{"_name_or_path": "elsewhere", "model_type": "other", "torch_dtype": "bfloat16"},
     }
-    assert tc.default_path(same) == place
+    assert transform_tables.default_path(same) == place
     changes = (
         {"num_hidden_layers": 3},
         {"num_key_value_heads": 4},
@@ -620,10 +644,12 @@ def test_the_default_place_is_that_of_the_models_shape(monkeypatch, tmp_path):
         {"vocab_size": 301},
         {"rope_theta": 2e4},
     )
-    others = {tc.default_path({**CONFIG, **change}) for change in changes}
+    others = {transform_tables.default_path({**CONFIG, **change}) for change in changes}
     assert len(others) == len(changes) and place not in others
     with pytest.raises(TablesError, match="'yarn'"):
-        tc.default_path({**CONFIG, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+        transform_tables.default_path(
+            {**CONFIG, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}
+        )
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -641,13 +667,13 @@ def test_gradients_decide_what_is_lost(local):
     point = Point("tc8", local, 1.5, 2.5, 0.0)
     costs, made = [], []
     for own in (moments, Statistics.of(keys, queries)):
-        t = tc.fit(own, point, rope, 4000)
+        t = fit(own, point, rope, 4000)
         cost = 0.0
         for layer in range(L):
             for head in range(H):
                 k = rope.rotate(keys[layer, head], positions)
-                codes, _ = tc.encode_keys(k, positions, t, layer, head)
-                back = tc.decode_keys(codes, positions, t, layer, head, torch.float64)
+                codes, _ = encode_keys(k, positions, t, layer, head)
+                back = decode_keys(codes, positions, t, layer, head, torch.float64)
                 wrong = rope.rotate(back - k, -positions)
                 cost += (wrong * gradients[layer, head]).sum(-1).square().mean().item()
         costs.append(cost)
@@ -657,7 +683,7 @@ def test_gradients_decide_what_is_lost(local):
     assert with_gradients.value_bits.double().mean() == 2.5
     order = with_gradients.value_bits.flatten().tolist()
     assert order == sorted(order) and order[0] < order[-1], "costly heads come last"
-    assert without.value_bits.eq(tc.even_value_bits(point)).all()
+    assert without.value_bits.eq(even_value_bits(point)).all()
 
 
 @given(
@@ -665,9 +691,9 @@ def test_gradients_decide_what_is_lost(local):
     share=st.floats(0, 1),
 )
 def test_head_bits_are_as_many_as_asked(costs, share):
-    few, most = tc.VALUE_BITS
+    few, most = VALUE_BITS
     spare = round(share * (most - few) * len(costs))
-    found = tc.head_bits(torch.tensor([costs]), few + spare / len(costs))
+    found = head_bits(torch.tensor([costs]), few + spare / len(costs))
     assert found.dtype == torch.uint8 and found.shape == (1, len(costs))
     assert found.min() >= few and found.max() <= most
     assert found.sum() == few * len(costs) + spare

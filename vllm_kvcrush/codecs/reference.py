@@ -11,8 +11,16 @@ import math
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs import transform
 from vllm_kvcrush.codecs.layout import GROUP
+from vllm_kvcrush.codecs.transform.points import SINKS
+from vllm_kvcrush.codecs.transform.reference import (
+    decode_keys,
+    decode_values,
+    encode_keys,
+    encode_values,
+    signs,
+)
+from vllm_kvcrush.codecs.transform.tables import Tables
 
 CLIPS = (1.0, 0.88, 0.76, 0.66)
 HALF_MAX = 65504.0
@@ -69,7 +77,7 @@ def rotation(size: int) -> Tensor:
         )
     stack = [hadamard / math.sqrt(block)] * (size // block)
     blocks: Tensor = torch.block_diag(*stack)  # type: ignore[no-untyped-call]
-    return blocks * transform.signs(size)
+    return blocks * signs(size)
 
 
 def int4_values(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +124,7 @@ def kept_fitted(
     key: Tensor,
     value: Tensor,
     positions: Tensor,
-    tables: transform.Tables,
+    tables: Tables,
     layer: int,
     head: int,
     exceptions: int,
@@ -130,12 +138,10 @@ def kept_fitted(
         tables, layer, head: the codec's tables and which of them.
     """
     exact, bits = key.double(), int(tables.value_bits[layer, head])
-    codes, loss = transform.encode_keys(exact, positions, tables, layer, head)
-    keys = transform.decode_keys(codes, positions, tables, layer, head, torch.float64)
-    values = transform.decode_values(
-        *transform.encode_values(value.double(), bits), bits, torch.float64
-    )
-    loss = loss.masked_fill(positions < transform.SINKS, torch.inf)
+    codes, loss = encode_keys(exact, positions, tables, layer, head)
+    keys = decode_keys(codes, positions, tables, layer, head, torch.float64)
+    values = decode_values(*encode_values(value.double(), bits), bits, torch.float64)
+    loss = loss.masked_fill(positions < SINKS, torch.inf)
     worst = loss.sort(descending=True, stable=True).indices[:exceptions]
     keys[worst], values[worst] = kept("int8", key[worst], value[worst], key.dtype)
     return keys, values

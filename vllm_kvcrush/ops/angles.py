@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.transform import Rope
+from vllm_kvcrush.codecs.transform.rope import Rope
 
 COARSE = 256  # positions between two rows of the coarse angles
 

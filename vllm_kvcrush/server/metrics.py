@@ -20,6 +20,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_kvcrush.server import KEY, Method, configured, wrap
+from vllm_kvcrush.spec import parse
 from vllm_kvcrush.stats import COMPACTION_BUCKETS
 
 _PREFIX = "vllm_kvcrush:"
@@ -146,6 +147,12 @@ def policy_failures() -> Counter:
     return _counter("policy_failures", help_text, *_ENGINE, "policy")
 
 
+def uncompressed() -> Counter:
+    """Requests that came past every front end and asked for what is not served here."""
+    help_text = "Requests whose parameters could not be used, and which ran uncompressed."
+    return _counter("requests_uncompressed", help_text, *_ENGINE)
+
+
 def worker_peak_bytes() -> Gauge:
     """The most bytes that a worker has held beside its KV cache, by what for."""
     help_text = "Most bytes that a worker has held beside its KV cache, by what for."
@@ -162,6 +169,11 @@ def count_refusal(model_name: str, reason: str) -> None:
     refusals().labels(model_name, reason).inc()
 
 
+def _label(policy: Any) -> str:
+    """The outermost name of a policy, of which there are few."""
+    return parse(policy).name
+
+
 class KVCrushStatLogger(StatLoggerBase):
     """Puts one engine's numbers on /metrics; does nothing where the plugin is not active."""
 
@@ -173,9 +185,9 @@ class KVCrushStatLogger(StatLoggerBase):
         model_name = str(vllm_config.model_config.served_model_name)
         self.labels = (model_name, str(engine_index))
         # Series that exist from the start let rate() see their first increment.
-        policy = str(raw.get("policy"))
+        policy = _label(raw.get("policy"))
         requests().labels(model_name, policy)
-        self.policies = {policy, "none", *(raw.get("allow") or ())}
+        self.policies = {policy, "none", *map(_label, raw.get("allow") or ())}
         for allowed in self.policies:
             kv_bytes_held().labels(*self.labels, allowed)
             kv_bytes_raw_equivalent().labels(*self.labels, allowed)
@@ -187,6 +199,7 @@ class KVCrushStatLogger(StatLoggerBase):
             compaction_seconds().labels(*self.labels, policy)
         for reason in ("shared", "no_room"):
             deferrals().labels(*self.labels, reason)
+        uncompressed().labels(*self.labels)
 
     def record(
         self,
@@ -212,6 +225,7 @@ class KVCrushStatLogger(StatLoggerBase):
             deferrals().labels(*self.labels, reason).inc(count)
         for policy, count in stats["policy_failures"].items():
             policy_failures().labels(*self.labels, policy).inc(count)
+        uncompressed().labels(*self.labels).inc(stats["uncompressed"])
         for kind, size in stats["worker_bytes"].items():
             worker_peak_bytes().labels(*self.labels, kind).set(size)
         held, raw = stats["kv_bytes_held"], stats["kv_bytes_raw_equivalent"]

@@ -17,7 +17,10 @@ from typing import Any
 from vllm_kvcrush.config import (
     BUDGET_KEY,
     FOREIGN_KEYS,
+    KEYS,
     POLICY_KEY,
+    PROTECT_KEY,
+    SPANS_KEY,
     ConfigError,
     RequestParams,
     Settings,
@@ -25,6 +28,7 @@ from vllm_kvcrush.config import (
 from vllm_kvcrush.plan import cdiv
 from vllm_kvcrush.server import Method, configured, wrap
 from vllm_kvcrush.server.several import COUNTED, Several
+from vllm_kvcrush.spec import MAX_LENGTH
 
 # On a SamplingParams that came from a request: which keys the client wrote at the top level.
 _FIELDS = "_kvcrush_fields"
@@ -121,7 +125,7 @@ def _attach(fields: dict[str, Any], params: Any, model: str | None) -> None:
     setattr(params, _FIELDS, frozenset(fields))
     # Typos are refused by an active server, and ignored as by plain vLLM elsewhere: they must
     # not travel on.
-    unknown = tuple(sorted(key for key in fields if key not in (BUDGET_KEY, POLICY_KEY)))
+    unknown = tuple(sorted(key for key in fields if key not in KEYS))
     setattr(params, _UNKNOWN, unknown)
     fields = {key: v for key, v in fields.items() if key not in unknown}
     xargs = params.extra_args or {}
@@ -152,7 +156,7 @@ def _announce(request: Any) -> None:
     known = set()
     for name, info in request.model_fields.items():
         known |= {name, info.alias} - {None}
-    request.field_names = known | {BUDGET_KEY, POLICY_KEY}
+    request.field_names = known | set(KEYS)
 
 
 # The endpoints
@@ -231,7 +235,7 @@ def _without_fields(original: Method) -> Method:
     async def create_decision(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         front, fields = _front(self.engine_client.input_processor), _fields(request.model_extra)
         for key in fields:
-            if front.settings is not None or key in (BUDGET_KEY, POLICY_KEY):
+            if front.settings is not None or key in KEYS:
                 raise _refusal(
                     "endpoint",
                     f"{key} is not taken by this endpoint, whose requests run with the server's "
@@ -390,15 +394,11 @@ class Front:
         """Label of vLLM's own metrics."""
         return str(self.config.model_config.served_model_name)
 
-    def runs_with(self, params: RequestParams) -> str:
-        """The policy that really applies: a budget of 1.0 applies none."""
-        return params.policy if params.active else "none"
-
     def count(self, params: RequestParams) -> None:
         """Counts a request that was taken."""
         from vllm_kvcrush.server import metrics
 
-        metrics.count_request(self.model_name, self.runs_with(params))
+        metrics.count_request(self.model_name, params.label)
 
     def check(
         self, params: Any, prompt_length: int | None = None, named_by: Any = None
@@ -427,7 +427,7 @@ class Front:
                 "unknown_key", "extra_args is not a dictionary of parameters.", "", named_by
             )
         if self.settings is None:
-            for key in (BUDGET_KEY, POLICY_KEY):
+            for key in KEYS:
                 if key in extra_args:
                     raise self._refuse(
                         "inactive",
@@ -440,8 +440,9 @@ class Front:
             return None
         extra_args = {key: v for key, v in extra_args.items() if _is_ours(key)}
         for key in (*vars(named_by).get(_UNKNOWN, ()), *extra_args):
-            if key not in (BUDGET_KEY, POLICY_KEY):
-                message = f"{_name(key)} is not a parameter: kv_policy and kv_budget are."
+            if key not in KEYS:
+                known = f"{', '.join(KEYS[:-1])} and {KEYS[-1]} are"
+                message = f"{_name(key)} is not a parameter: {known}."
                 raise self._refuse("unknown_key", message, key, named_by)
         self._refuse_unreadable(extra_args, named_by)
         block_size = self.config.cache_config.block_size
@@ -458,15 +459,19 @@ class Front:
     def _refuse_unreadable(self, extra_args: Mapping[str, Any], named_by: Any) -> None:
         """Refuses what no policy's name and no number can be, before anything else sees it."""
         assert self.settings is not None
-        for key, what in ((POLICY_KEY, "the name of a policy"), (BUDGET_KEY, "a KV budget")):
+        kinds: dict[str, tuple[Any, str, str, str]] = {
+            POLICY_KEY: (str | Mapping, "policy", "a policy", repr(self.settings.policy)),
+            BUDGET_KEY: (str | int | float | None, "budget", "a KV budget", "0.25"),
+            SPANS_KEY: (str | list | tuple, "spans", "a list of token ranges", "[[0, 64]]"),
+            PROTECT_KEY: (str | list | tuple, "spans", "a list of token ranges", "[[0, 64]]"),
+        }
+        for key, (kind, reason, what, example) in kinds.items():
             value = extra_args.get(key)
-            readable = str | int | float | None if key == BUDGET_KEY else str
-            if key not in extra_args or (isinstance(value, readable) and _short(value)):
+            most = _QUOTED if key == BUDGET_KEY else MAX_LENGTH * (1 + 4 * (reason == "spans"))
+            if key not in extra_args or (isinstance(value, kind) and _short(value, most)):
                 continue
             if key == POLICY_KEY and isinstance(value, str) and value in self.settings.allow:
                 continue  # however long its author made it
-            example = "0.25" if key == BUDGET_KEY else repr(self.settings.policy)
-            reason = "policy" if key == POLICY_KEY else "budget"
             message = f"{key}={_quoted(value)} is not {what}: give for example {example}."
             raise self._refuse(reason, message, key, named_by)
 
@@ -519,11 +524,11 @@ class Front:
         return _refusal(reason, message, name, self.model_name)
 
 
-def _short(value: Any) -> bool:
+def _short(value: Any, most: int = _QUOTED) -> bool:
     # An int of more than 4,300 digits cannot even be printed.
     if isinstance(value, int):
         return abs(value) < 2**63
-    return not isinstance(value, str) or len(value) <= _QUOTED
+    return not isinstance(value, str) or len(value) <= most
 
 
 def _quoted(value: Any) -> str:
@@ -550,12 +555,12 @@ def _reason(
     key: str,
 ) -> str:
     """A stable word for the refusals metric."""
-    if key not in (BUDGET_KEY, POLICY_KEY):
+    if key not in KEYS:
         return "unknown_key"
     try:
         replace(settings, budget_max=None).validate_request(extra_args, block_size, max_model_len)
     except ConfigError:
-        return "policy" if key == POLICY_KEY else "budget"
+        return {POLICY_KEY: "policy", BUDGET_KEY: "budget"}.get(key, "spans")
     return "cap"
 
 

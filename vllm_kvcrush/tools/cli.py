@@ -246,7 +246,8 @@ def _table(
 def _calibrate(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from vllm_kvcrush.codecs.transform import TablesError, calibrate
+    from vllm_kvcrush.codecs.transform import calibrate
+    from vllm_kvcrush.codecs.transform.points import TablesError
 
     try:
         out = Path(args.out) if args.out else calibrate.default_path(args.model)

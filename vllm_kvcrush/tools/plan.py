@@ -128,11 +128,12 @@ def with_page(settings: Settings, path: str, model: Model, block_size: int) -> S
     page = (model.head_size, model.head_size, model.itemsize)
     if not settings.needs_tables and settings.tables is None:
         return replace(settings, page=page)
-    from vllm_kvcrush.codecs import transform
+    from vllm_kvcrush.codecs.transform.points import TablesError
+    from vllm_kvcrush.codecs.transform.tables import model_config
 
     try:
-        described = transform.model_config(paths.model_folder(path))
-    except transform.TablesError as error:
+        described = model_config(paths.model_folder(path))
+    except TablesError as error:
         raise CapacityError(str(error)) from None
     return settings.with_tables(described, page, block_size)[0]
 

@@ -20,18 +20,11 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush import paths
-from vllm_kvcrush.codecs import transform
-from vllm_kvcrush.codecs.transform import (
-    POINTS,
-    SINKS,
-    Model,
-    Point,
-    Rope,
-    Statistics,
-    TablesError,
-    fit,
-    save,
-)
+from vllm_kvcrush.codecs.transform import tables as transform_tables
+from vllm_kvcrush.codecs.transform.fit import Statistics, fit
+from vllm_kvcrush.codecs.transform.points import POINTS, SINKS, Point, TablesError, horizon
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Model, model_config
 
 # Tokens whose keys are studied at once, tokens that then look back at them, and how often.
 CONTEXT, QUESTION, LESSONS = 1536, 512, 4
@@ -76,7 +69,7 @@ class Reader:
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
         folder = _folder(path)
-        self.config = transform.model_config(folder)
+        self.config = model_config(folder)
         self.model = Model.from_config(self.config, folder.resolve().name)
         self.rope = Rope.from_config(self.config)
         self._layers: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
@@ -269,7 +262,7 @@ def bar(iterable: Iterable[Any], label: str) -> Iterable[Any]:
 
 def default_path(path: str | os.PathLike[str]) -> pathlib.Path:
     """Where the tables of a model belong, given its directory or its name. Raises TablesError."""
-    place = transform.default_path(transform.model_config(_folder(path)))
+    place = transform_tables.default_path(model_config(_folder(path)))
     if place is None:
         raise TablesError(
             "there is no home directory to keep tables in: name a file with --out, and give it to "
@@ -329,9 +322,9 @@ def calibrate(
     texts = lessons(tokens)
     read = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     statistics = gather(reader, texts, progress)
-    far = transform.horizon(reader.config)
+    far = horizon(reader.config)
     tables = [
         fit(statistics, point, reader.rope, far) for point in progress(points, "fitting tables")
     ]
-    save(out, reader.model, tables, read)
+    transform_tables.save(out, reader.model, tables, read)
     return reader.model

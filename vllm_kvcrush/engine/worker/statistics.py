@@ -13,7 +13,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
-from vllm_kvcrush.codecs.transform import SINKS, Rope, Statistics, TablesError
+from vllm_kvcrush.codecs.transform.fit import Statistics
+from vllm_kvcrush.codecs.transform.points import SINKS, TablesError
+from vllm_kvcrush.codecs.transform.rope import Rope
 
 # Packages that vLLM requires and whose descriptions are long: English with code and lists in it.
 TEXTS = ("openai", "torch")

@@ -7,7 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.transform import QUAD, Tables, pieces, quantiser
+from vllm_kvcrush.codecs.transform.bits import QUAD, pieces, quantiser
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.cpu.library import HeadTableStruct, PieceStruct, TableStruct
 

@@ -7,7 +7,6 @@ import itertools
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.ops.triton.attention_kernel import attention_kernel, merge_kernel
 from vllm_kvcrush.ops.triton.cache import DTYPES, RUNS, Batch, Layer
 from vllm_kvcrush.ops.triton.config import (
     MERGE_TILE,
@@ -17,6 +16,7 @@ from vllm_kvcrush.ops.triton.config import (
     product_options,
     splits,
 )
+from vllm_kvcrush.ops.triton.kernels.attention import attention_kernel, merge_kernel
 
 
 def tiles_for(layer: Layer, longest: int, fitted: bool = False) -> tuple[Tiles, bool]:

@@ -1,4 +1,5 @@
-"""What the GPU kernels are called with: a layer's cache, a directory, a step's batch, a request.
+"""What the GPU kernels are called with: a layer's cache, a directory, a step's batch, and a
+request's tokens.
 
 Shapes and meanings are those of `vllm_kvcrush.ops.cpu`, so an engine can use either.
 """
@@ -18,7 +19,7 @@ from triton import knobs
 
 from vllm_kvcrush.codecs.layout import CODECS as NUMBERS
 from vllm_kvcrush.codecs.layout import FITTED
-from vllm_kvcrush.ops.triton.fitted import Fitted, LayerTable
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import Fitted, LayerTable
 from vllm_kvcrush.ops.triton.layout import CODECS, Geometry
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -181,19 +182,19 @@ class Directory:
         )
 
     @classmethod
-    def ordered(cls, request: Request) -> Directory:
+    def ordered(cls, source: Source) -> Directory:
         """A request's pages as the directory of a batch of one, without waiting for the device."""
         kinds = len(RUNS)
-        key = request.head * kinds + _rank(request.codec.device)[request.codec.long()]
+        key = source.head * kinds + _rank(source.codec.device)[source.codec.long()]
         order = key.argsort(stable=True)
-        starts = torch.arange(len(request.begin) + 1, device=key.device) * kinds
+        starts = torch.arange(len(source.begin) + 1, device=key.device) * kinds
         bounds = starts[:-1, None] + torch.arange(kinds + 1, device=key.device)
         runs = (key < bounds.unsqueeze(-1)).sum(-1, dtype=torch.int32)
         return cls(
             runs.unsqueeze(0),
-            F.pad(request.page[order], (0, 1)),
-            F.pad(request.count[order], (0, 1)),
-            present=tuple(run in request.runs for run in RUNS),
+            F.pad(source.page[order], (0, 1)),
+            F.pad(source.count[order], (0, 1)),
+            present=tuple(run in source.runs for run in RUNS),
         )
 
 
@@ -222,7 +223,7 @@ class Batch:
 
 
 @dataclass
-class Request:
+class Source:
     """One request's tokens in a layer: its pages in position order, then its tail. Slots are
     numbered per head: tokens of the pages in order, then the tail's.
 
@@ -261,7 +262,7 @@ class Request:
         tail_length: int,
         tail_position: int,
         runs: tuple[str, ...] = RUNS,
-    ) -> Request:
+    ) -> Source:
         """From a directory's first row (begin and end [1, kv_heads] or [kv_heads]), on the tensors'
         device and without waiting for it."""
         begin, end = (x.reshape(-1, begin.shape[-1])[0].int() for x in (begin, end))

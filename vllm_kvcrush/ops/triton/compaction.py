@@ -12,16 +12,16 @@ from torch import Tensor
 from triton import knobs
 
 from vllm_kvcrush.codecs.layout import CODECS, FITTED, GROUP
-from vllm_kvcrush.ops.triton import fitted_ops
-from vllm_kvcrush.ops.triton.cache import Layer, Request
-from vllm_kvcrush.ops.triton.compaction_kernels import encode_kernel, gather_kernel
+from vllm_kvcrush.ops.triton.cache import Layer, Source
+from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
 from vllm_kvcrush.ops.triton.config import encode_tiles, gather_warps
+from vllm_kvcrush.ops.triton.kernels.compaction import encode_kernel, gather_kernel
 
 SLOTS = 32  # of a program that gathers
 
 
 def gather(
-    layer: Layer, source: Request, slots: Tensor, *, values: bool = True, positions: bool = False
+    layer: Layer, source: Source, slots: Tensor, *, values: bool = True, positions: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Keys, values and positions of slots.
 
@@ -41,7 +41,7 @@ def gather(
     for run in dict.fromkeys((*source.runs, "raw")) if count else ():
         if run in FITTED:
             if layer.reads(run):
-                fitted_ops.gather(layer, run, source, slots, key, value, where)
+                fitted_launch.gather(layer, run, source, slots, key, value, where)
             continue
         gather_kernel[(triton.cdiv(count, SLOTS), layer.kv_heads)](
             key, key if value is None else value, key if where is None else where, slots,
@@ -56,7 +56,7 @@ def gather(
 
 
 def encode(
-    layer: Layer, target: Request, key: Tensor, value: Tensor, positions: Tensor | None
+    layer: Layer, target: Source, key: Tensor, value: Tensor, positions: Tensor | None
 ) -> None:
     """Fills pages.
 
@@ -71,7 +71,7 @@ def encode(
         if run in FITTED:
             if layer.reads(run):
                 assert positions is not None
-                fitted_ops.encode(layer, run, target, key, value, positions)
+                fitted_launch.encode(layer, run, target, key, value, positions)
             continue
         groups, parts = triton.cdiv(layer.capacity(run), GROUP), 1 + GROUP // tokens
         encode_kernel[(len(target.page), groups, parts)](
@@ -83,7 +83,7 @@ def encode(
         )  # fmt: skip
 
 
-def compact(layer: Layer, source: Request, slots: Tensor, target: Request) -> None:
+def compact(layer: Layer, source: Source, slots: Tensor, target: Source) -> None:
     """Moves chosen tokens of a request into new pages, decoding and encoding on the way.
 
     All is read before anything is written: targets may be among this layer's sources.
@@ -119,7 +119,7 @@ def stored_positions(read: Tensor) -> Tensor:
     return ((read - steps + part).cummax(1).values - part + steps).int()
 
 
-def _within_tables(read: Tensor, target: Request, limit: int) -> Tensor:
+def _within_tables(read: Tensor, target: Source, limit: int) -> Tensor:
     """`stored_positions`, such that none in a page of a fitted codec is moved beyond `limit`, which
     is what its tables know, unless one was read from there."""
     where = stored_positions(read)
@@ -132,7 +132,7 @@ def _within_tables(read: Tensor, target: Request, limit: int) -> Tensor:
     return torch.where(fitted, where.minimum(most), where).int()
 
 
-def _check_order(target: Request, read: Tensor) -> None:
+def _check_order(target: Source, read: Tensor) -> None:
     columns = (target.head, target.first, target.count, target.codec)
     for head, first, count, codec in zip(*(x.tolist() for x in columns), strict=True):
         own = read[head, first : first + count]

@@ -13,11 +13,11 @@ import triton
 from torch import Tensor
 
 from vllm_kvcrush.codecs.layout import CODECS, FITTED
-from vllm_kvcrush.ops.triton import fitted_ops
 from vllm_kvcrush.ops.triton.attention import attention
-from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Request
+from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Source
+from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
 from vllm_kvcrush.ops.triton.config import SCORES_STAGES, SCORES_WARPS, product_options
-from vllm_kvcrush.ops.triton.scores_kernel import scores_kernel
+from vllm_kvcrush.ops.triton.kernels.scores import scores_kernel
 
 SLOTS = 64  # of a program
 ROWS = 64  # query rows of a product
@@ -25,7 +25,7 @@ ROWS = 64  # query rows of a product
 
 def window_scores(
     layer: Layer,
-    source: Request,
+    source: Source,
     queries: Tensor,
     candidates: int,
     *,
@@ -63,7 +63,7 @@ def window_scores(
     for run in source.runs if len(source.page) else ():
         if run in FITTED:
             if layer.reads(run):
-                fitted_ops.scores(layer, run, source, rows, lse, out, width)
+                fitted_launch.scores(layer, run, source, rows, lse, out, width)
             continue
         launches.append((False, run, (len(source.page), triton.cdiv(layer.capacity(run), SLOTS))))
     for tail, run, grid in launches:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vllm_kvcrush.ops.triton.shift_kernel import shift_kernel
+from vllm_kvcrush.ops.triton.kernels.shift import shift_kernel
 
 ROWS = 1024  # of a pass
 

@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 
 from vllm_kvcrush.ops.triton.cache import Layer
-from vllm_kvcrush.ops.triton.store_kernel import store_kernel
+from vllm_kvcrush.ops.triton.kernels.store import store_kernel
 
 ROWS = 4  # of a program
 

@@ -172,23 +172,32 @@ class CPUCacheLayer:
         """Where the cache is."""
         return self.pages.pool.device
 
-    def request(
-        self, region: Region | None, tail: Tensor, tokens: int, position: int
-    ) -> cpu.Source:
+    def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> cpu.Source:
         """See `state.CacheLayer`, as for all of these."""
         directory = None if region is None else region.directory(self.index)
         return cpu.Source(directory, tail, tokens, position, self.block_size)
 
-    def held(self, request: cpu.Source, tokens: int) -> cpu.LayerKV:
-        return cpu.LayerKV(self.pages, request, tokens)
+    def held(self, source: cpu.Source, tokens: Sequence[int]) -> cpu.LayerKV:
+        return cpu.LayerKV(self.pages, source, max(tokens))
 
-    def positions(self, request: cpu.Source, tokens: int) -> Tensor:
-        return cpu.positions(self.pages, request, tokens)
+    def positions(self, source: cpu.Source, tokens: Sequence[int]) -> Tensor:
+        return cpu.positions(self.pages, source, max(tokens))
 
     def compact(
+        self, source: cpu.Source, slots: Tensor, counts: Sequence[int], target: Region
+    ) -> None:
+        own = (
+            slots if len(set(counts)) == 1 else [s[:n] for s, n in zip(slots, counts, strict=True)]
+        )
+        cpu.compact(self.pages, source, own, target.directory(self.index))
+
+    def fill(
         self,
-        request: cpu.Source,
-        kept: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        counts: Sequence[int],
         target: Region,
     ) -> None:
-        cpu.compact(self.pages, request, kept, target.directory(self.index))
+        directory = target.directory(self.index)
+        cpu.fill(self.pages, keys, values, positions, counts, directory)

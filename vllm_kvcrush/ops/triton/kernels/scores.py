@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
-from vllm_kvcrush.ops.triton.tiles import LOG2E, dot
-from vllm_kvcrush.ops.triton.tokens import keys_of, reads
+from vllm_kvcrush.ops.triton.kernels.tiles import LOG2E, dot
+from vllm_kvcrush.ops.triton.kernels.tokens import keys_of, reads
 
 
 @triton.jit(

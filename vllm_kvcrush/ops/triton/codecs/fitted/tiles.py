@@ -9,8 +9,8 @@ are those of `pages`; `info` points to the FIELDS of one head, the other tables 
 import triton
 import triton.language as tl
 
+from vllm_kvcrush.ops.triton.kernels.tiles import code_steps, dot, exact, interleave
 from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, STEPS
-from vllm_kvcrush.ops.triton.tiles import code_steps, dot, exact, interleave
 
 (
     CAPACITY,

@@ -10,9 +10,9 @@ splits in turn. Everything that depends on lengths is read on the device.
 import triton
 import triton.language as tl
 
+from vllm_kvcrush.ops.triton.codecs.fitted.attention import exceptions_run, fitted_run
 from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
-from vllm_kvcrush.ops.triton.fitted_attention import exceptions_run, fitted_run
-from vllm_kvcrush.ops.triton.pages import (
+from vllm_kvcrush.ops.triton.kernels.pages import (
     int4_key_plane,
     int4_key_words,
     int4_value_words,
@@ -23,7 +23,7 @@ from vllm_kvcrush.ops.triton.pages import (
     raw_values,
     token_scales,
 )
-from vllm_kvcrush.ops.triton.tiles import (
+from vllm_kvcrush.ops.triton.kernels.tiles import (
     LOG2E,
     codes8,
     dot,

@@ -10,7 +10,7 @@ of the page's tokens are left from there. What lies past `n` is read as zero.
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.ops.triton.tiles import grid_plane, rotation_sign
+from vllm_kvcrush.ops.triton.kernels.tiles import grid_plane, rotation_sign
 
 
 @triton.jit

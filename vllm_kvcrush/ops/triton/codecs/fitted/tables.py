@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_kvcrush.codecs import layout
-from vllm_kvcrush.codecs.transform import QUAD, Piece, Tables, pieces
+from vllm_kvcrush.codecs.transform.bits import QUAD, Piece, pieces
+from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, WORD_FIELDS, FittedSection, half_pad
 
@@ -73,7 +74,7 @@ class Fitted:
         fields: int32, rows that `info` points to: word, first bit and mask of each piece; quad,
             weight, mask and first bit of each word's fields.
         inverse: [rows, 2, 2 half], the model's dtype: a key for each piece's components, and what
-            rounding to this dtype left over; channels in the order of `fitted_tiles.fitted_keys`.
+            rounding to this dtype left over; channels in the order of `tiles.fitted_keys`.
         base: float32 [codecs, heads, 2, 2 half], in the same order: what codes of 0 stand for under
             the rounded inverse, and under both of its parts.
         mean: float32 [codecs, heads, 2 half], of keys.

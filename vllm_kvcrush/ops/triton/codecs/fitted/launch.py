@@ -7,16 +7,16 @@ import triton
 from torch import Tensor
 
 from vllm_kvcrush.codecs.layout import CODECS
-from vllm_kvcrush.codecs.transform import quantiser
-from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Request
-from vllm_kvcrush.ops.triton.config import gather_warps, product_options
-from vllm_kvcrush.ops.triton.fitted_kernels import (
+from vllm_kvcrush.codecs.transform.bits import quantiser
+from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Source
+from vllm_kvcrush.ops.triton.codecs.fitted.kernels import (
     fitted_components_kernel,
     fitted_gather_kernel,
     fitted_keys_kernel,
     fitted_scores_kernel,
     fitted_values_kernel,
 )
+from vllm_kvcrush.ops.triton.config import gather_warps, product_options
 from vllm_kvcrush.ops.triton.layout import Geometry
 
 SLOTS = 32  # of a program that gathers or scores
@@ -39,7 +39,7 @@ def scores_options(geometry: Geometry) -> tuple[int, int]:
 
 
 def gather(
-    layer: Layer, codec: str, source: Request, slots: Tensor, key: Tensor, value: Tensor | None,
+    layer: Layer, codec: str, source: Source, slots: Tensor, key: Tensor, value: Tensor | None,
     position: Tensor | None,
 ) -> None:  # fmt: skip
     """The part of `compaction.gather` that lies in pages of one fitted codec."""
@@ -59,7 +59,7 @@ def gather(
 
 
 def scores(
-    layer: Layer, codec: str, source: Request, rows: Tensor, lse: Tensor, out: Tensor, width: int
+    layer: Layer, codec: str, source: Source, rows: Tensor, lse: Tensor, out: Tensor, width: int
 ) -> None:
     """The part of `scores.window_scores` that lies in pages of one fitted codec; `width`: query
     rows of a product."""
@@ -79,7 +79,7 @@ def scores(
 
 
 def encode(
-    layer: Layer, codec: str, target: Request, key: Tensor, value: Tensor, positions: Tensor
+    layer: Layer, codec: str, target: Source, key: Tensor, value: Tensor, positions: Tensor
 ) -> None:
     """The part of `compaction.encode` that goes into pages of one fitted codec."""
     fitted, geometry, device = layer.fitted, layer.geometry, key.device

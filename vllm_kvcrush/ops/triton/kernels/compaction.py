@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 
 from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
-from vllm_kvcrush.ops.triton.layout import NEVER
-from vllm_kvcrush.ops.triton.tiles import hadamard, rotation_sign
-from vllm_kvcrush.ops.triton.tokens import (
+from vllm_kvcrush.ops.triton.kernels.tiles import hadamard, rotation_sign
+from vllm_kvcrush.ops.triton.kernels.tokens import (
     INT4,
     INT8,
     RAW,
@@ -22,6 +21,7 @@ from vllm_kvcrush.ops.triton.tokens import (
     reads,
     values_of,
 )
+from vllm_kvcrush.ops.triton.layout import NEVER
 
 NO_STEP = tl.constexpr(NEVER)
 HALF_MAX = tl.constexpr(65504.0)

@@ -5,9 +5,9 @@
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.ops.triton import fitted_tiles as tiles
-from vllm_kvcrush.ops.triton.fitted_tiles import CAPACITY, EXCEPTIONS, ROW, V_BITS, WORDS
-from vllm_kvcrush.ops.triton.tiles import LOG2E, codes8, dot, softmax_step
+from vllm_kvcrush.ops.triton.codecs.fitted import tiles
+from vllm_kvcrush.ops.triton.codecs.fitted.tiles import CAPACITY, EXCEPTIONS, ROW, V_BITS, WORDS
+from vllm_kvcrush.ops.triton.kernels.tiles import LOG2E, codes8, dot, softmax_step
 
 
 @triton.jit

@@ -9,19 +9,10 @@ A launch has one codec, and one number of bits for values; programs that find an
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.codecs.transform import SINKS
-from vllm_kvcrush.ops.triton import fitted_tiles as tiles
-from vllm_kvcrush.ops.triton.compaction_kernels import (
-    NO_STEP,
-    inverse,
-    locate,
-    rotate,
-    rounded,
-    to_half,
-)
-from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
-from vllm_kvcrush.ops.triton.fitted_tiles import BITS as BITS_AT
-from vllm_kvcrush.ops.triton.fitted_tiles import (
+from vllm_kvcrush.codecs.transform.points import SINKS
+from vllm_kvcrush.ops.triton.codecs.fitted import tiles
+from vllm_kvcrush.ops.triton.codecs.fitted.tiles import BITS as BITS_AT
+from vllm_kvcrush.ops.triton.codecs.fitted.tiles import (
     ENCODE,
     ROW,
     SLOTS,
@@ -34,9 +25,18 @@ from vllm_kvcrush.ops.triton.fitted_tiles import (
     X_V,
     V,
 )
-from vllm_kvcrush.ops.triton.fitted_tiles import POSITIONS as POSITIONS_AT
-from vllm_kvcrush.ops.triton.pages import plane_signs
-from vllm_kvcrush.ops.triton.tiles import (
+from vllm_kvcrush.ops.triton.codecs.fitted.tiles import POSITIONS as POSITIONS_AT
+from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
+from vllm_kvcrush.ops.triton.kernels.compaction import (
+    NO_STEP,
+    inverse,
+    locate,
+    rotate,
+    rounded,
+    to_half,
+)
+from vllm_kvcrush.ops.triton.kernels.pages import plane_signs
+from vllm_kvcrush.ops.triton.kernels.tiles import (
     LOG2E,
     codes8,
     dot,
@@ -44,7 +44,7 @@ from vllm_kvcrush.ops.triton.tiles import (
     planes_hadamard,
     rotation_sign,
 )
-from vllm_kvcrush.ops.triton.tokens import STEP_COUNT
+from vllm_kvcrush.ops.triton.kernels.tokens import STEP_COUNT
 
 FIRST = tl.constexpr(SINKS)
 

@@ -5,7 +5,7 @@ kernels that read or write pages of any codec are compiled once for each, `CODEC
 are launched that a request may need; a program that finds no token of its codec leaves at once.
 
 A new codec needs its number here and a branch in `reads` (if it is not the plain one), `keys_of`,
-`values_of` and `positions_of`, one in `compaction_kernels.encode_kernel`, and its name in
+`values_of` and `positions_of`, one in `compaction.encode_kernel`, and its name in
 `cache.RUNS`.
 
 `raw`, `grid`, `half`, `words` and `wide` are the pool as the model's dtype, that of int4's grids,
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 
 from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.ops.triton.kernels.pages import plane_signs
+from vllm_kvcrush.ops.triton.kernels.tiles import codes8, half_steps, interleave, planes_hadamard
 from vllm_kvcrush.ops.triton.layout import STEPS
-from vllm_kvcrush.ops.triton.pages import plane_signs
-from vllm_kvcrush.ops.triton.tiles import codes8, half_steps, interleave, planes_hadamard
 
 RAW, EXACT = tl.constexpr(CODECS["raw"]), tl.constexpr(CODECS["exact"])
 INT8, INT4 = tl.constexpr(CODECS["int8"]), tl.constexpr(CODECS["int4"])

@@ -1,0 +1,137 @@
+"""Statistics of a model's keys and queries, and the transform tables fitted to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs.transform.bits import MAX_BITS, head_bits, pooled_bits
+from vllm_kvcrush.codecs.transform.points import Point, even_value_bits, even_words
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import Tables
+
+# Energy that every direction of the queries has at least, as a share of the mean: calibration saw
+# only some of the queries that will come.
+RIDGE = 1e-3
+
+
+@dataclass
+class Statistics:
+    """Moments of a model's keys and queries before RoPE, float64.
+
+    Attributes:
+        key_mean: [L, H, D].
+        key_second: [L, H, D, D], E[k kᵀ].
+        query_second: [L, H, D, D], E[q qᵀ] summed over the query heads of a KV head.
+        key_gradient: [L, H, D, D], E[g gᵀ] of the gradient g that a key has of the log-likelihood
+            of text that comes after it; None where nobody took it.
+        value_gradient: [L, H], E[|g|² |v|²] of values' gradients, likewise.
+    """
+
+    key_mean: Tensor
+    key_second: Tensor
+    query_second: Tensor
+    key_gradient: Tensor | None = None
+    value_gradient: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        keys: Tensor,
+        queries: Tensor,
+        gradients: Tensor | None = None,
+        values: tuple[Tensor, Tensor] | None = None,
+    ) -> Statistics:
+        """From keys [L, H, n, D], their gradients and queries [L, Hq, m, D], all without RoPE;
+        and values with their gradients, [L, H, n, Dv] each."""
+        k = keys.double()
+        layers, heads, n, size = k.shape
+        q = queries.double().reshape(layers, heads, -1, size)
+        g = gradients.double() if gradients is not None else None
+        return cls(
+            k.mean(2),
+            k.mT @ k / n,
+            q.mT @ q / queries.shape[2],
+            g.mT @ g / n if g is not None else None,
+            values[0].double().square().sum(-1).mul(values[1].double().square().sum(-1)).mean(-1)
+            if values is not None
+            else None,
+        )
+
+    def merged(self, other: Statistics, mine: int, others: int) -> Statistics:
+        """Of `mine` tokens here and `others` there together."""
+        share = others / (mine + others)
+        both = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Statistics(
+            *(torch.lerp(a, b, share) if a is not None else None for a, b in both)  # type: ignore[arg-type]
+        )
+
+
+def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root of a symmetric positive matrix [..., D, D] and its inverse. Directions with
+    next to no energy count as having a little, so that neither is infinite."""
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp(min=0)
+    floor = RIDGE * values.mean(-1, keepdim=True) + torch.finfo(torch.float64).tiny
+    root = (values + floor).sqrt()[..., None, :]
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def fit(
+    statistics: Statistics,
+    point: Point,
+    rope: Rope,
+    horizon: int,
+    most: int = MAX_BITS,
+    even: bool = False,
+) -> Tables:
+    """Makes the tables of a point.
+
+    The transform is the Karhunen-Loeve transform of W(k - mean): of all transforms with these bits
+    it loses least in E[(k - k̂)ᵀ W² (k - k̂)]. W² is what errors of a key cost: to second order in
+    the divergence of the model's output E[g gᵀ], the Fisher information of the key (its gradient g
+    on text that the model is unsure of as the text is); without gradients E[q qᵀ], so that logits
+    lose least, whatever becomes of them. Queries are taken at all distances up to `horizon` from
+    the key, and keys at all positions up to it, or in a strip. With `even`, every head gets
+    `even_words`. Values have `even_value_bits` then, and where there are no gradients.
+    """
+    far = torch.arange(horizon)
+    near = torch.arange(layout.STRIP) if point.local else far
+    mean, second = rope.spread(statistics.key_mean, statistics.key_second, near)
+    if statistics.key_gradient is not None:
+        _, cost = rope.spread(statistics.key_mean, statistics.key_gradient, near)
+        # How much more one head matters than another depends on the text: half of it, in the
+        # logarithm, loses no more, and heads whose pages hold alike waste fewer of them.
+        trust = cost.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
+    else:
+        _, cost = rope.spread(statistics.key_mean, statistics.query_second, far)
+        trust = torch.ones(cost.shape[:2], dtype=torch.float64)
+    weight, back = _root(cost)
+    spread = weight @ (second - mean[..., :, None] * mean[..., None, :]) @ weight
+    variances, vectors = torch.linalg.eigh((spread + spread.mT) / 2)
+    variances, vectors = variances.flip(-1).clamp(min=0), vectors.flip(-1)
+    variances = variances + 1e-9 * variances.mean(-1, keepdim=True)
+    sigma = variances.sqrt()
+    if even:
+        each = 32 * even_words(point, rope.size) / rope.size
+        heads = [pooled_bits(own, each, most) for own in variances.flatten(0, 1)]
+        bits = torch.stack(heads).view(variances.shape)
+    else:
+        bits = pooled_bits(variances / trust[..., None], point.key_bits, most)
+    if even or statistics.value_gradient is None:
+        value_bits = torch.full(bits.shape[:2], even_value_bits(point), dtype=torch.uint8)
+    else:
+        value_bits = head_bits(statistics.value_gradient.sqrt(), point.value_bits)
+    return Tables.of(
+        point,
+        rope,
+        mean,
+        vectors.mT @ weight / sigma[..., :, None],
+        back @ vectors * sigma[..., None, :],
+        variances,
+        bits,
+        value_bits,
+    )

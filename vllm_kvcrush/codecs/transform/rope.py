@@ -1,0 +1,112 @@
+"""Rotary embeddings of positions, and what they do to moments of keys and queries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_kvcrush.codecs.transform.points import TablesError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A rotary embedding that turns channel j with channel j + D/2 (rotate-half).
+
+    Attributes:
+        frequencies: float64 [D/2], radians per position.
+    """
+
+    frequencies: Tensor
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Rope:
+        """From the content of a model's config.json. Raises TablesError for what was not verified
+        against transformers."""
+        settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(settings, Mapping) or any(
+            isinstance(v, Mapping) for v in settings.values()
+        ):
+            raise TablesError(
+                "transform coding does not know rotary embeddings that differ by layer."
+            )
+        settings = {**config, **settings}
+        kind = settings.get("rope_type") or settings.get("type") or "default"
+        if kind not in ("default", "linear", "llama3"):
+            raise TablesError(
+                f"transform coding was not verified with rope_type {kind!r}: use int8 or int4."
+            )
+        if 0 in (settings.get("no_rope_layers") or ()) or settings.get("nope_layer_interval"):
+            raise TablesError(
+                "transform coding does not know layers without rotary embedding: use int8 or int4."
+            )
+        share = settings.get("partial_rotary_factor") or settings.get("rotary_pct") or 1.0
+        theta = settings.get("rope_theta")
+        size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        if theta is None or share != 1.0 or size % 2:
+            raise TablesError(
+                "transform coding needs a rotary embedding that turns all channels of a head "
+                "(rope_theta, no partial_rotary_factor): use int8 or int4."
+            )
+        frequencies = float(theta) ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        if kind != "default":
+            frequencies = _scaled(frequencies, kind, settings)
+        return cls(frequencies)
+
+    @property
+    def size(self) -> int:
+        """D."""
+        return 2 * self.frequencies.numel()
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turns `x` [..., n, D] forward by `positions` [..., n]; negative ones turn back."""
+        angle = positions.to(torch.float64)[..., None] * self.frequencies
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def spread(self, mean: Tensor, second: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Moments of R(p)x for p uniform over `positions`, independent of x.
+
+        Args:
+            mean: [..., D], E[x].
+            second: [..., D, D], E[x xᵀ].
+            positions: [m].
+
+        Returns:
+            E[R(p)x] and E[R(p)x xᵀR(p)ᵀ], float64.
+        """
+        phase = torch.polar(
+            torch.ones(1, dtype=torch.float64),
+            positions.to(torch.float64)[:, None] * self.frequencies,
+        )
+        half = self.size // 2
+        # Pairs as complex numbers z: a turn multiplies z by its phase, so that E[z z̄ᵀ] and E[z zᵀ]
+        # are multiplied by the means of differences and of sums of angles.
+        mean, second = mean.double(), second.double()
+        turned = torch.complex(mean[..., :half], mean[..., half:]) * phase.mean(0)
+        aa, ab = second[..., :half, :half], second[..., :half, half:]
+        ba, bb = second[..., half:, :half], second[..., half:, half:]
+        m = len(positions)
+        hermitian = torch.complex(aa + bb, ba - ab) * (phase.mT @ phase.conj() / m)
+        symmetric = torch.complex(aa - bb, ba + ab) * (phase.mT @ phase / m)
+        plus, minus = hermitian + symmetric, hermitian - symmetric
+        top = torch.cat([plus.real, (symmetric - hermitian).imag], -1)
+        bottom = torch.cat([plus.imag, minus.real], -1)
+        return torch.cat([turned.real, turned.imag], -1), torch.cat([top, bottom], -2) / 2
+
+
+def _scaled(frequencies: Tensor, kind: str, settings: Mapping[str, Any]) -> Tensor:
+    """Frequencies of contexts stretched by "linear" or "llama3" scaling."""
+    slow = frequencies / settings["factor"]
+    if kind == "linear":
+        return slow
+    # Llama 3: long waves are stretched, short ones are not, those between are blended.
+    low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+    turns = settings["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * slow + blend * frequencies

@@ -1,0 +1,338 @@
+"""Transform tables: what they hold, which model they belong to, and their file."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_kvcrush import paths
+from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs.transform.bits import MAX_BITS, quantiser
+from vllm_kvcrush.codecs.transform.points import (
+    POINTS,
+    Point,
+    TablesError,
+    even_value_bits,
+    even_words,
+)
+from vllm_kvcrush.codecs.transform.rope import Rope
+
+FORMAT = "vllm-kvcrush-tables"
+VERSION = 4
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What encoding and decoding at one point needs, float32 unless said otherwise. Components are
+    in units of their codes.
+
+    Attributes:
+        point: the point.
+        rope: the model's rotary embedding.
+        key_mean: [L, H, D], of keys as the point codes them.
+        forward: [L, H, D, D]; row i gives component i of a centred key.
+        inverse: [L, H, D, D], the inverse of `forward`; column i belongs to component i.
+        cost: [L, H, D]: what an error of 1 in a component costs, relative to all others.
+        bits: uint8 [L, H, D], descending, equal within quads.
+        value_bits: uint8 [L, H], of every channel of a value.
+    """
+
+    point: Point
+    rope: Rope
+    key_mean: Tensor
+    forward: Tensor
+    inverse: Tensor
+    cost: Tensor
+    bits: Tensor
+    value_bits: Tensor
+
+    @property
+    def words(self) -> Tensor:
+        """[L, H], 32-bit words of a key's codes."""
+        return self.bits.long().sum(-1) // 32
+
+    def capacity(self, layer: int, head: int, page_bytes: int, value_size: int) -> tuple[int, int]:
+        """Tokens of a page of this head, and how many of them are int8."""
+        words, bits = int(self.words[layer, head]), int(self.value_bits[layer, head])
+        return layout.fitted_capacity(
+            page_bytes, words, bits, self.rope.size, value_size, self.point.exceptions
+        )
+
+    @classmethod
+    def of(
+        cls,
+        point: Point,
+        rope: Rope,
+        mean: Tensor,
+        forward: Tensor,
+        inverse: Tensor,
+        weight: Tensor,
+        bits: Tensor,
+        value_bits: Tensor,
+    ) -> Tables:
+        """From transforms whose components have unit variance; `weight` [L, H, D] is what their
+        squared error costs."""
+        steps = torch.tensor([quantiser(b).step for b in range(MAX_BITS + 1)], dtype=torch.float64)
+        step = steps[bits.long()]
+        return cls(
+            point,
+            rope,
+            mean.float(),
+            (forward / step[..., :, None]).float(),
+            (inverse * step[..., None, :]).float(),
+            (weight * step.square()).float(),
+            bits,
+            value_bits,
+        )
+
+
+def model_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a model's config.json with what its type leaves unsaid, such as the base of
+    its rotary embedding: the same that a server sees. Raises TablesError.
+
+    Args:
+        folder: the model's directory.
+    """
+    path = pathlib.Path(folder, "config.json")
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        written = None
+    if not isinstance(written, dict):
+        raise TablesError(f"{folder} is no model here: it has no config.json that can be read.")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception:  # a type that transformers does not know: what is written must do
+        return written
+    return dict(config.get_text_config().to_dict())
+
+
+@dataclass(frozen=True)
+class Model:
+    """What ties tables to a model.
+
+    Attributes:
+        name: for messages.
+        layers, heads, kv_heads, size, vocabulary: the obvious counts.
+        rope: digest of the rotary embedding.
+    """
+
+    name: str
+    layers: int
+    heads: int
+    kv_heads: int
+    size: int
+    vocabulary: int
+    rope: str
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], name: str = "") -> Model:
+        """From the content of config.json. Raises TablesError."""
+        try:
+            heads = config["num_attention_heads"]
+            rope = Rope.from_config(config)
+            turns = ",".join(f"{f:.6e}" for f in rope.frequencies.tolist())
+            return cls(
+                name or str(config.get("_name_or_path") or config.get("model_type", "")),
+                config["num_hidden_layers"],
+                heads,
+                config.get("num_key_value_heads") or heads,
+                rope.size,
+                config["vocab_size"],
+                hashlib.sha256(turns.encode()).hexdigest()[:16],
+            )
+        except KeyError as missing:
+            raise TablesError(
+                f"the model's configuration has no {missing.args[0]}: transform coding is for text "
+                "models with plain attention."
+            ) from None
+
+    def mismatch(self, other: Model) -> str:
+        """The first field, save the name, in which two models differ; empty if none."""
+        for field in fields(self)[1:]:
+            mine, its = getattr(self, field.name), getattr(other, field.name)
+            if mine != its:
+                return f"{field.name} {mine} instead of {its}"
+        return ""
+
+
+def default_path(config: Mapping[str, Any]) -> pathlib.Path | None:
+    """Where the tables of a model are looked for and written to unless a path is given: a name that
+    the model's shape decides. None where nothing is kept, see `paths.cache_root`. Raises
+    TablesError for a model that transform coding does not fit.
+
+    Args:
+        config: content of the model's config.json.
+    """
+    model = Model.from_config(config)
+    described = json.dumps([getattr(model, f.name) for f in fields(model)[1:]])
+    name = hashlib.sha256(described.encode()).hexdigest()[:16]
+    root = paths.cache_root()
+    return None if root is None else root / "tables" / f"{name}.safetensors"
+
+
+# By codec, `plan.Packing.pages`.
+Packings = dict[str, tuple[tuple[tuple[int, int], ...], ...]]
+
+
+def packings(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    page_bytes: int,
+    value_size: int,
+    ranks: int,
+) -> Packings:
+    """How many tokens the pages of each fitted codec hold that the file has tables for. Raises
+    TablesError.
+
+    Args:
+        path, config: as in `load`.
+        page_bytes: bytes of a page.
+        value_size: head size of values.
+        ranks: tensor-parallel ranks, which share the KV heads out.
+    """
+    found = {}
+    for codec in layout.FITTED:
+        tables = load(path, config, codec)
+        size = tables.rope.size
+        widths = torch.stack([tables.words, tables.value_bits.long()], -1)
+        found[codec] = _packing(tables.point, widths, page_bytes, size, value_size, ranks)
+    return found
+
+
+def even_packings(
+    config: Mapping[str, Any], page_bytes: int, value_size: int, ranks: int
+) -> Packings:
+    """The same of a model without a file, whose heads all have `even_words`."""
+    model = Model.from_config(config)
+    found = {}
+    for point in POINTS:
+        own = torch.tensor([even_words(point, model.size), even_value_bits(point)])
+        widths = own.expand(model.layers, model.kv_heads, 2)
+        found[point.name] = _packing(point, widths, page_bytes, model.size, value_size, ranks)
+    return found
+
+
+def _packing(
+    point: Point, widths: Tensor, page_bytes: int, size: int, value_size: int, ranks: int
+) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """`widths` are a head's words of a key and bits of a value's channel, [L, H, 2]."""
+    heads = widths.shape[1] // ranks
+    if heads * ranks != widths.shape[1]:
+        raise TablesError(
+            f"{widths.shape[1]} KV heads do not divide over {ranks} ranks: use int8 or int4."
+        )
+
+    @functools.cache
+    def room(words: int, bits: int) -> int:
+        return layout.fitted_capacity(page_bytes, words, bits, size, value_size, point.exceptions)[
+            0
+        ]
+
+    rooms = [
+        [room(*own) for own in widths[:, r * heads : (r + 1) * heads].flatten(0, 1).tolist()]
+        for r in range(ranks)
+    ]
+    if not all(map(all, rooms)):
+        raise TablesError(
+            f"a page of {page_bytes} bytes is too small for {point.name}: use a larger "
+            "--block-size."
+        )
+    return tuple(tuple(sorted(Counter(own).items())) for own in rooms)
+
+
+_TENSORS = ("key_mean", "forward", "inverse", "cost", "bits", "value_bits")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(path: str | os.PathLike[str], model: Model, tables: Sequence[Tables], text: str) -> None:
+    """Writes tables of several points to one file. `text` is the digest of what they were
+    calibrated on."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        f"{t.point.name}.{name}": getattr(t, name).contiguous() for t in tables for name in _TENSORS
+    }
+    about = {
+        "version": VERSION,
+        "model": asdict(model),
+        "points": [asdict(t.point) for t in tables],
+        "text": text,
+        "sha256": _digest(tensors),
+    }
+    # One entry: safetensors writes several in any order, and equal tables should be equal files.
+    meta = {FORMAT: json.dumps(about)}
+    work = f"{os.fspath(path)}.{os.getpid()}.part"
+    try:
+        save_file(tensors, work, metadata=meta)
+        os.replace(work, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(work)
+
+
+def load(path: str | os.PathLike[str], config: Mapping[str, Any], point: str) -> Tables:
+    """Reads the tables of one point. Raises TablesError, with one sentence, for a file that is
+    missing, damaged, foreign, or made for another model.
+
+    Args:
+        config: content of the model's config.json.
+        point: name of the point, such as "tc8".
+    """
+    from safetensors import SafetensorError, safe_open
+
+    again = "make it anew with `vllm-kvcrush calibrate`"
+    mine = Model.from_config(config)
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+            if about is None:
+                raise TablesError(f"{path} holds no transform tables: {again}.")
+            if about["version"] != VERSION:
+                raise TablesError(
+                    f"{path} has version {about['version']} of the tables, this release reads "
+                    f"{VERSION}: {again}."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            theirs = Model(**about["model"])
+            points = {p["name"]: Point(**p) for p in about["points"]}
+    except FileNotFoundError:
+        raise TablesError(f"{path} does not exist: {again}.") from None
+    except TablesError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        raise TablesError(f"{path} is damaged or no file of tables: {again}.") from None
+    if _digest(tensors) != about["sha256"]:
+        raise TablesError(f"{path} is damaged: {again}.")
+    if difference := theirs.mismatch(mine):
+        raise TablesError(
+            f"{path} was made for {theirs.name or 'another model'} ({difference}): {again} for "
+            "this model."
+        )
+    if point not in points:
+        raise TablesError(
+            f"{path} has no tables for {point}, only for {', '.join(points)}: {again}."
+        )
+    parts = {name: tensors[f"{point}.{name}"] for name in _TENSORS}
+    return Tables(points[point], Rope.from_config(config), **parts)

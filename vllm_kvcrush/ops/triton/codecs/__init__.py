@@ -1,0 +1,1 @@
+"""Codecs on the device, a module each."""
