@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import pathlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -194,6 +195,16 @@ def address(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | No
     if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"a tensor has dtype {tensor.dtype} where {dtype} is needed")
     return tensor.data_ptr()
+
+
+def per_row(numbers: int | Sequence[int] | Tensor, rows: int) -> Tensor:
+    """Returns int64 [rows]: a number of each, of one for all or one for each."""
+    if isinstance(numbers, int):
+        return torch.full((rows,), numbers, dtype=torch.int64)
+    found = torch.as_tensor(numbers, dtype=torch.int64).contiguous()
+    if found.shape != (rows,):
+        raise ValueError(f"{tuple(found.shape)} numbers for {rows} rows")
+    return found
 
 
 def isa() -> str:
