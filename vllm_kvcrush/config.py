@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvcrush import __version__
-from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.plan import Packing, Plan, min_blocks
 from vllm_kvcrush.spec import SpecError, Storage, parse, resolved, storage
 
@@ -83,8 +83,6 @@ def parse_min_tokens(value: Any) -> int:
     return _whole("--kv-min-tokens", value, 0, 2**24)
 
 
-# What stands in for codecs that need tables, where there are none.
-_WITHOUT_TABLES = dict.fromkeys(("tc4", "tc6", "tc8"), "int4")
 MOST_SPANS = 64
 _MOST_POLICIES = 256
 
@@ -549,7 +547,7 @@ class Settings:
             if self.fitted:
                 codecs = tuple(c for c in codecs if self._known(c))
             codecs = tuple(
-                dict.fromkeys(c if self._known(c) else _WITHOUT_TABLES[c] for c in codecs)
+                dict.fromkeys(c if self._known(c) else CODECS[c].stand_in or c for c in codecs)
             )
         if not codecs:
             return ()
@@ -561,10 +559,10 @@ class Settings:
         pairs = [sum(n for _, n in rank) for rank in next(iter(self.fitted.values()), (((0, 1),),))]
         found = []
         for codec in codecs:
-            if codec in layout.FITTED:
+            if CODECS[codec].needs_tables:
                 found.append(Packing(codec, self.fitted[codec]))
             else:
-                room = layout.capacity(codec, page_bytes, k_size, v_size, itemsize)
+                room = CODECS[codec].capacity(page_bytes, k_size, v_size, itemsize)
                 found.append(Packing(codec, tuple(((room, n),) for n in pairs)))
         close = [p for p in found if _packs(p, block_size)]
         return tuple(close or found[-1:])
@@ -622,10 +620,10 @@ class Settings:
         """Whether the policy has codecs that are fitted to a model."""
         if self.policy == NONE:
             return False
-        return any(codec in layout.FITTED for codec in self.storage(self.policy).codecs)
+        return any(CODECS[c].needs_tables for c in self.storage(self.policy).codecs)
 
     def _known(self, codec: str) -> bool:
-        return codec not in layout.FITTED or codec in self.fitted
+        return not CODECS[codec].needs_tables or codec in self.fitted
 
     def _unpackable(self, policy: str, block_size: int) -> str | None:
         """What is wrong with the pages of `policy` in blocks of this size, if anything."""

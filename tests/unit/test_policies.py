@@ -19,7 +19,7 @@ from torch import Tensor
 from tests.pairwise import pairwise
 from tests.unit.views import each, make_view, on, scored, scores_of, slots_of
 from vllm_kvcrush import ops, policies, spec
-from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.policies import Policy, View
 from vllm_kvcrush.policies.fair import Fair
 from vllm_kvcrush.policies.h2o import H2O
@@ -621,7 +621,7 @@ def test_policies_name_codecs_that_pages_have() -> None:
     for name in BUILT_IN:
         stored = spec.storage(spec.parse(name))
         assert stored.codecs == PACKED.get(name, ())
-        assert set(stored.codecs) <= set(layout.CODECS)
+        assert set(stored.codecs) <= set(CODECS)
         # What plans know without torch is what the classes say.
         assert stored.tiers == policies.get(name).tiers == (name == "mikv")
         if name not in spec.ALIASES:

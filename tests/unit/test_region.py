@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.engine.worker.region import Region, joined
 from vllm_kvcrush.plan import cdiv
 
@@ -113,7 +113,7 @@ def test_no_page_is_written_before_it_is_read(layers: list[Pages], data: st.Data
             assert not unread & set(new.page[own].tolist())
             # Tokens and codecs are those of the parts, in their order.
             want = [
-                (CODECS[codec], min(room, int(tokens) - at))
+                (CODECS[codec].number, min(room, int(tokens) - at))
                 for codec, tokens in zip(after.codecs, after.tokens[:, i, head], strict=True)
                 for room in [layers[i].capacity(codec, head)]
                 for at in range(0, int(tokens), room)
