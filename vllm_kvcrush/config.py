@@ -165,7 +165,7 @@ def parse_spans(value: Any, key: str, max_model_len: int) -> Spans:
             raise bad
         numbers = []
         for number in pair:
-            if isinstance(number, str) and number.strip().isdigit() and len(number) < 12:
+            if isinstance(number, str) and number.strip().isdecimal() and len(number) < 12:
                 number = int(number)
             if isinstance(number, bool) or not isinstance(number, int):
                 raise bad
