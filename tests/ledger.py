@@ -178,7 +178,7 @@ class Ledger:
                     own, place = slice(at, at + count), torch.arange(count)
                     assert asked[own].diff().ge(0).all(), "slots of a page out of order"
                     found_at = risen[own]
-                    if int(region.codec[entry]) == CODECS["raw"]:
+                    if int(region.codec[entry]) == CODECS["raw"].number:
                         found_at = torch.full_like(found_at, -1)
                     elif int(region.codec[entry]) in FITTED_NUMBERS:
                         # None runs past what the tables know.
