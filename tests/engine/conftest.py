@@ -63,6 +63,11 @@ class Engine:
                     "config": {
                         "prefill_interval": PREFILL_INTERVAL,
                         "decode_interval": DECODE_INTERVAL,
+                        "clients": {
+                            "adakv": {"floor": [0, 1]},
+                            "keepkv": {"threshold": [-1, 1]},
+                            "kvcrush": {"ratio": [0, 0.5]},
+                        },
                         **config,
                     },
                 }
