@@ -21,6 +21,7 @@ BLOCK = 32
 POOL_BLOCKS = 60
 MAX_MODEL_LEN = 2048
 PREFILL_INTERVAL, DECODE_INTERVAL = 256, 32
+TINY = tiny.Shape(3, 4, 64, vocabulary=49152, positions=MAX_MODEL_LEN)
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -35,14 +36,14 @@ class Engine:
         layers, heads, head_size: sizes of the model; heads are those of its queries.
     """
 
-    def __init__(self, model_path: str):
+    def __init__(self, model_path: str, **config: Any):
         from vllm import LLM
 
         os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
-        config = json.loads(pathlib.Path(model_path, "config.json").read_text())
-        self.layers, self.heads = config["num_hidden_layers"], config["num_attention_heads"]
-        self.head_size = config.get("head_dim") or config["hidden_size"] // self.heads
-        kv_heads, itemsize = config["num_key_value_heads"], 4
+        model = json.loads(pathlib.Path(model_path, "config.json").read_text())
+        self.layers, self.heads = model["num_hidden_layers"], model["num_attention_heads"]
+        self.head_size = model.get("head_dim") or model["hidden_size"] // self.heads
+        kv_heads, itemsize = model["num_key_value_heads"], 4
         block_bytes = self.layers * BLOCK * kv_heads * 2 * self.head_size * itemsize
         self.llm = LLM(
             model_path,
@@ -67,6 +68,7 @@ class Engine:
                             "keepkv": {"threshold": [-1, 1]},
                             "kvcrush": {"ratio": [0, 0.5]},
                         },
+                        **config,
                     },
                 }
             },
@@ -192,9 +194,8 @@ def tiny_model(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str
     from transformers import AutoTokenizer
 
     path = str(tmp_path_factory.mktemp("tiny"))
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    tiny.save_model(path, tiny.Shape(3, 4, 64, len(tokenizer), MAX_MODEL_LEN))
-    tokenizer.save_pretrained(path)
+    tiny.save_model(path, TINY)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(path)
     return path
 
 
@@ -205,8 +206,9 @@ def demo_engine(model_path: str, plain: Plain, tables: dict[str, Any]) -> Engine
 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_model: str) -> Engine:
-    """Its transform tables are made from statistics at start-up."""
-    return Engine(tiny_model)
+    tables = tiny_model + ".safetensors"
+    tiny.save_tables(tiny_model, tables, TINY)
+    return Engine(tiny_model, tables=tables)
 
 
 # For tests of what happens to blocks and requests, whatever the model says.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.conftest import DECODE_INTERVAL, Engine
+from tests.engine.conftest import DECODE_INTERVAL, Engine, on_tiny_model
 from tests.hf_reference import Kept, Reference
 from tests.ledger import Ledger
 from vllm_kvcrush.policies.keepkv import KeepKV
@@ -163,6 +163,7 @@ def test_merging_nothing_is_the_base(engine: Engine, ids: list[int]) -> None:
     assert merged == alone
 
 
+@on_tiny_model
 @pytest.mark.parametrize("policy", ["fair", "fair(kvcrush(h2o, ratio=0.25))@int8"])
 def test_every_span_keeps_its_share(
     engine: Engine, ledger: Ledger, ids: list[int], policy: str
@@ -194,6 +195,7 @@ def test_every_span_keeps_its_share(
             assert abs(got - there * len(own) / candidates) <= 11, (first, end, got)
 
 
+@on_tiny_model
 @pytest.mark.parametrize(
     "policy",
     ["adakv", "adakv@int4", "keepkv(adakv)@int8", "fair(adakv(keepkv))@tc4", "adakv(streaming)"],
@@ -213,6 +215,7 @@ def test_ledgers_of_wrapped_policies(
     engine.assert_idle()
 
 
+@on_tiny_model
 def test_what_a_client_may_not_ask_for(engine: Engine, ids: list[int]) -> None:
     from vllm.exceptions import VLLMValidationError
 
