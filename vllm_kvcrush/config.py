@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvcrush import __version__
-from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.plan import Packing, Plan, min_blocks
-from vllm_kvcrush.spec import SpecError, Storage, parse, storage
+from vllm_kvcrush.spec import SpecError, Storage, parse, resolved, storage
 
 if TYPE_CHECKING:
     from vllm_kvcrush.policies.base import Policy
@@ -50,7 +50,7 @@ def parse_budget(value: Any, key: str) -> float | int:
     """A budget: a fraction `0 < x <= 1` (float, or its string) or a whole number of tokens
     (int > 1, or its string). `1` and `1.0` are the fraction 1.0."""
     allowed = "a fraction in (0, 1] such as 0.25, or a whole number of tokens such as 4096"
-    bad = ConfigError(f"{key}={value!r} is not a KV budget: give {allowed}.", key)
+    bad = ConfigError(f"{key}={_quoted(value)} is not a KV budget: give {allowed}.", key)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise bad
     if isinstance(value, str):
@@ -73,7 +73,7 @@ def _whole(key: str, value: Any, low: int, high: int) -> int:
             value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ConfigError(
-            f"{key}={value!r} is not allowed: give a whole number from {low} to {high}.", key
+            f"{key}={_quoted(value)} is not allowed: give a whole number from {low} to {high}.", key
         )
     return value
 
@@ -83,8 +83,6 @@ def parse_min_tokens(value: Any) -> int:
     return _whole("--kv-min-tokens", value, 0, 2**24)
 
 
-# What stands in for codecs that need tables, where there are none.
-_WITHOUT_TABLES = dict.fromkeys(("tc4", "tc6", "tc8"), "int4")
 MOST_SPANS = 64
 _MOST_POLICIES = 256
 
@@ -152,7 +150,7 @@ def parse_spans(value: Any, key: str, max_model_len: int) -> Spans:
     allowed = (
         f'up to {MOST_SPANS} ascending token ranges such as [[0, 64], [128, 256]] or "0:64,128:256"'
     )
-    bad = ConfigError(f"{key}={value!r} is not a list of token ranges: give {allowed}.", key)
+    bad = ConfigError(f"{key}={_quoted(value)} is not a list of token ranges: give {allowed}.", key)
     given = value
     if isinstance(value, str):
         given = [part.split(":") for part in value.split(",")] if value.strip() else []
@@ -341,7 +339,7 @@ class Settings:
     @property
     def owns_pages(self) -> bool:
         """Whether some allowed policy's regions have other pages than block tables say."""
-        kinds = [storage(parse(name)) for name in self.allow if name != NONE]
+        kinds = [self.storage(name) for name in self.allow if name != NONE]
         return any(kind.codecs or kind.pages for kind in kinds)
 
     def smallest_budget(self, block_size: int, protected: int = 0) -> int:
@@ -374,9 +372,15 @@ class Settings:
         parameter; used before the engine sees the request."""
         args = extra_args or {}
         for key in args:
-            if key.startswith("kv_") and key not in FOREIGN_KEYS.union(KEYS):
+            if (
+                isinstance(key, str)
+                and key.startswith("kv_")
+                and key not in FOREIGN_KEYS.union(KEYS)
+            ):
                 raise ConfigError(
-                    f"{key} is not a parameter: {', '.join(KEYS[:-1])} and {KEYS[-1]} are.", key
+                    f"{_shortened(key)} is not a parameter: {', '.join(KEYS[:-1])} and "
+                    f"{KEYS[-1]} are.",
+                    key,
                 )
         policy = self._served(args.get(POLICY_KEY, self.policy))
         if problem := self._unpackable(policy, block_size):
@@ -391,14 +395,14 @@ class Settings:
         for key in (BUDGET_KEY, SPANS_KEY, PROTECT_KEY):
             if policy == NONE and key in args and (key != BUDGET_KEY or params.budget != 1.0):
                 raise ConfigError(
-                    f"{key}={args[key]!r} has no effect with kv_policy='none': name a "
+                    f"{key}={_quoted(args[key])} has no effect with kv_policy='none': name a "
                     f"kv_policy, one of {', '.join(a for a in self.allow if a != NONE)}.",
                     key,
                 )
         if params.spans and not self._built(policy).uses_spans:
             raise ConfigError(
-                f"{SPANS_KEY} has no effect with kv_policy={policy!r}: name a policy that treats "
-                f"spans each on its own, such as fair({policy.partition('@')[0]}).",
+                f"{SPANS_KEY} has no effect with kv_policy={_quoted(policy)}: name a policy that "
+                f"treats spans each on its own, such as fair({policy.partition('@')[0]}).",
                 SPANS_KEY,
             )
         self._check_budget(params, block_size, max_model_len)
@@ -430,10 +434,7 @@ class Settings:
             return NONE
 
         def refuse(why: str) -> ConfigError:
-            shown = value if isinstance(value, str) else f"{value!r}"
-            return ConfigError(
-                f"kv_policy={_shortened(shown)!r} is not served here: {why}.", POLICY_KEY
-            )
+            return ConfigError(f"kv_policy={_quoted(value)} is not served here: {why}.", POLICY_KEY)
 
         choices = f"choose one of {', '.join(self.allow)}"
         try:
@@ -452,7 +453,7 @@ class Settings:
                     raise refuse(f"{own.name}.{option} is not for clients to set")
                 if not _is_among(given, allowed):
                     raise refuse(f"{own.name}.{option}={given!r} is not {_described(allowed)}")
-        stored = {c for name in self.allow if name != NONE for c in storage(parse(name)).codecs}
+        stored = {c for name in self.allow if name != NONE for c in self.storage(name).codecs}
         for codec in spec.codecs or ():
             if codec not in stored:
                 raise refuse(f"no policy that is stores tokens in {codec}")
@@ -506,7 +507,7 @@ class Settings:
             decode_interval=self.decode_interval,
             min_tokens=self.min_tokens,
             packings=self.packings(params.policy, block_size) if params.active else (),
-            tiers=params.active and storage(parse(params.policy)).tiers,
+            tiers=params.active and self.storage(params.policy).tiers,
             protected=params.protected,
         )
 
@@ -527,10 +528,15 @@ class Settings:
     def _problems(self) -> dict[tuple[Storage, int], bool]:
         return {}
 
+    def storage(self, policy: str) -> Storage:
+        """How the compressed regions of a policy may be stored. Raises ValueError, as
+        `spec.storage` does."""
+        return storage(resolved(parse(policy), self.options))
+
     def packings(self, policy: str, block_size: int) -> tuple[Packing, ...]:
         """How the compressed regions of `policy` may be packed, for `plan.Plan`; empty: raw.
         Computed once for each list of codecs: requests ask for it."""
-        key = storage(parse(policy)), block_size
+        key = self.storage(policy), block_size
         if key not in self._packings:
             self._packings[key] = self._pack(policy, key[0].codecs, block_size)
         return self._packings[key]
@@ -541,7 +547,7 @@ class Settings:
             if self.fitted:
                 codecs = tuple(c for c in codecs if self._known(c))
             codecs = tuple(
-                dict.fromkeys(c if self._known(c) else _WITHOUT_TABLES[c] for c in codecs)
+                dict.fromkeys(c if self._known(c) else CODECS[c].stand_in or c for c in codecs)
             )
         if not codecs:
             return ()
@@ -553,10 +559,10 @@ class Settings:
         pairs = [sum(n for _, n in rank) for rank in next(iter(self.fitted.values()), (((0, 1),),))]
         found = []
         for codec in codecs:
-            if codec in layout.FITTED:
+            if CODECS[codec].needs_tables:
                 found.append(Packing(codec, self.fitted[codec]))
             else:
-                room = layout.capacity(codec, page_bytes, k_size, v_size, itemsize)
+                room = CODECS[codec].capacity(page_bytes, k_size, v_size, itemsize)
                 found.append(Packing(codec, tuple(((room, n),) for n in pairs)))
         close = [p for p in found if _packs(p, block_size)]
         return tuple(close or found[-1:])
@@ -604,7 +610,7 @@ class Settings:
                 key = "--kv-policy-config.tables"
                 raise ConfigError(f"{key}: {error}", key) from None
             # Other policies have something to do without.
-            alone = self.needs_tables and len(storage(parse(self.policy)).codecs) == 1
+            alone = self.needs_tables and len(self.storage(self.policy).codecs) == 1
             if alone or (path is not None and self.needs_tables):
                 raise ConfigError(f"--kv-policy={self.policy}: {error}", "--kv-policy") from None
             return settings, None if path is None else f"Transform tables are not used: {error}"
@@ -614,16 +620,16 @@ class Settings:
         """Whether the policy has codecs that are fitted to a model."""
         if self.policy == NONE:
             return False
-        return any(codec in layout.FITTED for codec in storage(parse(self.policy)).codecs)
+        return any(CODECS[c].needs_tables for c in self.storage(self.policy).codecs)
 
     def _known(self, codec: str) -> bool:
-        return codec not in layout.FITTED or codec in self.fitted
+        return not CODECS[codec].needs_tables or codec in self.fitted
 
     def _unpackable(self, policy: str, block_size: int) -> str | None:
         """What is wrong with the pages of `policy` in blocks of this size, if anything."""
         if policy == NONE or self.page is None:
             return None
-        stored = storage(parse(policy))
+        stored = self.storage(policy)
         missing = [c for c in stored.codecs if not self._known(c)]
         if missing and len(stored.codecs) == 1:
             return (
@@ -719,10 +725,12 @@ def _policy_names(value: Any, key: str, names: tuple[str, ...]) -> tuple[str, ..
 
 def _outer_parts(text: str) -> list[str]:
     """The parts of a text between commas that are in no brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "({[") - (letter in ")}]")
-        if letter == "," and not depth:
+    parts, depth, quoted = [""], 0, False
+    for at, letter in enumerate(text):
+        if letter == '"' and text[max(0, at - 1)] != "\\":
+            quoted = not quoted
+        depth += 0 if quoted else (letter in "({[") - (letter in ")}]")
+        if letter == "," and not depth and not quoted:
             parts.append("")
         else:
             parts[-1] += letter
@@ -748,6 +756,8 @@ def _policy(value: Any, key: str, names: tuple[str, ...]) -> str:
 
 
 def _client_options(value: Any, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    from vllm_kvcrush import policies
+
     key = "--kv-policy-config.clients"
     if value is None:
         return {}
@@ -762,7 +772,14 @@ def _client_options(value: Any, names: tuple[str, ...]) -> dict[str, dict[str, A
             raise ConfigError(
                 f"{key} has no policy {name!r}: choose one of {', '.join(names)}.", key
             )
+        known = policies.options_of(name)
         for option, allowed in options.items():
+            if option not in known or option == "base":
+                settable = ", ".join(o for o in known if o != "base") or "none"
+                raise ConfigError(
+                    f"{key}.{name}.{option} is not an option for clients: {name} has {settable}.",
+                    key,
+                )
             if not isinstance(allowed, list | tuple) or not allowed:
                 raise ConfigError(
                     f"{key}.{name}.{option}={allowed!r} is neither a range [least, most] nor a "
@@ -788,6 +805,14 @@ def _described(allowed: Any) -> str:
     if _is_range(allowed):
         return f"from {allowed[0]} to {allowed[1]}"
     return f"one of {', '.join(map(str, allowed))}"
+
+
+def _quoted(value: Any) -> str:
+    """A value as it is shown to whoever gave it, in bounded length."""
+    try:
+        return _shortened(repr(value))
+    except ValueError:  # numbers of thousands of digits
+        return f"a {type(value).__name__}"
 
 
 def _shortened(text: str) -> str:

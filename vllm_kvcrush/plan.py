@@ -34,7 +34,7 @@ class Packing:
     whichever layer and head needs them, so that heads whose tokens take more bits get more pages.
 
     Args:
-        codec: its name in `pages.CODECS`.
+        codec: its name in `codecs.CODECS`.
         pages: for each tensor-parallel rank, which has the same number of blocks: (tokens that a
             page holds, how many pairs of layer and KV head have such pages), ...
     """

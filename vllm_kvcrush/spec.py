@@ -2,24 +2,25 @@
 
     policy     := selection [ "@" codec { "+" codec } ]
     selection  := name [ "(" [ argument { "," argument } ] ")" ]
-    argument   := selection | option "=" value
+    argument   := [ "base" "=" ] selection | option "=" value
     value      := number | "true" | "false" | "null" | word | quoted string
 
 A selection says which tokens stay, what follows "@" in which codecs the kept ones may be stored:
-`fair(kvcrush(snapkv, ratio=0.25))@int8`. The one argument without "=" is the policy that a wrapper
-wraps. In JSON the same is `{"policy": "fair", "base": {"policy": "kvcrush", "base": "snapkv",
-"ratio": 0.25}, "codecs": ["int8"]}`. Pure: neither torch nor vLLM is imported.
+`fair(kvcrush(snapkv, ratio=0.25))@int8`. The one argument without "=", the first, is the policy
+that a wrapper wraps. In JSON the same is `{"policy": "fair", "base": {"policy": "kvcrush",
+"base": "snapkv", "ratio": 0.25}, "codecs": ["int8"]}`. Pure: neither torch nor vLLM is imported.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 
 MAX_LENGTH = 256
 MAX_DEPTH = 4
@@ -28,7 +29,12 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<word>[A-Za-z_][\w.-]*)|(?P<number>-?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
     r"|(?P<string>\"(?:[^\"\\]|\\.)*\")|(?P<mark>[(),=@+]))"
 )
+_WORD = re.compile(r"[A-Za-z_][\w.-]*")
 _WORDS = {"true": True, "false": False, "null": None}
+
+
+_TOO_LONG = f"is longer than {MAX_LENGTH} characters"
+_TOO_DEEP = f"wraps policies more than {MAX_DEPTH} deep"
 
 
 class SpecError(ValueError):
@@ -43,7 +49,8 @@ class Spec:
         name: as the registry knows it.
         base: the policy that it wraps, or None.
         options: (option, value) pairs, by option.
-        codecs: codecs after "@", those that lose least first; None: what the name stands for.
+        codecs: codecs after "@", those that lose least first; empty: raw pages; None: what the name
+            stands for.
     """
 
     name: str
@@ -55,7 +62,7 @@ class Spec:
         arguments = [] if self.base is None else [str(self.base)]
         arguments += [f"{option}={_shown(value)}" for option, value in self.options]
         text = self.name + (f"({', '.join(arguments)})" if arguments else "")
-        return text if self.codecs is None else f"{text}@{'+'.join(self.codecs)}"
+        return text if self.codecs is None else f"{text}@{'+'.join(self.codecs) or 'raw'}"
 
     @property
     def chain(self) -> Iterator[Spec]:
@@ -73,58 +80,69 @@ def parse(value: Any) -> Spec:
     """
     if isinstance(value, Spec):
         return value
-    if isinstance(value, str):
-        if len(value) > MAX_LENGTH:
-            raise SpecError(f"is longer than {MAX_LENGTH} characters")
-        if not value.lstrip().startswith("{"):
-            return _Reader(value).read()
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise SpecError(f"is not JSON ({error})") from None
-    if not isinstance(value, Mapping):
-        raise SpecError("is not a policy's name")
-    found = _from_json(value, 1)
+    found = _of(value, 1)
     if len(str(found)) > MAX_LENGTH:
-        raise SpecError(f"is longer than {MAX_LENGTH} characters")
+        raise SpecError(_TOO_LONG)
     return found
 
 
-def _from_json(value: Any, depth: int) -> Spec:
-    if depth > MAX_DEPTH:
-        raise SpecError(f"wraps policies more than {MAX_DEPTH} deep")
+def _of(value: Any, depth: int) -> Spec:
+    """A policy in any form, `depth` - 1 others around it."""
     if isinstance(value, str):
-        return replace(_Reader(value).read(depth), codecs=None)
-    if not isinstance(value, Mapping) or not isinstance(value.get("policy"), str):
+        if len(value) > MAX_LENGTH:
+            raise SpecError(_TOO_LONG)
+        if value.lstrip().startswith("{"):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise SpecError(f"is not JSON ({error})") from None
+    if isinstance(value, str):
+        found = _Reader(value).read(depth)
+    elif isinstance(value, Mapping):
+        found = _from_json(value, depth)
+    else:
+        raise SpecError("is not a policy's name")
+    if depth > 1 and found.codecs is not None:
+        raise SpecError("names codecs of a policy inside another: only the outermost has some")
+    return found
+
+
+def _from_json(value: Mapping[Any, Any], depth: int) -> Spec:
+    if depth > MAX_DEPTH:
+        raise SpecError(_TOO_DEEP)
+    if not isinstance(value.get("policy"), str):
         raise SpecError('has no "policy" with a name')
-    name = _Reader(value["policy"]).read()
-    codecs = value.get("codecs")
-    if codecs is not None:
+    if len(value["policy"]) > MAX_LENGTH:
+        raise SpecError(_TOO_LONG)
+    found = _Reader(value["policy"]).read(depth)
+    options = dict(found.options)
+    for option, given in value.items():
+        if option in ("policy", "base", "codecs"):
+            continue
+        if not isinstance(option, str) or not _WORD.fullmatch(option):
+            raise SpecError("has an option that is not a word")
+        if option in options:
+            raise SpecError(f"has the option {option} twice")
+        options[option] = _checked_value(option, given)
+    if value.get("base") is not None:
+        if found.base is not None:
+            raise SpecError("wraps two policies")
+        found = replace(found, base=_of(value["base"], depth + 1))
+    if (codecs := value.get("codecs")) is not None:
+        if found.codecs is not None:
+            raise SpecError("names its codecs twice")
         if not isinstance(codecs, list | tuple) or not codecs:
             raise SpecError('has "codecs" that are not a list of names')
-        codecs = _checked_codecs(codecs)
-        if depth > 1:
-            raise SpecError("names codecs of a policy inside another: only the outermost has some")
-    base = value.get("base")
-    options = dict(name.options)
-    for option, given in value.items():
-        if option not in ("policy", "base", "codecs"):
-            if isinstance(given, Mapping | list):
-                raise SpecError(f"has a value of {option} that is neither a number nor a word")
-            options[str(option)] = given
-    return Spec(
-        name.name,
-        name.base if base is None else _from_json(base, depth + 1),
-        tuple(sorted(options.items())),
-        name.codecs if codecs is None else codecs,
-    )
+        found = replace(found, codecs=_checked_codecs(codecs))
+    return replace(found, options=tuple(sorted(options.items())))
 
 
 def _checked_codecs(codecs: Any) -> tuple[str, ...]:
     for codec in codecs:
-        if codec not in CODECS or codec == "exact":
+        if not isinstance(codec, str) or codec not in CODECS or codec == "exact":
             known = ", ".join(name for name in CODECS if name != "exact")
-            raise SpecError(f"names the codec {codec!r}, which is not one of {known}")
+            named = f" {codec[:20]!r}" if isinstance(codec, str) else ""
+            raise SpecError(f"names the codec{named}, which is not one of {known}")
     if len(set(codecs)) != len(codecs):
         raise SpecError("names a codec twice")
     if "raw" in codecs and len(codecs) > 1:
@@ -132,8 +150,18 @@ def _checked_codecs(codecs: Any) -> tuple[str, ...]:
     return () if tuple(codecs) == ("raw",) else tuple(codecs)
 
 
+def _checked_value(option: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int) and abs(value) < 2**63:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise SpecError(f"has a value of {option} that is neither a number nor a word")
+
+
 def _shown(value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", value) and value not in _WORDS:
+    if isinstance(value, str) and _WORD.fullmatch(value) and value not in _WORDS:
         return value
     return json.dumps(value)
 
@@ -169,7 +197,7 @@ class _Reader:
 
     def _selection(self, depth: int) -> Spec:
         if depth > MAX_DEPTH:
-            raise SpecError(f"wraps policies more than {MAX_DEPTH} deep")
+            raise SpecError(_TOO_DEEP)
         name = self._expect("word", "a policy's name")
         base: Spec | None = None
         options: dict[str, Any] = {}
@@ -180,16 +208,22 @@ class _Reader:
                 if self._at + 1 < len(self._tokens) and self._tokens[self._at + 1][1] == "=":
                     option = self._expect("word", "an option")
                     self._expect_mark("=")
-                    if option in options:
+                    if option == "base" and base is None:
+                        base = self._selection(depth + 1)
+                    elif option == "base":
+                        raise SpecError("wraps two policies")
+                    elif option in options:
                         raise SpecError(f"has the option {option} twice")
-                    options[option] = self._value()
+                    else:
+                        options[option] = _checked_value(option, self._value(option))
                 elif base is None and not options:
                     base = self._selection(depth + 1)
                 else:
+                    self._expect("word", "an argument")
                     raise SpecError("wraps two policies, or has one after an option")
         return Spec(name, base, tuple(sorted(options.items())))
 
-    def _value(self) -> Any:
+    def _value(self, option: str) -> Any:
         kind, text = self._tokens[self._at] if self._at < len(self._tokens) else ("", "")
         self._at += 1
         if kind == "number":
@@ -197,8 +231,11 @@ class _Reader:
         if kind == "word":
             return _WORDS.get(text, text)
         if kind == "string":
-            return json.loads(text)
-        raise SpecError("has an option without a value")
+            try:
+                return json.loads(text)
+            except ValueError:
+                raise SpecError(f"has a value of {option} that is not a JSON string") from None
+        raise SpecError(f"has the option {option} without a value")
 
     def _take(self, mark: str) -> bool:
         if self._at < len(self._tokens) and self._tokens[self._at] == ("mark", mark):
@@ -268,3 +305,19 @@ def storage(spec: Spec) -> Storage:
     if spec.codecs is not None:
         own = replace(own, codecs=spec.codecs)
     return own
+
+
+def resolved(spec: Spec, defaults: Mapping[str, Mapping[str, Any]] | None, depth: int = 1) -> Spec:
+    """Returns the policy with the bases that the server's options, by policy, name where it names
+    none itself.
+
+    Raises:
+        SpecError: such a base cannot be read, or policies would wrap each other without end.
+    """
+    if depth > MAX_DEPTH:
+        raise SpecError(_TOO_DEEP)
+    base = spec.base
+    if base is None:
+        given = ((defaults or {}).get(spec.name) or {}).get("base")
+        base = None if given is None else _of(given, 2)
+    return spec if base is None else replace(spec, base=resolved(base, defaults, depth + 1))

@@ -1,5 +1,5 @@
-"""Page contents that the study compares: each turns a cache into what its pages would give back,
-and counts their bytes."""
+"""The page contents that the study compares: each turns a cache into what its pages would give
+back, and counts their bytes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.codecs.model import Cache, Coded
-from vllm_kvcrush.codecs import layout
-from vllm_kvcrush.codecs import reference as pages_reference
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.codecs.transform.points import SINKS
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.codecs.transform.tables import Tables
+from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 from vllm_kvcrush.plan import Packing
 
 DIRECTORY = 7  # bytes of a page in its request's directory
@@ -101,8 +100,7 @@ def flat(codec: str) -> Encode:
         rooms = {
             (block, itemsize): torch.full(
                 (layers, heads),
-                layout.capacity(
-                    codec,
+                CODECS[codec].capacity(
                     _page_bytes(cache, block, itemsize),
                     size,
                     cache.values.shape[-1],
@@ -114,7 +112,7 @@ def flat(codec: str) -> Encode:
 
         def kept(layer: int, head: int, here: slice) -> tuple[Tensor, Tensor]:
             k, v = cache.keys[layer, head, here], cache.values[layer, head, here]
-            return pages_reference.kept(codec, k, v, cache.keys.dtype)
+            return CODECS[codec].kept(k, v, cache.keys.dtype)
 
         keys, values = _by_page(cache, rooms[setting.sizes[0]], kept)
         return Coded(keys, values, {at: _bytes(cache, at, r, n) for at, r in rooms.items()})
@@ -141,15 +139,9 @@ def _fitted(cache: Cache, tables: Tables, setting: Setting, tokens: int) -> Code
     first = setting.sizes[0]
 
     def kept(layer: int, head: int, here: slice) -> tuple[Tensor, Tensor]:
-        return pages_reference.kept_fitted(
-            cache.keys[layer, head, here],
-            cache.values[layer, head, here],
-            cache.positions[here],
-            tables,
-            layer,
-            head,
-            int(exact[first][layer, head]),
-        )
+        own = HeadTables(tables, layer, head, int(exact[first][layer, head]))
+        k, v = cache.keys[layer, head, here], cache.values[layer, head, here]
+        return CODECS[tables.point.name].kept(k, v, k.dtype, cache.positions[here], own)
 
     keys, values = _by_page(cache, rooms[first], kept)
     return Coded(keys, values, {at: _bytes(cache, at, r, tokens) for at, r in rooms.items()})

@@ -17,7 +17,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_kvcrush.codecs.layout import CODECS, FITTED
+from benchmarks.gpu.model import BLOCK_SIZE
+from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.codecs.transform.bits import quantiser
 from vllm_kvcrush.codecs.transform.points import POINTS
 from vllm_kvcrush.ops.triton.codecs.fitted import kernels as fitted_kernels
@@ -47,7 +48,6 @@ TARGETS = {
 }
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 PRODUCTS = ("decode", "prefill", "scores")  # kernels that multiply matrices
-BLOCK_SIZE = 128  # tokens of a raw page
 PLAIN = ("int4", "int8", "raw")
 # Pointers whose type is not the model's dtype.
 POINTERS = {
@@ -184,21 +184,21 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     for codec in PLAIN:
         yield Build(
             "gather", codec, *same, compaction_kernels.gather_kernel,
-            constants | {"CODEC": CODECS[codec]}, warps, 3, scratch,
+            constants | {"CODEC": CODECS[codec].number}, warps, 3, scratch,
         )  # fmt: skip
     tokens, encode_warps = encode_tiles(geometry.k_pad, geometry.v_pad)
     constants = {"T": 64, "V": tokens, "POSITIONS": True, "G": geometry}
     for codec in PLAIN:
         yield Build(
             "encode", codec, *same, compaction_kernels.encode_kernel,
-            constants | {"CODEC": CODECS[codec]}, encode_warps, 3, scratch,
+            constants | {"CODEC": CODECS[codec].number}, encode_warps, 3, scratch,
         )  # fmt: skip
     constants = {"T": 64, "W": 32, "GROUP": group, "HEADS": 8 * group}
     constants |= {"DTYPE": DTYPES[dtype], "G": geometry}
     for codec in PLAIN:
         yield Build(
             "scores", codec, *same, scores_kernels.scores_kernel,
-            constants | {"TAIL": codec == "raw", "CODEC": CODECS[codec]},
+            constants | {"TAIL": codec == "raw", "CODEC": CODECS[codec].number},
             SCORES_WARPS, SCORES_STAGES, {"out": "*fp32", "tail_length": "i32"},
         )  # fmt: skip
 
@@ -209,7 +209,7 @@ def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
     same = (size, group, dtype)
     for codec, loop in LOOPS.items():
         warps = fitted_launch.warps(geometry)
-        pages = {"CODEC": CODECS[codec], "G": geometry}
+        pages = {"CODEC": CODECS[codec].number, "G": geometry}
         keys = {"LOCAL": loop.local, "DTYPE": DTYPES[dtype]}
         yield Build(
             "gather", codec, *same, fitted_kernels.fitted_gather_kernel,

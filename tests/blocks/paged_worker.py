@@ -110,8 +110,8 @@ class Row:
 
 
 class PagedWorker:
-    """Does with a `SchedulerOutput` what `engine/worker/runner_v1.py` does, in its order, and asserts that
-    it may."""
+    """Does with a `SchedulerOutput` what `engine/worker/runner_v1.py` does, in its order, and
+    asserts that it may."""
 
     def __init__(self, num_blocks: int, block_size: int, settings: Settings, seed: int) -> None:
         self.block_size = block_size

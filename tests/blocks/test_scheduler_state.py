@@ -42,7 +42,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushSpec
 from vllm_kvcrush.engine.commands import Compact
@@ -173,7 +173,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         **config: int,
     ) -> None:
         # Without tables auto takes other codecs, and the fitted policies do not start.
-        policy = policy if tables or policy not in layout.FITTED else "auto"
+        policy = policy if tables or policy not in FITTED else "auto"
         self.settings = Settings.from_dict(
             {
                 "policy": policy,
@@ -242,7 +242,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         copies: int,
     ) -> None:
         extra: dict[str, Any] = {}
-        if policy in layout.FITTED and not self.settings.fitted:
+        if policy in FITTED and not self.settings.fitted:
             policy = "auto"
         if policy is not None:
             extra["kv_policy"] = policy

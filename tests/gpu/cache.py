@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu import oracle
-from vllm_kvcrush.codecs import reference
-from vllm_kvcrush.codecs.layout import CODECS, FITTED
+from vllm_kvcrush.codecs import CODECS, FITTED, reference
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
 from vllm_kvcrush.codecs.transform.points import POINTS
 from vllm_kvcrush.codecs.transform.reference import origins
@@ -149,7 +148,7 @@ class Cache:
                 where = (at + torch.randint(1, 9, (count,)).cumsum(0)).int()
                 at += 9 * count
                 page = self.page()
-                self.entries.append((page, count, CODECS[codec]))
+                self.entries.append((page, count, CODECS[codec].number))
                 k_kept, v_kept = self.fill(
                     page, codec, key, value, None if codec == "raw" else where, head
                 )

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush import ops, policies
-from vllm_kvcrush.codecs import layout, reference
+from vllm_kvcrush.codecs import CODECS, FITTED, layout, reference
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
-from vllm_kvcrush.codecs.transform.points import Point
+from vllm_kvcrush.codecs.transform.points import OperatingPoint
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.codecs.transform.tables import Tables
+from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import reference as oracle
 from vllm_kvcrush.ops.angles import Angles
+from vllm_kvcrush.ops.cpu import library
 from vllm_kvcrush.ops.cpu.library import LIBRARY
 from vllm_kvcrush.ops.cpu.tables import LayerTable
+from vllm_kvcrush.policies.choice import scored
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Query heads of a KV head, K and V head size.
@@ -73,7 +75,7 @@ def draw() -> random.Random:
 def same_positions(codec: str, got: Tensor | None, want: Tensor) -> bool:
     """Fitted pages know where strips begin, and take the other tokens for neighbours."""
     assert got is not None and got.shape == want.shape
-    if codec in layout.FITTED:
+    if codec in FITTED:
         starts = torch.arange(len(want)) // layout.STRIP * layout.STRIP
         want = want[starts] + torch.arange(len(want)) % layout.STRIP
     return torch.equal(got.long(), want.long())
@@ -88,7 +90,7 @@ def random_tables(name: str, layers: int, heads: int, k_size: int, v_size: int) 
     queries = torch.randn(layers, 2 * heads, 300, k_size)
     moments = Statistics.of(keys, queries)
     bits = {"tc4": (3.25, 4), "tc6": (2.0, 3), "tc8": (1.5, 2)}[name]
-    point = Point(name, name != "tc4", *bits, 0.02)
+    point = OperatingPoint(name, name != "tc4", *bits, 0.02)
     return fit(moments, point, rope, 512)
 
 
@@ -118,9 +120,7 @@ class Cache:
         pool = torch.full((size + 64,), 255, dtype=torch.uint8)
         start = -pool.data_ptr() % 64
         self.pool = pool[start : start + size]
-        self.tables = {
-            name: random_tables(name, 1, kv_heads, k_size, v_size) for name in layout.FITTED
-        }
+        self.tables = {name: random_tables(name, 1, kv_heads, k_size, v_size) for name in FITTED}
         angles = Angles(self.tables["tc8"].rope, 1 << 19)
         self.layer = cpu.Layer(
             self.pool,
@@ -157,12 +157,13 @@ class Cache:
         self, codec: str, key: Tensor, value: Tensor, where: Tensor | None, head: int = 0
     ) -> tuple[Tensor, Tensor]:
         """What the oracle says that a page gives back."""
-        if codec not in layout.FITTED:
-            return reference.kept(codec, key, value, self.dtype)
-        assert where is not None
-        tables, layer = self.tables[codec], self.layer
-        _, exceptions = tables.capacity(0, head, layer.page_bytes, layer.v_size)
-        return reference.kept_fitted(key, value, where.long(), tables, 0, head, exceptions)
+        own, layer = None, self.layer
+        if CODECS[codec].needs_tables:
+            tables = self.tables[codec]
+            _, exceptions = tables.capacity(0, head, layer.page_bytes, layer.v_size)
+            own = HeadTables(tables, 0, head, exceptions)
+        positions = None if where is None else where.long()
+        return CODECS[codec].kept(key, value, self.dtype, positions, own)
 
     def page(self) -> int:
         """Any unused page: compressed pages may come from anywhere in their block."""
@@ -202,7 +203,7 @@ class Cache:
                 page = self.page()
                 raw = codec == "raw"
                 cpu.encode(layer, codec, page, key, value, None if raw else where, head)
-                self.entries.append((page, count, layout.CODECS[codec]))
+                self.entries.append((page, count, CODECS[codec].number))
                 k_kept, v_kept, stands = cpu.decode(layer, codec, page, count, head)
                 k_parts.append(k_kept.double())
                 v_parts.append(v_kept.double())
@@ -355,7 +356,7 @@ def test_log_bias(isa: str, draw: random.Random, group: int) -> None:
     cache.check([1, 7], TOLERANCE["mixed"], bias=True)
 
 
-@pytest.mark.parametrize("codec", list(layout.CODECS))
+@pytest.mark.parametrize("codec", list(CODECS))
 def test_long_sequences_are_split_and_merged(isa: str, draw: random.Random, codec: str) -> None:
     cache = Cache(draw, 3, 64, 64, block_size=128, blocks=80)
     cache.put([codec] * 14, 1030)
@@ -397,7 +398,7 @@ def test_a_whole_page_that_stays_is_copied(isa: str, draw: random.Random) -> Non
         for page, count, codec in own:
             staying += [(len(entries), page)] * (count > 0)
             entries.append((cache.page(), count, codec))
-        entries.append((cache.page(), 30, layout.CODECS["int8"]))
+        entries.append((cache.page(), 30, CODECS["int8"].number))
         end.append(len(entries))
     page, count, codec = (list(x) for x in zip(*entries, strict=True))
     made = cpu.Directory(
@@ -459,7 +460,7 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
     value[0] = 0
     cpu.encode(layer, codec, 0, key, value, torch.arange(n, dtype=torch.int32))
     key, value, _ = cpu.decode(layer, codec, 0, n)
-    cache.entries, cache.begin, cache.end = [(0, n, layout.CODECS[codec])], [[0]], [[1]]
+    cache.entries, cache.begin, cache.end = [(0, n, CODECS[codec].number)], [[0]], [[1]]
     cache.tails, cache.lengths = [[]], [0]
     out = torch.full((1, 1, 64), torch.nan)
     cpu.attention(layer, cache.batch([1]), query, out)
@@ -472,7 +473,7 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
 # -- what codecs keep -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", list(layout.CODECS))
+@pytest.mark.parametrize("codec", list(CODECS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("k_size", "v_size"), [(64, 64), (80, 112), (8, 24), (256, 128)])
 def test_pages_keep_what_their_codec_says(
@@ -524,7 +525,7 @@ def test_extreme_values_do_not_break_a_page(isa: str, draw: random.Random, codec
     where = torch.arange(n, dtype=torch.int32)
     cpu.encode(cache.layer, codec, 0, key, value, where)
     got_k, got_v, _ = cpu.decode(cache.layer, codec, 0, n)
-    want_k, want_v = reference.kept(codec, key, value, torch.float32)
+    want_k, want_v = CODECS[codec].kept(key, value, torch.float32)
     torch.testing.assert_close(got_k.double(), want_k, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(got_v.double(), want_v, rtol=1e-2, atol=1e-2)
 
@@ -609,7 +610,7 @@ def test_compaction_keeps_the_chosen_tokens(
         left = len(slots[head])
         while left:
             count = min(left, cache.capacity(target, head), draw.randrange(1, 150))
-            entries.append((cache.page(), count, layout.CODECS[target]))
+            entries.append((cache.page(), count, CODECS[target].number))
             left -= count
         end.append(len(entries))
     page, count, codec = zip(*entries, strict=True)
@@ -636,7 +637,7 @@ def test_compaction_keeps_the_chosen_tokens(
                 close = (got - want).abs() <= 1e-5 * want.abs().amax()
                 # What the codec made loses nothing to it, so which of these tokens become
                 # exceptions, and are rounded to int8, is chance.
-                again = target in layout.FITTED and target in codecs
+                again = target in FITTED and target in codecs
                 assert close.all(-1).double().mean() > 0.85 or (
                     again and (got - want).norm() < 0.02 * want.norm()
                 )
@@ -680,7 +681,7 @@ def one_page(draw: random.Random, codec: str) -> tuple[Any, ...]:
         torch.tensor([[1, 2]], dtype=torch.int32),
         torch.tensor(to := [cache.page(), cache.page()], dtype=torch.int32),
         torch.tensor([16, 16], dtype=torch.int32).to(torch.uint16),
-        torch.tensor([layout.CODECS[codec]] * 2, dtype=torch.uint8),
+        torch.tensor([CODECS[codec].number] * 2, dtype=torch.uint8),
     )
     return cache, request, slots, target, places, to
 
@@ -758,7 +759,7 @@ def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> Non
     page = torch.tensor([cache.layer.page(int(b), 0) for b in tail[: len(counts)]])
     target = cpu.Directory(
         row, row + len(counts), page.int(), torch.tensor(counts).to(torch.uint16),
-        torch.full((len(counts),), layout.CODECS["int4"], dtype=torch.uint8),
+        torch.full((len(counts),), CODECS["int4"].number, dtype=torch.uint8),
     )  # fmt: skip
     slots = torch.arange(sum(counts)).unsqueeze(0)
     cpu.scratch_peak()
@@ -768,6 +769,229 @@ def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> Non
     staged = len(counts) * cache.layer.page_bytes
     most = staged + cpu.threads() * 4 * 256 * full + 4 * tokens + (2 + cpu.threads()) * 4096
     assert 0 < cpu.scratch_peak() - kept <= most < moved / 2
+
+
+def source_of(cache: Cache, position: int, bias: bool = False) -> cpu.Source:
+    """The first sequence as kernels see it, with its tail at a position."""
+    return cpu.Source(
+        cache.directory(bias) if cache.entries else None,
+        torch.tensor(cache.tails[0], dtype=torch.int32),
+        cache.lengths[0],
+        position,
+        cache.block_size,
+    )
+
+
+def targets(cache: Cache, codec: str, counts: list[int]) -> tuple[cpu.Directory, list[list[int]]]:
+    """Fresh pages of a codec for so many tokens of each head, and their entries by head."""
+    page, count, begin, end = [], [], [], []
+    for head, left in enumerate(counts):
+        begin.append(len(page))
+        while left:
+            own = min(left, cache.capacity(codec, head), cache.draw.randrange(1, 150))
+            page.append(cache.page())
+            count.append(own)
+            left -= own
+        end.append(len(page))
+    directory = cpu.Directory(
+        torch.tensor([begin], dtype=torch.int32),
+        torch.tensor([end], dtype=torch.int32),
+        torch.tensor(page, dtype=torch.int32),
+        torch.tensor(count, dtype=torch.int32).to(torch.uint16),
+        torch.full((len(page),), CODECS[codec].number, dtype=torch.uint8),
+    )
+    return directory, [list(range(b, e)) for b, e in zip(begin, end, strict=True)]
+
+
+def held_in(cache: Cache, directory: cpu.Directory, codec: str) -> list[tuple[Tensor | None, ...]]:
+    """K, V and positions of every page of a directory."""
+    begin, end, page, count = directory._kept[:4]
+    found: list[tuple[Tensor | None, ...]] = []
+    for head, (first, last) in enumerate(zip(begin[0].tolist(), end[0].tolist(), strict=True)):
+        for e in range(first, last):
+            found.append(cpu.decode(cache.layer, codec, int(page[e]), int(count[e]), head))
+    return found
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_gathered_tokens_fill_pages_as_a_compaction_does(
+    isa: str, draw: random.Random, codec: str
+) -> None:
+    """The two halves give what the whole gives, where heads keep unequally many, one none."""
+    cache = Cache(draw, 2, 64, 80, draw.choice(DTYPES), kv_heads=4, block_size=64, blocks=200)
+    several = ["exact", "int8", "int4", "tc4", "tc6", "tc8"]
+    cache.put(draw.sample(several, 4), 150)
+    layer, source = cache.layer, source_of(cache, 100_000)
+    sizes = [len(k) for k in cache.keys[0]]
+    slots = [torch.tensor(sorted(draw.sample(range(n), draw.randrange(1, n)))) for n in sizes]
+    nothing = draw.randrange(4)
+    slots[nothing] = torch.zeros(0, dtype=torch.int64)
+    counts = [len(s) for s in slots]
+    keys, values, where = cpu.gather(layer, source, slots)
+    assert where is not None and where.dtype == torch.int32
+    assert keys.shape == (4, max(counts), 64) and values.shape == (4, max(counts), 80)
+    places = cpu.positions(layer, source, sizes)
+    for head, (own, n) in enumerate(zip(slots, counts, strict=True)):
+        assert torch.equal(keys[head, :n].double(), cache.keys[0][head][own])
+        assert torch.equal(values[head, :n].double(), cache.values[0][head][own])
+        assert torch.equal(where[head, :n], places[head, own])
+        assert not (keys[head, n:].any() or values[head, n:].any() or where[head, n:].any())
+        assert not places[head, sizes[head] :].any()
+    # What lies past a head's own is not looked at.
+    for head, n in enumerate(counts):
+        keys[head, n:], values[head, n:], where[head, n:] = torch.nan, torch.nan, -7
+    whole, _ = targets(cache, codec, counts)
+    begin, end, page, count, codecs = whole._kept[:5]
+    pages = torch.tensor([cache.page() for _ in page], dtype=torch.int32)
+    halves = cpu.Directory(begin, end, pages, count, codecs)
+    view = cache.pool.view(-1, layer.page_bytes)
+    view[page.long()] = view[pages.long()] = 0
+    before = view.clone()
+    cpu.compact(layer, source, slots, whole)
+    cpu.fill(layer, keys, values, None if codec == "raw" else where, counts, halves)
+    changed = {int(i) for i in (view != before).any(1).nonzero()[:, 0]}
+    assert changed <= {*page.tolist(), *pages.tolist()}
+    copied = [
+        e for e, p in enumerate(page) if not torch.equal(view[p.long()], view[pages[e].long()])
+    ]
+    for e, (got, want) in enumerate(
+        zip(held_in(cache, halves, codec), held_in(cache, whole, codec), strict=True)
+    ):
+        # Bit for bit, save pages that a compaction copies instead of coding them anew.
+        assert e in copied or all(
+            torch.equal(a, b) for a, b in zip(got, want, strict=True) if a is not None
+        )
+        assert same_positions("exact", got[2], want[2]) if want[2] is not None else got[2] is None
+    assert len(copied) <= len(cache.entries)
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6", "tc8"])
+def test_what_was_changed_on_its_way_is_stored(isa: str, draw: random.Random, codec: str) -> None:
+    """Merged keys and values go into blocks that they were read from."""
+    cache = Cache(draw, 2, 64, 64, block_size=64)
+    cache.put([], 300)
+    layer, blocks = cache.layer, cache.tails[0]
+    sizes = [draw.randrange(49, 97) for _ in range(2)]
+    slots = [torch.arange(0, 300, 3)[:n] for n in sizes]
+    keys, values, where = cpu.gather(layer, source_of(cache, 0), slots)
+    assert where is not None
+    keys, values = keys * 1.5, values.flip(2)
+    # Head 0 fills pages that head 1 lay in, and the other way round.
+    pages = [[layer.page(block, 1 - head) for block in blocks[:4]] for head in range(2)]
+    counts = [[16, 16, 16, n - 48] for n in sizes]
+    directory = cpu.Directory(
+        torch.tensor([[0, 4]], dtype=torch.int32),
+        torch.tensor([[4, 8]], dtype=torch.int32),
+        torch.tensor(pages, dtype=torch.int32).flatten(),
+        torch.tensor(counts, dtype=torch.int32).flatten().to(torch.uint16),
+        torch.full((8,), CODECS[codec].number, dtype=torch.uint8),
+    )
+    cpu.fill(layer, keys, values, where, sizes, directory)
+    for head in range(2):
+        at = 0
+        for page, count in zip(pages[head], counts[head], strict=True):
+            here = slice(at, at + count)
+            at += count
+            own = keys[head, here], values[head, here], where[head, here]
+            found = cpu.decode(layer, codec, page, count, head)
+            assert same_positions(codec, found[2], own[2])
+            for got, want in zip(found[:2], cache.kept(codec, *own, head), strict=True):
+                close = (got - want).abs() <= 1e-5 * want.abs().amax()
+                assert close.all(-1).double().mean() > 0.7
+
+
+def test_filling_refuses_what_cannot_be(draw: random.Random) -> None:
+    """Before anything is written."""
+    cache = Cache(draw, 2, 64, 64)
+    cache.put([], 60)
+    layer = cache.layer
+    keys, values, where = cpu.gather(layer, source_of(cache, 0), torch.arange(24).expand(2, 24))
+    assert where is not None
+    target, entries = targets(cache, "int8", [24, 24])
+    before = cache.pool.clone()
+
+    def refused(
+        words: str, k: Tensor = keys, v: Tensor = values, p: Tensor | None = where,
+        counts: Any = 24, to: cpu.Directory = target,
+    ) -> None:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            cpu.fill(layer, k, v, p, counts, to)
+        assert torch.equal(cache.pool, before)
+
+    refused("keys are", k=keys[:1])
+    refused("values are", v=values[..., :32])
+    refused("positions are", p=where[:, :3])
+    refused("some target pages keep positions", p=None)
+    refused("head 1 keeps 23 slots, its pages take 24", counts=[24, 23])
+    refused("-1 tokens of head 1 in 24 rows", counts=[24, -1])
+    refused("25 tokens of head 0 in 24 rows", counts=[25, 24])
+    refused("numbers for 2 rows", counts=[24])
+    at = draw.choice([i for i in range(1, 24) if i not in _firsts(target, entries[1])])
+    wrong = where.clone()
+    wrong[1, at] = 0
+    refused("slots of head 1 are not in position order: position 0 comes after", p=wrong)
+    wrong[1, at] = -3
+    refused(f"position -3 of token {at} of head 1 is negative", p=wrong)
+    untied = cpu.Layer(
+        cache.pool, index=layer.first_page // 2, layers=layer.block_pages // 2, heads=4, kv_heads=2,
+        k_size=64, v_size=64, block_size=cache.block_size, dtype=cache.dtype, scale=0.125,
+    )  # fmt: skip
+    wrong = where.clone()
+    wrong[0, 5] = wrong[0, 4]
+    with pytest.raises(ValueError, match="not distinct: position 4 comes twice"):
+        cpu.fill(untied, keys, values, wrong, 24, target)
+    assert torch.equal(cache.pool, before)
+    # Where codecs round positions, ties are moved on instead.
+    cpu.fill(layer, keys, values, wrong, 24, target)
+    found = [p for _, _, p in held_in(cache, target, "int8")][: len(entries[0])]
+    assert torch.cat([p for p in found if p is not None]).tolist() == list(range(24))
+
+
+def _firsts(target: cpu.Directory, entries: list[int]) -> set[int]:
+    """Which of a head's tokens come first in a page."""
+    firsts, at = set(), 0
+    for e in entries:
+        firsts.add(at)
+        at += int(target._kept[3][e])
+    return firsts
+
+
+def test_gathering_refuses_what_cannot_be(draw: random.Random) -> None:
+    cache = Cache(draw, 2, 64, 64)
+    cache.put(["raw"], 40)
+    source = source_of(cache, 0)
+    held = [len(k) for k in cache.keys[0]]
+    for slot in (-1, held[1]):
+        with pytest.raises(ValueError, match=f"slot {slot} of head 1"):
+            cpu.gather(cache.layer, source, [torch.tensor([0]), torch.tensor([slot])])
+    with pytest.raises(ValueError, match="slots of 1 heads for 2 KV heads"):
+        cpu.gather(cache.layer, source, [torch.tensor([0])])
+    slots = [torch.arange(n) for n in held]
+    if min(held) > 40:
+        with pytest.raises(ValueError, match="raw compressed pages have no positions"):
+            cpu.gather(cache.layer, source, slots)
+    keys, _, where = cpu.gather(cache.layer, source, slots, positions=False)
+    assert where is None
+    assert torch.equal(keys[0, : held[0]].double(), cache.keys[0][0])
+
+
+def test_a_layer_shows_heads_of_unequal_counts(isa: str, draw: random.Random) -> None:
+    cache = Cache(draw, 2, 64, 80)
+    cache.put(["int8", "int4", "exact"], 50)
+    counts = [len(k) for k in cache.keys[0]]
+    source = source_of(cache, 7_000)
+    held = cpu.LayerKV(cache.layer, source, counts)
+    assert held.counts == counts
+    assert held.keys.shape == (2, max(counts), 64) and held.values.shape == (2, max(counts), 80)
+    for head, n in enumerate(counts):
+        assert torch.equal(held.keys[head, :n].double(), cache.keys[0][head])
+        assert torch.equal(held.values[head, :n].double(), cache.values[0][head])
+        assert not (held.keys[head, n:].any() or held.values[head, n:].any())
+        places = cache.positions[0][head].clone()
+        places[-50:] = torch.arange(7_000, 7_050)
+        assert torch.equal(held.positions[head, :n], places)
+    fewer = cpu.LayerKV(cache.layer, source, 40)
+    assert fewer.counts == [40, 40] and torch.equal(fewer.keys, held.keys[:, :40])
 
 
 def test_reading_slots_across_pages(isa: str, draw: random.Random) -> None:
@@ -816,15 +1040,18 @@ def test_long_windows_take_little_memory(
     assert cpu.scratch_peak() - kept <= cpu.threads() * (16 << 20)  # what the threads keep
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.parametrize("window", [1, 8, 33])
-def test_window_scores(isa: str, draw: random.Random, group: int, window: int) -> None:
+def test_window_scores(isa: str, draw: random.Random, group: int, window: int, bias: bool) -> None:
     cache = Cache(draw, group, 64, 64, draw.choice(DTYPES))
     codecs = draw.choice([[], ["int8", "int4", "exact", "raw"]])
+    if bias:
+        codecs = draw.sample(list(CODECS), 6)
     cache.put(codecs, draw.randrange(60, 150))
     layer, tail = cache.layer, cache.lengths[0]
     request = cpu.Source(
-        cache.directory() if codecs else None,
+        cache.directory(bias) if codecs else None,
         torch.tensor(cache.tails[0], dtype=torch.int32),
         tail,
         0,
@@ -832,13 +1059,19 @@ def test_window_scores(isa: str, draw: random.Random, group: int, window: int) -
     )
     wide = torch.randn(window, layer.heads, 64).to(draw.choice(DTYPES))
     queries = wide.transpose(0, 1)  # as an observation window stores them
-    fewest = min(len(k) for k in cache.keys[0])
-    for candidates in (fewest, draw.randrange(1, fewest)):
-        weights = torch.zeros(layer.heads, candidates)
-        for head in range(layer.heads):
-            key = cache.keys[0][head // group].unsqueeze(0)
-            own = ops.window_attention(queries[head : head + 1], key, layer.scale)
-            weights[head] = own.sum(1)[0, :candidates]
+    biases = cache.biases(0) if bias else [None] * layer.kv_heads
+    held = [len(k) for k in cache.keys[0]]
+    # As many as every head has, and other numbers for each, none among them.
+    some = [draw.choice([0, n, draw.randrange(n)]) for n in held]
+    for candidates in (min(held), draw.randrange(1, min(held)), held, some):
+        own = [candidates] * len(held) if isinstance(candidates, int) else candidates
+        weights = []
+        for head, query in enumerate(queries.split(1)):
+            kv = head // group
+            key = cache.keys[0][kv].unsqueeze(0)
+            logits = None if biases[kv] is None else biases[kv].unsqueeze(0)
+            found = ops.window_attention(query, key, layer.scale, logits)
+            weights.append(found.sum(1)[:, : own[kv]])
         options: list[tuple[bool, int, str, str | None]] = [
             (False, 1, "max", None),
             (True, 7, "max", "mean"),
@@ -856,10 +1089,16 @@ def test_window_scores(isa: str, draw: random.Random, group: int, window: int) -
                 pool_kind=kind,
                 reduce=reduce,
             )
-            want = ops.pool_scores(weights / (window if mean else 1), pool, kind)
+            rows = [ops.pool_scores(w / (window if mean else 1), pool, kind) if w.numel() else w
+                    for w in weights]  # fmt: skip
             if reduce is not None:
-                want = ops.reduce_groups(want, layer.kv_heads, reduce)
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+                groups = [torch.cat(rows[h * group : (h + 1) * group]) for h in range(len(held))]
+                rows = [ops.reduce_groups(x, 1, reduce) for x in groups]
+            each = [n for n in own for _ in range(len(rows) // len(own))]
+            for row, want, n in zip(got, rows, each, strict=True):
+                torch.testing.assert_close(row[:n].double(), want[0].double(), rtol=1e-4, atol=1e-6)
+                assert (row[n:] == -torch.inf).all()
+            assert got.shape[1] == max(own)
 
 
 def coarse(rows: int, n: int, draw: random.Random) -> Tensor:
@@ -875,6 +1114,23 @@ def test_top_mask_chooses_as_the_reference(draw: random.Random, n: int) -> None:
             got = cpu.top_mask(scores, keep)
             assert torch.equal(got, oracle.top_mask(scores, keep))
             assert torch.equal(cpu.mask_slots(got, keep), oracle.mask_slots(got, keep))
+
+
+@pytest.mark.parametrize("n", [1, 7, 100, 3000])
+def test_rows_may_keep_unequally_many(draw: random.Random, n: int) -> None:
+    for scores in (coarse(4, n, draw), torch.randn(4, n)):
+        keep = torch.tensor([0, n, draw.randrange(n + 1), draw.randrange(n + 1)])
+        got = cpu.top_mask(scores, keep)
+        for row, own, mask in zip(scores, keep.tolist(), got, strict=True):
+            assert torch.equal(mask, oracle.top_mask(row.unsqueeze(0), own)[0])
+        assert torch.equal(got, cpu.top_mask(scores, keep.tolist()))
+        slots = cpu.mask_slots(got, keep)
+        assert slots.shape == (4, n)  # one row keeps all
+        for row, mask in zip(slots, got, strict=True):
+            marked = mask.nonzero()[:, 0]
+            assert row[: len(marked)].tolist() == marked.tolist()
+            assert (row[len(marked) :] == -1).all()
+        assert torch.equal(slots, oracle.mask_slots(got, keep))
 
 
 @pytest.mark.parametrize("anchor", ops.ANCHORS)
@@ -911,14 +1167,16 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
             candidates=m,
             sinks=4,
             page_size=page,
-            running=torch.rand(2, m, generator=generator),
+            state={"attention": torch.rand(2, m, generator=generator)},
             layer=0,
             all_heads=lambda x: x,
+            true_positions=torch.arange(m).expand(2, m).int(),
+            spans=((0, m // 3), (m // 3, m)),
         )
         for tokens, generator in ((t, torch.Generator().manual_seed(m)) for t in (paged, plain))
     ]
-    policy, keep = policies.get(name), m // page // 2 * page
-    scores = [policy.score(view) for view in views]
+    policy, keep = policies.get(name), torch.tensor([m // page // 2 * page] * 2)
+    scores = [scored(policy, view)[0] for view in views]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-6)
     # Of the same scores exactly the same choice, ties among them too.
     for same in (scores[0], scores[0].half().float(), (9 * scores[0]).round()):
@@ -931,6 +1189,12 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
 def test_choosing_refuses_what_cannot_be(draw: random.Random) -> None:
     with pytest.raises(ValueError, match="cannot keep 4 of 3"):
         cpu.top_mask(torch.zeros(1, 3), 4)
+    with pytest.raises(ValueError, match="cannot keep -1 of 3"):
+        cpu.top_mask(torch.zeros(2, 3), [1, -1])
+    with pytest.raises(ValueError, match=r"\(3,\) numbers for 2 rows"):
+        cpu.top_mask(torch.zeros(2, 3), [1, 1, 1])
+    with pytest.raises(ValueError, match="marks 1 slots, not 2"):
+        cpu.mask_slots(torch.tensor([[True, True], [True, False]]), [2, 2])
     with pytest.raises(ValueError, match="marks 3 slots, not 2"):
         cpu.mask_slots(torch.ones(1, 3, dtype=torch.bool), 2)
     with pytest.raises(ValueError, match="cannot pick 2 representatives"):
@@ -941,8 +1205,11 @@ def test_choosing_refuses_what_cannot_be(draw: random.Random) -> None:
     request = cpu.Source(None, torch.tensor(cache.tails[0], dtype=torch.int32), 20, 0, 32)
     with pytest.raises(ValueError, match="a window of 21 queries"):
         cpu.window_scores(cache.layer, request, torch.zeros(2, 21, 64), 10)
-    with pytest.raises(ValueError, match="21 candidates among the 20 slots"):
-        cpu.window_scores(cache.layer, request, torch.zeros(2, 4, 64), 21)
+    for wrong in (21, [20, 21]):
+        with pytest.raises(ValueError, match="21 candidates among the 20 slots"):
+            cpu.window_scores(cache.layer, request, torch.zeros(2, 4, 64), wrong)
+    with pytest.raises(ValueError, match="-1 candidates"):
+        cpu.window_scores(cache.layer, request, torch.zeros(2, 4, 64), [4, -1])
 
 
 def test_huge_pages_keep_the_contents() -> None:
@@ -995,15 +1262,24 @@ def test_bad_geometry_is_refused(draw: random.Random) -> None:
     cache = Cache(draw, 2, 64, 64)
     for size, what in ((60, "head size"), (264, "head size")):
         with pytest.raises(ValueError, match=what):
-            layout.capacity("int8", 32768, size, 64, 2)
+            CODECS["int8"].capacity(32768, size, 64, 2)
         assert LIBRARY.kvc_capacity(2, 32768, size, 64, 0) == -1
-    with pytest.raises(ValueError, match="codec"):
-        layout.capacity("int3", 32768, 64, 64, 2)
     cache.put([], 3)
     with pytest.raises(ValueError, match="query is"):
         cpu.attention(cache.layer, cache.batch([1]), torch.zeros(1, 4, 32), torch.zeros(1, 4, 64))
     with pytest.raises(ValueError, match="has no kernels named"):
         cpu.use_isa("mmx")
+
+
+def test_structures_that_differ_are_named() -> None:
+    described = LIBRARY.kvc_structs().decode()
+    assert library.differences(described) == []
+    moved = described.replace("scale 56 4", "scale 60 4").replace(
+        "kvc_scoring 20", "kvc_scoring 24"
+    )
+    assert library.differences(moved) == ["kvc_layer", "kvc_scoring"]
+    gone = "".join(x for x in described.splitlines(True) if not x.startswith("kvc_batch"))
+    assert library.differences(gone + "kvc_new 4: x 0 4\n") == ["kvc_batch", "kvc_new"]
 
 
 @pytest.mark.parametrize("name", ["baseline", "nonsense"])

@@ -14,6 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
+from vllm_kvcrush import compat
 from vllm_kvcrush.config import PLAIN, Demands, RequestParams, Settings
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushManager, twins
 from vllm_kvcrush.engine.commands import Admitted, Compact, StepCommands, WorkerReport
@@ -413,21 +414,20 @@ class KVCrushSchedulerMixin(_Base):
         stop = plan.next_compaction(num_computed_tokens, held, limit)
         return num_new_tokens if stop is None else stop - num_computed_tokens
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Leaves the tokens before the first compaction to be computed here, so that the
         observation window never depends on what the cache held."""
-        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        plan = self._plans.get(request.request_id)
-        if plan is not None and hit:
+        plan, cap = self._plans.get(request.request_id), None
+        if plan is not None:
             # The last sampled token never has KV.
             last = min(request.num_prompt_tokens + request.max_tokens - 1, self.max_model_len)
             cap = self._exact_until(plan, self._tracked[request.request_id].demands, last)
             if cap is not None:
                 cap = max(0, cap) // self._manager.block_size * self._manager.block_size
-                if hit > cap:
-                    blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, cap)
-                    hit = cap
-        return blocks, hit, boundary, diverged
+        find = super()._get_local_prefix_cache_hit
+        return compat.prefix_hit(find, self.kv_cache_manager, request, max_cache_hit_length, cap)
 
     @staticmethod
     def _exact_until(plan: Plan, demands: Demands, last: int) -> int | None:

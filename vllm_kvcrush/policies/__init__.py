@@ -29,7 +29,7 @@ from vllm_kvcrush.policies.kvcrush import KVCrush
 from vllm_kvcrush.policies.mikv import MiKV
 from vllm_kvcrush.policies.snapkv import SnapKV
 from vllm_kvcrush.policies.streaming import Streaming
-from vllm_kvcrush.spec import ALIASED, ALIASES, Spec, Storage, parse
+from vllm_kvcrush.spec import ALIASED, ALIASES, Spec, SpecError, Storage, parse, resolved
 
 __all__ = [
     "GROUP",
@@ -41,6 +41,7 @@ __all__ = [
     "Wrapper",
     "get",
     "names",
+    "options_of",
     "storage_of",
 ]
 
@@ -72,17 +73,21 @@ def get(spec: Spec | str, defaults: Mapping[str, Mapping[str, Any]] | None = Non
     spec = parse(spec)
     cls = _CLASSES.get(spec.name) or _load(spec.name)
     options: dict[str, Any] = {**((defaults or {}).get(spec.name) or {}), **dict(spec.options)}
-    known = [f.name for f in fields(cls) if f.init]
-    wraps = issubclass(cls, Wrapper)
+    known = options_of(spec.name)
     for option in options:
         if option not in known:
             takes = f"takes {', '.join(known)}" if known else "takes none"
             raise OptionError(f"{spec.name}.{option}", f" is not an option: {spec.name} {takes}")
-    if spec.base is not None and not wraps:
+    if spec.base is not None and not issubclass(cls, Wrapper):
         raise OptionError(spec.name, f" wraps no other policy, so not {spec.base.name} either")
-    base: Any = spec.base if spec.base is not None else options.get("base")
-    if wraps and base is not None and not isinstance(base, Policy):
-        options["base"] = get(_inner(spec.name, base), defaults)
+    if issubclass(cls, Wrapper):
+        try:
+            base = resolved(spec, defaults).base
+        except SpecError as error:
+            raise OptionError(f"{spec.name}.base", f"={options.get('base')!r} {error}") from None
+        options.pop("base", None)
+        if base is not None:
+            options["base"] = get(base, defaults)
     try:
         policy = cls(**options)
     except OptionError as error:  # an alias names its options as the operator wrote them
@@ -100,11 +105,9 @@ def get(spec: Spec | str, defaults: Mapping[str, Mapping[str, Any]] | None = Non
     return policy
 
 
-def _inner(name: str, base: Any) -> Spec:
-    try:
-        return parse(base)
-    except ValueError as error:
-        raise OptionError(f"{name}.base", f"={base!r} {error}") from None
+def options_of(name: str) -> tuple[str, ...]:
+    """The hyperparameters of policy `name`. Raises ValueError."""
+    return tuple(f.name for f in fields(_CLASSES.get(name) or _load(name)) if f.init)
 
 
 def storage_of(name: str) -> Storage:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vllm_kvcrush import ops
 from vllm_kvcrush.policies.base import Room, View, Wrapper, is_number, protect
 
 
@@ -38,10 +39,10 @@ class AdaKV(Wrapper):
         # Each head's weights sum to the same, so that heads can be compared.
         votes = scores.masked_fill(~view.valid, 0).clamp(min=0).nan_to_num()
         votes = votes / votes.sum(1, keepdim=True).clamp(min=torch.finfo(votes.dtype).tiny)
-        votes = protect(view, votes).flatten()
+        votes = protect(view, votes).mT.reshape(1, -1)  # so that ties favour no head
         tokens = room.pages * int(room.page_tokens.min()) // layers
-        best = votes.topk(min(tokens, int(view.sizes.sum()))).indices // view.candidates
-        return torch.bincount(best, minlength=heads)
+        best = ops.top_mask(votes, min(tokens, int(view.sizes.sum())))
+        return best.view(view.candidates, heads).sum(0)
 
     def allocate(self, demand: Tensor | None, room: Room) -> Tensor:
         assert demand is not None

@@ -137,6 +137,14 @@ class View:
         at = torch.arange(self.candidates, device=self.device)
         return at < self.sizes.to(self.device).unsqueeze(1)
 
+    @property
+    def staying(self) -> Tensor:
+        """Which candidates stay whatever a policy says: bool [H, m]."""
+        if self.protected is not None:
+            return self.protected
+        at = torch.arange(self.candidates, device=self.device)
+        return (at < self.sinks) & self.valid
+
     def window_scores(
         self,
         *,
@@ -352,6 +360,12 @@ class Wrapper(Policy):
     def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
         """Returns the base's choice."""
         return self.base.select(view, scores, keep)
+
+    def split(
+        self, view: View, scores: Tensor, kept: Tensor, finer: Tensor, demoted: Tensor
+    ) -> Tensor:
+        """Returns the base's choice. One with a `select` of its own wants `Policy.split`."""
+        return self.base.split(view, scores, kept, finer, demoted)
 
     def demand(self, view: View, scores: Tensor, room: Room) -> Tensor | None:
         """Returns the base's demand."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_kvcrush import ops
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.policies.base import LayerKV, Merged, Policy, Room, View, protect
+from vllm_kvcrush.policies.base import Merged, Policy, Room, View, protect
 
 # What a choice is that is not `sound`.
 USELESS = "its scores have NaN, or it did not choose as many slots of each head as were to stay"
@@ -145,7 +145,7 @@ def choose(
         if view.ragged:
             sound = sound & ~(kept & ~view.valid).any()
         # Before they index anything. What is wrong then is told by `sound`.
-        kept = torch.where(sound, _with_protected(view, scores, kept, keep), instead.kept)
+        kept = torch.where(sound, with_protected(view, scores, kept, keep), instead.kept)
         fine = None
         if finer is not None:
             assert demoted is not None and instead.finer is not None
@@ -160,13 +160,10 @@ def choose(
     return Choice(kept, fine, state, merged, sound)
 
 
-def _with_protected(view: View, scores: Tensor, kept: Tensor, keep: Tensor) -> Tensor:
-    """What stays when protected slots that a policy dropped take the places of the worst others."""
-    if view.protected is None:
-        at = torch.arange(view.candidates, device=view.device)
-        protected = (at < view.sinks).expand_as(kept)
-    else:
-        protected = view.protected
+def with_protected(view: View, scores: Tensor, kept: Tensor, keep: Tensor) -> Tensor:
+    """What stays when protected slots that a policy dropped take the places of the worst others.
+    Arguments as `choose` and `Policy.select` have them."""
+    protected = view.staying
     if view.device.type == "cpu" and not bool((protected & ~kept).any()):
         return kept
     rank = torch.atan(scores.double().nan_to_num()) + 10.0
@@ -290,15 +287,18 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
 
 
 class ReorderedKV:
-    """What a request holds in one layer with its first slots in another order: `base.LayerKV`.
+    """What a request holds in one layer with its candidates in another order, or some of them
+    only: `base.LayerKV`.
 
     Args:
-        held: what it holds, by slot.
-        order: int64 [H, m]: which slot of each head comes where; slots from m on stay.
+        view: of all candidates, by slot.
+        order: int64 [H, k]: which slot of each head comes where; the tail stays behind them.
     """
 
-    def __init__(self, held: LayerKV, order: Tensor):
-        self._held, self._order = held, order
+    def __init__(self, view: View, order: Tensor):
+        self._held, self._order = view.held, order
+        self._m = view.candidates
+        self._candidates = view.sizes.tolist() if view.ragged else view.candidates
 
     @property
     def num_kv_heads(self) -> int:
@@ -322,9 +322,7 @@ class ReorderedKV:
         return None if values is None else self._reordered(values)
 
     def _reordered(self, x: Tensor) -> Tensor:
-        m = self._order.shape[1]
-        where = self._order.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return torch.cat((x[:, :m].gather(1, where), x[:, m:]), 1)
+        return torch.cat((reordered(x[:, : self._m], self._order), x[:, self._m :]), 1)
 
     def window_scores(
         self,
@@ -338,24 +336,29 @@ class ReorderedKV:
         **options: Any,
     ) -> Tensor:
         """`ops.window_scores` over these keys; they are pooled in this order."""
-        if pool == 1:
-            scores = self._held.window_scores(queries, scale, candidates, reduce=reduce, **options)
-            return scores.gather(1, self._rows(scores))
-        scores = self._held.window_scores(queries, scale, candidates, reduce=None, **options)
-        scores = ops.pool_scores(scores.gather(1, self._rows(scores)), pool, pool_kind)
-        return scores if reduce is None else ops.reduce_groups(scores, self.num_kv_heads, reduce)
-
-    def _rows(self, scores: Tensor) -> Tensor:
+        first = reduce if pool == 1 else None
+        scores = self._held.window_scores(queries, scale, self._candidates, reduce=first, **options)
         # Query heads read the slots of their KV head.
-        return self._order.repeat_interleave(len(scores) // self.num_kv_heads, 0)
+        group = len(scores) // self.num_kv_heads
+        scores = scores.gather(1, self._order.repeat_interleave(group, 0))
+        counts = [candidates] * self.num_kv_heads if isinstance(candidates, int) else candidates
+        for head, count in enumerate(counts):
+            own = scores[head * group : (head + 1) * group]
+            own[:, count:] = -torch.inf
+            if pool > 1 and count:
+                own[:, :count] = ops.pool_scores(own[:, :count], pool, pool_kind)
+        if pool == 1 or reduce is None:
+            return scores
+        return ops.reduce_groups(scores, self.num_kv_heads, reduce)
 
 
 def in_position_order(view: View, order: Tensor) -> View:
-    """A view whose candidates come in the order of their positions instead of their slots'.
+    """A view whose candidates come in the order of their positions instead of their slots', or
+    which has some of them only: then the caller says how many of each head.
 
     Args:
         view: by slot.
-        order: int64 [H, m], the slots of each head by position.
+        order: int64 [H, k], the slots of each head by position.
     """
 
     def ordered(x: Tensor | None) -> Tensor | None:
@@ -363,7 +366,9 @@ def in_position_order(view: View, order: Tensor) -> View:
 
     return replace(
         view,
-        held=ReorderedKV(view.held, order),
+        held=ReorderedKV(view, order),
+        candidates=order.shape[1],
+        protected=ordered(view.protected),
         state={name: reordered(x, order) for name, x in view.state.items()},
         known=ordered(view.known),
         log_bias=ordered(view.log_bias),

@@ -8,17 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vllm_kvcrush import ops
-from vllm_kvcrush.policies.base import View, Wrapper, is_number, protect
+from vllm_kvcrush.policies.base import Policy, View, Wrapper, is_number
+from vllm_kvcrush.policies.choice import in_position_order, reordered, with_protected
 
 
 @dataclass
 class Fair(Wrapper):
     """Fair eviction ("The Pitfalls of KV Cache Compression", arXiv 2510.00231 §5): the base chooses
     within each span, and each span keeps its share of the budget, so that one instruction is not
-    forgotten for another. Tokens between spans belong to the span before them.
+    forgotten for another. Tokens between spans belong to the span before them, those before the
+    first one to the first.
 
-    Without spans the base chooses as it does alone. Protected slots count towards their span.
+    Without spans the base chooses as it does alone. Protected slots count towards their span, and
+    a span keeps them even where its share is smaller. The shares follow from data, so that on a GPU
+    each layer waits for them.
 
     Attributes:
         fairness: 1 gives each span its share, 0 what the base would give it.
@@ -31,6 +34,8 @@ class Fair(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        single = isinstance(self.base, Policy) and not self.base.whole_pages
+        self.require("base", single, "a policy of single tokens")
         share = is_number(self.fairness) and 0 <= self.fairness <= 1
         self.require("fairness", share, "a number from 0 to 1")
 
@@ -41,40 +46,60 @@ class Fair(Wrapper):
 
     def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
         free = self.base.select(view, scores, keep)
-        if not view.spans:
+        if not view.spans or self.fairness == 0:
             return free
-        starts = torch.tensor([first for first, _ in view.spans[1:]], device=view.device)
-        span = torch.bucketize(view.positions.contiguous(), starts, right=True)
-        member = torch.nn.functional.one_hot(span, len(view.spans)).bool()  # [H, m, spans]
+        starts = [0, *(first for first, _ in view.spans[1:])]
+        ends = [*starts[1:], 2**31]
+        spans = torch.tensor(starts[1:], device=view.device)
+        span = torch.bucketize(view.positions.contiguous(), spans, right=True)
+        member = torch.nn.functional.one_hot(span, len(starts)).bool()  # [H, m, spans]
         member &= view.valid.unsqueeze(2)
-        there, alone = member.sum(1).double(), (member & free.unsqueeze(2)).sum(1).double()
-        sizes = view.sizes.to(view.device).unsqueeze(1)
-        wanted = keep.to(view.device).unsqueeze(1)
-        quota = self.fairness * there * wanted / sizes + (1 - self.fairness) * alone
-        quota = _whole(quota, there, wanted).long().cpu()
-        kept = torch.zeros_like(free)
-        for index in range(len(view.spans)):
-            own = member[..., index]
-            # The base sees only this span's scores; what it must keep elsewhere is not its to pay.
-            inside = replace(view, protected=self._protected(view) & own)
-            choice = self.base.select(inside, scores.masked_fill(~own, -torch.inf), quota[:, index])
-            best = protect(inside, scores).masked_fill(choice, torch.finfo(scores.dtype).max)
-            kept |= ops.top_mask(best.masked_fill(~own, -torch.inf), quota[:, index])
-        return kept
-
-    @staticmethod
-    def _protected(view: View) -> Tensor:
-        if view.protected is not None:
-            return view.protected
-        return (torch.arange(view.candidates, device=view.device) < view.sinks).expand_as(
-            view.valid
+        there, alone, least = (
+            (member & slots.unsqueeze(2)).sum(1).double()
+            for slots in (view.valid, free, view.staying)
         )
+        wanted = keep.to(view.device).unsqueeze(1)
+        share = there * wanted / view.sizes.to(view.device).unsqueeze(1).clamp(min=1)
+        share = self.fairness * share + (1 - self.fairness) * alone
+        sizes, quota = torch.stack((there, _whole(share, least, there, wanted))).long().cpu()
+        kept = torch.nn.functional.pad(torch.zeros_like(free), (0, 1))
+        for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            # The span's slots lie one after the other. As many columns on every rank, so that a
+            # base may ask for the other ranks' heads.
+            first = sizes[:, :index].sum(1, keepdim=True)
+            at = first + torch.arange(min(view.candidates, end - start))
+            order = at.clamp_(max=view.candidates - 1).to(view.device)
+            inside = replace(
+                in_position_order(view, order),
+                counts=sizes[:, index],
+                sinks=max(0, min(view.sinks, end) - start),
+                spans=(),
+            )
+            valid = inside.valid
+            inside = replace(inside, protected=reordered(view.staying, order) & valid)
+            best = reordered(scores, order).masked_fill(~valid, -torch.inf)
+            chosen = self.base.select(inside, best, quota[:, index])
+            chosen = with_protected(inside, best, chosen, quota[:, index])
+            kept.scatter_(1, order.masked_fill(~valid, view.candidates), chosen)
+        return kept[:, :-1]
+
+    split = Policy.split  # of what this policy selects, not the base
 
 
-def _whole(quota: Tensor, most: Tensor, total: Tensor) -> Tensor:
-    """Whole numbers near `quota` [H, s], at most `most` each, that sum to `total` [H, 1]: largest
-    remainders first."""
-    down = quota.floor().minimum(most)
+def _whole(quota: Tensor, least: Tensor, most: Tensor, total: Tensor) -> Tensor:
+    """Returns whole numbers near `quota` [H, s], from `least` to `most`, that sum to `total`
+    [H, 1]: what the least ones take comes from the others in proportion, then largest remainders
+    come first."""
+    zero = torch.zeros_like(total)
+    least = (
+        least.cumsum(1).minimum(total).diff(dim=1, prepend=zero)
+    )  # where even these are too many
+    quota = quota.maximum(least)
+    spare = quota - least
+    over = quota.sum(1, keepdim=True) - total
+    quota = quota - spare * over / spare.sum(1, keepdim=True).clamp(min=1e-9)
+    down = quota.floor().maximum(least).minimum(most)
     left = total - down.sum(1, keepdim=True)
-    rank = (quota - down).masked_fill(down >= most, -torch.inf).argsort(1, descending=True)
-    return down + (rank.argsort(1) < left)
+    rest = (quota - down).masked_fill(down >= most, -torch.inf)
+    rank = rest.argsort(dim=1, descending=True, stable=True).argsort(1)
+    return down + (rank < left)

@@ -16,11 +16,10 @@ class KeepKV(Wrapper):
     """KeepKV (arXiv 2504.09936 §4): every dropped token is merged into the kept one whose key is
     most similar, if it is similar enough.
 
-    A slot counts exp(log bias) times, its votes; a token's weight is its votes times the mean, over
-    the window's queries, of the exponential of its logit. Keys and values become weighted means,
-    and the log bias what keeps the merged slot's weight: in the released code the key is that mean
-    too, and the bias here makes it exact for a query whose logits are the window's mean (checked
-    against the unmerged cache for a window of one).
+    A slot counts exp(log bias) times, its votes; a token's weight is its votes times the
+    exponential of its logit with the mean of the window's queries. Keys and values become weighted
+    means, and the log bias what keeps the merged slot's weight: in the released code the key is
+    that mean too, and the bias here makes attention exact for that mean query.
 
     Attributes:
         threshold: least cosine similarity of two keys that are merged; others are dropped.
@@ -57,9 +56,9 @@ class KeepKV(Wrapper):
                 near = (own[slots] @ own.mT).masked_fill(~kept[head], -2.0).max(1)
                 similar = near.values >= self.threshold
                 target[head, slots] = torch.where(similar, near.indices, slots)
-        weight, logits = (votes + logits).masked_fill(~view.valid, -torch.inf), logits
+        weight = (votes + logits).masked_fill(~view.valid, -torch.inf)
         total = torch.full_like(weight, -torch.inf).scatter_reduce_(1, target, weight, "amax")
-        share = (weight - total.gather(1, target)).exp()
+        share = (weight - total.gather(1, target)).exp().masked_fill(~view.valid, 0.0)
         sums = torch.zeros_like(share).scatter_add_(1, target, share)
         share = share / sums.gather(1, target).clamp(min=torch.finfo(share.dtype).tiny)
         index = target.unsqueeze(2).expand_as(keys)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush import ops
-from vllm_kvcrush.policies.base import View, Wrapper, is_number, is_whole, protect
+from vllm_kvcrush.policies.base import Policy, View, Wrapper, is_number, is_whole, protect
 
 
 @dataclass
@@ -48,6 +48,8 @@ class KVCrush(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # The base's own choice, span by span, is not asked for.
+        setattr(self, "uses_spans", False)  # noqa: B010
         ratio = is_number(self.ratio) and 0 <= self.ratio < 1
         self.require("ratio", ratio, "a number from 0 to below 1")
         self.require_one_of("anchor", ops.ANCHORS)
@@ -79,24 +81,22 @@ class KVCrush(Wrapper):
         representatives = representatives.minimum(keep - max(1, sinks)).clamp(min=0)
         best = protect(view, scores)
         if unit > 1:
-            best = scores.reshape(scores.shape[0], -1, unit).sum(-1)
-            best = best.nan_to_num()
-            held = protect(view, scores).reshape(*best.shape, unit).isposinf().any(-1)
-            best = best.masked_fill(held, torch.inf)
+            held = best.reshape(len(best), -1, unit).isposinf().any(-1)
+            best = scores.reshape(*held.shape, unit).sum(-1)
+            best = best.nan_to_num(nan=torch.finfo(best.dtype).min).masked_fill(held, torch.inf)
         important = ops.top_mask(best, keep - representatives)
-        if not bool(representatives.any()):
+        if self.ratio == 0:
             return important
-        # Every rank gets here or none does: the counts are the same on all of them.
+        # Every rank asks for the others' bits, though its own heads may have no use for them.
         bits = view.all_heads(ops.keep_bits(scores, self.share, view.sizes))
         anchor = ops.anchor_bits(self.anchor, len(bits) * unit, self.seed, bits.device)
         if not view.ragged and bool((representatives == representatives[0]).all()):
             return ops.represent(bits, important, int(representatives[0]), anchor, unit)
-        rows = []
-        for head, (size, count) in enumerate(
-            zip((view.sizes // unit).tolist(), representatives.tolist(), strict=True)
-        ):
-            own = important[head : head + 1]
-            rows.append(own.clone())
-            described = bits[:, : size * unit].contiguous()
-            rows[-1][:, :size] = ops.represent(described, own[:, :size], count, anchor, unit)
-        return torch.cat(rows)
+        counts = zip((view.sizes // unit).tolist(), representatives.tolist(), strict=True)
+        for head, (size, count) in enumerate(counts):
+            if count:
+                own, described = important[head : head + 1, :size], bits[:, : size * unit]
+                own.copy_(ops.represent(described.contiguous(), own, count, anchor, unit))
+        return important
+
+    split = Policy.split  # of what this policy selects, not the base

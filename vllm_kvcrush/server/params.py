@@ -1,8 +1,9 @@
-"""Request parameters: from the client's JSON to `SamplingParams.extra_args`, refused early.
+"""Request parameters, on their way from the client's JSON to `SamplingParams.extra_args`. Bad ones
+are refused early.
 
-Two checks, because neither place sees everything. The one in `InputProcessor` covers every way
-into the engine, but for a streamed response it runs after HTTP 200 was sent. The one before it,
-where the API server hands a request over, is in time for a 400.
+They are checked in two places, because neither sees everything. `InputProcessor` is passed on every
+way into the engine, but for a streamed response after HTTP 200 was sent. The place before it, where
+the API server hands a request over, is in time for a 400.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from vllm_kvcrush.server import Method, configured, wrap
 from vllm_kvcrush.server.several import COUNTED, Several
 from vllm_kvcrush.spec import MAX_LENGTH
 
-# On a SamplingParams that came from a request: which keys the client wrote at the top level.
+# Attribute of a request's SamplingParams: the keys that the client wrote at the top level.
 _FIELDS = "_kvcrush_fields"
-# And which kv_* fields of theirs nobody knows.
+# Likewise: their kv_* fields that nobody knows.
 _UNKNOWN = "_kvcrush_unknown"
-# On a BeamSearchParams, which has no extra_args: a SamplingParams with all of the above.
+# Attribute of a BeamSearchParams, which has no extra_args: a SamplingParams with the above.
 _SAMPLING = "_kvcrush_sampling"
 _FRONT = "_kvcrush_front"
 # Longer values are shortened when they are quoted to the client.
@@ -42,8 +43,8 @@ _QUOTED = 100
 
 
 def install(http: bool = True) -> None:
-    """Wraps vLLM's input processor and engines and, where HTTP is served, its endpoints: all of
-    them, as docs/usage.md lists them."""
+    """Wraps vLLM's input processor and engines and, where HTTP is served, all endpoints that
+    docs/usage.md lists."""
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -144,7 +145,7 @@ def _attach(fields: dict[str, Any], params: Any, model: str | None) -> None:
 
 
 async def _top_level(raw_request: Any) -> dict[str, Any]:
-    """The kv_* fields of a JSON body whose model drops what it does not know."""
+    """Returns the kv_* fields of a JSON body, whose pydantic model drops unknown fields."""
     if raw_request is None:
         return {}
     body = await raw_request.json()
@@ -183,7 +184,7 @@ def _translated(original: Method) -> Method:
 
 
 def _rendered(original: Method) -> Method:
-    """Of a renderer, whose result a client sends to /inference/v1/generate."""
+    """Wraps a renderer, whose result a client sends to /inference/v1/generate."""
 
     async def render(self: Any, request: Any, raw_request: Any = None) -> Any:
         if hasattr(request, "to_sampling_params"):
@@ -365,7 +366,7 @@ def _checked_turns(original: Method) -> Method:
 
 
 def _prompt_length(prompt: Any) -> int | None:
-    """Tokens in a rendered prompt or an engine request; None where they are not known yet."""
+    """Returns the tokens of a rendered prompt or an engine request; None if not known yet."""
     for name in ("prompt_token_ids", "prompt_embeds"):
         tokens = prompt.get(name) if isinstance(prompt, dict) else getattr(prompt, name, None)
         if tokens is not None:
@@ -382,7 +383,11 @@ def _front(processor: Any) -> Front:
 
 
 class Front:
-    """What one engine's front-end checks requests against."""
+    """Checks the requests that enter one engine.
+
+    Args:
+        vllm_config: the engine's configuration.
+    """
 
     def __init__(self, vllm_config: Any):
         self.config = vllm_config
@@ -391,7 +396,7 @@ class Front:
 
     @property
     def model_name(self) -> str:
-        """Label of vLLM's own metrics."""
+        """The `model_name` label of vLLM's own metrics."""
         return str(self.config.model_config.served_model_name)
 
     def count(self, params: RequestParams) -> None:
@@ -403,9 +408,11 @@ class Front:
     def check(
         self, params: Any, prompt_length: int | None = None, named_by: Any = None
     ) -> RequestParams | None:
-        """Validates a request's `SamplingParams`; other params pass. Without a prompt length,
-        the size of the pool is not looked at. `named_by`: the params that the client's names
-        are known of, if other ones.
+        """Validates a request's `SamplingParams`; other params pass.
+
+        Args:
+            prompt_length: tokens of the prompt; without it the pool's size is not checked.
+            named_by: the params that tell what the client called each parameter, if not `params`.
 
         Returns:
             What the request will run with, or None where the plugin is not active.
@@ -457,7 +464,7 @@ class Front:
         return kv
 
     def _refuse_unreadable(self, extra_args: Mapping[str, Any], named_by: Any) -> None:
-        """Refuses what no policy's name and no number can be, before anything else sees it."""
+        """Refuses values that cannot be a policy's name or a number, before they are parsed."""
         assert self.settings is not None
         kinds: dict[str, tuple[Any, str, str, str]] = {
             POLICY_KEY: (str | Mapping, "policy", "a policy", repr(self.settings.policy)),
@@ -478,7 +485,7 @@ class Front:
     def _check_pool(
         self, kv: RequestParams, params: Any, prompt_length: int, named_by: Any
     ) -> None:
-        """A request whose bound is above the pool could wait for ever."""
+        """Refuses a request whose bound exceeds the pool: it could wait forever."""
         assert self.settings is not None
         cache, parallel = self.config.cache_config, self.config.parallel_config
         if not cache.num_gpu_blocks:
@@ -532,7 +539,7 @@ def _short(value: Any, most: int = _QUOTED) -> bool:
 
 
 def _quoted(value: Any) -> str:
-    """A value as it is shown to the client: in one line, of bounded length."""
+    """Returns a value as the client is shown it: in one line, of bounded length."""
     if isinstance(value, Mapping):
         return "a JSON object"
     if isinstance(value, list | tuple | set):
@@ -554,7 +561,7 @@ def _reason(
     max_model_len: int,
     key: str,
 ) -> str:
-    """A stable word for the refusals metric."""
+    """Returns a refusal's `reason` label on /metrics."""
     if key not in KEYS:
         return "unknown_key"
     try:

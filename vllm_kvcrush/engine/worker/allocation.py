@@ -28,8 +28,8 @@ def page_counts(shares: Tensor, room: Room, least: np.ndarray) -> np.ndarray:
     total = min(room.pages, int(most.sum()))
     assert int(least.sum()) <= total, f"{least.sum()} pages are protected and there are {total}"
     weights = shares.numpy().astype(np.float64)
-    # Heads without a share come last, all alike.
-    weights = np.maximum(weights, weights.max(initial=0.0) * 1e-9 or 1.0)
+    # Heads without a share come last, all alike. In parts of the largest, lest anything overflow.
+    weights = np.maximum(weights / (weights.max(initial=0.0) or 1.0), 1e-9)
 
     def given(scale: float) -> np.ndarray:
         return np.clip(np.floor(np.minimum(weights * scale, 2**62)).astype(np.int64), least, most)

@@ -61,7 +61,7 @@ class Move:
         block_size: of a block, in tokens.
         rope: the model's rotary embedding, for policies.
         failed: told each time that the policy fails.
-        on_select: called with each layer's choice, slots [kv_heads, keep].
+        on_select: called with each layer's choice, slots [kv_heads, keep], -1 past a head's own.
 
     Attributes:
         target: the new region; known when the move has run.
@@ -250,7 +250,9 @@ class Move:
         else:
             slots = chosen.slots
         if self._on_select is not None:
-            self._on_select(self._command, index, slots)
+            at = torch.arange(slots.shape[1], device=slots.device)
+            past = at >= self._keep[index].to(slots.device).unsqueeze(1)
+            self._on_select(self._command, index, slots.masked_fill(past, -1))
         try:
             self._write(index, source, slots, chosen)
         except Exception as error:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops import cpu
 
 
@@ -98,7 +98,7 @@ class Region:
         last = sizes.cumsum() - 1
         rests = (tokens - (pages - 1) * rooms).ravel()
         count[last[sizes > 0]] = rests[sizes > 0]
-        codec = np.tile([CODECS[codec] for codec in codecs], pairs).repeat(sizes)
+        codec = np.tile([CODECS[codec].number for codec in codecs], pairs).repeat(sizes)
         wanted = pages.sum(1)
         end = wanted.cumsum()
         begin = end - wanted

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from vllm_kvcrush.codecs.layout import CODECS as NUMBERS
-from vllm_kvcrush.codecs.layout import FITTED
+from vllm_kvcrush.codecs import CODECS as NUMBERS
+from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import Fitted, LayerTable
 from vllm_kvcrush.ops.triton.layout import CODECS, Geometry
 
@@ -28,7 +28,7 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 RUNS = (*FITTED, "int4", "int8", "raw")
 _RANK = torch.zeros(256, dtype=torch.int64)
 for _codec in (*FITTED, *CODECS):
-    _RANK[NUMBERS[_codec]] = RUNS.index("raw" if _codec == "exact" else _codec)
+    _RANK[NUMBERS[_codec].number] = RUNS.index("raw" if _codec == "exact" else _codec)
 
 
 def runs_of(codecs: Tensor) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from vllm_kvcrush.codecs.layout import CODECS, FITTED, GROUP
+from vllm_kvcrush.codecs import CODECS, FITTED
+from vllm_kvcrush.codecs.layout import GROUP
 from vllm_kvcrush.ops.triton.cache import Layer, Source
 from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
 from vllm_kvcrush.ops.triton.config import encode_tiles, gather_warps
@@ -49,7 +50,7 @@ def gather(
             source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
             source.tail_table, count, slots.stride(0), len(source.page).bit_length(),
             layer.block_pages, layer.first_page, source.tail_position, T=SLOTS,
-            CODEC=CODECS[run], VALUES=values, POSITIONS=positions, G=layer.geometry,
+            CODEC=CODECS[run].number, VALUES=values, POSITIONS=positions, G=layer.geometry,
             num_warps=gather_warps(layer.geometry.k_pad, layer.geometry.v_pad),
         )  # fmt: skip
     return key, value, where
@@ -78,8 +79,8 @@ def encode(
             key, value, key if positions is None else positions,
             layer.raw, layer.grid, layer.half, layer.words, layer.wide, layer.pool,
             target.head, target.page, target.count, target.codec, target.first, key.shape[1],
-            T=GROUP, V=tokens, CODEC=CODECS[run], POSITIONS=positions is not None, G=geometry,
-            num_warps=warps,
+            T=GROUP, V=tokens, CODEC=CODECS[run].number, POSITIONS=positions is not None,
+            G=geometry, num_warps=warps,
         )  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def _within_tables(read: Tensor, target: Source, limit: int) -> Tensor:
     entry = entries.repeat_interleave(target.count, output_size=read.numel()).view_as(read)
     place = torch.arange(read.shape[1], device=read.device) - target.first[entry]
     last = read.gather(1, (target.first + target.count - 1)[entry].long())
-    fitted = (target.codec[entry] >= CODECS[FITTED[0]]) & (last < limit)
+    fitted = (target.codec[entry] >= CODECS[FITTED[0]].number) & (last < limit)
     most = limit - target.count[entry] + place
     return torch.where(fitted, where.minimum(most), where).int()
 
@@ -137,7 +138,7 @@ def _check_order(target: Source, read: Tensor) -> None:
     for head, first, count, codec in zip(*(x.tolist() for x in columns), strict=True):
         own = read[head, first : first + count]
         back = (own[1:] < own[:-1]).nonzero().flatten().tolist()
-        if back and codec != CODECS["raw"]:
+        if back and codec != CODECS["raw"].number:
             before, after = own[back[0] : back[0] + 2].tolist()
             raise ValueError(
                 f"slots of head {head} are not in position order: position {after} comes after "

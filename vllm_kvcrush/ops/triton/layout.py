@@ -51,6 +51,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllm_kvcrush import codecs
 from vllm_kvcrush.codecs import layout
 
 STEPS = 14  # of the high bits of positions, in a page's header
@@ -204,7 +205,7 @@ class Geometry:
         header = page_bytes - layout.HEADER
         sections = {}
         for codec in CODECS:
-            capacity = layout.capacity(codec, page_bytes, k_size, v_size, itemsize)
+            capacity = codecs.CODECS[codec].capacity(page_bytes, k_size, v_size, itemsize)
             section = _section(codec, capacity, k_size, v_size, itemsize)
             assert section.end <= (page_bytes if codec == "raw" else header)
             sections[codec] = section

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import CODECS, FITTED
+from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Source
 from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
@@ -73,7 +73,7 @@ def window_scores(
             source.tail_slot, source.tail_table, source.tail_length, candidates, layer.scale,
             window, layer.block_pages, layer.first_page,
             T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, TAIL=tail,
-            CODEC=CODECS[run], DTYPE=DTYPES[layer.dtype], G=geometry,
+            CODEC=CODECS[run].number, DTYPE=DTYPES[layer.dtype], G=geometry,
             num_warps=SCORES_WARPS, num_stages=SCORES_STAGES, **product_options(layer.wave),
         )  # fmt: skip
     if mean:

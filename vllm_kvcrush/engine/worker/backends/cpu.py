@@ -68,8 +68,8 @@ class KVCrushMetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
     regions: ClassVar[list[region.Region | None]] = []
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any):
-        super().__init__(kv_cache_spec, layer_names, config, device)
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self,

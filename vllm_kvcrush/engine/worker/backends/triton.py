@@ -71,8 +71,8 @@ class KVCrushTritonMetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
     regions: ClassVar[list[Region | None]] = []
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any):
-        super().__init__(kv_cache_spec, layer_names, config, device)
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # The regions of the last step and what was made of them: they change at compactions only.
         self._known: list[Region | None] = []
         self._made: tuple[Directory, Tensor]

@@ -18,13 +18,13 @@ float16, int16 and int32. `page` is int64 [T], `index` [T] a token's place in it
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops.triton.kernels.pages import plane_signs
 from vllm_kvcrush.ops.triton.kernels.tiles import codes8, half_steps, interleave, planes_hadamard
 from vllm_kvcrush.ops.triton.layout import STEPS
 
-RAW, EXACT = tl.constexpr(CODECS["raw"]), tl.constexpr(CODECS["exact"])
-INT8, INT4 = tl.constexpr(CODECS["int8"]), tl.constexpr(CODECS["int4"])
+RAW, EXACT = tl.constexpr(CODECS["raw"].number), tl.constexpr(CODECS["exact"].number)
+INT8, INT4 = tl.constexpr(CODECS["int8"].number), tl.constexpr(CODECS["int4"].number)
 STEP_COUNT = tl.constexpr(STEPS)
 
 

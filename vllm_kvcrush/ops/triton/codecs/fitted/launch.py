@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.codecs.transform.bits import quantiser
 from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Source
 from vllm_kvcrush.ops.triton.codecs.fitted.kernels import (
@@ -51,7 +51,7 @@ def gather(
             layer.half, layer.words, layer.wide, layer.pool,
             source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
             *fitted.tables(loop.place), count, slots.stride(0),
-            len(source.page).bit_length(), T=SLOTS, CODEC=CODECS[codec],
+            len(source.page).bit_length(), T=SLOTS, CODEC=CODECS[codec].number,
             LOCAL=loop.local, BITS=loop.bits, VALUES=value is not None,
             POSITIONS=position is not None, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
             num_warps=warps(layer.geometry), **product_options(layer.wave),
@@ -72,7 +72,7 @@ def scores(
         out, rows, lse, layer.half, layer.words, layer.wide, layer.pool,
         source.head, source.page, source.count, source.codec, source.first,
         *fitted.tables(loop.place), out.shape[1], layer.scale, len(rows),
-        T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, CODEC=CODECS[codec],
+        T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, CODEC=CODECS[codec].number,
         LOCAL=loop.local, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
         num_warps=score_warps, num_stages=score_stages, **product_options(layer.wave),
     )  # fmt: skip
@@ -96,20 +96,20 @@ def encode(
         key, positions, component, loss, target.head, target.count, target.codec, target.first,
         fitted.mean[place], fitted.forward[place], fitted.cost[place], fitted.top[place],
         fitted.coarse, fitted.fine, fitted.positions, count, most,
-        T=TOKENS, CODEC=CODECS[codec], LOCAL=loops[0].local, G=geometry, num_warps=warps(geometry),
-        num_stages=STAGES,
+        T=TOKENS, CODEC=CODECS[codec].number, LOCAL=loops[0].local, G=geometry,
+        num_warps=warps(geometry), num_stages=STAGES,
     )  # fmt: skip
     numbers = _exceptions(loss, fitted.exceptions[place][target.head.long()])
     fitted_keys_kernel[(entries, groups)](
         key, positions, component.view(torch.int32), numbers,
         layer.half, layer.words, layer.wide, layer.pool,
         *where, fitted.info[place], fitted.fields, count, most,
-        T=TOKENS, CODEC=CODECS[codec], G=geometry, num_warps=KEYS_WARPS,
+        T=TOKENS, CODEC=CODECS[codec].number, G=geometry, num_warps=KEYS_WARPS,
     )  # fmt: skip
     for loop in loops:
         fitted_values_kernel[(entries, triton.cdiv(min(most, count), VALUES))](
             value, numbers, layer.half, layer.pool, *where, fitted.info[place], count, most,
-            T=VALUES, CODEC=CODECS[codec], BITS=loop.bits, STEP=quantiser(loop.bits).step,
+            T=VALUES, CODEC=CODECS[codec].number, BITS=loop.bits, STEP=quantiser(loop.bits).step,
             G=geometry, num_warps=warps(geometry),
         )  # fmt: skip
 
