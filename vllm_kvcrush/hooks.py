@@ -9,12 +9,8 @@ we support is in `compat`.
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
-
-from vllm_kvcrush.compat.source import Class, Entry, Signature, Source, SourceError
 
 Kind = Literal["import", "call", "wrap", "override", "subclass", "attribute"]
 
@@ -29,7 +25,10 @@ class Hook(NamedTuple):
             mixin, inherits from. "attribute": what we read or set, of objects and modules.
         module: where we import it from, or where its class is.
         name: in the module; of methods and attributes with their class.
-        parameters: of functions, without `self`; see `_problem`. None: any.
+        parameters: of functions, without `self`, as in "a, b=, *, c, ...". Those before a `*` are
+            given or taken by position, so vLLM's begin with them; those after it by name. `=`: vLLM
+            may lack it. `...`: we pass on whatever else there is; without, a function that we call
+            needs no more than this, and one that we override has no more. None: any.
         why: what for.
         since, until: the releases in which we need it, such as (0, 33); None: any.
     """
@@ -50,128 +49,6 @@ class Hook(NamedTuple):
 
     def __str__(self) -> str:
         return self.name if self.parameters is None else f"{self.name}({self.parameters})"
-
-
-class Finding(NamedTuple):
-    """What a vLLM has where a hook is expected.
-
-    Attributes:
-        hook: the hook.
-        found: the signature, for functions; "" for others.
-        problem: what is wrong with it, or None.
-    """
-
-    hook: Hook
-    found: str
-    problem: str | None
-
-
-def check(source: Source) -> list[Finding]:
-    """Looks all hooks up that a vLLM of this release must have."""
-    number = re.match(r"v?(\d+)\.(\d+)", source.version or "")
-    release = (int(number[1]), int(number[2])) if number else None
-    return [_find(source, hook) for hook in HOOKS if _applies(hook, release)]
-
-
-def _applies(hook: Hook, release: tuple[int, int] | None) -> bool:
-    if release is None:  # a checkout, newer than all that we know
-        return hook.until is None
-    return (hook.since or release) <= release <= (hook.until or release)
-
-
-def record(source: Source) -> str:
-    """All that the table asks of a vLLM, for `Source.recorded`: to be checked without it."""
-    return source.record([(hook.module, hook.name.split(".")[0]) for hook in HOOKS])
-
-
-@functools.cache
-def refusal() -> str | None:
-    """Why a policy cannot be had with the installed vLLM, whatever its version, as one sentence;
-    None if all is as it should be."""
-    try:
-        source = Source.installed()
-        wrong = [finding for finding in check(source) if finding.problem]
-    except SourceError as error:
-        return str(error)
-    if not wrong:
-        return None
-    hook, _, problem = wrong[0]
-    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-    return (
-        f"vLLM {source.version or ''} at {source.where} is not what vllm-kvcrush knows by that "
-        f"version: {hook.module}.{hook.name} {problem}{more}: install a release of vLLM that it "
-        "supports, or start without --kv-policy; `vllm-kvcrush doctor --hooks` lists all."
-    )
-
-
-def _find(source: Source, hook: Hook) -> Finding:
-    try:
-        found = _look_up(source, hook)
-    except KeyError:
-        return Finding(hook, "", "is missing")
-    if hook.kind == "subclass" and not isinstance(found, Class):
-        return Finding(hook, "", "is no class")
-    if isinstance(found, Class):
-        if hook.parameters is None:
-            return Finding(hook, "", None)
-        found = source.member(found, "__init__")
-    if isinstance(found, Signature):
-        text = f"({found})"
-        problem = None if hook.parameters is None else _problem(hook, found)
-        return Finding(hook, text, problem and f"takes {text}, where {problem}")
-    # A value, or a function that something made, whose parameters no source tells.
-    if hook.parameters is not None and "." in hook.name:
-        return Finding(hook, "", "is no method")
-    return Finding(hook, "", None)
-
-
-def _look_up(source: Source, hook: Hook) -> Entry | str:
-    owner, _, member = hook.name.rpartition(".")
-    if not owner:
-        return source.find(hook.module, member)
-    found = source.find(hook.module, owner)
-    if not isinstance(found, Class):
-        raise KeyError(owner)
-    # What is wrapped is replaced in the very class.
-    return source.member(found, member, inherited=hook.kind != "wrap")
-
-
-def _problem(hook: Hook, found: Signature) -> str | None:
-    """What is wrong with vLLM's parameters, if ours are as in "a, b=, *, c, ...".
-
-    Those before a `*` are given or taken by position, so vLLM's begin with them; those after it by
-    name. `=`: vLLM may lack it. `...`: we pass on whatever else there is. Without, a function that
-    we call needs no more than this, and one that we override has no more.
-    """
-    assert hook.parameters is not None
-    by_place, _, rest = hook.parameters.partition("*, ")
-    names = [part.strip() for part in by_place.split(",") if part.strip()]
-    named = [part.strip() for part in rest.split(",") if part.strip()]
-    open_ended = "..." in (*names, *named)
-    names, named = ([n for n in part if n != "..."] for part in (names, named))
-    for index, given in enumerate(names):
-        name = given.rstrip("=")
-        if name in found.positional:
-            if found.positional[index] != name:
-                return f"{name} is expected at place {index + 1}"
-        elif given == name and not (found.args and hook.kind != "override"):
-            return f"{name} is expected"
-    every = {*found.positional, *found.keyword}
-    for given in named:
-        name = given.rstrip("=")
-        if given == name and name not in every and not found.kwargs:
-            return f"{name} is expected"
-    ours = {given.rstrip("=") for given in (*names, *named)}
-    if hook.kind == "override" and not open_ended:
-        strange = every - ours
-        if strange or found.args or found.kwargs:
-            return f"no more than ({hook.parameters}) is expected"
-    if hook.kind == "call" and (missing := every - ours - found.optional):
-        return f"({hook.parameters}) is given, without {', '.join(sorted(missing))}"
-    return None
-
-
-# -- the table -------------------------------------------------------------------------------------
 
 
 class _In:
@@ -868,6 +745,13 @@ def _endpoints() -> Iterator[Hook]:
         "wrap",
         "OpenAIServingChat.chat_completion_stream_generator(*, result_generator, ...)",
         usage,
+        until=(0, 32),
+    )
+    yield at(
+        "wrap",
+        "OpenAIServingChat.chat_completion_stream_generator_raw(*, result_generator, ...)",
+        usage,
+        since=(0, 33),
     )
     at = _In("vllm.entrypoints.openai.chat_completion.batch_serving")
     yield at("import", "OpenAIServingChatBatch", usage)

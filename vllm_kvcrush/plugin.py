@@ -291,10 +291,10 @@ def _settings(additional_config: Any) -> Settings | None:
             "--kv-policy=none to activate it only for requests that ask.",
             "--kv-policy",
         )
-    from vllm_kvcrush import hooks
+    from vllm_kvcrush.compat import check
 
     ok, sentence = gate.verdict()
-    problem = sentence if not ok else _problem or hooks.refusal()
+    problem = sentence if not ok else _problem or check.refusal()
     if problem:
         raise ConfigError(problem, "--kv-policy")
     return Settings.from_dict(raw)

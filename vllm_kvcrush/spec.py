@@ -13,6 +13,7 @@ that a wrapper wraps. In JSON the same is `{"policy": "fair", "base": {"policy":
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -80,10 +81,19 @@ def parse(value: Any) -> Spec:
     """
     if isinstance(value, Spec):
         return value
+    return _parsed(value) if isinstance(value, str) else _bounded(value)
+
+
+def _bounded(value: Any) -> Spec:
     found = _of(value, 1)
     if len(str(found)) > MAX_LENGTH:
         raise SpecError(_TOO_LONG)
     return found
+
+
+@functools.lru_cache(512)  # asked for in every step
+def _parsed(text: str) -> Spec:
+    return _bounded(text)
 
 
 def _of(value: Any, depth: int) -> Spec:

@@ -28,10 +28,11 @@ class Setting:
     """What contents may need besides the cache.
 
     Attributes:
-        tables: transform tables by name of their point.
-        rope: the model's.
+        tables: transform tables, by the name of their operating point.
+        rope: the model's rotary embedding.
         scale: factor of q·k.
-        sizes: for which bytes are counted; the first one also decides which tokens share a page.
+        sizes: the sizes for which bytes are counted; the first one also decides which tokens share
+            a page.
     """
 
     tables: dict[str, Tables]
@@ -51,14 +52,14 @@ def _page_bytes(cache: Cache, block: int, itemsize: int) -> int:
 
 
 def raw_bytes(cache: Cache, block: int, itemsize: int) -> int:
-    """Whole blocks of raw tokens."""
+    """Returns the bytes of whole blocks of raw tokens."""
     layers, heads, n, _ = cache.keys.shape
     return -(-n // block) * layers * heads * _page_bytes(cache, block, itemsize)
 
 
 def _bytes(cache: Cache, size: Size, rooms: Tensor, tokens: int) -> int:
-    """Whole blocks, and the directory, of `tokens` tokens in each head, whose pages hold as many
-    as `rooms` [L, H] says."""
+    """Returns the bytes of whole blocks and the directory for `tokens` tokens in each head, whose
+    pages hold as many as `rooms` [L, H] says."""
     held = rooms.flatten().tolist()
     packing = Packing("", (tuple(Counter(held).items()),))
     owned = sum(-(-tokens // room) for room in held)
@@ -69,7 +70,7 @@ def _bytes(cache: Cache, size: Size, rooms: Tensor, tokens: int) -> int:
 
 
 def raw(cache: Cache, setting: Setting) -> Coded:
-    """Nothing changed."""
+    """Returns the cache as it is."""
     sizes = {at: raw_bytes(cache, *at) for at in setting.sizes}
     return Coded(cache.keys, cache.values, sizes)
 
@@ -79,7 +80,7 @@ def _by_page(
     rooms: Tensor,
     kept: Callable[[int, int, slice], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """What `kept` says that a page of a layer, a head and some tokens gives back, for all."""
+    """Returns what all pages give back; `kept` gives it for a layer, a head and some tokens."""
     layers, heads, n, _ = cache.keys.shape
     keys, values = torch.empty_like(cache.keys), torch.empty_like(cache.values)
     for layer in range(layers):
@@ -93,7 +94,7 @@ def _by_page(
 
 
 def flat(codec: str) -> Encode:
-    """Pages of int8 or int4."""
+    """Returns a content: pages of a codec without tables."""
 
     def encode(cache: Cache, setting: Setting) -> Coded:
         layers, heads, n, size = cache.keys.shape
@@ -124,7 +125,7 @@ def flat(codec: str) -> Encode:
 
 
 def _fitted(cache: Cache, tables: Tables, setting: Setting, tokens: int) -> Coded:
-    """Pages of a point, and the bytes of `tokens` tokens in them."""
+    """Returns what pages of a fitted codec give back, and the bytes of `tokens` tokens."""
     layers, heads = cache.keys.shape[:2]
     rooms, exact = {}, {}
     for at in setting.sizes:
@@ -148,7 +149,8 @@ def _fitted(cache: Cache, tables: Tables, setting: Setting, tokens: int) -> Code
 
 
 def transform(point: str, keep: float = 1.0) -> Encode:
-    """Transform coding with the tables of `point`; `keep` < 1 evicts the rest."""
+    """Returns a content: transform coding with the tables of `point`, after evicting all but
+    the share `keep`."""
 
     def encode(cache: Cache, setting: Setting) -> Coded:
         coded = _fitted(cache, setting.tables[point], setting, round(cache.length * keep))
@@ -163,7 +165,7 @@ def transform(point: str, keep: float = 1.0) -> Encode:
 
 
 def evict(cache: Cache, setting: Setting, keep: float) -> Tensor:
-    """Marks, per head, the tokens with most (expected attention + 0.01) · |v|: bool [L, H, n].
+    """Marks in each head the tokens with most (expected attention + 0.01) · |v|: bool [L, H, n].
     Queries are expected to be as the newest ones were, at the next 512 positions."""
     layers, heads, n, size = cache.keys.shape
     places = cache.positions[-cache.queries.shape[2] :]
@@ -184,7 +186,7 @@ def evict(cache: Cache, setting: Setting, keep: float) -> Tensor:
 
 
 def evicted(keep: float) -> Encode:
-    """Raw tokens, the rest evicted."""
+    """Returns a content: raw tokens, after evicting all but the share `keep`."""
 
     def encode(cache: Cache, setting: Setting) -> Coded:
         share = {at: round(raw_bytes(cache, *at) * keep) for at in setting.sizes}

@@ -294,9 +294,9 @@ def test_an_unverified_vllm_is_refused_only_with_a_policy(
 def test_a_vllm_that_was_changed_is_refused_only_with_a_policy(
     configure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_kvcrush import hooks
+    from vllm_kvcrush.compat import check
 
-    monkeypatch.setattr(hooks, "refusal", lambda: "vLLM 0.32.9 is not what it was.")
+    monkeypatch.setattr(check, "refusal", lambda: "vLLM 0.32.9 is not what it was.")
     assert configure().scheduler_config.scheduler_cls is None
     with pytest.raises(ValueError, match=r"vLLM 0\.32\.9 is not what it was"):
         configure(additional_config=ACTIVE, block_size=32)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from vllm_kvcrush import hooks
+from vllm_kvcrush.compat import check
 from vllm_kvcrush.compat.source import Class, Signature, Source, SourceError
 from vllm_kvcrush.hooks import Hook
 from vllm_kvcrush.tools import cli
@@ -86,6 +87,18 @@ def imported() -> dict[str, pathlib.Path]:
     return found
 
 
+def in_releases(name: ast.expr) -> Iterator[ast.expr]:
+    """What `compat.NAME` stands for, in each release; anything else stands for itself."""
+    if not isinstance(name, ast.Attribute) or ast.unparse(name.value) != "compat":
+        yield name
+        return
+    for module, file in FILES.items():
+        if module.startswith("vllm_kvcrush.compat.v"):
+            for node in file.tree.body:
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name.attr:
+                    yield node.value
+
+
 def wrap_calls(
     node: ast.AST, loops: dict[str, list[ast.expr]]
 ) -> Iterator[tuple[ast.expr, ast.expr]]:
@@ -94,6 +107,7 @@ def wrap_calls(
         loops = {**loops, ast.unparse(node.target): node.iter.elts}
     if isinstance(node, ast.Call) and ast.unparse(node.func) in ("wrap", "server.wrap"):
         owners, names = (loops.get(ast.unparse(arg), [arg]) for arg in node.args[:2])
+        names = [each for name in names for each in in_releases(name)]
         yield from ((owner, name) for owner in owners for name in names)
     for child in ast.iter_child_nodes(node):
         yield from wrap_calls(child, loops)
@@ -351,8 +365,8 @@ def test_every_row_says_why_once() -> None:
 
 def test_the_installed_vllm_has_all_of_it(vllm: Source) -> None:
     assert vllm.version
-    assert not [finding for finding in hooks.check(vllm) if finding.problem]
-    assert hooks.refusal() is None
+    assert not [finding for finding in check.check(vllm) if finding.problem]
+    assert check.refusal() is None
 
 
 RECORDED = pathlib.Path(__file__).parent.parent / "data" / "vllm_0_33_hooks.json"
@@ -362,7 +376,7 @@ def test_vllm_0_33_has_all_of_it() -> None:
     """By a recording of the names and signatures in its wheel, which CI need not have."""
     source = Source.recorded(RECORDED.read_text(encoding="utf-8"))
     assert source.version == "0.33.0"
-    wrong = {f"{f.hook.module}.{f.hook}": f.problem for f in hooks.check(source) if f.problem}
+    wrong = {f"{f.hook.module}.{f.hook}": f.problem for f in check.check(source) if f.problem}
     assert not wrong, (
         "vLLM 0.33 has these not, or not so; or they are new here, and the recording must be made "
         "again: see docs/vllm.md"
@@ -456,7 +470,7 @@ def changed(folder: pathlib.Path, name: str, old: str, new: str) -> dict[str, st
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
-    return {f.hook.name: f.problem for f in hooks.check(Source.at(folder)) if f.problem}
+    return {f.hook.name: f.problem for f in check.check(Source.at(folder)) if f.problem}
 
 
 def test_a_tree_a_package_a_wheel_and_a_recording_are_one(fake: pathlib.Path) -> None:
@@ -465,8 +479,8 @@ def test_a_tree_a_package_a_wheel_and_a_recording_are_one(fake: pathlib.Path) ->
         for name, text in VLLM.items():
             file.writestr(name, text)
     sources = [Source.at(fake), Source.at(fake / "vllm"), Source.at(str(wheel))]
-    sources.append(Source.recorded(hooks.record(sources[0])))
-    found = [hooks.check(source) for source in sources]
+    sources.append(Source.recorded(check.record(sources[0])))
+    found = [check.check(source) for source in sources]
     assert not [finding for finding in found[0] if finding.problem]
     assert found[1:] == found[:1] * 3
     assert {source.version for source in sources} == {"0.32.7"}
@@ -521,7 +535,7 @@ def test_what_is_wrapped_is_wrapped_where_it_is(
 ) -> None:
     inherited = Hook("wrap", "vllm.engine", "Engine.run", "step, ...", "Why.")
     monkeypatch.setattr(hooks, "HOOKS", (inherited,))
-    (finding,) = hooks.check(Source.at(fake))
+    (finding,) = check.check(Source.at(fake))
     assert finding.problem == "is missing"
 
 
@@ -535,7 +549,7 @@ def test_rows_of_other_releases_are_left_out(
     def kept(version: str | None) -> list[int]:
         source = Source.at(fake)
         source.version = version
-        return [table.index(finding.hook) for finding in hooks.check(source)]
+        return [table.index(finding.hook) for finding in check.check(source)]
 
     assert kept("0.32.7") == [0, 1]
     assert kept("0.33.0") == kept("0.41") == [0, 2]
@@ -549,13 +563,13 @@ def unknown(fake: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pat
     changed(fake, "engine.py", "async def step(self, output", "async def step(self, result, output")
     changed(fake, "base.py", "self.size: int = 4", "")
     monkeypatch.setattr(Source, "installed", lambda: Source.at(fake))
-    hooks.refusal.cache_clear()
+    check.refusal.cache_clear()
     yield fake
-    hooks.refusal.cache_clear()
+    check.refusal.cache_clear()
 
 
 def test_a_changed_vllm_is_refused_in_one_sentence(unknown: pathlib.Path) -> None:
-    sentence = hooks.refusal()
+    sentence = check.refusal()
     assert sentence is not None and "\n" not in sentence
     assert "vllm.api.Core.step takes (result, output, mode=)" in sentence
     assert "output is expected at place 1 (and 1 more)" in sentence
@@ -564,9 +578,9 @@ def test_a_changed_vllm_is_refused_in_one_sentence(unknown: pathlib.Path) -> Non
 
 def test_no_vllm_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    hooks.refusal.cache_clear()
-    assert hooks.refusal() == "vLLM is not installed."
-    hooks.refusal.cache_clear()
+    check.refusal.cache_clear()
+    assert check.refusal() == "vLLM is not installed."
+    check.refusal.cache_clear()
 
 
 def test_doctor_shows_the_table(
@@ -589,7 +603,7 @@ def test_doctor_shows_the_table(
     assert capsys.readouterr().out.endswith(
         "OK: vLLM 0.32.7 has all 14 names (0 private) that vllm-kvcrush relies on.\n"
     )
-    assert hooks.check(Source.recorded(recording.read_text())) == hooks.check(Source.at(whole))
+    assert check.check(Source.recorded(recording.read_text())) == check.check(Source.at(whole))
 
 
 @pytest.mark.parametrize(

@@ -111,13 +111,13 @@ def _doctor(args: argparse.Namespace) -> int:
     else:
         from pathlib import Path
 
-        from vllm_kvcrush import hooks
+        from vllm_kvcrush.compat import check
 
         try:
             source = Source.at(args.hooks) if args.hooks else Source.installed()
             text, ok = hooks_report(source)
             if args.record is not None:
-                Path(args.record).write_text(hooks.record(source), encoding="utf-8")
+                Path(args.record).write_text(check.record(source), encoding="utf-8")
         except (SourceError, OSError) as error:
             return _fail(error)
     print(text)

@@ -8,7 +8,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vllm_kvcrush import __version__, gate, hooks
+from vllm_kvcrush import __version__, gate
+from vllm_kvcrush.compat import check
 from vllm_kvcrush.compat.source import Source
 
 # Instruction sets that vLLM's CPU kernels choose between, narrow to wide.
@@ -52,7 +53,7 @@ def report() -> tuple[str, bool]:
 def hooks_report(source: Source) -> tuple[str, bool]:
     """The table of vLLM's names that we rely on, by module, with what this vLLM has for each; and
     whether it has all of them."""
-    findings = sorted(hooks.check(source), key=lambda finding: finding.hook.module)
+    findings = sorted(check.check(source), key=lambda finding: finding.hook.module)
     lines: list[str] = []
     module = ""
     for hook, found, problem in findings:

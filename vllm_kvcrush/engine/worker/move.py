@@ -106,7 +106,6 @@ class Move:
         new = len(command.source) - command.compressed
         self._counts = self._old + new * block_size
         self._candidates = int(self._counts.max())
-        self._ragged = bool((self._counts != self._candidates).any())
         self._parts = state.plan.parts(len(command.target), self._candidates)
         # Tokens of two tiers lie one tier after the other. Once they are together again, fitted
         # pages, which know the positions of some tokens only, may say of two neighbouring pages
@@ -333,23 +332,24 @@ class Move:
         counts = self._counts[index].tolist()
         tail = self._command.tail_tokens
         held: LayerKV = layer.held(source, [count + tail for count in counts])
+        m = max(counts)
         old = torch.from_numpy(self._old[index]).to(self._device).unsqueeze(1)
-        columns = torch.arange(self._candidates, device=self._device)
+        columns = torch.arange(m, device=self._device)
         known = (columns < old).expand(self._heads, -1)
         view = View(
             held=held,
             queries=None if self.queries is None else self.queries[index],
             scale=layer.scale,
-            candidates=self._candidates,
+            candidates=m,
             sinks=state.plan.sinks,
             page_size=self._block_size,
             layer=index,
             layers=len(self._layers),
             all_heads=_identity if ranks is None else ranks.all_heads,
-            counts=torch.from_numpy(self._counts[index]) if self._ragged else None,
-            state={name: self._widened(by[index]) for name, by in state.kept_state.items()},
+            counts=torch.from_numpy(self._counts[index]) if min(counts) < m else None,
+            state={name: self._widened(by[index], m) for name, by in state.kept_state.items()},
             known=known,
-            log_bias=self._log_bias(index),
+            log_bias=self._log_bias(index, m),
             true_positions=self._positions(index, known, columns - old),
             spans=state.spans,
             rope=self._rope,
@@ -363,19 +363,17 @@ class Move:
             view = replace(view, protected=self._protected(view))
         return view, order
 
-    def _widened(self, old: Tensor) -> Tensor:
+    def _widened(self, old: Tensor, m: int) -> Tensor:
         """What is known of survivors, [H, k, ...], with zeros for newer tokens: [H, m, ...]."""
-        wide = torch.zeros(
-            self._heads, self._candidates, *old.shape[2:], dtype=old.dtype, device=self._device
-        )
+        wide = torch.zeros(self._heads, m, *old.shape[2:], dtype=old.dtype, device=self._device)
         wide[:, : old.shape[1]] = old
         return wide
 
-    def _log_bias(self, index: int) -> Tensor | None:
+    def _log_bias(self, index: int, m: int) -> Tensor | None:
         region = self._state.region
         if region is None or region.log_bias is None:
             return None
-        wide = torch.zeros(self._heads, self._candidates)
+        wide = torch.zeros(self._heads, m)
         for head, own in enumerate(region.biases(index)):
             wide[head, : len(own)] = own
         return wide.to(self._device)
@@ -388,7 +386,9 @@ class Move:
         first = self._command.computed - self._command.tail_tokens - raw * self._block_size
         where = (new + first).int()
         if index in self._state.positions:
-            where = torch.where(known, self._widened(self._state.positions[index]), where)
+            where = torch.where(
+                known, self._widened(self._state.positions[index], new.shape[1]), where
+            )
         return where
 
     def _protected(self, view: View) -> Tensor:

@@ -24,6 +24,7 @@ from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.cpu.tables import LayerTable
+from vllm_kvcrush.policies.base import LayerKV
 
 
 class KVCrushAttentionBackend(CPUAttentionBackend):
@@ -177,11 +178,11 @@ class CPUCacheLayer:
         directory = None if region is None else region.directory(self.index)
         return cpu.Source(directory, tail, tokens, position, self.block_size)
 
-    def held(self, source: cpu.Source, tokens: Sequence[int]) -> cpu.LayerKV:
-        return cpu.LayerKV(self.pages, source, max(tokens))
+    def held(self, source: cpu.Source, tokens: Sequence[int]) -> LayerKV:
+        return cpu.LayerKV(self.pages, source, tokens)
 
     def positions(self, source: cpu.Source, tokens: Sequence[int]) -> Tensor:
-        return cpu.positions(self.pages, source, max(tokens))
+        return cpu.positions(self.pages, source, tokens)
 
     def compact(
         self, source: cpu.Source, slots: Tensor, counts: Sequence[int], target: Region
