@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.pairwise import pairwise
 from vllm_kvcrush import ops, policies
 from vllm_kvcrush.codecs import CODECS, FITTED, layout, reference
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
@@ -62,6 +63,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert cpu.isa() == request.param
     yield request.param
     cpu.use_isa(ISAS[-1])
+
+
+def over_isas(**dimensions: Any) -> pytest.MarkDecorator:
+    """Runs a test for every pair of values, instruction sets among them: see `tests.pairwise`."""
+    dimensions = {"isa": ISAS, **dimensions}
+    return pytest.mark.parametrize(tuple(dimensions), pairwise(**dimensions), indirect=["isa"])
 
 
 @pytest.fixture(autouse=True)
@@ -319,11 +326,11 @@ class Cache:
             first += count
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("group", "k_size", "v_size"), SHAPES + ODD)
+@over_isas(dtype=DTYPES, shape=SHAPES + ODD)
 def test_raw_tails(
-    isa: str, draw: random.Random, group: int, k_size: int, v_size: int, dtype: torch.dtype
+    isa: str, draw: random.Random, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
+    group, k_size, v_size = shape
     block_size = draw.choice([16, 32, 128])
     cache = Cache(draw, group, k_size, v_size, dtype, block_size=block_size, blocks=24)
     longest = min(7 * block_size, 300)
@@ -333,11 +340,11 @@ def test_raw_tails(
     cache.check([1, draw.randrange(2, 9), 1, min(40, lengths[3])], TOLERANCE["raw"])
 
 
-@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6", "tc8", "mixed"])
-@pytest.mark.parametrize(("group", "k_size", "v_size"), SHAPES + ODD)
+@over_isas(codec=["exact", "int8", "int4", "tc4", "tc6", "tc8", "mixed"], shape=SHAPES + ODD)
 def test_compressed_pages(
-    isa: str, draw: random.Random, group: int, k_size: int, v_size: int, codec: str
+    isa: str, draw: random.Random, shape: tuple[int, int, int], codec: str
 ) -> None:
+    group, k_size, v_size = shape
     dtype = draw.choice(DTYPES)
     cache = Cache(draw, group, k_size, v_size, dtype, block_size=draw.choice([32, 64]))
     several = ["int8", "int4", "raw", "exact", "int4", "int8", "tc4", "tc6", "tc8"]
@@ -473,12 +480,11 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
 # -- what codecs keep -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", list(CODECS))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("k_size", "v_size"), [(64, 64), (80, 112), (8, 24), (256, 128)])
+@over_isas(codec=CODECS, dtype=DTYPES, sizes=[(64, 64), (80, 112), (8, 24), (256, 128)])
 def test_pages_keep_what_their_codec_says(
-    isa: str, draw: random.Random, codec: str, dtype: torch.dtype, k_size: int, v_size: int
+    isa: str, draw: random.Random, codec: str, dtype: torch.dtype, sizes: tuple[int, int]
 ) -> None:
+    k_size, v_size = sizes
     cache = Cache(draw, 1, k_size, v_size, dtype, blocks=4, block_size=64)
     for count in (cache.capacity(codec), draw.randrange(1, cache.capacity(codec))):
         key, value = cache.content(count)
@@ -584,9 +590,9 @@ def test_store_takes_strided_rows(isa: str, draw: random.Random) -> None:
         assert torch.equal(got_v, both[:32, 3 + head].float())
 
 
-@pytest.mark.parametrize("target", ["exact", "int8", "int4", "tc4", "tc6", "tc8"])
-@pytest.mark.parametrize(
-    "codecs", [["exact", "int8"], ["int4", "tc8", "int8"], ["tc4"], ["tc6"], []]
+@over_isas(
+    target=["exact", "int8", "int4", "tc4", "tc6", "tc8"],
+    codecs=[["exact", "int8"], ["int4", "tc8", "int8"], ["tc4"], ["tc6"], []],
 )
 def test_compaction_keeps_the_chosen_tokens(
     isa: str, draw: random.Random, codecs: list[str], target: str
@@ -1040,9 +1046,7 @@ def test_long_windows_take_little_memory(
     assert cpu.scratch_peak() - kept <= cpu.threads() * (16 << 20)  # what the threads keep
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("window", [1, 8, 33])
+@over_isas(window=[1, 8, 33], group=[1, 3, 8], bias=[False, True])
 def test_window_scores(isa: str, draw: random.Random, group: int, window: int, bias: bool) -> None:
     cache = Cache(draw, group, 64, 64, draw.choice(DTYPES))
     codecs = draw.choice([[], ["int8", "int4", "exact", "raw"]])
