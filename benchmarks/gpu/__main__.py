@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import report
 from benchmarks.gpu import builds, child, disassembly, model
-from vllm_kvcrush.ops.triton.layout import Geometry
+from vllm_kvcrush.ops.triton.codecs import geometry
 
 DOCS = report.ROOT / "docs" / "gpu.md"
 # The model whose decode step the cost model prices: 8 KV heads and 32 query heads of 128.
@@ -82,7 +82,7 @@ def compile_table(rows: list[dict[str, Any]]) -> str:
 
 def floors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The cost model of a decode step of one sequence, for every device, context and codec."""
-    geometry = Geometry.of(builds.BLOCK_SIZE, SIZE, SIZE, 2)
+    page = geometry(builds.BLOCK_SIZE, SIZE, SIZE, 2)
     shape = (LAYERS, KV_HEADS)
     found = []
     for name, device in model.DEVICES.items():
@@ -93,8 +93,8 @@ def floors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if row is None or row["error"]:
                 continue
             for context in CONTEXTS:
-                read = model.decode_bytes(codec, geometry, context, *shape)
-                full = model.decode_bytes("raw", geometry, context, *shape)
+                read = model.decode_bytes(codec, page, context, *shape)
+                full = model.decode_bytes("raw", page, context, *shape)
                 memory = read / device.bandwidth
                 loop = (row["loop_instructions"], row["warps"], row["tile"])
                 issue = model.issue_seconds(device, *loop, context, *shape)
@@ -128,11 +128,11 @@ def model_table(found: list[dict[str, Any]]) -> str:
 def prefill_table() -> str:
     """Operations against bytes of a prefill chunk of 2,048 rows."""
     lines = []
-    geometry = Geometry.of(builds.BLOCK_SIZE, SIZE, SIZE, 2)
+    page = geometry(builds.BLOCK_SIZE, SIZE, SIZE, 2)
     for name, device in model.DEVICES.items():
         for context in CONTEXTS:
             ops = model.prefill_seconds(device, 2048, context, LAYERS, GROUP * KV_HEADS, SIZE)
-            read = model.decode_bytes("raw", geometry, context, LAYERS, KV_HEADS)
+            read = model.decode_bytes("raw", page, context, LAYERS, KV_HEADS)
             lines.append([name, str(context), f"{ops * 1e3:.2f}"])
             lines[-1].append(f"{read / device.bandwidth * 1e3:.2f}")
     return report.table(["device", "context", "products: ms", "reading bf16 once: ms"], lines)

@@ -18,17 +18,15 @@ from torch import Tensor
 from triton import knobs
 
 from vllm_kvcrush.codecs.layout import CODECS as NUMBERS
-from vllm_kvcrush.codecs.layout import FITTED
-from vllm_kvcrush.ops.triton.codecs.fitted.tables import Fitted, LayerTable
-from vllm_kvcrush.ops.triton.layout import CODECS, Geometry
+from vllm_kvcrush.ops.triton.codecs import CODECS, RUNS, geometry
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import Fitted, LayerTable, Variant
+from vllm_kvcrush.ops.triton.codecs.record import Codec
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Codecs that kernels tell apart, in the order in which attention reads their pages; exact pages are
-# read as raw ones.
-RUNS = (*FITTED, "int4", "int8", "raw")
+# By codec number, the place among RUNS of the codec that reads such pages.
 _RANK = torch.zeros(256, dtype=torch.int64)
-for _codec in (*FITTED, *CODECS):
-    _RANK[NUMBERS[_codec]] = RUNS.index("raw" if _codec == "exact" else _codec)
+for _i, _codec in enumerate(CODECS):
+    _RANK[[NUMBERS[name] for name in _codec.pages]] = _i
 
 
 def runs_of(codecs: Tensor) -> tuple[str, ...]:
@@ -71,7 +69,7 @@ class Layer:
         scale: float,
         tables: Mapping[str, LayerTable] | None = None,
     ):
-        self.geometry = Geometry.of(block_size, k_size, v_size, dtype.itemsize)
+        self.geometry = geometry(block_size, k_size, v_size, dtype.itemsize)
         block_bytes = layers * kv_heads * self.geometry.page_bytes
         storage = pool.view(-1).view(torch.uint8)
         if not pool.is_contiguous() or len(storage) % block_bytes or storage.data_ptr() % 16:
@@ -85,9 +83,19 @@ class Layer:
         self.num_blocks = len(storage) // block_bytes
         self.grid_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         self._view(storage)
+        own: Mapping[str, tuple[Variant, ...]] = {}
         if tables:
             self.fitted = Fitted(tables, dtype, self.geometry.k_pad, storage.device)
-        self.most = max(self.capacity(codec) for codec in CODECS)
+            own = self.fitted.variants
+        self._variants = {
+            codec.name: tuple(codec.with_own(variant) for variant in own.get(codec.name, ()))
+            if codec.tables
+            else (codec,)
+            for codec in CODECS
+        }
+        names = [name for codec in CODECS for name in codec.pages if self.variants(codec.name)]
+        heads_of = range(kv_heads)
+        self._most = {name: max(self.capacity(name, h) for h in heads_of) for name in names}
         self.wave = 64 if torch.version.hip else 32
         # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.
         self.ptx = bool(
@@ -110,15 +118,29 @@ class Layer:
         other._view(pages.view(-1))
         return other
 
-    def reads(self, run: str) -> bool:
-        """Whether pages of one of RUNS can be read: fitted ones need tables."""
-        return run not in FITTED or (self.fitted is not None and run in self.fitted.codecs)
+    def views(self) -> tuple[Tensor, ...]:
+        """The pool as kernels take it: `kernels.views.Pool`."""
+        return self.raw, self.grid, self.half, self.words, self.wide, self.pool
+
+    def tables(self) -> tuple[object, ...]:
+        """What kernels take as `kernels.views.Tables`."""
+        # Arguments that a variant does not read still need an address.
+        return (*(self.wide,) * 6, 0) if self.fitted is None else self.fitted.tables()
+
+    def variants(self, run: str) -> tuple[Codec, ...]:
+        """The records for pages of one of RUNS, each of which some heads may need; none if the
+        layer lacks the tables for them."""
+        return self._variants[run]
 
     def capacity(self, codec: str, head: int = 0) -> int:
         """Tokens that a page of a KV head holds, whichever it is."""
-        if self.fitted is not None and codec in FITTED:
+        if self.fitted is not None and codec in self.fitted.sections:
             return self.fitted.sections[codec][head].capacity
         return self.geometry.section(codec).capacity
+
+    def most(self, codec: str) -> int:
+        """Tokens that a page of any KV head holds."""
+        return self._most[codec]
 
 
 @dataclass

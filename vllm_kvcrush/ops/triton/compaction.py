@@ -12,9 +12,10 @@ from torch import Tensor
 from triton import knobs
 
 from vllm_kvcrush.codecs.layout import CODECS, FITTED, GROUP
-from vllm_kvcrush.ops.triton.cache import Layer, Source
-from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
-from vllm_kvcrush.ops.triton.config import encode_tiles, gather_warps
+from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Source
+from vllm_kvcrush.ops.triton.codecs import BY_NAME
+from vllm_kvcrush.ops.triton.codecs.record import Codec
+from vllm_kvcrush.ops.triton.config import encode_tiles, gather_warps, product_options
 from vllm_kvcrush.ops.triton.kernels.compaction import encode_kernel, gather_kernel
 
 SLOTS = 32  # of a program that gathers
@@ -38,21 +39,34 @@ def gather(
     value = torch.empty(*shape, layer.v_size, device=device) if values else None
     where = torch.empty(shape, dtype=torch.int32, device=device) if positions else None
     # The tail is read with the raw pages.
-    for run in dict.fromkeys((*source.runs, "raw")) if count else ():
-        if run in FITTED:
-            if layer.reads(run):
-                fitted_launch.gather(layer, run, source, slots, key, value, where)
-            continue
-        gather_kernel[(triton.cdiv(count, SLOTS), layer.kv_heads)](
-            key, key if value is None else value, key if where is None else where, slots,
-            layer.raw, layer.grid, layer.half, layer.words, layer.wide,
-            source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
-            source.tail_table, count, slots.stride(0), len(source.page).bit_length(),
-            layer.block_pages, layer.first_page, source.tail_position, T=SLOTS,
-            CODEC=CODECS[run], VALUES=values, POSITIONS=positions, G=layer.geometry,
-            num_warps=gather_warps(layer.geometry.k_pad, layer.geometry.v_pad),
-        )  # fmt: skip
+    runs = dict.fromkeys((*source.runs, "raw")) if count else ()
+    for codec in (variant for run in runs for variant in layer.variants(run)):
+        gather_pages(layer, codec, source, slots, key, value, where)
     return key, value, where
+
+
+def gather_pages(
+    layer: Layer,
+    codec: Codec,
+    source: Source,
+    slots: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    where: Tensor | None,
+) -> None:
+    """The part of `gather` that lies in pages of one codec; the other rows stay as they are."""
+    count = slots.shape[1]
+    gather_kernel[(triton.cdiv(count, SLOTS), layer.kv_heads)](
+        key, key if value is None else value, key if where is None else where, slots,
+        *layer.views(),
+        source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
+        source.tail_table, *layer.tables(), count, slots.stride(0),
+        len(source.page).bit_length(), layer.block_pages, layer.first_page,
+        source.tail_position, T=SLOTS, CODEC=codec, VALUES=value is not None,
+        POSITIONS=where is not None, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
+        num_warps=gather_warps(layer.geometry.k_pad, layer.geometry.v_pad),
+        **product_options(layer.wave),
+    )  # fmt: skip
 
 
 def encode(
@@ -65,22 +79,31 @@ def encode(
         key, value: float32 [kv_heads, n, size], contiguous.
         positions: int32 [kv_heads, n], ascending, or None if only raw pages are filled.
     """
+    for run in target.runs if len(target.page) and key.shape[1] else ():
+        if layer.variants(run):
+            codec = BY_NAME[run]
+            fill = codec.encode_pages or _encode_pages
+            fill(layer, codec, target, key, value, positions)
+
+
+def _encode_pages(
+    layer: Layer,
+    codec: Codec,
+    target: Source,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor | None,
+) -> None:
+    """The part of `encode` that goes into pages of one codec."""
     geometry = layer.geometry
     tokens, warps = encode_tiles(geometry.k_pad, geometry.v_pad)
-    for run in target.runs if len(target.page) and key.shape[1] else ():
-        if run in FITTED:
-            if layer.reads(run):
-                assert positions is not None
-                fitted_launch.encode(layer, run, target, key, value, positions)
-            continue
-        groups, parts = triton.cdiv(layer.capacity(run), GROUP), 1 + GROUP // tokens
-        encode_kernel[(len(target.page), groups, parts)](
-            key, value, key if positions is None else positions,
-            layer.raw, layer.grid, layer.half, layer.words, layer.wide, layer.pool,
-            target.head, target.page, target.count, target.codec, target.first, key.shape[1],
-            T=GROUP, V=tokens, CODEC=CODECS[run], POSITIONS=positions is not None, G=geometry,
-            num_warps=warps,
-        )  # fmt: skip
+    groups, parts = triton.cdiv(layer.most(codec.name), GROUP), 1 + GROUP // tokens
+    encode_kernel[(len(target.page), groups, parts)](
+        key, value, key if positions is None else positions, *layer.views(),
+        target.head, target.page, target.count, target.codec, target.first, key.shape[1],
+        T=GROUP, V=tokens, CODEC=codec, POSITIONS=positions is not None, G=geometry,
+        num_warps=warps,
+    )  # fmt: skip
 
 
 def compact(layer: Layer, source: Source, slots: Tensor, target: Source) -> None:

@@ -12,14 +12,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import CODECS, FITTED
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Source
-from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
-from vllm_kvcrush.ops.triton.config import SCORES_STAGES, SCORES_WARPS, product_options
+from vllm_kvcrush.ops.triton.config import product_options
 from vllm_kvcrush.ops.triton.kernels.scores import scores_kernel
 
-SLOTS = 64  # of a program
 ROWS = 64  # query rows of a product
 
 
@@ -57,24 +54,25 @@ def window_scores(
     lse = torch.empty(window, layer.heads, dtype=torch.float32, device=device)
     attention(layer, batch, rows, None, lse)
     out = torch.zeros(layer.heads, candidates, dtype=torch.float32, device=device)
-    # The tail's slots, then the pages' of each codec.
-    launches = [(True, "raw", (triton.cdiv(source.tail_length, SLOTS), layer.kv_heads))]
     width = min(ROWS, max(16, triton.next_power_of_2(window)))
+    # The tail's slots, then the pages' of each codec. Keys are the same in all variants of a codec.
+    launches = [(True, "raw", codec) for codec in layer.variants("raw")]
     for run in source.runs if len(source.page) else ():
-        if run in FITTED:
-            if layer.reads(run):
-                fitted_launch.scores(layer, run, source, rows, lse, out, width)
-            continue
-        launches.append((False, run, (len(source.page), triton.cdiv(layer.capacity(run), SLOTS))))
-    for tail, run, grid in launches:
+        launches += [(False, run, codec) for codec in layer.variants(run)[:1]]
+    for tail, run, codec in launches:
+        tokens, warps, stages = codec.scores_tiles(geometry)
+        if tail:
+            grid = (triton.cdiv(source.tail_length, tokens), layer.kv_heads)
+        else:
+            grid = (len(source.page), triton.cdiv(layer.most(run), tokens))
         scores_kernel[grid](
-            out, rows, lse, layer.raw, layer.grid, layer.half, layer.words,
+            out, rows, lse, *layer.views(),
             source.head, source.page, source.count, source.codec, source.first,
-            source.tail_slot, source.tail_table, source.tail_length, candidates, layer.scale,
-            window, layer.block_pages, layer.first_page,
-            T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, TAIL=tail,
-            CODEC=CODECS[run], DTYPE=DTYPES[layer.dtype], G=geometry,
-            num_warps=SCORES_WARPS, num_stages=SCORES_STAGES, **product_options(layer.wave),
+            source.tail_slot, source.tail_table, *layer.tables(),
+            source.tail_length, candidates, layer.scale, window, layer.block_pages,
+            layer.first_page, T=tokens, W=width, GROUP=layer.group, HEADS=layer.heads, TAIL=tail,
+            CODEC=codec, DTYPE=DTYPES[layer.dtype], G=geometry,
+            num_warps=warps, num_stages=stages, **product_options(layer.wave),
         )  # fmt: skip
     if mean:
         out /= window
