@@ -1,1 +1,1 @@
-"""Benchmarks: each is a module with `--quick` and `--json FILE`."""
+"""The benchmarks: each is a module that takes `--quick` and `--json FILE`."""

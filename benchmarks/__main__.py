@@ -1,6 +1,6 @@
-"""Every benchmark in its quick form, and one report: what `make bench` runs.
+"""Runs every benchmark in its quick form and writes one report: what `make bench` calls.
 
-A killed run goes on where it was: finished benchmarks are kept as long as the code is the same.
+A run that was killed resumes: finished benchmarks are kept as long as the code is the same.
 
     python -m benchmarks [--restart]
 """

@@ -1,4 +1,4 @@
-"""The picture of the plan, drawn from the plan itself."""
+"""Draws the picture of the plan from the plan itself."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What every benchmark shares: the command line, rows in long form, results that survive a kill,
-and the statistics behind each figure."""
+"""What the benchmarks share: the command line, rows in long form, results that survive a killed
+run, and the statistics behind each figure."""
 
 from __future__ import annotations
 

@@ -17,10 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from hypothesis import core
 
+from tests.seconds import Seconds
+
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Seconds(), "seconds")
     # A seed of its own for each run, named in the header; --hypothesis-seed repeats one.
     if core.global_force_seed is None:
         core.global_force_seed = random.randrange(2**31)
@@ -47,7 +50,7 @@ def text() -> str:
 @pytest.fixture(scope="session")
 def tables(model_path: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Transform tables of the demo model by codec, where the plugin looks for them. Made once."""
-    from vllm_kvcrush.codecs import layout
+    from vllm_kvcrush.codecs import FITTED
     from vllm_kvcrush.codecs.transform import calibrate
     from vllm_kvcrush.codecs.transform import tables as transform_tables
     from vllm_kvcrush.codecs.transform.points import TablesError
@@ -55,10 +58,10 @@ def tables(model_path: str, text: str, tmp_path_factory: pytest.TempPathFactory)
     config = json.loads(pathlib.Path(model_path, "config.json").read_text())
     path = transform_tables.default_path(config)
     try:
-        return {codec: transform_tables.load(path, config, codec) for codec in layout.FITTED}
+        return {codec: transform_tables.load(path, config, codec) for codec in FITTED}
     except TablesError:
         prose = tmp_path_factory.mktemp("prose") / "text.txt"
         prose.write_text(text[:20000], encoding="utf-8")
         path.parent.mkdir(parents=True, exist_ok=True)
         calibrate.calibrate(model_path, path, prose)
-    return {codec: transform_tables.load(path, config, codec) for codec in layout.FITTED}
+    return {codec: transform_tables.load(path, config, codec) for codec in FITTED}

@@ -5,10 +5,12 @@ them: what a compacted request must reproduce."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # At n tokens: how many slots, from the first, lie in compressed pages.
 Packed = Mapping[int, int]
@@ -16,18 +18,53 @@ Packed = Mapping[int, int]
 Rounding = Callable[[int, int, Tensor, Tensor], None]
 
 
+class Kept(NamedTuple):
+    """What a compaction leaves of one layer, where more than slots must be said.
+
+    Attributes:
+        slots: int64 [heads, k], cache slots that stay, in order; padding is any slot.
+        extra: float32 [heads, k], added to the logits of these: -inf for padding, or a log bias.
+        keys, values: [heads, j, D], what the first j of them are changed to, or None.
+    """
+
+    slots: Tensor
+    extra: Tensor
+    keys: Tensor | None = None
+    values: Tensor | None = None
+
+
 class Reference:
     """One float32 model, kept between calls."""
 
     def __init__(self, model_path: str):
         self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        # By layer: what is added to the logits of the first slots, [heads, k].
+        self._extra: dict[int, Tensor] = {}
+        ALL_ATTENTION_FUNCTIONS.register("with_extra", self._attention)
+
+    def _attention(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        scaling: float,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        group = module.num_key_value_groups
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        logits = query @ key.mT * scaling + attention_mask
+        extra = self._extra[module.layer_idx].repeat_interleave(group, 0)
+        logits[..., : extra.shape[1]] += extra[None, :, None]
+        return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
     @torch.inference_mode()
     def generate(
         self,
         prompt: list[int],
         new_tokens: int,
-        kept: Mapping[int, list[Tensor]],
+        kept: Mapping[int, list[Tensor]] | Mapping[int, list[Kept]],
         rounding: Rounding | None = None,
         packed: Packed | None = None,
     ) -> list[int]:
@@ -35,6 +72,10 @@ class Reference:
         ascending, when n tokens have KV; every slot that it does not name is dropped. The first
         `packed[n]` of them then are rounded."""
         cache = DynamicCache()
+        more = any(isinstance(own, Kept) for layers in kept.values() for own in layers)
+        self.model.set_attn_implementation("with_extra" if more else "sdpa")
+        heads = self.model.config.num_key_value_heads
+        self._extra = {i: torch.zeros(heads, 0) for i in range(len(self.model.model.layers))}
         tokens = list(prompt)
         done = 0
         stops = [*sorted(n for n in kept if n <= len(prompt)), len(prompt)]
@@ -70,13 +111,18 @@ class Reference:
             use_cache=True,
         ).logits[0]
 
-    @staticmethod
-    def _gather(cache: DynamicCache, kept: list[Tensor]) -> None:
-        for layer, slots in zip(cache.layers, kept, strict=True):
+    def _gather(self, cache: DynamicCache, kept: list[Any]) -> None:
+        for i, (layer, own) in enumerate(zip(cache.layers, kept, strict=True)):
+            slots = own.slots if isinstance(own, Kept) else own
             size = layer.keys.shape[-1]
             index = slots[None, :, :, None].expand(-1, -1, -1, size)
             layer.keys = layer.keys.gather(2, index)
             layer.values = layer.values.gather(2, index)
+            if isinstance(own, Kept):
+                self._extra[i] = own.extra
+                if own.keys is not None and own.values is not None:
+                    n = own.keys.shape[1]
+                    layer.keys[0, :, :n], layer.values[0, :, :n] = own.keys, own.values
 
     @staticmethod
     def _round(cache: DynamicCache, rounding: Rounding | None, packed: int) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import CODECS, FITTED, STRIP
+from vllm_kvcrush.codecs import CODECS, FITTED
+from vllm_kvcrush.codecs.layout import STRIP
 from vllm_kvcrush.ops.angles import COARSE
 
-FITTED_NUMBERS = {CODECS[codec] for codec in FITTED}
+FITTED_NUMBERS = {CODECS[codec].number for codec in FITTED}
 
 
 class Ledger:
@@ -26,17 +27,19 @@ class Ledger:
         compactions: by (policy, codecs of the result).
         failures: compactions in which a policy failed, by its name, as the runner counts them.
         drift: the most by which a page's idea of a position was off the truth.
+        unequal: whether heads held unequal numbers of tokens.
     """
 
     def __init__(self, runner: Any):
         self._runner = runner
-        # By request and layer: true positions [heads, slots] and what pages say of them.
-        self._true: dict[str, list[Tensor]] = {}
-        self._said: dict[str, list[Tensor]] = {}
+        # By request, layer and head: true positions of the slots and what pages say of them.
+        self._true: dict[str, list[list[Tensor]]] = {}
+        self._said: dict[str, list[list[Tensor]]] = {}
         self._chosen: dict[int, Tensor] = {}
         self.compactions: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self.failures: Counter[str] = Counter()
         self.drift = 0
+        self.unequal = False
         self._compact, self._on_select = runner._compact, runner.on_select
         runner._compact, runner.on_select = self._watched, self._selected
 
@@ -52,65 +55,102 @@ class Ledger:
 
     def _watched(self, command: Any) -> None:
         runner, name = self._runner, command.request_id
-        state = runner._crushed[name]
+        state = runner._requests[name]
         failed = len(runner._failures)
         size = runner.cache_config.block_size
-        first = state.region is None and state.evicted == 0
-        for gone in self._true.keys() - runner._crushed.keys():
+        first = state.blocks == 0
+        for gone in self._true.keys() - runner._requests.keys():
             del self._true[gone], self._said[gone]
         self._chosen = {}
+        new = (len(command.source) - command.compressed) * size
+        held = 0 if first else max(len(own) for own in self._true[name][0])
+        parts = state.plan.parts(len(command.target), held + new)
         self._compact(command)
-        self.failures[state.params.policy] += len(runner._failures) > failed
-        codecs = tuple(part.codec for part in command.parts)
-        self.compactions[state.params.policy, codecs] += 1
+        self.failures[state.label] += len(runner._failures) > failed
+        self.compactions[state.label, tuple(part.codec for part in parts)] += 1
         if command.same_as is not None:
             assert not self._chosen, "a twin moved something"
             self._true[name] = self._true[command.same_as]
             self._said[name] = self._said[command.same_as]
-            assert runner._crushed[command.same_as].region is state.region
+            assert runner._requests[command.same_as].region is state.region
             return
         layers = runner._layers
-        new = (len(command.source) - command.compressed) * size
         start = command.computed - command.tail_tokens - new
-        fresh = torch.arange(start, start + new).expand(layers[0].heads, -1)
+        fresh = torch.arange(start, start + new)
         assert sorted(self._chosen) == list(range(len(layers))), "every layer chooses once"
         true, said = [], []
-        for i in range(len(layers)):
-            old = [fresh[:, :0]] * 2 if first else [self._true[name][i], self._said[name][i]]
-            assert old[0].shape[1] == command.compressed_tokens
-            slots = self._chosen[i]
-            assert slots.shape == (layers[0].heads, command.keep)
-            assert slots.sort(1).values.diff(dim=1).gt(0).all(), "a slot stays twice"
-            true.append(torch.cat((old[0], fresh), 1).gather(1, slots))
-            said.append(torch.cat((old[1], fresh), 1).gather(1, slots))
-        self._check_order(command, state, true)
+        for i, layer in enumerate(layers):
+            chosen = self._chosen[i]
+            assert len(chosen) == layer.heads
+            mine, theirs = [], []
+            for head, padded in enumerate(chosen):
+                slots = padded[padded >= 0]
+                assert slots.sort().values.diff().gt(0).all(), "a slot stays twice"
+                old = [fresh[:0]] * 2
+                if not first:
+                    old = [self._true[name][i][head], self._said[name][i][head]]
+                mine.append(torch.cat((old[0], fresh))[slots])
+                theirs.append(torch.cat((old[1], fresh))[slots])
+            true.append(mine)
+            said.append(theirs)
+        self._check_counts(command, state, parts, true, held + new)
+        self._check_order(command, state, parts, true)
+        if state.positions:
+            for i, heads in enumerate(true):
+                for own, kept in zip(heads, state.positions[i], strict=True):
+                    assert kept[: len(own)].tolist() == own.tolist(), "kept positions are wrong"
         if state.region is not None:
             said = self._check_pages(command, state, said)
-            for exact, read in zip(true, said, strict=True):
-                self.drift = max(self.drift, int((exact - read).abs().max()))
+            for heads, read in zip(true, said, strict=True):
+                for exact, own in zip(heads, read, strict=True):
+                    if len(own) and int(own.min()) >= 0:
+                        self.drift = max(self.drift, int((exact - own).abs().max()))
         self._true[name], self._said[name] = true, said
 
-    def _check_order(self, command: Any, state: Any, true: list[Tensor]) -> None:
-        """Each part is in position order, and the sinks are there."""
-        sinks = torch.arange(min(state.plan.sinks, command.keep))
-        for positions in true:
-            assert torch.equal(
-                positions.sort(1).values[:, : len(sinks)], sinks.expand(len(positions), -1)
-            ), f"sinks of {command.request_id} are gone"
+    def _check_counts(
+        self, command: Any, state: Any, parts: Any, true: list[list[Tensor]], candidates: int
+    ) -> None:
+        """Heads hold what the plan says, or, where a policy shares pages out, in all as much."""
+        counts = [len(own) for heads in true for own in heads]
+        keep = sum(part.tokens for part in parts)
+        if not state.allocates:
+            assert set(counts) == {keep}
+            return
+        size = self._runner.cache_config.block_size
+        if not state.plan.packings and min(counts) < candidates:
+            assert sum(counts) <= len(counts) * len(command.target) * size
+            assert sum(counts) > len(counts) * (len(command.target) - 1) * size
+        self.unequal |= len(set(counts)) > 1
+
+    def _check_order(self, command: Any, state: Any, parts: Any, true: list[list[Tensor]]) -> None:
+        """Each part is in position order, and the sinks and protected tokens are there."""
+        for positions in (own for heads in true for own in heads):
+            sinks = list(range(min(state.plan.sinks, len(positions))))
+            assert positions.sort().values[: len(sinks)].tolist() == sinks, (
+                f"sinks of {command.request_id} are gone"
+            )
+            tail = command.computed - command.tail_tokens
+            for begin, end in state.protect:
+                wanted = set(range(begin, min(end, tail)))
+                assert wanted <= set(positions.tolist()), "protected tokens are gone"
             # Where pages have only an idea of positions, so has their order.
-            if not self._guessed(command, state):
+            if not self._guessed(state):
                 begin = 0
-                for part in command.parts:
-                    own = positions[:, begin : begin + part.tokens]
-                    assert own.diff(dim=1).gt(0).all(), f"{command.parts} are out of order"
-                    begin += part.tokens
+                sizes = [part.tokens for part in parts]
+                for size in sizes if sum(sizes) == len(positions) else [len(positions)]:
+                    own = positions[begin : begin + size]
+                    assert own.diff().gt(0).all(), f"{parts} are out of order"
+                    begin += size
 
     @staticmethod
-    def _guessed(command: Any, state: Any) -> bool:
+    def _guessed(state: Any) -> bool:
         return state.tiers and any(p.codec in FITTED for p in state.plan.packings)
 
-    def _check_pages(self, command: Any, state: Any, said: list[Tensor]) -> list[Tensor]:
-        """Reads positions back from every page, and compares them with what they must be."""
+    def _check_pages(
+        self, command: Any, state: Any, said: list[list[Tensor]]
+    ) -> list[list[Tensor]]:
+        """Reads positions back from every page, and compares them with what they must be. Raw
+        pages say none: -1."""
         region = state.region
         nothing = torch.zeros(0, dtype=torch.int32)
         owners = Counter(region.page.tolist())
@@ -120,28 +160,38 @@ class Ledger:
         limit = -(-self._runner.model_config.max_model_len // COARSE) * COARSE
         found = []
         for i, layer in enumerate(self._runner._layers):
-            request = layer.request(region, nothing, 0, command.computed)
-            read = layer.positions(request, command.keep).long().cpu()
-            want = torch.empty_like(read)
+            counts = [len(own) for own in said[i]]
+            assert region.tokens[i].tolist() == counts
+            source = layer.source(region, nothing, 0, command.computed)
+            read = layer.positions(source, counts).long().cpu()
+            heads = []
             for head in range(layer.heads):
                 asked = said[i][head]
                 # Guesses may tie: then the later one moves on. Another part begins anew.
                 back = torch.nn.functional.pad(asked[1:] < asked[:-1], (1, 0))
                 step = torch.arange(len(asked)) - back.cumsum(0) * 2**40
                 risen = (asked - step).cummax(0).values + step
+                want = torch.empty_like(asked)
                 at = 0
                 for entry in range(int(region.begin[i, head]), int(region.end[i, head])):
                     count = int(region.count[entry])
                     own, place = slice(at, at + count), torch.arange(count)
                     assert asked[own].diff().ge(0).all(), "slots of a page out of order"
                     found_at = risen[own]
-                    if int(region.codec[entry]) in FITTED_NUMBERS:
+                    if int(region.codec[entry]) == CODECS["raw"].number:
+                        found_at = torch.full_like(found_at, -1)
+                    elif int(region.codec[entry]) in FITTED_NUMBERS:
                         # None runs past what the tables know.
                         found_at = found_at.minimum(place - count + limit)
                         found_at = found_at[place // STRIP * STRIP] + place % STRIP
-                    want[head, own] = found_at
+                    want[own] = found_at
                     at += count
-                assert at == command.keep
-            assert torch.equal(read, want), f"{command.request_id}: pages of layer {i}"
-            found.append(read)
+                assert at == counts[head]
+                raw = want < 0
+                assert torch.equal(read[head, :at][~raw], want[~raw]), (
+                    f"{command.request_id}: pages of layer {i}"
+                )
+                # What raw pages do not say is known beside them.
+                heads.append(torch.where(raw, asked, want))
+            found.append(heads)
         return found

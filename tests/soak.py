@@ -229,8 +229,10 @@ def live(model: str, configuration: dict[str, Any], seed: int, seconds: float) -
         engine.step()
     engine.step()  # tells the worker who is gone
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == pool - 1
-    assert not manager.evicted and not manager.regions and not any(manager.req_to_blocks.values())
-    assert not scheduler._tracked and not scheduler._plans and not runner._crushed
+    assert (
+        not manager.slot_shift and not manager.regions and not any(manager.req_to_blocks.values())
+    )
+    assert not scheduler._tracked and not scheduler._plans and not runner._requests
     figures.seconds = round(time.monotonic() - began, 1)
     figures.compactions = sum(ledger.compactions.values())
     figures.policy_failures, figures.most_off = ledger.failures.total(), ledger.drift

@@ -46,7 +46,7 @@ def save_tables(model: str, path: str, shape: Shape) -> None:
     from vllm_kvcrush.codecs.transform.fit import Statistics, fit
     from vllm_kvcrush.codecs.transform.points import POINTS
     from vllm_kvcrush.codecs.transform.rope import Rope
-    from vllm_kvcrush.codecs.transform.tables import Model
+    from vllm_kvcrush.codecs.transform.tables import ModelShape
 
     config = json.loads((pathlib.Path(model) / "config.json").read_text())
     rope = Rope.from_config(config)
@@ -54,4 +54,4 @@ def save_tables(model: str, path: str, shape: Shape) -> None:
     queries = torch.randn(shape.layers, 2 * shape.kv_heads, 512, shape.head_size)
     statistics = Statistics.of(keys, queries)
     tables = [fit(statistics, point, rope, 512) for point in POINTS]
-    transform_tables.save(path, Model.from_config(config), tables, "random")
+    transform_tables.save(path, ModelShape.from_config(config), tables, "random")

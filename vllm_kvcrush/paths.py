@@ -1,5 +1,4 @@
-"""Where things are: what vllm-kvcrush keeps, and models by their names. Imports neither vLLM nor
-torch."""
+"""Where vllm-kvcrush keeps files, and where models are. Imports neither vLLM nor torch."""
 
 from __future__ import annotations
 
@@ -8,13 +7,13 @@ from pathlib import Path
 
 
 class ModelNotHere(ValueError):
-    """A model that is not on this machine; the message is one sentence for a user."""
+    """A model is not on this machine; the message is one sentence for a user."""
 
 
 def cache_root() -> Path | None:
-    """Where vllm-kvcrush keeps what it makes: $VLLM_KVCRUSH_CACHE, else `vllm-kvcrush` under
-    $XDG_CACHE_HOME, else under `.cache` of the user's home. None for a user without one: nothing
-    is kept then unless a place is named."""
+    """Returns the directory for files that vllm-kvcrush makes: $VLLM_KVCRUSH_CACHE, else
+    `vllm-kvcrush` under $XDG_CACHE_HOME, else under `.cache` of the user's home. Returns None for a
+    user without a home: nothing is kept then unless a path is given."""
     if own := os.environ.get("VLLM_KVCRUSH_CACHE"):
         return expanded(own).absolute()
     if xdg := os.environ.get("XDG_CACHE_HOME"):
@@ -26,15 +25,15 @@ def cache_root() -> Path | None:
 
 
 def expanded(path: str | os.PathLike[str]) -> Path:
-    """The path, with `~` for the user's home where there is one."""
+    """Returns the path with `~` replaced by the user's home, where there is one."""
     # Unlike Path.expanduser, which raises for a user without a home.
     return Path(os.path.expanduser(path))
 
 
 def model_folder(model: str | os.PathLike[str]) -> Path:
-    """The directory of a model, given itself, one of its files, or the model's name on the Hugging
-    Face hub if it is in the local cache, where vLLM looks too. Never downloads anything. Raises
-    ModelNotHere."""
+    """Returns the directory of a model, given the directory, one of its files, or the model's name
+    on the Hugging Face hub if it is in the local cache, where vLLM looks too. Downloads nothing.
+    Raises ModelNotHere."""
     name = os.fspath(model)
     path = expanded(name)
     if path.is_dir():

@@ -1,9 +1,9 @@
 """The plan: how many blocks a request holds, and at which token counts it is compacted.
 
 A pure function of the request's parameters and its token counts. The scheduler calls it to
-allocate blocks, the worker to know which queries to remember; because both get the same answer,
-block counts need no message between them (design rule 2), and a request that is preempted and
-read again is compacted at the same positions with the same result.
+allocate blocks and to say whose queries to keep, and sends it to the workers once; block counts
+follow from it alone (design rule 2), and a request that is preempted and prefilled again is
+compacted at the same positions with the same result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Packing:
     whichever layer and head needs them, so that heads whose tokens take more bits get more pages.
 
     Args:
-        codec: its name in `pages.CODECS`.
+        codec: its name in `codecs.CODECS`.
         pages: for each tensor-parallel rank, which has the same number of blocks: (tokens that a
             page holds, how many pairs of layer and KV head have such pages), ...
     """
@@ -132,13 +132,14 @@ class Plan:
         block_size: tokens in a block.
         window: newest tokens that always stay raw (the observation window).
         sinks: leading tokens that always stay.
-        prefill_interval: tokens by which a prompt may outgrow its budget while it is read.
+        prefill_interval: tokens by which a prompt may outgrow its budget during prefill.
         decode_interval: decoded tokens between two compactions.
         min_tokens: a request shorter than this, prompt and output together, is left alone if its
             budget is a fraction. A budget in tokens is a promise and is kept whatever the length.
         packings: codecs that the compressed region may have, those that lose least first; empty:
             raw tokens.
         tiers: whether the most important tokens get the finer of two codecs, not the newest.
+        protected: tokens beside the sinks and the window that always stay.
 
     All positions are counts of computed tokens, `n`; "at n" means tokens [0, n) have KV.
     """
@@ -153,6 +154,7 @@ class Plan:
     min_tokens: int = 0
     packings: tuple[Packing, ...] = ()
     tiers: bool = False
+    protected: int = 0
 
     @property
     def never(self) -> bool:
@@ -175,7 +177,7 @@ class Plan:
     def blocks(self, n: int) -> int:
         """Most blocks a request holds right after a compaction at n (compressed region and
         tail)."""
-        floor = min_blocks(self.block_size, self.window, self.sinks)
+        floor = min_blocks(self.block_size, self.window, self.sinks + self.protected)
         return max(floor, self.tokens(n) // self.block_size)
 
     def parts(self, compressed: int, candidates: int) -> tuple[Part, ...]:
@@ -238,8 +240,8 @@ class Plan:
         return cdiv(held, self.block_size) > self.blocks(n)
 
     def check_after(self, n: int) -> int:
-        """The first compaction position > n: while the prompt is read, whenever the tail has
-        grown by `prefill_interval`; at its end; then every `decode_interval` tokens."""
+        """The first compaction position > n: during prefill, whenever the tail has grown by
+        `prefill_interval`; at its end; then every `decode_interval` tokens."""
         prompt = self.num_prompt_tokens
         if n >= prompt:
             return prompt + ((n - prompt) // self.decode_interval + 1) * self.decode_interval

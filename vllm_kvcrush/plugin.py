@@ -291,14 +291,18 @@ def _settings(additional_config: Any) -> Settings | None:
             "--kv-policy=none to activate it only for requests that ask.",
             "--kv-policy",
         )
+    from vllm_kvcrush.compat import check
+
     ok, sentence = gate.verdict()
-    if not ok or _problem is not None:
-        raise ConfigError(_problem if ok and _problem else sentence, "--kv-policy")
+    problem = sentence if not ok else _problem or check.refusal()
+    if problem:
+        raise ConfigError(problem, "--kv-policy")
     return Settings.from_dict(raw)
 
 
 def configure(vllm_config: Any, settings: Settings) -> None:
     """Activates the plugin on a finished `VllmConfig`, or raises with everything against it."""
+    settle_block_size(vllm_config)
     offenders = gate.refusals(vllm_config)
     runs, kernels = gate.kernels()
     if not runs:
@@ -329,7 +333,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     settings.check(vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len)
     choose_scheduler(vllm_config)
     vllm_config.parallel_config.worker_cls = _WORKERS.get(worker, worker)
-    for warning in (gate.unverified(vllm_config), unused, *dropped):
+    for warning in (*gate.unverified(vllm_config), unused, *dropped):
         if warning:
             logger.warning("%s", warning)
     parallel = vllm_config.parallel_config
@@ -374,7 +378,7 @@ def _tried(settings: Settings, block_size: int) -> tuple[Settings, list[str]]:
     from vllm_kvcrush import policies
     from vllm_kvcrush.policies.choice import dry_run
 
-    every = set(settings.allow) == {*policies.names(), NONE}
+    every = set(settings.allow) >= {*policies.names(), NONE}
     failing: dict[str, str] = {}
     for name in settings.allow:
         try:
@@ -392,6 +396,17 @@ def _tried(settings: Settings, block_size: int) -> tuple[Settings, list[str]]:
     ]
     allow = tuple(name for name in settings.allow if name not in failing)
     return dataclasses.replace(settings, allow=allow), warnings
+
+
+def settle_block_size(vllm_config: Any) -> None:
+    """Makes the size of a block final. Where the user gave none, vLLM chooses it after the model
+    is loaded (on GPUs, and from 0.33 on also on CPUs): too late for plans and page sizes, which
+    every process derives from this configuration."""
+    cache = vllm_config.cache_config
+    if not cache.user_specified_block_size:
+        if vllm_config.device_config.device_type == "cpu":
+            cache.block_size = gate.CPU_BLOCK_SIZE
+        cache.user_specified_block_size = True
 
 
 def choose_scheduler(vllm_config: Any) -> None:

@@ -13,30 +13,28 @@ _MOST_SAMPLES = 4096
 
 @dataclass
 class PolicyStats:
-    """Compactions by one policy. `blocks_freed` counts blocks that really returned to the pool:
-    one that another request still holds is not freed."""
+    """Counts of the compactions by one policy.
+
+    Attributes:
+        compactions: how many there were.
+        tokens_evicted: tokens whose KV they dropped.
+        blocks_freed: blocks that returned to the pool; a block that another request still holds
+            is not freed.
+        seconds: the time that each took, at most _MOST_SAMPLES of them.
+    """
 
     compactions: int = 0
     tokens_evicted: int = 0
     blocks_freed: int = 0
     seconds: list[float] = field(default_factory=list)
 
-    def add(self, tokens: int, blocks: int, seconds: float | None) -> None:
-        """Counts one compaction."""
-        self.compactions += 1
-        self.tokens_evicted += tokens
-        # Blocks that stay shared can make a compaction cost some; a counter cannot go down.
-        self.blocks_freed += max(0, blocks)
-        if seconds is not None:
-            self.add_seconds(seconds)
-
     def add_seconds(self, seconds: float) -> None:
-        """Adds one sample of the time a compaction took."""
+        """Adds the time of one compaction."""
         if len(self.seconds) < _MOST_SAMPLES:
             self.seconds.append(seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain numbers and a list."""
+        """Returns the counts as plain numbers and a list."""
         return {
             "compactions": self.compactions,
             "tokens_evicted": self.tokens_evicted,
@@ -49,18 +47,19 @@ class PolicyStats:
 class Stats:
     """Counts since the last `take`.
 
-    Increments rather than totals, because vLLM hands each snapshot to one of several API servers
-    and their counters are added up: a total would be counted once in each.
+    They are increments rather than totals, because vLLM hands each snapshot to one of several API
+    servers and their counters are added up: a total would be counted once in each.
 
     Attributes:
-        policies: by name.
+        policies: counts of compactions, by the policy's name.
         deferrals: compactions put off, by reason ("shared", "no_room").
-        policy_failures: compactions in which the policy failed, by its name.
+        policy_failures: compactions in which the policy failed, by the policy's name.
         kv_bytes_held: bytes of KV that running requests hold now, by policy.
-        kv_bytes_raw_equivalent: what they would hold without compression.
-        worker_bytes: the most bytes that a worker has held beside its KV cache, by what for
-            ("gathered": keys and values that a policy reads,
-            "queries", "running": state of policies, "scratch": of kernels).
+        kv_bytes_raw_equivalent: bytes that they would hold without compression, by policy.
+        worker_bytes: the most bytes that a worker has held beside its KV cache, by their use:
+            "gathered" (keys and values that a policy reads), "queries", "running" (state of
+            policies), "scratch" (of kernels).
+        uncompressed: requests whose parameters could not be used where nobody could refuse them.
     """
 
     policies: dict[str, PolicyStats] = field(default_factory=dict)
@@ -69,17 +68,26 @@ class Stats:
     kv_bytes_held: dict[str, int] = field(default_factory=dict)
     kv_bytes_raw_equivalent: dict[str, int] = field(default_factory=dict)
     worker_bytes: dict[str, int] = field(default_factory=dict)
+    uncompressed: int = 0
 
-    def record_compaction(
-        self, policy: str, tokens: int, blocks: int, seconds: float | None = None
-    ) -> None:
-        """Counts one compaction: tokens evicted, blocks returned to the pool, and the time it
-        took where that is known already."""
-        self.policies.setdefault(policy, PolicyStats()).add(tokens, blocks, seconds)
+    def record_compaction(self, policy: str, blocks: int) -> None:
+        """Counts one compaction and the blocks that it returned to the pool."""
+        own = self.policies.setdefault(policy, PolicyStats())
+        own.compactions += 1
+        # Blocks that stay shared can make a compaction cost some; a counter cannot go down.
+        own.blocks_freed += max(0, blocks)
 
-    def record_seconds(self, policy: str, seconds: float) -> None:
-        """Adds the time of a compaction that was counted before."""
-        self.policies.setdefault(policy, PolicyStats()).add_seconds(seconds)
+    def record_moved(self, policy: str, evicted: int, seconds: float) -> None:
+        """Adds what the workers report of a compaction that was counted before: the tokens that it
+        evicted and the seconds that it took."""
+        own = self.policies.setdefault(policy, PolicyStats())
+        own.tokens_evicted += max(0, evicted)
+        own.add_seconds(seconds)
+
+    def record_uncompressed(self) -> None:
+        """Counts one request that asked for what is not served here and reached the scheduler by
+        another way than a front end, so that it runs uncompressed."""
+        self.uncompressed += 1
 
     def record_deferral(self, reason: str) -> None:
         """Counts one compaction put off."""
@@ -90,7 +98,8 @@ class Stats:
         self.policy_failures[policy] = self.policy_failures.get(policy, 0) + 1
 
     def take(self) -> dict[str, Any]:
-        """What `SchedulerStats.kv_connector_stats["kvcrush"]` carries; starts counting anew."""
+        """Returns what `SchedulerStats.kv_connector_stats["kvcrush"]` carries, and resets the
+        counts."""
         taken = {
             "policies": {name: stats.to_dict() for name, stats in self.policies.items()},
             "deferrals": self.deferrals,
@@ -98,6 +107,8 @@ class Stats:
             "kv_bytes_held": self.kv_bytes_held,
             "kv_bytes_raw_equivalent": self.kv_bytes_raw_equivalent,
             "worker_bytes": dict(self.worker_bytes),
+            "uncompressed": self.uncompressed,
         }
+        self.uncompressed = 0
         self.policies, self.deferrals, self.policy_failures = {}, {}, {}
         return taken

@@ -1,1 +1,1 @@
-"""What page contents lose at equal bytes, measured on the model in transformers."""
+"""Measures what page contents lose at equal bytes, on the model in transformers."""

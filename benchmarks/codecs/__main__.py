@@ -1,9 +1,9 @@
-"""What page contents lose at equal bytes, question seen after compression.
+"""Measures what page contents lose at equal bytes when the question comes after compression.
 
-Every item's context is read once in transformers (float32) and its cache encoded and decoded by
-each content; question and gold answer are then forced over it. Figures are against the full
-cache on the same item. Bytes count whole pages, headers, exceptions, positions, the directory and
-per-request statistics, not the model's tables.
+Each item's context is prefilled once in transformers (float32), and its cache is encoded and
+decoded by each content; question and gold answer are then forced over it. Figures compare with the
+full cache on the same item. Bytes count whole pages, headers, exceptions, positions, the directory
+and per-request statistics, but not the model's transform tables.
 
     python -m benchmarks.codecs [--quick] [--json FILE]
 """
@@ -114,7 +114,7 @@ class Study:
                 file = pathlib.Path(folder) / "tables.safetensors"
                 calibrate.calibrate(self.model, file, self.args.text, wanted, calibrate.bar)
                 forcer = Forcer(self.model)
-                config, rope = forcer.reader.config, forcer.reader.rope
+                config, rope = forcer.probe.config, forcer.probe.rope
                 tables = {p.name: transform_tables.load(file, config, p.name) for p in wanted}
             block = self.args.block_size
             # A page holds as many bytes of bfloat16 as of float32: block sizes differ.
@@ -140,7 +140,7 @@ class Study:
         from benchmarks.codecs.model import measure
 
         forcer, setting = self._load()
-        cache = forcer.read(item.context)
+        cache = forcer.prefill(item.context)
         tokens, scored, _ = item.forced("question_after")
         full = forcer.force(raw(cache, setting), cache.length, tokens)
         known = contents()

@@ -1,5 +1,5 @@
-"""Page contents that the study compares: each turns a cache into what its pages would give back,
-and counts their bytes."""
+"""The page contents that the study compares: each turns a cache into what its pages would give
+back, and counts their bytes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.codecs.model import Cache, Coded
-from vllm_kvcrush.codecs import layout
-from vllm_kvcrush.codecs import reference as pages_reference
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.codecs.transform.points import SINKS
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.codecs.transform.tables import Tables
+from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 from vllm_kvcrush.plan import Packing
 
 DIRECTORY = 7  # bytes of a page in its request's directory
@@ -29,10 +28,11 @@ class Setting:
     """What contents may need besides the cache.
 
     Attributes:
-        tables: transform tables by name of their point.
-        rope: the model's.
+        tables: transform tables, by the name of their operating point.
+        rope: the model's rotary embedding.
         scale: factor of q·k.
-        sizes: for which bytes are counted; the first one also decides which tokens share a page.
+        sizes: the sizes for which bytes are counted; the first one also decides which tokens share
+            a page.
     """
 
     tables: dict[str, Tables]
@@ -52,14 +52,14 @@ def _page_bytes(cache: Cache, block: int, itemsize: int) -> int:
 
 
 def raw_bytes(cache: Cache, block: int, itemsize: int) -> int:
-    """Whole blocks of raw tokens."""
+    """Returns the bytes of whole blocks of raw tokens."""
     layers, heads, n, _ = cache.keys.shape
     return -(-n // block) * layers * heads * _page_bytes(cache, block, itemsize)
 
 
 def _bytes(cache: Cache, size: Size, rooms: Tensor, tokens: int) -> int:
-    """Whole blocks, and the directory, of `tokens` tokens in each head, whose pages hold as many
-    as `rooms` [L, H] says."""
+    """Returns the bytes of whole blocks and the directory for `tokens` tokens in each head, whose
+    pages hold as many as `rooms` [L, H] says."""
     held = rooms.flatten().tolist()
     packing = Packing("", (tuple(Counter(held).items()),))
     owned = sum(-(-tokens // room) for room in held)
@@ -70,7 +70,7 @@ def _bytes(cache: Cache, size: Size, rooms: Tensor, tokens: int) -> int:
 
 
 def raw(cache: Cache, setting: Setting) -> Coded:
-    """Nothing changed."""
+    """Returns the cache as it is."""
     sizes = {at: raw_bytes(cache, *at) for at in setting.sizes}
     return Coded(cache.keys, cache.values, sizes)
 
@@ -80,7 +80,7 @@ def _by_page(
     rooms: Tensor,
     kept: Callable[[int, int, slice], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """What `kept` says that a page of a layer, a head and some tokens gives back, for all."""
+    """Returns what all pages give back; `kept` gives it for a layer, a head and some tokens."""
     layers, heads, n, _ = cache.keys.shape
     keys, values = torch.empty_like(cache.keys), torch.empty_like(cache.values)
     for layer in range(layers):
@@ -94,15 +94,14 @@ def _by_page(
 
 
 def flat(codec: str) -> Encode:
-    """Pages of int8 or int4."""
+    """Returns a content: pages of a codec without tables."""
 
     def encode(cache: Cache, setting: Setting) -> Coded:
         layers, heads, n, size = cache.keys.shape
         rooms = {
             (block, itemsize): torch.full(
                 (layers, heads),
-                layout.capacity(
-                    codec,
+                CODECS[codec].capacity(
                     _page_bytes(cache, block, itemsize),
                     size,
                     cache.values.shape[-1],
@@ -114,7 +113,7 @@ def flat(codec: str) -> Encode:
 
         def kept(layer: int, head: int, here: slice) -> tuple[Tensor, Tensor]:
             k, v = cache.keys[layer, head, here], cache.values[layer, head, here]
-            return pages_reference.kept(codec, k, v, cache.keys.dtype)
+            return CODECS[codec].kept(k, v, cache.keys.dtype)
 
         keys, values = _by_page(cache, rooms[setting.sizes[0]], kept)
         return Coded(keys, values, {at: _bytes(cache, at, r, n) for at, r in rooms.items()})
@@ -126,7 +125,7 @@ def flat(codec: str) -> Encode:
 
 
 def _fitted(cache: Cache, tables: Tables, setting: Setting, tokens: int) -> Coded:
-    """Pages of a point, and the bytes of `tokens` tokens in them."""
+    """Returns what pages of a fitted codec give back, and the bytes of `tokens` tokens."""
     layers, heads = cache.keys.shape[:2]
     rooms, exact = {}, {}
     for at in setting.sizes:
@@ -141,22 +140,17 @@ def _fitted(cache: Cache, tables: Tables, setting: Setting, tokens: int) -> Code
     first = setting.sizes[0]
 
     def kept(layer: int, head: int, here: slice) -> tuple[Tensor, Tensor]:
-        return pages_reference.kept_fitted(
-            cache.keys[layer, head, here],
-            cache.values[layer, head, here],
-            cache.positions[here],
-            tables,
-            layer,
-            head,
-            int(exact[first][layer, head]),
-        )
+        own = HeadTables(tables, layer, head, int(exact[first][layer, head]))
+        k, v = cache.keys[layer, head, here], cache.values[layer, head, here]
+        return CODECS[tables.point.name].kept(k, v, k.dtype, cache.positions[here], own)
 
     keys, values = _by_page(cache, rooms[first], kept)
     return Coded(keys, values, {at: _bytes(cache, at, r, tokens) for at, r in rooms.items()})
 
 
 def transform(point: str, keep: float = 1.0) -> Encode:
-    """Transform coding with the tables of `point`; `keep` < 1 evicts the rest."""
+    """Returns a content: transform coding with the tables of `point`, after evicting all but
+    the share `keep`."""
 
     def encode(cache: Cache, setting: Setting) -> Coded:
         coded = _fitted(cache, setting.tables[point], setting, round(cache.length * keep))
@@ -171,7 +165,7 @@ def transform(point: str, keep: float = 1.0) -> Encode:
 
 
 def evict(cache: Cache, setting: Setting, keep: float) -> Tensor:
-    """Marks, per head, the tokens with most (expected attention + 0.01) · |v|: bool [L, H, n].
+    """Marks in each head the tokens with most (expected attention + 0.01) · |v|: bool [L, H, n].
     Queries are expected to be as the newest ones were, at the next 512 positions."""
     layers, heads, n, size = cache.keys.shape
     places = cache.positions[-cache.queries.shape[2] :]
@@ -192,7 +186,7 @@ def evict(cache: Cache, setting: Setting, keep: float) -> Tensor:
 
 
 def evicted(keep: float) -> Encode:
-    """Raw tokens, the rest evicted."""
+    """Returns a content: raw tokens, after evicting all but the share `keep`."""
 
     def encode(cache: Cache, setting: Setting) -> Coded:
         share = {at: round(raw_bytes(cache, *at) * keep) for at in setting.sizes}

@@ -1,4 +1,4 @@
-"""The model in transformers: contexts read once, answers forced over a cache of one's own."""
+"""Runs the model in transformers: prefills contexts, and forces answers over a given cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.transform.calibrate import Reader
+from vllm_kvcrush.codecs.transform.calibrate import Probe
 
 # The last queries of a context, kept for what needs them.
 WINDOW = 512
@@ -16,8 +16,13 @@ WINDOW = 512
 
 @dataclass
 class Cache:
-    """A context's cache. Keys [L, H, n, D] and queries [L, Hq, w, D] (the newest) with RoPE,
-    values [L, H, n, Dv]."""
+    """The cache of one context.
+
+    Attributes:
+        keys: [L, H, n, D], with RoPE.
+        values: [L, H, n, Dv].
+        queries: [L, Hq, w, D], the newest, with RoPE.
+    """
 
     keys: Tensor
     values: Tensor
@@ -38,7 +43,7 @@ class Coded:
 
     Attributes:
         keys, values: as in Cache; n differs where tokens were evicted.
-        bytes: what the pages take by (block size, bytes of a raw channel).
+        bytes: bytes of the pages, by (block size, bytes of a raw channel).
         kept: bool [L, H, n], tokens that were not evicted; None for all.
     """
 
@@ -49,27 +54,33 @@ class Coded:
 
 
 class Forcer:
-    """Reads contexts and forces answers."""
+    """Prefills contexts and forces answers."""
 
     def __init__(self, path: str) -> None:
-        self.reader = Reader(path)
+        self.probe = Probe(path)
 
     @torch.inference_mode()
-    def read(self, tokens: Sequence[int]) -> Cache:
-        """The cache of a context."""
-        queries, keys, values = self.reader.read(tokens)
+    def prefill(self, tokens: Sequence[int]) -> Cache:
+        """Returns the cache of a context."""
+        queries, keys, values = self.probe.prefill(tokens)
         return Cache(keys, values, queries[:, :, -WINDOW:].clone())
 
     @torch.inference_mode()
     def force(self, coded: Coded, start: int, tokens: Sequence[int]) -> Tensor:
-        """Log-probabilities [m, vocab] after each of m tokens; the first has position `start`."""
-        return self.reader.over(coded.keys, coded.values, start, tokens, coded.kept)
+        """Returns log-probabilities [m, vocab] after each of m tokens, the first of which has
+        position `start`."""
+        return self.probe.log_probabilities(coded.keys, coded.values, start, tokens, coded.kept)
 
 
 def measure(
     logp: Tensor, full: Tensor, tokens: Sequence[int], scored: Sequence[bool]
 ) -> dict[str, float]:
-    """Figures of one answer; `logp` and `full` are [m, vocab], this run's and the full cache's."""
+    """Returns the figures of one answer.
+
+    Args:
+        logp, full: log-probabilities [m, vocab] over this cache and over the full one.
+        scored: which of the m tokens count.
+    """
     steps = [i for i, wanted in enumerate(scored) if wanted]
     gold = torch.tensor([tokens[i] for i in steps])[:, None]
     before = [i - 1 for i in steps]

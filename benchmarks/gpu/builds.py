@@ -17,11 +17,12 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_kvcrush.codecs.layout import FITTED
+from benchmarks.gpu.model import BLOCK_SIZE
+from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.codecs.transform.bits import quantiser
 from vllm_kvcrush.codecs.transform.points import POINTS
 from vllm_kvcrush.ops.triton.attention import loops_of
-from vllm_kvcrush.ops.triton.codecs import BY_NAME, RUNS, geometry
+from vllm_kvcrush.ops.triton.codecs import BY_NAME, RUNS
 from vllm_kvcrush.ops.triton.codecs.fitted import encoding as fitted_encoding
 from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import Variant
@@ -38,6 +39,7 @@ from vllm_kvcrush.ops.triton.kernels import attention as attention_kernels
 from vllm_kvcrush.ops.triton.kernels import compaction as compaction_kernels
 from vllm_kvcrush.ops.triton.kernels import scores as scores_kernels
 from vllm_kvcrush.ops.triton.kernels import store as store_kernels
+from vllm_kvcrush.ops.triton.layout import Geometry
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -47,7 +49,6 @@ TARGETS = {
 }
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 PRODUCTS = ("decode", "prefill", "scores")  # kernels that multiply matrices
-BLOCK_SIZE = 128  # tokens of a raw page
 PLAIN = ("int4", "int8", "raw")
 # Pointers whose type is not the model's dtype.
 POINTERS = {
@@ -134,9 +135,9 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
     what `auto` makes of most budgets."""
     parts = set(PLAIN if codec == "mixed" else () if codec == "raw" else codec.split("+"))
     wave = TARGETS[target].warp_size
-    page = geometry(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     shape = (group, page.k_pad, page.v_pad, page.itemsize, BLOCK_SIZE)
-    tiles = attention_tiles(*shape, decode, wave, any(RECORDS[c].tables for c in parts))
+    tiles = attention_tiles(*shape, decode, wave, any(RECORDS[c].needs_tables for c in parts))
     if len(parts) > 1:
         parts.add("raw")
     records = tuple((RECORDS[run],) if run in parts else () for run in RUNS)
@@ -159,7 +160,7 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
 
 def others(size: int, group: int, dtype: str) -> Iterator[Build]:
     """Everything but attention, for codecs without tables."""
-    page = geometry(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
     yield Build(
         "merge", "-", *same, attention_kernels.merge_kernel,
@@ -180,7 +181,7 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
 
 def _tokens(codecs: tuple[str, ...], size: int, group: int, dtype: str) -> Iterator[Build]:
     """What reads single tokens of codecs."""
-    page = geometry(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
     for codec in codecs:
         own = {"CODEC": RECORDS[codec], "DTYPE": DTYPES[dtype], "G": page}
@@ -200,7 +201,7 @@ def _tokens(codecs: tuple[str, ...], size: int, group: int, dtype: str) -> Itera
 
 def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
     """Everything but attention for fitted codecs."""
-    page = geometry(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
     yield from _tokens(FITTED, *same)
     for codec in FITTED:

@@ -1,4 +1,4 @@
-"""Calls that may end the process: LLVM aborts where it meets an error of its own."""
+"""Calls that may end the process: LLVM aborts where it meets an internal error."""
 
 from __future__ import annotations
 

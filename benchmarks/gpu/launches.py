@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu import builds
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops.triton import attention, compaction, scores, store
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
@@ -104,7 +104,7 @@ class Model:
         and head."""
         heads, each = self.layer.kv_heads, len(codecs)
         begin = torch.arange(rows * heads, dtype=torch.int32).view(rows, heads) * each
-        codec = torch.tensor([CODECS[c] for c in codecs] * (rows * heads), dtype=torch.uint8)
+        codec = torch.tensor([CODECS[c].number for c in codecs] * (rows * heads), dtype=torch.uint8)
         page = torch.arange(len(codec), dtype=torch.int32) % BLOCKS
         return begin, begin + each, page, torch.full_like(page, 5), codec
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from vllm_kvcrush.ops.triton.layout import Geometry
 
+BLOCK_SIZE = 128  # tokens of a raw page
+
 
 @dataclass(frozen=True)
 class Device:

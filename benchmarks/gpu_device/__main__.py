@@ -1,9 +1,9 @@
-"""For whoever has a GPU: correctness, speed and serving in one file to send back.
+"""Measures correctness, speed and serving on a GPU, into one file to send back.
 
 Under 20 minutes: the environment, tests/gpu on the device, the kernels against a measured copy and
 against vLLM's FlashAttention, and plain vLLM against the plugin where its gate allows GPUs. Each
-part has a share of --minutes. A run that was killed goes on where it was. One layer a call;
-`graph` is the replay of a CUDA graph, `eager` launches from Python; `low` and `high` are quartiles.
+part has a share of --minutes. A run that was killed resumes. A call computes one layer; `graph` is
+the replay of a CUDA graph, `eager` launches from Python; `low` and `high` are quartiles.
 
     python -m benchmarks.gpu_device [--minutes N] [--json FILE] [--dry-run]
 """

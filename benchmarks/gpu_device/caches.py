@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_device.cases import SHAPES, Case
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 
@@ -83,7 +83,7 @@ class Cache:
         count = torch.full((batch, heads, self.pages), self.capacity, dtype=torch.int32)
         if self.pages:
             count[..., -1] = self.paged - (self.pages - 1) * self.capacity
-        codec = torch.full((page.numel(),), CODECS[self.codec], dtype=torch.uint8)
+        codec = torch.full((page.numel(),), CODECS[self.codec].number, dtype=torch.uint8)
         return begin, begin + self.pages, page.flatten().int(), count.flatten(), codec
 
     def _batch(self, layer: Layer) -> Batch:
@@ -127,7 +127,7 @@ def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -
     count = torch.full((layer.kv_heads, pages), full, dtype=torch.int32)
     count[:, -1] = tokens - (pages - 1) * full
     begin = (heads * pages).int()
-    codecs = torch.full((layer.kv_heads * pages,), CODECS[codec], dtype=torch.uint8)
+    codecs = torch.full((layer.kv_heads * pages,), CODECS[codec].number, dtype=torch.uint8)
     none = torch.zeros(0, dtype=torch.int32)
     entries = (begin, begin + pages, page.flatten().int(), count.flatten(), codecs)
     return _source(device, *entries, none, 0, 0, runs_of(codecs))
@@ -143,7 +143,7 @@ def distinct(layer: Layer, codec: str) -> Tensor:
     count = torch.full((heads * DISTINCT,), layer.capacity(codec), dtype=torch.int32)
     begin = (torch.arange(heads) * DISTINCT).int()
     page = torch.arange(heads * DISTINCT, dtype=torch.int32)
-    codecs = torch.full((heads * DISTINCT,), CODECS[codec], dtype=torch.uint8)
+    codecs = torch.full((heads * DISTINCT,), CODECS[codec].number, dtype=torch.uint8)
     none = torch.zeros(0, dtype=torch.int32)
     entries = (begin, begin + DISTINCT, page, count, codecs)
     to = _source(str(device), *entries, none, 0, 0, runs_of(codecs))

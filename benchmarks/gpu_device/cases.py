@@ -1,4 +1,4 @@
-"""What is measured. Pure."""
+"""The cases that are measured. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine has, and what it lacks. Importing this needs nothing but Python."""
+"""Finds out what this machine has and what it lacks. Importing it needs nothing but Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain vLLM against the plugin on this machine's GPU: only where the gate lets it."""
+"""Compares plain vLLM with the plugin on this machine's GPU, where the gate allows it."""
 
 from __future__ import annotations
 

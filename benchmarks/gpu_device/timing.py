@@ -1,4 +1,4 @@
-"""Seconds of launches on a device, as a graph's replay and one by one from Python."""
+"""Times launches on a device, as the replay of a graph and one by one from Python."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Attention kernels against vLLM's own on the CPU, and against the speed of the memory.
 
-Every candidate computes one layer's attention over the same data, in calls that find nothing of
-theirs in the cache (its data lie there in several copies, or the cache is emptied between bursts
-where the copies would take more than half of the free memory, or --quick wants fewer); it is
-checked against float64 attention first. Bursts of all candidates and
-of a plain sequential read take turns; ratios are taken round by round. One thread is timed by its
-CPU clock, which other work on the machine hardly touches; several by the wall clock, as waiting
-for each other is part of their work: those figures need a quiet machine.
+Every candidate computes one layer's attention over the same data, and is checked against float64
+attention first. Calls find none of their data in the processor's cache: the data lie in several
+copies, or, where these would take more than half of the free memory or --quick wants fewer, the
+cache is flushed between bursts. Bursts of all candidates and of a plain sequential read take turns;
+ratios are taken round by round. One thread is timed by its CPU clock, which other work on the
+machine hardly touches; several by the wall clock, as waiting for each other is part of their work:
+those figures need a quiet machine.
 
 Rows: `task` is decode, prefill, compaction or bandwidth; `policy` the kernel, the plugin's policy,
 or the way of reading; `mode` is "SHAPE,batch=N,threads=N", for compaction with ",stage=STAGE", for

@@ -1,4 +1,4 @@
-"""What a compared kernel is, and those of vLLM and torch; ours are in `ours.py`."""
+"""The interface of a compared kernel, and those of vLLM and torch; ours are in `ours.py`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The plugin's own maths at a compaction, layer by layer: what faster operations behind the same
-names are compared with. Reading and writing pages is not part of it."""
+"""Times the plugin's own maths at a compaction, layer by layer: what faster operations behind the
+same names are compared with. Reading and writing pages is not part of it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.kernels.candidates import Candidate
 from benchmarks.kernels.cases import DISTINCT, PAGE, Case
-from vllm_kvcrush.codecs.layout import CODECS, FITTED
+from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.codecs.transform.calibrate import POINTS
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
 from vllm_kvcrush.codecs.transform.rope import Rope
@@ -146,7 +146,7 @@ class Ours(Candidate):
             begin + pages,
             page.flatten().to(torch.int32),
             counts.unsqueeze(1).expand(page.shape).flatten().to(torch.uint16),
-            torch.full((page.numel(),), CODECS[self.codec], dtype=torch.uint8),
+            torch.full((page.numel(),), CODECS[self.codec].number, dtype=torch.uint8),
         )
 
     def run(self, index: int, out: Tensor) -> None:

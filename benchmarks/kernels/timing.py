@@ -1,4 +1,4 @@
-"""Time of calls in turns, so that what disturbs one disturbs all, and what is read off it."""
+"""Times calls in turns, so that what disturbs one disturbs all, and derives figures from that."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compaction's share of a request's time, and the cost of a plugin that compresses nothing.
+"""Measures compaction's share of a request's time, and the cost of an idle plugin.
 
 Offline engines with the demo model (SmolLM2-135M, float32), each in a process of its own.
 

@@ -1,4 +1,4 @@
-"""What a decode step takes over full contexts: plain vLLM and policies, in turns."""
+"""Times decode steps over full contexts: plain vLLM and policies, in turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a decode step costs more when the plugin is there and compresses nothing."""
+"""Measures what the plugin adds to a decode step when it compresses nothing."""
 
 from __future__ import annotations
 

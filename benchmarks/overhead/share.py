@@ -1,4 +1,4 @@
-"""Which part of a request's time its compactions take, by prompt length."""
+"""Measures which share of a request's time its compactions take, by prompt length."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""How much quality each policy loses at each memory budget, through vLLM itself.
+"""Measures how much quality each policy loses at each memory budget, in vLLM itself.
 
 Every item is a context and questions over it. The context (mode question_after) or the context
-and the first question (mode question_before) is read and compacted; what follows is forced token
-by token, and the gold tokens are scored on the raw logits: their negative log-likelihood, whether
+and the first question (mode question_before) is prefilled and compacted; what follows is forced
+token by token. Gold tokens are scored on the raw logits: their negative log-likelihood, whether
 greedy decoding would have given them, and how far the distribution is from the uncompressed
-run's. Memory is what a request really held while it answered: whole blocks and side tensors.
+run's. Memory is what a request held while it answered: whole blocks and side tensors.
 
     python -m benchmarks.quality [--quick] [--json FILE]
     python -m benchmarks.quality --longbench DIR --ruler DIR --tasks ""   # data that you have
@@ -144,14 +144,14 @@ class Bench:
     def _make_tables(self) -> None:
         """Makes the model's transform tables where a policy needs them and there are none."""
         from vllm_kvcrush import policies
-        from vllm_kvcrush.codecs import layout
+        from vllm_kvcrush.codecs import FITTED
         from vllm_kvcrush.codecs.transform import calibrate
 
         codecs = {
             c for policy in self.args.policies if policy != FULL for c in policies.codecs(policy)
         }
-        path = calibrate.default_path(self.model)
-        if codecs & set(layout.FITTED) and not path.exists() and not self.args.no_tables:
+        path = calibrate.output_path(self.model)
+        if codecs & set(FITTED) and not path.exists() and not self.args.no_tables:
             say("making the model's transform tables, once …")
             path.parent.mkdir(parents=True, exist_ok=True)
             calibrate.calibrate(self.model, path, progress=calibrate.bar)

@@ -1,4 +1,4 @@
-"""One offline engine with the plugin, and what its requests held while they answered."""
+"""Runs one offline engine with the plugin, and records what requests held as they answered."""
 
 from __future__ import annotations
 
@@ -98,11 +98,14 @@ class Engine:
             name = (request.sampling_params.extra_args or {}).get(KEY)
             if name in self._held:
                 self._check_compacted(request, output.num_scheduled_tokens[request_id])
-                state = self._runner._crushed.get(request_id)
-                tensors = [] if state is None else [state.queries, *(state.running or [])]
+                state = self._runner._requests.get(request_id)
+                tensors = []
+                if state is not None:
+                    kept = (*state.kept_state.values(), state.positions)
+                    tensors = [state.queries, *(x for by in kept for x in by.values())]
                 if state is not None and (region := state.region) is not None:
-                    parts = (region.begin, region.end, region.page, region.count, region.codec)
-                    tensors += parts
+                    tensors += (region.begin, region.end, region.page, region.count, region.codec)
+                    tensors += (region.bias, region.log_bias)
                 side = sum(t.nbytes for t in tensors if t is not None)
                 step = request.num_computed_tokens - request.num_prompt_tokens
                 self._held[name].see(step, len(blocks[request_id]), side)
@@ -112,7 +115,7 @@ class Engine:
         # the scheduler puts it off, and the figures would be those of the full cache.
         plan = self._scheduler._plans.get(request.request_id)
         prompt = request.num_prompt_tokens
-        evicted = self._scheduler._manager.evicted.get(request.request_id, 0)
+        evicted = self._scheduler._manager.slot_shift.get(request.request_id, 0)
         computed = request.num_computed_tokens - scheduled
         if plan and computed == prompt and plan.due(prompt, prompt - evicted):
             raise RuntimeError(

@@ -1,7 +1,7 @@
-"""What compressing short requests saves and costs, by length: what --kv-min-tokens is to be.
+"""Measures what compressing short requests saves and costs, by length, to set --kv-min-tokens.
 
 A request is an excerpt of prose: its first half is the prompt, its second half is forced, token by
-token. What a floor of N tokens does is what these say of lengths below N: it leaves them alone.
+token. A floor of N tokens gives up what is saved, and avoids what is lost, at lengths below N.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A prompt from a published benchmark's file, and how to read such files."""
+"""Prompts of published benchmarks, and how to read their files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an item of the quality benchmark is: a context, and turns of question and gold answer."""
+"""An item of the quality benchmark: a context, and turns of a question and its gold answer."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How an answer is scored: LongBench's (v1) and RULER's own metrics, each from 0 to 1.
+"""Scores answers by LongBench's (v1) and RULER's own metrics, each from 0 to 1.
 
-Where a published metric is odd, so is this one: its numbers are to be compared with published ones.
+Where a published metric is odd, so is this one: the numbers must compare with published ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From what every item measured to rows, tables and verdicts."""
+"""Turns what every item measured into rows, tables and verdicts."""
 
 from __future__ import annotations
 

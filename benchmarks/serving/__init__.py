@@ -1,1 +1,1 @@
-"""Requests, tokens and bytes of a server with a policy, against plain vLLM."""
+"""Measures requests, tokens and bytes of a server with a policy, against plain vLLM."""

@@ -1,7 +1,7 @@
-"""How many requests and tokens a fixed KV pool gives under a policy, against plain vLLM.
+"""Measures the requests and tokens that a fixed KV pool serves under a policy and in plain vLLM.
 
-Two servers with the same pool stay up side by side and are driven in turn, never at once; which
-of them comes first alternates from round to round. Figures are medians over the rounds, ratios
+Two servers with the same pool run side by side and are driven in turn, never at once; which of
+them goes first alternates from round to round. Figures are medians over the rounds, ratios
 (policy over plain) medians of each round's own, with the smallest and the largest. TTFT and TPOT
 of a drive are the medians over its requests; running, waiting and KV bytes per running request
 come from /metrics, polled all the while. A mode "closed-16" is a closed loop of 16 requests. The

@@ -1,4 +1,4 @@
-"""What a server's /metrics say: samples, peaks and differences. Pure."""
+"""Reads a server's /metrics: samples, peaks and differences. Pure."""
 
 from __future__ import annotations
 

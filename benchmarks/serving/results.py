@@ -1,4 +1,4 @@
-"""From drives to rows: medians, paired ratios, and the table. Pure."""
+"""Turns drives into rows: medians, paired ratios, and the table. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the servers are asked: workloads, and the prompts of one drive. Pure."""
+"""The workloads that servers are given, and the prompts of one drive. Pure."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_kvcrush.config import Settings
-from vllm_kvcrush.engine.commands import Admitted, Compaction, StepCommands
+from vllm_kvcrush.engine.commands import Admitted, Compact, StepCommands
 from vllm_kvcrush.plan import Part, Plan, cdiv
 
 STOP_TOKEN = 1
@@ -90,7 +90,7 @@ class Row:
     blocks: list[int] | None  # None while preempted
     computed: int
     hit: int
-    evicted: int = 0
+    shift: int = 0
     compactions: int = 0
     # Blocks of the compressed region, and tokens in each head of it.
     region: tuple[int, int] = (0, 0)
@@ -110,8 +110,8 @@ class Row:
 
 
 class PagedWorker:
-    """Does with a `SchedulerOutput` what `engine/runner.py` does, in its order, and asserts that
-    it may."""
+    """Does with a `SchedulerOutput` what `engine/worker/runner_v1.py` does, in its order, and
+    asserts that it may."""
 
     def __init__(self, num_blocks: int, block_size: int, settings: Settings, seed: int) -> None:
         self.block_size = block_size
@@ -124,16 +124,20 @@ class PagedWorker:
         self.written: list[tuple[int, int]] = []
         self._admissions = 0
 
-    def execute(self, output: Any, commands: StepCommands) -> dict[str, list[int]]:
-        """Runs one step; returns each scheduled request's sampled tokens."""
+    def execute(
+        self, output: Any, commands: StepCommands, late: Iterable[str] = ()
+    ) -> dict[str, list[int]]:
+        """Runs one step; returns each scheduled request's sampled tokens. `late`: requests whose
+        compaction is put off."""
         self.written = []
+        late = set(late)
         for request_id in output.finished_req_ids:
             self.rows.pop(request_id, None)
         for request_id in output.preempted_req_ids or ():
             if request_id in self.rows:
                 self.rows[request_id].blocks = None
         cached = output.scheduled_cached_reqs
-        for command in commands.compactions:
+        for command in commands.commands:
             assert command.request_id not in cached.resumed_req_ids
             self._compact(self.rows[command.request_id], command)
         for new in output.scheduled_new_reqs:
@@ -160,7 +164,7 @@ class PagedWorker:
                 row.blocks += new_blocks[0] if new_blocks else []
         # In the order of scheduling: a request may hit blocks that an earlier one fills now.
         return {
-            request_id: self._forward(self.rows[request_id], count, commands)
+            request_id: self._forward(self.rows[request_id], count, commands, late)
             for request_id, count in output.num_scheduled_tokens.items()
         }
 
@@ -171,7 +175,7 @@ class PagedWorker:
     def check_row(self, row: Row) -> None:
         """Every slot of a request holds what it put there, and blocks follow from tokens."""
         assert row.blocks is not None
-        count = row.computed - row.evicted
+        count = row.computed - row.shift
         assert len(row.held) == count
         assert len(row.blocks) == cdiv(count, self.block_size), (row.request_id, row.blocks, count)
         assert self.contents(row.blocks, count) == row.held, f"{row.request_id} lost its tokens"
@@ -186,12 +190,15 @@ class PagedWorker:
         computed: int,
         admitted: Admitted | None,
     ) -> None:
-        params = self.settings.request(sampling_params.extra_args)
-        assert admitted == (Admitted(params, num_prompt_tokens) if params.active else None)
+        params = self.settings.validate_request(
+            sampling_params.extra_args, self.block_size, 1 << 20
+        )
+        plan = self.settings.plan(params, num_prompt_tokens, self.block_size)
+        assert admitted == (Admitted(params.policy, plan) if params.active else None)
         row = Row(
             request_id,
             admission=0,
-            plan=self.settings.plan(params, num_prompt_tokens, self.block_size),
+            plan=plan,
             needs=self.settings.build(params.policy).needs if params.active else frozenset(),
             tokens=list(tokens),
             chain=[],
@@ -208,21 +215,21 @@ class PagedWorker:
         row.chain = self.prefixes.chain(row.tokens)
         row.blocks = list(blocks)
         row.computed = row.hit = computed
-        row.evicted = row.compactions = 0
+        row.shift = row.compactions = 0
         row.region = (0, 0)
         row.held = list(row.chain[:computed])
         row.queries = set()
         row.late = False
 
-    def _compact(self, row: Row, command: Compaction) -> None:
+    def _compact(self, row: Row, command: Compact) -> None:
         n, size, packed = row.computed, self.block_size, bool(row.plan.packings)
         candidates = len(command.source) * size
         assert row.blocks == [*command.source, *command.tail], "the rows differ"
         assert command.computed == n
-        assert candidates + command.tail_tokens == n - row.evicted
+        assert candidates + command.tail_tokens == n - row.shift
         assert cdiv(command.tail_tokens, size) == len(command.tail)
         assert command.tail_tokens >= row.plan.window
-        assert command.evicted == n - len(command.target) * size - command.tail_tokens
+        assert command.slot_shift == n - len(command.target) * size - command.tail_tokens
         assert len(command.target) < len(command.source)
         assert len({*command.target, *command.tail}) == len(command.target) + len(command.tail)
         if command.same_as is None:  # else its twin may have written over them already
@@ -230,25 +237,26 @@ class PagedWorker:
         region = row.held[: command.compressed * size]
         if packed and region:
             region = unpack(region[::size])
-        assert (command.compressed, command.compressed_tokens) == row.region
-        assert len(region) == command.compressed_tokens
+        assert (command.compressed, len(region)) == row.region
         tokens = region + row.held[command.compressed * size : candidates]
-        self._check_parts(row.plan, command, len(tokens))
+        parts = row.plan.parts(len(command.target), len(tokens))
+        keep = sum(part.tokens for part in parts)
+        self._check_parts(row.plan, command, parts, len(tokens))
         assert row.hit < n
-        scores = "running" in row.needs or row.plan.needs_scores(len(command.target), len(tokens))
+        scores = "state" in row.needs or row.plan.needs_scores(len(command.target), len(tokens))
         if "queries" in row.needs and scores and not row.late:
             missing = set(range(n - row.plan.window, n)) - row.queries
             assert not missing, f"{row.request_id} at {n}: no queries of {sorted(missing)}"
-        survivors = sorted(self.random.sample(range(len(tokens)), command.keep))
+        survivors = sorted(self.random.sample(range(len(tokens)), keep))
         kept = [tokens[i] for i in survivors]
         if command.same_as is not None:
             # What the result follows from is the same here, as far as it is exact.
             twin = self.rows[command.same_as]
             assert twin.compactions and twin.computed == n and twin.chain[:n] == row.chain[:n]
-            assert twin.region == (len(command.target), command.keep)
-            assert twin.plan == row.plan and twin.evicted == command.evicted
+            assert twin.region == (len(command.target), keep)
+            assert twin.plan == row.plan and twin.shift == command.slot_shift
         elif packed:
-            for block, pages in self._blocks(command, pack(kept, command.parts, row.plan)):
+            for block, pages in self._blocks(command, pack(kept, parts, row.plan)):
                 # The first slot of a packed block stands for its pages.
                 self.slots[block] = [pages, *["packed"] * (size - 1)]
         else:
@@ -256,22 +264,24 @@ class PagedWorker:
                 self.slots[block] = kept[i * size : (i + 1) * size]
         row.held[:candidates] = self.contents(command.target, len(command.target) * size)
         row.blocks = [*command.target, *command.tail]
-        row.evicted = command.evicted
-        row.region = len(command.target), command.keep
+        row.shift = command.slot_shift
+        row.region = len(command.target), keep
         n, window = row.computed, row.plan.window
-        if row.plan.next_compaction(n, n - row.evicted, n + window - 1) is None:
+        if row.plan.next_compaction(n, n - row.shift, n + window - 1) is None:
             row.queries = set()
         row.compactions += 1
 
-    def _check_parts(self, plan: Plan, command: Compaction, candidates: int) -> None:
-        blocks, parts = len(command.target), command.parts
-        assert parts == plan.parts(blocks, candidates), "scheduler and worker differ"
-        assert 0 < command.keep <= candidates and all(part.tokens > 0 for part in parts)
+    def _check_parts(
+        self, plan: Plan, command: Compact, parts: tuple[Part, ...], candidates: int
+    ) -> None:
+        blocks, keep = len(command.target), sum(part.tokens for part in parts)
+        assert keep == plan.kept(blocks, candidates)
+        assert 0 < keep <= candidates and all(part.tokens > 0 for part in parts)
         if not plan.packings:
             full = Part("raw", blocks * self.block_size)
             assert parts == (full,), "a raw block is not full"
             return
-        if command.keep < candidates:
+        if keep < candidates:
             # Evicts nothing that would have found room in the codec that holds most.
             (part,) = parts
             assert part.codec == plan.packings[-1].codec
@@ -279,7 +289,7 @@ class PagedWorker:
 
     @staticmethod
     def _blocks(
-        command: Compaction, ranks: list[list[Page]]
+        command: Compact, ranks: list[list[Page]]
     ) -> Iterable[tuple[int, tuple[list[Page], ...]]]:
         """What each target block holds of the pages of each rank, handed out in order."""
         pairs = 1 + max(pair for pages in ranks for pair, _ in pages)
@@ -287,18 +297,21 @@ class PagedWorker:
         for i, block in enumerate(command.target):
             yield block, tuple(pages[i * pairs : (i + 1) * pairs] for pages in ranks)
 
-    def _forward(self, row: Row, count: int, commands: StepCommands) -> list[int]:
+    def _forward(self, row: Row, count: int, commands: StepCommands, late: set[str]) -> list[int]:
         start, end, size = row.computed, row.computed + count, self.block_size
         assert row.blocks is not None and end <= len(row.tokens)
-        assert len(row.blocks) * size >= end - row.evicted, f"{row.request_id} has no slot left"
+        assert len(row.blocks) * size >= end - row.shift, f"{row.request_id} has no slot left"
         # The prefix that attention reads, found in the cache or computed here.
-        assert self.contents(row.blocks, start - row.evicted) == row.held, row.request_id
+        assert self.contents(row.blocks, start - row.shift) == row.held, row.request_id
         for n in range(start + 1, end):
-            due = row.plan.is_check(n) and row.plan.due(n, n - row.evicted)
+            due = row.plan.is_check(n) and row.plan.due(n, n - row.shift)
             assert not due, f"{row.request_id}: chunk {start}-{end} runs over {n}, which is due"
-        self._remember_queries(row, start, end, commands)
+        row.late |= row.request_id in late
+        count = commands.observe.get(row.request_id, 0)
+        assert count <= min(end - start, row.plan.window)
+        row.queries.update(range(end - count, end))
         for position in range(start, end):
-            block, slot = divmod(position - row.evicted, size)
+            block, slot = divmod(position - row.shift, size)
             assert block * size + slot == len(row.held)
             row.held.append(row.content(position))
             self.slots[row.blocks[block]][slot] = row.held[-1]
@@ -309,15 +322,3 @@ class PagedWorker:
         row.tokens.append(next_token(row.tokens))
         row.chain += self.prefixes.chain(row.tokens[-1:], after=row.chain[-1])
         return row.tokens[-1:]
-
-    def _remember_queries(self, row: Row, start: int, end: int, commands: StepCommands) -> None:
-        row.late |= row.request_id in commands.deferred
-        if "queries" not in row.needs:
-            return
-        window = row.plan.window
-        if row.request_id in commands.deferred:
-            near: int | None = end
-        else:
-            near = row.plan.next_compaction(start, start - row.evicted, end + window)
-        if near is not None:
-            row.queries.update(range(max(start, end - window, near - window), end))

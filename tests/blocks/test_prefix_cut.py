@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from vllm_kvcrush.config import Demands
 from vllm_kvcrush.engine.scheduler import KVCrushSchedulerMixin
 from vllm_kvcrush.plan import Packing, Plan
 
-QUERIES, BOTH = frozenset({"queries"}), frozenset({"queries", "running"})
+QUERIES = Demands(frozenset({"queries"}))
+BOTH = Demands(frozenset({"queries", "state"}), always=True)
 ROOMY = (Packing("int4", (((64, 4),),)),)  # four times as many tokens as raw
 
 
@@ -16,10 +18,10 @@ def plan(budget: float, **more: object) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("found", "needs", "last", "tokens"),
+    ("found", "demands", "last", "tokens"),
     [
         (plan(0.5), QUERIES, 420, 360),  # scored at the prompt's end
-        (plan(0.5), frozenset(), 420, 399),
+        (plan(0.5), Demands(), 420, 399),
         (plan(0.5, packings=ROOMY), QUERIES, 420, 399),  # every token stays, in fewer bits
         (plan(0.5, packings=ROOMY), BOTH, 420, 360),
         (plan(1.0), QUERIES, 420, None),
@@ -27,9 +29,9 @@ def plan(budget: float, **more: object) -> Plan:
     ],
 )
 def test_what_the_cache_may_give(
-    found: Plan, needs: frozenset[str], last: int, tokens: int | None
+    found: Plan, demands: Demands, last: int, tokens: int | None
 ) -> None:
-    assert KVCrushSchedulerMixin._exact_until(found, needs, last) == tokens
+    assert KVCrushSchedulerMixin._exact_until(found, demands, last) == tokens
 
 
 def test_a_window_that_reaches_back_before_the_first_compaction() -> None:

@@ -42,10 +42,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushSpec
-from vllm_kvcrush.engine.commands import Compaction
+from vllm_kvcrush.engine.commands import Compact
 from vllm_kvcrush.engine.scheduler import KVCrushAsyncScheduler, KVCrushScheduler
 from vllm_kvcrush.plan import cdiv
 
@@ -173,7 +173,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         **config: int,
     ) -> None:
         # Without tables auto takes other codecs, and the fitted policies do not start.
-        policy = policy if tables or policy not in layout.FITTED else "auto"
+        policy = policy if tables or policy not in FITTED else "auto"
         self.settings = Settings.from_dict(
             {
                 "policy": policy,
@@ -242,7 +242,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         copies: int,
     ) -> None:
         extra: dict[str, Any] = {}
-        if policy in layout.FITTED and not self.settings.fitted:
+        if policy in FITTED and not self.settings.fitted:
             policy = "auto"
         if policy is not None:
             extra["kv_policy"] = policy
@@ -363,20 +363,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         running = {r.request_id for r in self.scheduler.running}
         output = self.scheduler.schedule()
         commands = pickle.loads(pickle.dumps(output.kvcrush))
-        compacted = {c.request_id for c in commands.compactions}
-        assert len(compacted) == len(commands.compactions)
-        owners = Counter(command.target for command in commands.compactions)
-        for command in commands.compactions:
+        compacted = {c.request_id for c in commands.commands}
+        assert len(compacted) == len(commands.commands)
+        owners = Counter(command.target for command in commands.commands)
+        for command in commands.commands:
             self.check_command(command, due, owners[command.target])
         self.learn_hashes()
-        sampled = self.worker.execute(output, commands)
+        late = [r for r, tracked in self.scheduler._tracked.items() if tracked.deferred]
+        sampled = self.worker.execute(output, commands, late)
         preempted = set(output.preempted_req_ids or ())
         self.overdue |= due
         self.overdue &= running - compacted - preempted
         self.overdue -= {r for r in self.overdue if not self.is_due(r)}
         for request_id in self.overdue:
             assert self.scheduler._tracked[request_id].deferred, f"{request_id} was forgotten"
-            assert request_id in commands.deferred
         self.in_flight.append((output, sampled))
         self.check_pool()
         self.check_writes()
@@ -388,7 +388,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         plan, request = self.scheduler._plans[request_id], self.scheduler.requests[request_id]
         n = self.worker.rows[request_id].computed
         assert n == request.num_computed_tokens
-        return plan.due(n, n - self.worker.rows[request_id].evicted)
+        return plan.due(n, n - self.worker.rows[request_id].shift)
 
     def due_now(self) -> set[str]:
         """Requests that stand at a compaction position with too many blocks."""
@@ -400,13 +400,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             and self.is_due(r.request_id)
         }
 
-    def watch_compact(self, jobs: Sequence[Job]) -> list[Compaction] | Deferred:
+    def watch_compact(self, jobs: Sequence[Job]) -> list[Compact] | Deferred:
         """`KVCrushManager.compact`: gives back blocks, or changes nothing."""
 
         def state() -> Any:
             lists = {k: [b.block_id for b in v] for k, v in self.manager.req_to_blocks.items()}
             hashes = [b.block_hash for b in self.pool.blocks]
-            return lists, hashes, dict(self.manager.evicted), self.pool.get_num_free_blocks()
+            return lists, hashes, dict(self.manager.slot_shift), self.pool.get_num_free_blocks()
 
         before = state()
         result = self.compact(jobs)
@@ -426,7 +426,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 )
         return result
 
-    def watch_compact_due(self) -> list[Compaction]:
+    def watch_compact_due(self) -> list[Compact]:
         """`_compact_due`: requests that wait for each other to let go of blocks do so together."""
         result = self.compact_due()
         owners = Counter(b.block_id for v in self.manager.req_to_blocks.values() for b in v)
@@ -437,7 +437,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not tracked.deferred or not blocks:
                 continue
             plan, n = self.scheduler._plans[request_id], self.worker.rows[request_id].computed
-            shape = plan.shape(n, n - self.worker.rows[request_id].evicted)
+            shape = plan.shape(n, n - self.worker.rows[request_id].shift)
             end = len(blocks) - cdiv(shape.tail_tokens, self.block_size)
             released.update(b.block_id for b in blocks[:end])
             waiting, wanted = waiting + 1, wanted + shape.compressed
@@ -446,7 +446,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert gained <= wanted, f"{waiting} requests could have been compacted together"
         return result
 
-    def check_command(self, command: Compaction, due: set[str], twins: int) -> None:
+    def check_command(self, command: Compact, due: set[str], twins: int) -> None:
         request_id = command.request_id
         assert request_id in due or request_id in self.overdue, (
             f"{request_id} was compacted at {command.computed}, which is no compaction position"
@@ -503,15 +503,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         running = {r.request_id for r in self.scheduler.running}
         lists = {k for k, v in self.manager.req_to_blocks.items() if v}
         assert lists == running
-        assert set(self.manager.evicted) == {r for r in running if self.worker.rows[r].compactions}
+        assert set(self.manager.slot_shift) == {
+            r for r in running if self.worker.rows[r].compactions
+        }
         assert set(self.scheduler._tracked) == set(self.scheduler.requests)
         assert set(self.scheduler._plans) <= set(self.scheduler.requests)
         for request_id in running:
             row = self.worker.rows[request_id]
             assert row.blocks == [b.block_id for b in self.manager.req_to_blocks[request_id]]
-            assert row.evicted == self.manager.evicted.get(request_id, 0)
+            assert row.shift == self.manager.slot_shift.get(request_id, 0)
             blocks, tokens = row.region
             assert self.manager.regions.get(request_id, (0, 0)) == row.region
+            assert (request_id in self.manager.lossy_since) == bool(row.compactions)
             held = tokens + len(row.held) - blocks * self.block_size
             assert self.manager.held_tokens(request_id, row.computed) == held
             assert held <= row.computed
@@ -529,7 +532,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.pool.get_num_free_blocks() == self.num_blocks - 1
         assert not self.scheduler.requests
         assert not self.scheduler._tracked and not self.scheduler._plans
-        assert not self.manager.evicted and not self.manager.regions
+        assert not self.manager.slot_shift and not self.manager.lossy_since
+        assert not self.manager.regions
         assert not self.manager.num_cached_block
         assert not any(self.manager.req_to_blocks.values())
 

@@ -51,6 +51,11 @@ class Engine:
                     "config": {
                         "prefill_interval": PREFILL_INTERVAL,
                         "decode_interval": DECODE_INTERVAL,
+                        "clients": {
+                            "adakv": {"floor": [0, 1]},
+                            "keepkv": {"threshold": [-1, 1]},
+                            "kvcrush": {"ratio": [0, 0.5]},
+                        },
                     },
                 }
             },
@@ -84,8 +89,26 @@ class Engine:
 
     def assert_idle(self) -> None:
         assert self.free == self.pool.num_gpu_blocks - 1  # one is vLLM's null block
-        assert not self.manager.evicted and not self.scheduler._tracked
+        assert not self.manager.slot_shift and not self.scheduler._tracked
         assert not self.scheduler._plans and not self.manager.req_to_blocks
+
+    @contextlib.contextmanager
+    def moves(self) -> Iterator[list[Any]]:
+        """Records what moves tokens on the worker, a `Move` for each compaction."""
+        from vllm_kvcrush.engine.worker.move import Move
+
+        moves: list[Any] = []
+        run = Move.run
+
+        def spied(move: Any) -> None:
+            moves.append(move)
+            run(move)
+
+        Move.run = spied
+        try:
+            yield moves
+        finally:
+            Move.run = run
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[list[dict[str, Any]]]:
@@ -100,8 +123,8 @@ class Engine:
                     "free": self.free,
                     "running": len(self.scheduler.running),
                     "held": {r: len(b) for r, b in self.manager.req_to_blocks.items()},
-                    "compactions": list(output.kvcrush.compactions),
-                    "deferred": set(output.kvcrush.deferred),
+                    "compactions": list(output.kvcrush.commands),
+                    "deferred": {r for r, t in self.scheduler._tracked.items() if t.deferred},
                     "preempted": set(output.preempted_req_ids or ()),
                     "scheduled": dict(output.num_scheduled_tokens),
                 }

@@ -56,7 +56,7 @@ class Faulty(Policy):
     """Does the wrong thing in one way."""
 
     name: ClassVar[str] = "faulty"
-    needs: ClassVar[frozenset[str]] = frozenset({"queries", "running"})
+    needs: ClassVar[frozenset[str]] = frozenset({"queries", "state"})
     how: ClassVar[str] = ""
     last_layer: ClassVar[bool] = False
 
@@ -67,7 +67,7 @@ class Faulty(Policy):
     def _now(self, view: View, how: str) -> bool:
         return self.how == how and (not self.last_layer or view.layer == 29)
 
-    def score(self, view: View) -> torch.Tensor:
+    def score(self, view: View) -> Any:
         scores = view.window_scores()
         if self._now(view, "score raises"):
             raise KeyError("weights")
@@ -77,48 +77,45 @@ class Faulty(Policy):
             return scores[:, :-1]
         if self._now(view, "integers"):
             return scores.long()
-        return scores
+        if self._now(view, "state shape"):
+            return scores, {"seen": scores[:1]}
+        if self._now(view, "state of lists"):
+            return scores, {"seen": scores.tolist()}
+        if self._now(view, "a list of state"):
+            return scores, [scores]
+        return scores, {"seen": scores}
 
-    def select(self, view: View, scores: torch.Tensor, keep: int) -> torch.Tensor:
+    def select(self, view: View, scores: torch.Tensor, keep: torch.Tensor) -> Any:
         kept = super().select(view, scores, keep)
         if self._now(view, "select raises"):
             raise ZeroDivisionError
-        if self._now(view, "out of range"):
-            kept[0, -1] = 10**6
-        if self._now(view, "negative"):
-            kept[0, 0] = -1
-        if self._now(view, "twice"):
-            kept[0, 1] = kept[0, 0]
-        if self._now(view, "descending"):
-            return kept.flip(1)
+        if self._now(view, "slots"):
+            return kept.nonzero()
+        if self._now(view, "one too many"):
+            kept[0, kept[0].int().argmin()] = True
         if self._now(view, "too few"):
+            kept[0, kept[0].int().argmax()] = False
+        if self._now(view, "narrow"):
             return kept[:, 1:]
+        if self._now(view, "numbers"):
+            return kept.long()
         if self._now(view, "a list"):
             return kept.tolist()
         return kept
 
-    def running(self, view: View, scores: torch.Tensor) -> torch.Tensor | None:
-        if self._now(view, "running raises"):
-            raise MemoryError
-        if self._now(view, "running shape"):
-            return scores[:1]
-        if self._now(view, "no running"):
-            return None
-        return scores
-
 
 FAULTS = [
-    *("constructor", "score raises", "NaN", "shape", "integers", "select raises", "out of range"),
-    *("negative", "twice", "descending", "too few", "a list", "running raises", "running shape"),
-    "no running",
+    *("constructor", "score raises", "NaN", "shape", "integers", "select raises", "slots"),
+    *("one too many", "too few", "narrow", "numbers", "a list", "state shape", "state of lists"),
+    "a list of state",
 ]
 
 
 @pytest.fixture
 def faulty(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
-    from vllm_kvcrush.policies import _BUILT_IN
+    from vllm_kvcrush.policies import _CLASSES
 
-    monkeypatch.setitem(_BUILT_IN, "faulty", Faulty)
+    monkeypatch.setitem(_CLASSES, "faulty", Faulty)
     monkeypatch.setattr(Faulty, "how", "")
     for holder in (engine.scheduler, engine.runner):
         settings = holder._settings
@@ -128,6 +125,11 @@ def faulty(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
             )
         )  # fmt: skip
     return Faulty
+
+
+def was_built(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler built it when the server started; workers do so when it is asked for."""
+    monkeypatch.setitem(engine.scheduler._settings._policies, "faulty", Faulty.__new__(Faulty))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -142,7 +144,7 @@ def test_a_faulty_policy_costs_its_request_its_choice(
     monkeypatch.setattr(faulty, "how", fault)
     monkeypatch.setattr(faulty, "last_layer", fault in ("NaN", "select raises"))
     engine.runner._policies.pop("faulty", None)
-    engine.scheduler._needs["faulty"] = Faulty.needs  # it was built when the server started
+    was_built(engine, monkeypatch)
     prompts = [ids[1300:1700], ids[1800:2200]]
     other = engine.tokens(prompts[1], 40, kv_policy="snapkv")
     engine.reset()
@@ -182,7 +184,7 @@ def test_a_policy_that_fails_keeps_sinks_and_newest(
     monkeypatch.setattr(faulty, "how", "score raises")
     monkeypatch.setattr("vllm_kvcrush.server.params.Front.check", lambda *_, **__: None)
     engine.runner._policies.pop("faulty", None)
-    engine.scheduler._needs["faulty"] = Faulty.needs
+    was_built(engine, monkeypatch)
     prompt, params = ids[2300:2700], engine.params(40)
     params.extra_args = {"kv_policy": "faulty"}
     (result,) = engine.generate([prompt], params)

@@ -9,12 +9,12 @@ import torch
 
 from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL_INTERVAL, Engine
 from vllm_kvcrush import policies
-from vllm_kvcrush.codecs import reference as pages_reference
-from vllm_kvcrush.codecs.layout import FITTED
+from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.codecs.transform import calibrate
 from vllm_kvcrush.codecs.transform.fit import Statistics
 from vllm_kvcrush.codecs.transform.points import SINKS, TablesError
 from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.codecs.transform.tables import HeadTables
 from vllm_kvcrush.engine.worker import statistics
 from vllm_kvcrush.ops import cpu
 
@@ -108,7 +108,7 @@ def test_tokens_equal_transformers_with_the_same_kept_tokens(
     """Compactions between prefill chunks, at the prompt's end and while decoding."""
     if policy == "kvcrush-page":
         policy = "kvcrush"
-        paged = policies.get("kvcrush", {"level": "page", "anchor": "mean"})
+        paged = policies.get("kvcrush(level=page, anchor=mean)")
         monkeypatch.setitem(engine.runner._policies, "kvcrush", paged)
     kept: dict[int, list[torch.Tensor]] = {}
 
@@ -141,19 +141,14 @@ def rounding_of(engine: Engine, codec: str, tables: Any) -> Any:
         room = pages.capacity(codec, head)
         for start in range(0, len(keys), room):
             own = slice(start, start + room)
+            mine = None
             if codec in FITTED:
-                kept = pages_reference.kept_fitted(
-                    keys[own],
-                    values[own],
-                    torch.arange(len(keys))[own],  # nothing was evicted
-                    tables[codec],
-                    layer,
-                    head,
-                    pages.tables[codec].exceptions[head],
-                )
-            else:
-                kept = pages_reference.kept(codec, keys[own], values[own], torch.float32)
-            keys[own], values[own] = kept
+                exceptions = pages.tables[codec].exceptions[head]
+                mine = HeadTables(tables[codec], layer, head, exceptions)
+            positions = torch.arange(len(keys))[own]  # nothing was evicted
+            keys[own], values[own] = CODECS[codec].kept(
+                keys[own], values[own], torch.float32, positions, mine
+            )
 
     return apply
 
@@ -188,13 +183,18 @@ def test_tokens_equal_transformers_with_the_same_rounded_cache(
     kept: dict[int, list[torch.Tensor]] = {}
     packed: dict[int, int] = {}
 
+    region = 0
+
     def record(command: Any, layer: int, slots: torch.Tensor) -> None:
-        tail_start = command.compressed_tokens
+        nonlocal region
+        tail_start = region if command.compressed else 0
         tail_start += (len(command.source) - command.compressed) * BLOCK
         tail = torch.arange(tail_start, tail_start + command.tail_tokens)
         everything = torch.cat([slots, tail.expand(slots.shape[0], -1)], 1)
         kept.setdefault(command.computed, []).append(everything)
-        packed[command.computed] = command.keep
+        packed[command.computed] = slots.shape[1]
+        if len(kept[command.computed]) == len(engine.runner._layers):
+            region = slots.shape[1]
 
     engine.runner.on_select = record
     prompt, new = ids[3100:3500], DECODE_INTERVAL + 8
@@ -218,24 +218,24 @@ def test_statistics_taken_at_start_are_the_models(
     found = statistics.pieces(engine.runner.model_config, 512)[:2]
     assert [len(piece) for piece in found] == [512, 512]
     monkeypatch.setattr(statistics, "pieces", lambda *_: found)
-    reader = calibrate.Reader(model_path)
-    got = statistics.gather(engine.runner._read_pieces(), reader.rope)
+    probe = calibrate.Probe(model_path)
+    got = statistics.gather(engine.runner._read_pieces(), probe.rope)
     engine.reset()  # the pieces lay in any blocks
     moments = []
     for piece in found:
         back = -torch.arange(len(piece))
-        q, k, _ = reader.read(piece)
-        q, k = (reader.rope.rotate(x, back)[:, :, SINKS:] for x in (q, k))
+        q, k, _ = probe.prefill(piece)
+        q, k = (probe.rope.rotate(x, back)[:, :, SINKS:] for x in (q, k))
         moments.append(Statistics.of(k, q))
     want = moments[0].merged(moments[1], 1, 1)
     for name in ("key_mean", "key_second", "query_second"):
         mine, its = getattr(got, name), getattr(want, name)
         assert (mine - its).norm() < 1e-3 * its.norm(), name
     with pytest.raises(TablesError, match="not the one that its configuration describes"):
-        other = Rope(reader.rope.frequencies * 1.5)
+        other = Rope(probe.rope.frequencies * 1.5)
         statistics.gather(engine.runner._read_pieces(), other)
     with pytest.raises(TablesError, match="too short to take statistics"):
-        statistics.gather(iter(()), reader.rope)
+        statistics.gather(iter(()), probe.rope)
     engine.reset()
     engine.assert_idle()
 
@@ -253,11 +253,12 @@ def test_auto_takes_as_many_bits_as_the_budget_pays_for(
     evicts: bool,
 ) -> None:
     prompt = ids[4000:5000]
-    with engine.watch() as steps:
+    with engine.moves() as moves:
         (output,) = engine.generate([prompt], engine.params(12, kv_policy="auto", kv_budget=budget))
-    last = [c for step in steps for c in step["compactions"]][-1]
-    assert [part.codec for part in last.parts] == codecs
-    assert len(last.target) + len(last.tail) <= max(3, int(budget * 1000) // BLOCK)
+    last = moves[-1]
+    assert [part.codec for part in last._parts] == codecs
+    blocks = len(last._command.target) + len(last._command.tail)
+    assert blocks <= max(3, int(budget * 1000) // BLOCK)
     details = output.kv_tokens_details
     assert (details["held"] < details["raw"]) == evicts
     if not evicts:  # a model that reads its own context well goes on as it would have
@@ -277,15 +278,17 @@ def test_mikv_keeps_everything_and_the_important_tokens_finer(
 
     engine.runner.on_select = record
     prompt, new = ids[4000:5000], 2 * DECODE_INTERVAL + 4
-    (output,) = engine.generate([prompt], engine.params(new, kv_policy="mikv", kv_budget=0.25))
+    with engine.moves() as moves:
+        (output,) = engine.generate([prompt], engine.params(new, kv_policy="mikv", kv_budget=0.25))
     details = output.kv_tokens_details
     assert details["held"] == details["raw"] and len(tiers) >= 4
     # Positions by slot of the first KV head, before each compaction and after.
     position, demoted = torch.arange(0), set[int]()
-    for command, slots in tiers:
+    for (command, slots), move in zip(tiers, moves, strict=True):
+        parts = move._parts
         have = torch.cat([position, torch.arange(len(position), command.computed)])
         position = have[slots[0]]
-        fine, coarse = command.parts if len(command.parts) > 1 else (None, command.parts[0])
+        fine, coarse = parts if len(parts) > 1 else (None, parts[0])
         assert coarse.codec in ("int8", "tc8")
         if coarse.codec == "tc8":
             finer = position[: fine.tokens if fine else 0].tolist()
@@ -416,13 +419,13 @@ def test_abort_gives_every_block_back(engine: Engine, ids: list[int], phase: str
     if phase != "waiting":
         core.step()
     if phase == "compacted":
-        step_until(engine, lambda: name in engine.manager.evicted)
+        step_until(engine, lambda: name in engine.manager.slot_shift)
     if phase == "decoding":
         step_until(engine, lambda: engine.scheduler.requests[name].num_output_tokens > 40)
     core.abort_request(["victim"])
     step_until(engine, lambda: not core.has_unfinished_requests())
     core.step()  # tells the worker
-    assert not engine.runner._crushed
+    assert not engine.runner._requests
     engine.assert_idle()
 
 

@@ -285,7 +285,51 @@ def test_all_offenders_are_named_at_once(configure: Any) -> None:
 def test_an_unverified_vllm_is_refused_only_with_a_policy(
     configure: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.33.1"))
+    monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.34.1"))
     assert configure().scheduler_config.scheduler_cls is None
-    with pytest.raises(ValueError, match=r"vllm 0\.33\.1 was not verified"):
+    with pytest.raises(ValueError, match=r"vllm 0\.34\.1 was not verified"):
         configure(additional_config=ACTIVE, block_size=32)
+
+
+def test_a_vllm_that_was_changed_is_refused_only_with_a_policy(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_kvcrush.compat import check
+
+    monkeypatch.setattr(check, "refusal", lambda: "vLLM 0.32.9 is not what it was.")
+    assert configure().scheduler_config.scheduler_cls is None
+    with pytest.raises(ValueError, match=r"vLLM 0\.32\.9 is not what it was"):
+        configure(additional_config=ACTIVE, block_size=32)
+
+
+def test_the_size_of_a_block_is_final_before_anything_follows_from_it(
+    configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM 0.33 chooses it after the model is loaded, and until then has 16."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    from vllm_kvcrush import plugin
+
+    def choose_late(vllm_config: Any) -> None:
+        if not vllm_config.cache_config.user_specified_block_size:
+            vllm_config.cache_config.block_size = 16
+
+    check = CpuPlatform.check_and_update_config
+
+    @staticmethod
+    def check_and_update_config(vllm_config: Any) -> None:
+        check(vllm_config)
+        choose_late(vllm_config)
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", check_and_update_config)
+    said: list[str] = []
+    monkeypatch.setattr(plugin.logger, "info", lambda form, *args: said.append(form % args))
+    assert configure().cache_config.block_size == 16
+    config = configure(additional_config={"kvcrush": {"policy": "int4"}})
+    assert config.cache_config.block_size == gate.CPU_BLOCK_SIZE == 128
+    assert any("blocks of 128 tokens" in line for line in said)
+    choose_late(config)
+    assert config.cache_config.block_size == 128, "nobody chooses another one later"
+    with pytest.raises(ValueError, match="smallest budget is 384"):
+        configure(additional_config={"kvcrush": {"policy": "kvcrush", "budget": 64}})
+    assert configure(additional_config=ACTIVE, block_size=32).cache_config.block_size == 32

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs import reference
+from vllm_kvcrush.codecs import CODECS, reference
 from vllm_kvcrush.codecs.layout import GROUP, STRIP
 from vllm_kvcrush.codecs.transform.bits import pieces
 from vllm_kvcrush.codecs.transform.reference import Page, decode_page, encode_page
@@ -58,7 +58,7 @@ def kept(codec: str, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Te
     """What a page gives back: float64. As on a CPU, but for the rounding of int4's grids."""
     if not len(key):
         return key.double(), value.double()
-    k, v = reference.kept(codec, key, value, dtype)
+    k, v = CODECS[codec].kept(key, value, dtype)
     if codec == "int4":
         codes, half, middle = key_grids(key, dtype)
         k = middle.double() + half.double() * (2 * codes.double() - 15)
@@ -169,8 +169,8 @@ def encode_fitted(
     """Fills a page's bytes from float32 K and V [n, D] and positions [n]; returns what the page
     gives back, float64."""
     n = len(key)
-    kept = encode_page(key.double(), value.double(), positions, tables, layer, head, at.exceptions)
-    back = decode_page(kept, tables, layer, head, torch.float64)
+    kept = encode_page(key, value, positions, tables, layer, head, at.exceptions)
+    back = decode_page(kept, tables, layer, head)
     if n == 0:
         return back
     words = torch.zeros(n, at.words, 4, dtype=torch.long)

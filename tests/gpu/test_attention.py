@@ -12,8 +12,7 @@ import torch
 
 from tests.gpu import oracle
 from tests.gpu.cache import Cache
-from vllm_kvcrush.codecs import reference
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS, reference
 from vllm_kvcrush.ops.triton import attention
 
 SIZES = [64, 80, 96, 128, 256]
@@ -117,7 +116,7 @@ def test_a_sink_leaves_the_others_their_weights(
     page = cache.page()
     cache.fill(page, codec, key, value, None)
     key, value = oracle.kept(codec, key, value, cache.dtype)
-    cache.entries, cache.begin, cache.end = [(page, n, CODECS[codec])], [[0]], [[1]]
+    cache.entries, cache.begin, cache.end = [(page, n, CODECS[codec].number)], [[0]], [[1]]
     cache.tails, cache.lengths = [[]], [0]
     out = torch.full((1, 1, 64), torch.nan, device=device)
     attention.attention(layer, cache.batch([1]), query.half().to(device), out)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.gpu import oracle
 from tests.gpu.cache import Cache
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops import reference
 from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.cache import Source
@@ -81,7 +81,7 @@ def test_gather(draw: random.Random, device: str, k_size: int, v_size: int) -> N
 def _raw_slots(cache: Cache, seq: int, head: int) -> set[int]:
     slots, at = set(), 0
     for _, count, codec in cache.entries[cache.begin[seq][head] : cache.end[seq][head]]:
-        if codec == CODECS["raw"]:
+        if codec == CODECS["raw"].number:
             slots |= set(range(at, at + count))
         at += count
     return slots
@@ -102,7 +102,7 @@ def test_pages_keep_what_their_codec_says(
     pages = [cache.page() for _ in counts]
     target = Source.of(
         *(torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 2], [2, 4], pages)),
-        *(torch.tensor(x, device=device) for x in (counts, [CODECS[codec]] * 4, [0])),
+        *(torch.tensor(x, device=device) for x in (counts, [CODECS[codec].number] * 4, [0])),
         0, 0,
     )  # fmt: skip
     compaction.encode(
@@ -143,7 +143,7 @@ def test_extreme_values_do_not_break_a_page(draw: random.Random, device: str, co
     key[0, 9], value[0, 9] = 1e30, -1e30
     one = torch.tensor([0], dtype=torch.int32, device=device)
     page = torch.tensor([5], device=device)
-    target = Source.of(one, one + 1, page, one + 20, one + CODECS[codec], one, 0, 0)
+    target = Source.of(one, one + 1, page, one + 20, one + CODECS[codec].number, one, 0, 0)
     where = torch.tensor([[*range(10), *range(9 * 10**5, 9 * 10**5 + 10)]], dtype=torch.int32)
     compaction.encode(
         cache.layer, target, key.to(device), value.to(device), where.contiguous().to(device)
@@ -166,7 +166,7 @@ def test_compact_onto_its_own_sources(draw: random.Random, device: str, codec: s
     begin = torch.tensor([0, 2], dtype=torch.int32, device=device)
     target = Source.of(
         begin, begin + 2, source.page, torch.tensor(counts, device=device),
-        torch.full((4,), CODECS[codec], device=device), source.tail_table, 0, 0,
+        torch.full((4,), CODECS[codec].number, device=device), source.tail_table, 0, 0,
     )  # fmt: skip
     compaction.compact(cache.layer, source, slots.to(device), target)
     for head in range(2):

@@ -10,8 +10,7 @@ import torch
 from tests.gpu import oracle
 from tests.gpu.cache import TABLE_LAYER, Cache
 from tests.gpu.test_attention import TOLERANCE
-from vllm_kvcrush.codecs import reference
-from vllm_kvcrush.codecs.layout import CODECS, FITTED
+from vllm_kvcrush.codecs import CODECS, FITTED, reference
 from vllm_kvcrush.codecs.transform.reference import encode_page, origins
 from vllm_kvcrush.ops import reference as plain
 from vllm_kvcrush.ops.triton import attention, compaction
@@ -47,7 +46,7 @@ def test_gather(draw: random.Random, device: str, codec: str, k_size: int, v_siz
         own = torch.zeros(held[head], dtype=torch.bool)
         at = 0
         for _, n, number in cache.entries[cache.begin[0][head] : cache.end[0][head]]:
-            own[at : at + n] = number == CODECS[codec]
+            own[at : at + n] = number == CODECS[codec].number
             at += n
         inside = torch.zeros(count, dtype=torch.bool)
         inside[: len(mine)] = own[mine]
@@ -82,7 +81,7 @@ def test_pages_keep_what_their_codec_says(
     pages = [cache.page() for _ in counts]
     target = Source.of(
         *(torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 2], [2, 4], pages)),
-        *(torch.tensor(x, device=device) for x in (counts, [CODECS[codec]] * 4, [0])),
+        *(torch.tensor(x, device=device) for x in (counts, [CODECS[codec].number] * 4, [0])),
         0, 0,
     )  # fmt: skip
     compaction.encode(
@@ -102,7 +101,7 @@ def test_pages_keep_what_their_codec_says(
         k, v, p = key[head][own], value[head][own], where[head][own]
         assert torch.equal(positions, (origins(p) + torch.arange(count) % 16).int())
         assert len(got.slots) == min(section.exceptions, count)
-        want = encode_page(k.double(), v.double(), p, *at, section.exceptions)
+        want = encode_page(k, v, p, *at, section.exceptions)
         if first == 0 and head == 0:
             assert got.slots[:4].tolist() == [0, 1, 2, 3]
         # Losses that are nearly equal may be ordered the other way.
@@ -202,7 +201,7 @@ def test_compact_onto_its_own_sources(draw: random.Random, device: str, codec: s
     begin = torch.tensor([0, 2], dtype=torch.int32, device=device)
     target = Source.of(
         begin, begin + 2, source.page, torch.tensor(counts, device=device),
-        torch.full((4,), CODECS[codec], device=device), source.tail_table, 0, 0,
+        torch.full((4,), CODECS[codec].number, device=device), source.tail_table, 0, 0,
     )  # fmt: skip
     where = [x[s] for x, s in zip(cache.positions[0], slots, strict=True)]
     keys = [x[s] for x, s in zip(cache.keys[0], slots, strict=True)]

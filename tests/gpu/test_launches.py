@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.gpu import disassembly, launches
 from tests.gpu.cache import POSITIONS, tables_of
-from vllm_kvcrush.codecs.layout import FITTED
+from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 

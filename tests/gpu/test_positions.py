@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu.cache import POSITIONS, TABLE_LAYER, Cache
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton import compaction
@@ -48,7 +48,7 @@ class Both:
             owner = owner[torch.randperm(len(owner))]
             for i, codec in enumerate(codecs):
                 page = self.gpu.page()
-                self.entries.append((page, counts[i], CODECS[codec]))
+                self.entries.append((page, counts[i], CODECS[codec].number))
                 key, value = (torch.randn(counts[i], SIZE) for _ in range(2))
                 where = true[owner == i]
                 cpu.encode(self.cpu, codec, page, key, value, where, head)
@@ -91,7 +91,7 @@ class Both:
 
     def pages(self, codecs: list[str], count: int) -> list[tuple[int, int, int]]:
         """Fresh ones, of as many tokens each."""
-        return [(self.gpu.page(), count, CODECS[c]) for _ in range(HEADS) for c in codecs]
+        return [(self.gpu.page(), count, CODECS[c].number) for _ in range(HEADS) for c in codecs]
 
 
 def stored(read: list[int], starts: set[int]) -> list[int]:
@@ -146,7 +146,7 @@ def test_tokens_that_tie_at_the_end_stay_within_the_tables(
     for head in range(HEADS):
         for codec in ("int8", "tc4"):
             page = both.gpu.page()
-            both.entries.append((page, 20, CODECS[codec]))
+            both.entries.append((page, 20, CODECS[codec].number))
             key, value = (torch.randn(20, SIZE) for _ in range(2))
             cpu.encode(both.cpu, codec, page, key, value, near, head)
             both.gpu.fill(page, codec, key, value, near, head)

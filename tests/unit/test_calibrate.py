@@ -73,16 +73,16 @@ def test_calibrates_on_a_text(tiny, tmp_path, text):
 
     model = cal.calibrate(tiny, out, source, progress=progress)
     assert (model.layers, model.heads, model.kv_heads, model.size) == (2, 4, 2, 16)
-    assert labels == ["reading text", "fitting tables"]
+    assert labels == ["taking statistics", "fitting tables"]
     for point in cal.POINTS:
         t = transform_tables.load(out, config(tiny), point.name)
         assert t.point == point
         assert t.words.sum() == round(point.key_bits * 2 * 2 * 16 / 32)
         assert t.value_bits.sum() == round(point.value_bits * 2 * 2), "shared out by gradients"
     # The tables fit the model: on other text its keys lose no more than their bits allow.
-    reader = cal.Reader(tiny)
-    tokens = reader.tokenizer.encode(text[40_000:41_000], add_special_tokens=False)
-    _, keys, _ = reader.read(tokens)
+    probe = cal.Probe(tiny)
+    tokens = probe.tokenizer.encode(text[40_000:41_000], add_special_tokens=False)
+    _, keys, _ = probe.prefill(tokens)
     positions = torch.arange(len(tokens))
     losses = []
     for t in (transform_tables.load(out, config(tiny), p.name) for p in cal.POINTS):
@@ -98,25 +98,25 @@ def test_calibrates_on_a_text(tiny, tmp_path, text):
 
 
 def test_keys_lose_their_position_exactly(tiny):
-    reader = cal.Reader(tiny)
+    probe = cal.Probe(tiny)
     tokens = list(range(40, 90))
-    _, near, values = reader.read(tokens)
-    _, far, same = reader.read(tokens, 321)
+    _, near, values = probe.prefill(tokens)
+    _, far, same = probe.prefill(tokens, 321)
     torch.testing.assert_close(values, same, atol=1e-4, rtol=1e-4)
-    back = reader.rope.rotate(far, -torch.arange(321, 371))
+    back = probe.rope.rotate(far, -torch.arange(321, 371))
     torch.testing.assert_close(
-        reader.rope.rotate(near, -torch.arange(50)), back, atol=1e-3, rtol=1e-3
+        probe.rope.rotate(near, -torch.arange(50)), back, atol=1e-3, rtol=1e-3
     )
 
 
 def test_the_built_in_text_is_the_models_own_and_always_the_same(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(cal, "SAMPLE_TOKENS", 40)
-    samples = cal.Reader(tiny).samples(lambda iterable, label: iterable)
-    assert samples == cal.Reader(tiny).samples(lambda iterable, label: iterable)
+    samples = cal.Probe(tiny).samples(lambda iterable, label: iterable)
+    assert samples == cal.Probe(tiny).samples(lambda iterable, label: iterable)
     assert len(samples) == cal.SAMPLES and {len(s) for s in samples} == {40}
     assert all(s[0] == 256 for s in samples)
     assert bytes(samples[1][1:5]).decode("latin-1") != ""
-    openings = [cal.Reader(tiny).tokenizer.decode(s[1:]) for s in samples]
+    openings = [cal.Probe(tiny).tokenizer.decode(s[1:]) for s in samples]
     wanted = cal.OPENINGS * (cal.SAMPLES // len(cal.OPENINGS))
     for opening, sample in zip(wanted, openings, strict=True):
         assert sample.startswith(opening)
@@ -143,7 +143,7 @@ def test_short_missing_and_binary_texts_are_refused(tiny, tmp_path):
 
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(TablesError, match="is no model here"):
-        cal.Reader(tmp_path)
+        cal.Probe(tmp_path)
 
 
 def rewrite(folder, tmp_path, change):
@@ -180,19 +180,19 @@ LLAMA_3 = {
 def test_rotary_embeddings_are_read_as_transformers_does(tiny, tmp_path, change, theta):
     folder = rewrite(tiny, tmp_path, change)
     read = model_config(folder)
-    reader = cal.Reader(folder)  # which compares it with what the model does
-    assert torch.equal(reader.rope.frequencies, Rope.from_config(read).frequencies)
+    probe = cal.Probe(folder)  # which compares it with what the model does
+    assert torch.equal(probe.rope.frequencies, Rope.from_config(read).frequencies)
     if theta is not None:
         plain = float(theta) ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
-        assert torch.allclose(reader.rope.frequencies, plain, rtol=1e-12)
-    assert cal.default_path(folder) == transform_tables.default_path(reader.config)
+        assert torch.allclose(probe.rope.frequencies, plain, rtol=1e-12)
+    assert cal.output_path(folder) == transform_tables.default_path(probe.config)
 
 
 def test_a_model_type_that_transformers_does_not_know_is_read_as_it_is(tiny, tmp_path):
     folder = rewrite(tiny, tmp_path, {"model_type": "of-tomorrow"})
     assert model_config(folder) == config(folder)
     with pytest.raises(TablesError, match="does not load in transformers"):
-        cal.Reader(folder)
+        cal.Probe(folder)
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
@@ -200,7 +200,7 @@ def test_quantised_weights_are_one_sentence(tiny, tmp_path, method, capsys):
     quantised = {"quantization_config": {"quant_method": method, "bits": 4, "group_size": 16}}
     folder = rewrite(tiny, tmp_path, quantised)
     with pytest.raises(TablesError, match=f"has {method} weights, which transformers does not"):
-        cal.Reader(folder)
+        cal.Probe(folder)
     assert cli.main(["calibrate", str(folder), "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
     assert "calibrate the model that they were made from" in err
@@ -217,58 +217,58 @@ def test_a_model_is_found_by_its_name(tiny, tmp_path, monkeypatch):
         return str(tiny)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert cal.Reader("someone/tiny").config == model_config(tiny)
-    assert cal.default_path("someone/tiny") == cal.default_path(tiny)
+    assert cal.Probe("someone/tiny").config == model_config(tiny)
+    assert cal.output_path("someone/tiny") == cal.output_path(tiny)
     assert set(asked) == {("someone/tiny", True)}
 
 
 def test_a_rope_that_differs_from_the_configuration_is_found(tmp_path):
     folder = make(tmp_path / "other")
     path = folder / "config.json"
-    reader = cal.Reader(folder)
-    reader.rope = Rope(reader.rope.frequencies * 1.01)
+    probe = cal.Probe(folder)
+    probe.rope = Rope(probe.rope.frequencies * 1.01)
     with pytest.raises(TablesError, match="rotary embedding of other is not the one"):
-        reader._verify()
+        probe._verify()
     changed = json.loads(path.read_text())
     changed["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     path.write_text(json.dumps(changed))
     with pytest.raises(TablesError, match="'yarn'"):
-        cal.Reader(folder)
+        cal.Probe(folder)
 
 
 def test_going_on_over_a_cache_is_going_on(tiny):
-    reader = cal.Reader(tiny)
+    probe = cal.Probe(tiny)
     context, question = list(range(30, 90)), list(range(100, 120))
-    _, keys, values = reader.read(context)
+    _, keys, values = probe.prefill(context)
     with torch.inference_mode():
-        whole = reader.network(input_ids=torch.tensor([context + question])).logits[0]
-        got = reader.over(keys, values, len(context), question)
+        whole = probe.network(input_ids=torch.tensor([context + question])).logits[0]
+        got = probe.log_probabilities(keys, values, len(context), question)
         kept = torch.ones(keys.shape[:3], dtype=torch.bool)
         kept[1, 0, 5:50] = False
-        hidden = reader.over(keys, values, len(context), question, kept)
+        hidden = probe.log_probabilities(keys, values, len(context), question, kept)
     torch.testing.assert_close(got, whole[len(context) :].log_softmax(-1), atol=1e-4, rtol=1e-4)
     assert (hidden - got).abs().max() > 1e-3
     # What is hidden could be anything.
     with torch.inference_mode():
         keys[1, 0, 5:50], values[1, 0, 5:50] = 7.0, -7.0
-        again = reader.over(keys, values, len(context), question, kept)
+        again = probe.log_probabilities(keys, values, len(context), question, kept)
     torch.testing.assert_close(again, hidden)
 
 
 def test_gradients_are_what_small_errors_cost(tiny):
-    reader = cal.Reader(tiny)
-    _, keys, values = reader.read(list(range(30, 70)))
+    probe = cal.Probe(tiny)
+    _, keys, values = probe.prefill(list(range(30, 70)))
     question = list(range(100, 112))
 
     def likelihood(k: torch.Tensor, v: torch.Tensor) -> float:
         with torch.inference_mode():
-            logp = reader.over(k, v, 40, question).double()
+            logp = probe.log_probabilities(k, v, 40, question).double()
             return float(logp.gather(1, said).sum())
 
     with torch.inference_mode():
-        logp = reader.over(keys, values, 40, question)
+        logp = probe.log_probabilities(keys, values, 40, question)
     said = torch.multinomial(logp.exp(), 1, generator=torch.Generator().manual_seed(3))
-    found = reader.gradients(keys, values, question, torch.Generator().manual_seed(3))
+    found = probe.gradients(keys, values, question, torch.Generator().manual_seed(3))
     for i, gradient in enumerate(found):
         assert gradient.shape == (keys, values)[i].shape
         step = 1e-2 * gradient / gradient.norm()
@@ -282,9 +282,9 @@ def test_gradients_are_what_small_errors_cost(tiny):
 
 
 @pytest.mark.parametrize("n", [512, 513, 1500, 3584, 4096])
-def test_lessons_cover_the_text(n):
-    texts = cal.lessons(list(range(n)))
-    assert 1 <= len(texts) <= cal.LESSONS
+def test_excerpts_cover_the_text(n):
+    texts = cal.excerpts(list(range(n)))
+    assert 1 <= len(texts) <= cal.EXCERPTS
     assert texts[0][0][0] == 0
     ends = [context[-1] for context, _ in texts]
     assert max(*ends, *(q[0] for _, q in texts)) >= n - cal.QUESTION

@@ -27,7 +27,7 @@ HEADS, GROUP, SIZE, WINDOW = 3, 2, 16, 8
 def view_of(m: int, sinks: int = 4, running: bool = False) -> View:
     n = m + WINDOW
     return View(
-        held=ops.Held(torch.randn(HEADS, n, SIZE), torch.randn(HEADS, n, SIZE)),
+        held=ops.LayerKV(torch.randn(HEADS, n, SIZE), torch.randn(HEADS, n, SIZE)),
         queries=torch.randn(HEADS * GROUP, WINDOW, SIZE),
         scale=0.25,
         candidates=m,

@@ -16,7 +16,7 @@ from vllm_kvcrush import gate, paths
 from vllm_kvcrush.config import DEFAULT_MIN_TOKENS, RequestParams, Settings
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.tools import cli
-from vllm_kvcrush.tools import plan as capacity
+from vllm_kvcrush.tools import plan as tool
 
 LLAMA = {
     "num_hidden_layers": 32,
@@ -290,7 +290,7 @@ def test_where_things_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_model_says_of_itself() -> None:
     def bytes_of(asked: str = "auto", **changes: Any) -> int:
         config = {k: v for k, v in (LLAMA | changes).items() if v is not None}
-        return capacity.Model.from_config(config, asked).token_bytes
+        return tool.KVShape.from_config(config, asked).token_bytes
 
     assert bytes_of() == 131072
     assert bytes_of(head_dim=64) == 131072 // 2
@@ -302,10 +302,10 @@ def test_what_a_model_says_of_itself() -> None:
 
 def test_walk_agrees_with_the_plan() -> None:
     plan = Settings("kvcrush").plan(RequestParams("kvcrush", 0.25), 4000, 16)
-    held, compactions = capacity.walk(plan, 4200)
+    held, compactions = tool.walk(plan, 4200)
     assert compactions == 3  # at 3040 (62 blocks and 2048 tokens), at 4000, at 4128
     assert held == plan.blocks(4128) * 16 + (4200 - 4128)
-    assert capacity.walk(plan, 3000) == (3000, 0)
+    assert tool.walk(plan, 3000) == (3000, 0)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_walk_agrees_with_the_plan() -> None:
     [("8GiB", 8 * 2**30), ("8 gb", 8 * 10**9), ("1.5g", 3 * 2**29), ("4096", 4096), ("7B", 7)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert capacity.parse_bytes(text) == size
+    assert tool.parse_bytes(text) == size
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_sizes(text: str, size: int) -> None:
     [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (23040, "22.5 KiB"), (2**50, "1024 TiB")],
 )
 def test_shown_sizes(size: int, text: str) -> None:
-    assert capacity.show_bytes(size) == text
+    assert tool.show_bytes(size) == text
 
 
 def test_plan_starts_without_torch_and_vllm(model: str) -> None:
@@ -342,7 +342,7 @@ def test_doctor_reports_and_judges(
     assert run("doctor") == 0
     out = capsys.readouterr().out
     assert "| vLLM | vllm 0.32.1 |" in out
-    assert "OK: vllm 0.32.1 is supported." in out
+    assert "OK: vllm 0.32.1 is supported (seen working: " in out
     for row in gate.REFUSED:
         assert row.feature in out
     assert f"| our kernels | {cpu.isa()} |" in out
@@ -352,9 +352,9 @@ def test_doctor_reports_and_judges(
         assert run("doctor") == 1
         assert "Refused: the kernels cannot be loaded: build them." in capsys.readouterr().out
 
-    monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.33.0"))
+    monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.34.0"))
     assert run("doctor") == 1
-    assert "Refused: vllm 0.33.0 was not verified" in capsys.readouterr().out
+    assert "Refused: vllm 0.34.0 was not verified" in capsys.readouterr().out
 
 
 def test_doctor_says_which_kernels() -> None:
@@ -379,6 +379,9 @@ def test_doctor_says_which_kernels() -> None:
         ("0.32.0+cpu", True),
         ("0.32.4.post1", True),
         ("v0.32.0", True),
+        ("0.33.0", True),
+        ("0.33.1+cpu", True),
+        ("0.34.0", False),
         ("0.3.2", False),
         ("0.320.0", False),
         ("1.32.0", False),
@@ -395,7 +398,7 @@ def test_the_gate(installed: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_gate_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "distribution", lambda: None)
-    assert gate.installed_vllm() is None
+    assert gate.release() is None
     assert gate.verdict()[0] is False
     assert "pip install" in gate.verdict()[1]
 
@@ -540,7 +543,7 @@ def test_the_v2_runner_is_taken_in_eager_mode_on_one_rank() -> None:
 
 def test_a_gpu_passes_only_where_the_operator_insists(monkeypatch: pytest.MonkeyPatch) -> None:
     config = plain()
-    assert gate.unverified(config) is None
+    assert gate.unverified(config) == []
     config.device_config.device_type = "cuda"
     config.use_v2_model_runner = config.model_config.enforce_eager = True
     config.parallel_config.tensor_parallel_size = 1
@@ -549,7 +552,10 @@ def test_a_gpu_passes_only_where_the_operator_insists(monkeypatch: pytest.Monkey
         assert "platform cuda" in gate.refusals(config)[0]
     monkeypatch.setenv(gate.UNVERIFIED_GPU, "1")
     assert gate.refusals(config) == []
-    assert "never verified on cuda" in str(gate.unverified(config))
+    (warning,) = gate.unverified(config)
+    assert "never verified on cuda" in warning
+    monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.33.0"))
+    assert gate.unverified(config) == [gate.SUPPORTED[-1].warning, warning]
     config.use_v2_model_runner = False
     assert "cuda under the V1 model runner" in gate.refusals(config)[0]
     config.device_config.device_type = "xpu"

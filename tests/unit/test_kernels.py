@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush import ops, policies
-from vllm_kvcrush.codecs import layout, reference
+from vllm_kvcrush.codecs import CODECS, FITTED, layout, reference
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
-from vllm_kvcrush.codecs.transform.points import Point
+from vllm_kvcrush.codecs.transform.points import OperatingPoint
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.codecs.transform.tables import Tables
+from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import reference as oracle
 from vllm_kvcrush.ops.angles import Angles
@@ -73,7 +73,7 @@ def draw() -> random.Random:
 def same_positions(codec: str, got: Tensor | None, want: Tensor) -> bool:
     """Fitted pages know where strips begin, and take the other tokens for neighbours."""
     assert got is not None and got.shape == want.shape
-    if codec in layout.FITTED:
+    if codec in FITTED:
         starts = torch.arange(len(want)) // layout.STRIP * layout.STRIP
         want = want[starts] + torch.arange(len(want)) % layout.STRIP
     return torch.equal(got.long(), want.long())
@@ -88,7 +88,7 @@ def random_tables(name: str, layers: int, heads: int, k_size: int, v_size: int) 
     queries = torch.randn(layers, 2 * heads, 300, k_size)
     moments = Statistics.of(keys, queries)
     bits = {"tc4": (3.25, 4), "tc6": (2.0, 3), "tc8": (1.5, 2)}[name]
-    point = Point(name, name != "tc4", *bits, 0.02)
+    point = OperatingPoint(name, name != "tc4", *bits, 0.02)
     return fit(moments, point, rope, 512)
 
 
@@ -118,9 +118,7 @@ class Cache:
         pool = torch.full((size + 64,), 255, dtype=torch.uint8)
         start = -pool.data_ptr() % 64
         self.pool = pool[start : start + size]
-        self.tables = {
-            name: random_tables(name, 1, kv_heads, k_size, v_size) for name in layout.FITTED
-        }
+        self.tables = {name: random_tables(name, 1, kv_heads, k_size, v_size) for name in FITTED}
         angles = Angles(self.tables["tc8"].rope, 1 << 19)
         self.layer = cpu.Layer(
             self.pool,
@@ -157,12 +155,13 @@ class Cache:
         self, codec: str, key: Tensor, value: Tensor, where: Tensor | None, head: int = 0
     ) -> tuple[Tensor, Tensor]:
         """What the oracle says that a page gives back."""
-        if codec not in layout.FITTED:
-            return reference.kept(codec, key, value, self.dtype)
-        assert where is not None
-        tables, layer = self.tables[codec], self.layer
-        _, exceptions = tables.capacity(0, head, layer.page_bytes, layer.v_size)
-        return reference.kept_fitted(key, value, where.long(), tables, 0, head, exceptions)
+        own, layer = None, self.layer
+        if CODECS[codec].needs_tables:
+            tables = self.tables[codec]
+            _, exceptions = tables.capacity(0, head, layer.page_bytes, layer.v_size)
+            own = HeadTables(tables, 0, head, exceptions)
+        positions = None if where is None else where.long()
+        return CODECS[codec].kept(key, value, self.dtype, positions, own)
 
     def page(self) -> int:
         """Any unused page: compressed pages may come from anywhere in their block."""
@@ -202,7 +201,7 @@ class Cache:
                 page = self.page()
                 raw = codec == "raw"
                 cpu.encode(layer, codec, page, key, value, None if raw else where, head)
-                self.entries.append((page, count, layout.CODECS[codec]))
+                self.entries.append((page, count, CODECS[codec].number))
                 k_kept, v_kept, stands = cpu.decode(layer, codec, page, count, head)
                 k_parts.append(k_kept.double())
                 v_parts.append(v_kept.double())
@@ -355,7 +354,7 @@ def test_log_bias(isa: str, draw: random.Random, group: int) -> None:
     cache.check([1, 7], TOLERANCE["mixed"], bias=True)
 
 
-@pytest.mark.parametrize("codec", list(layout.CODECS))
+@pytest.mark.parametrize("codec", list(CODECS))
 def test_long_sequences_are_split_and_merged(isa: str, draw: random.Random, codec: str) -> None:
     cache = Cache(draw, 3, 64, 64, block_size=128, blocks=80)
     cache.put([codec] * 14, 1030)
@@ -397,7 +396,7 @@ def test_a_whole_page_that_stays_is_copied(isa: str, draw: random.Random) -> Non
         for page, count, codec in own:
             staying += [(len(entries), page)] * (count > 0)
             entries.append((cache.page(), count, codec))
-        entries.append((cache.page(), 30, layout.CODECS["int8"]))
+        entries.append((cache.page(), 30, CODECS["int8"].number))
         end.append(len(entries))
     page, count, codec = (list(x) for x in zip(*entries, strict=True))
     made = cpu.Directory(
@@ -459,7 +458,7 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
     value[0] = 0
     cpu.encode(layer, codec, 0, key, value, torch.arange(n, dtype=torch.int32))
     key, value, _ = cpu.decode(layer, codec, 0, n)
-    cache.entries, cache.begin, cache.end = [(0, n, layout.CODECS[codec])], [[0]], [[1]]
+    cache.entries, cache.begin, cache.end = [(0, n, CODECS[codec].number)], [[0]], [[1]]
     cache.tails, cache.lengths = [[]], [0]
     out = torch.full((1, 1, 64), torch.nan)
     cpu.attention(layer, cache.batch([1]), query, out)
@@ -472,7 +471,7 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
 # -- what codecs keep -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", list(layout.CODECS))
+@pytest.mark.parametrize("codec", list(CODECS))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("k_size", "v_size"), [(64, 64), (80, 112), (8, 24), (256, 128)])
 def test_pages_keep_what_their_codec_says(
@@ -524,7 +523,7 @@ def test_extreme_values_do_not_break_a_page(isa: str, draw: random.Random, codec
     where = torch.arange(n, dtype=torch.int32)
     cpu.encode(cache.layer, codec, 0, key, value, where)
     got_k, got_v, _ = cpu.decode(cache.layer, codec, 0, n)
-    want_k, want_v = reference.kept(codec, key, value, torch.float32)
+    want_k, want_v = CODECS[codec].kept(key, value, torch.float32)
     torch.testing.assert_close(got_k.double(), want_k, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(got_v.double(), want_v, rtol=1e-2, atol=1e-2)
 
@@ -609,7 +608,7 @@ def test_compaction_keeps_the_chosen_tokens(
         left = len(slots[head])
         while left:
             count = min(left, cache.capacity(target, head), draw.randrange(1, 150))
-            entries.append((cache.page(), count, layout.CODECS[target]))
+            entries.append((cache.page(), count, CODECS[target].number))
             left -= count
         end.append(len(entries))
     page, count, codec = zip(*entries, strict=True)
@@ -636,7 +635,7 @@ def test_compaction_keeps_the_chosen_tokens(
                 close = (got - want).abs() <= 1e-5 * want.abs().amax()
                 # What the codec made loses nothing to it, so which of these tokens become
                 # exceptions, and are rounded to int8, is chance.
-                again = target in layout.FITTED and target in codecs
+                again = target in FITTED and target in codecs
                 assert close.all(-1).double().mean() > 0.85 or (
                     again and (got - want).norm() < 0.02 * want.norm()
                 )
@@ -680,7 +679,7 @@ def one_page(draw: random.Random, codec: str) -> tuple[Any, ...]:
         torch.tensor([[1, 2]], dtype=torch.int32),
         torch.tensor(to := [cache.page(), cache.page()], dtype=torch.int32),
         torch.tensor([16, 16], dtype=torch.int32).to(torch.uint16),
-        torch.tensor([layout.CODECS[codec]] * 2, dtype=torch.uint8),
+        torch.tensor([CODECS[codec].number] * 2, dtype=torch.uint8),
     )
     return cache, request, slots, target, places, to
 
@@ -758,7 +757,7 @@ def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> Non
     page = torch.tensor([cache.layer.page(int(b), 0) for b in tail[: len(counts)]])
     target = cpu.Directory(
         row, row + len(counts), page.int(), torch.tensor(counts).to(torch.uint16),
-        torch.full((len(counts),), layout.CODECS["int4"], dtype=torch.uint8),
+        torch.full((len(counts),), CODECS["int4"].number, dtype=torch.uint8),
     )  # fmt: skip
     slots = torch.arange(sum(counts)).unsqueeze(0)
     cpu.scratch_peak()
@@ -899,7 +898,7 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
     cache.put([], held)
     table = torch.tensor(cache.tails[0], dtype=torch.int32)
     request = cpu.Source(None, table, held, 0, cache.block_size)
-    plain = ops.Held(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
+    plain = ops.LayerKV(*(torch.stack(x[0]).float() for x in (cache.keys, cache.values)))
     paged = cpu.LayerKV(cache.layer, request, held)
     assert torch.equal(paged.keys, plain.keys) and torch.equal(paged.values, plain.values)
     m = (held - 16) // page * page
@@ -995,10 +994,8 @@ def test_bad_geometry_is_refused(draw: random.Random) -> None:
     cache = Cache(draw, 2, 64, 64)
     for size, what in ((60, "head size"), (264, "head size")):
         with pytest.raises(ValueError, match=what):
-            layout.capacity("int8", 32768, size, 64, 2)
+            CODECS["int8"].capacity(32768, size, 64, 2)
         assert LIBRARY.kvc_capacity(2, 32768, size, 64, 0) == -1
-    with pytest.raises(ValueError, match="codec"):
-        layout.capacity("int3", 32768, 64, 64, 2)
     cache.put([], 3)
     with pytest.raises(ValueError, match="query is"):
         cpu.attention(cache.layer, cache.batch([1]), torch.zeros(1, 4, 32), torch.zeros(1, 4, 64))

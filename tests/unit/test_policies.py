@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint
 from types import ModuleType
@@ -16,17 +16,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_kvcrush import ops, policies
-from vllm_kvcrush.codecs import layout
+from tests.pairwise import pairwise
+from tests.unit.views import each, make_view, on, scored, scores_of, slots_of
+from vllm_kvcrush import ops, policies, spec
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.policies import Policy, View
+from vllm_kvcrush.policies.fair import Fair
 from vllm_kvcrush.policies.h2o import H2O
 from vllm_kvcrush.policies.kvcrush import KVCrush
 from vllm_kvcrush.policies.snapkv import SnapKV
 from vllm_kvcrush.policies.streaming import Streaming
 
 BUILT_IN = (
-    *("streaming", "snapkv", "h2o", "kvcrush"),
-    *("int8", "int4", "tc4", "tc6", "tc8", "auto", "mikv"),
+    *("streaming", "snapkv", "h2o", "kvcrush", "mikv", "adakv", "keepkv", "fair"),
+    *("int8", "int4", "tc4", "tc6", "tc8", "auto"),
 )
 PACKED = {
     **{name: (name,) for name in ("int8", "int4", "tc4", "tc6", "tc8")},
@@ -36,63 +39,43 @@ PACKED = {
 
 ANCHORS = ["random", "zeros", "ones", "mean", "alternate"]
 
-ALL: list[tuple[str, dict[str, Any]]] = [
-    ("streaming", {}),
-    ("snapkv", {}),
-    ("snapkv", {"pool": 5, "pool_kind": "avg", "reduce": "max"}),
-    ("h2o", {}),
-    ("h2o", {"recent": 1}),
-    ("mikv", {}),
-    ("kvcrush", {"base": "streaming"}),
-    ("kvcrush", {"base": "h2o", "ratio": 0}),
-    *(("kvcrush", {"anchor": a, "level": lv}) for a in ANCHORS for lv in ("token", "page")),
-    ("kvcrush", {"ratio": 0.99}),
-    ("kvcrush", {"ratio": 0.99, "level": "page"}),
+ALL = [
+    "streaming",
+    "snapkv",
+    "snapkv(pool=5, pool_kind=avg, reduce=max)",
+    "h2o",
+    "h2o(recent=1)",
+    "mikv",
+    "adakv",
+    "adakv(kvcrush, floor=0)",
+    "keepkv",
+    "fair",
+    "fair(kvcrush(h2o))",
+    "kvcrush(streaming)",
+    "kvcrush(h2o, ratio=0)",
+    *(f"kvcrush(anchor={a}, level={level})" for a in ANCHORS for level in ("token", "page")),
+    "kvcrush(ratio=0.99)",
+    "kvcrush(ratio=0.99, level=page)",
 ]
-every_policy = pytest.mark.parametrize(
-    ("name", "options"), ALL, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in ALL]
-)
 
 
-@pytest.fixture(scope="module", autouse=True, params=["reference", "cpu"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What the policies' operations are made of: plain torch, then C++."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "reference":
-            patch.setattr(ops, "_in_cpp", lambda tensor: False)
-        yield
+@pytest.fixture(autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the policies' operations are made of: C++, or plain torch where a test says so."""
+    if getattr(request, "param", "cpu") == "reference":
+        monkeypatch.setattr(ops, "_in_cpp", lambda tensor: False)
 
 
-def make_view(
-    pages: int = 6,
-    page: int = 8,
-    heads: int = 3,
-    group: int = 3,
-    sinks: int = 4,
-    window: int = 5,
-    tail: int = 7,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    all_heads: Callable[[Tensor], Tensor] = lambda x: x,
-) -> View:
-    """A random view; its keys are long enough for clearly uneven attention."""
-    generator = torch.Generator().manual_seed(seed)
-    m = pages * page
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    return View(
-        held=ops.Held(3 * randn(heads, m + tail, 16), randn(heads, m + tail, 16)),
-        queries=randn(heads * group, window, 16),
-        scale=0.25,
-        candidates=m,
-        sinks=sinks,
-        page_size=page,
-        running=torch.rand(heads, m, generator=generator),
-        layer=0,
-        all_heads=all_heads,
+def sampled(**dimensions: Iterable[Any]) -> pytest.MarkDecorator:
+    """Runs a test with both implementations and combinations of the dimensions."""
+    dimensions["implementation"] = ("reference", "cpu")
+    return pytest.mark.parametrize(
+        tuple(dimensions), pairwise(**dimensions), indirect=["implementation"]
     )
+
+
+every_policy = sampled(text=ALL)
+both = sampled()
 
 
 def check_slots(slots: Tensor, heads: int, m: int, keep: int, sinks: int) -> None:
@@ -107,75 +90,75 @@ def check_slots(slots: Tensor, heads: int, m: int, keep: int, sinks: int) -> Non
 # The contract of every policy
 
 
-@every_policy
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("keep_pages", [1, 2, 5, 6])
-def test_selects_as_many_as_asked(
-    name: str, options: dict[str, Any], dtype: torch.dtype, keep_pages: int
-) -> None:
-    policy, view = policies.get(name, options), make_view(dtype=dtype)
-    scores = policy.score(view)
+@sampled(text=ALL, dtype=[torch.float32, torch.bfloat16], keep_pages=[1, 2, 5, 6])
+def test_selects_as_many_as_asked(text: str, dtype: torch.dtype, keep_pages: int) -> None:
+    policy, view = policies.get(text), make_view(dtype=dtype)
+    scores = scores_of(policy, view)
     assert scores.shape == (3, 48) and scores.dtype == torch.float32
-    slots = policy.select(view, scores, keep_pages * 8)
+    slots = slots_of(policy, view, scores, keep_pages * 8)
     check_slots(slots, 3, 48, keep_pages * 8, view.sinks)
 
 
-@every_policy
-@pytest.mark.parametrize("sinks", [0, 1, 8, 11, 16, 30])
-@pytest.mark.parametrize("page", [4, 16])
-def test_sinks_stay(name: str, options: dict[str, Any], sinks: int, page: int) -> None:
+@sampled(text=ALL, sinks=[0, 1, 8, 11, 16, 30], page=[4, 16])
+def test_sinks_stay(text: str, sinks: int, page: int) -> None:
     view = make_view(pages=48 // page, page=page, sinks=sinks, group=1)
     # The least wanted slots are the first ones: only protection keeps them.
     keys, queries = view.keys.clone(), view.queries
     assert queries is not None
     keys[:, :sinks] = -3 * queries.mean(1, keepdim=True)
-    view = replace(view, held=ops.Held(keys), running=torch.zeros(3, 48))
-    policy = policies.get(name, options)
-    check_slots(policy.select(view, policy.score(view), 16), 3, 48, 16, sinks)
+    view = replace(view, held=ops.LayerKV(keys), state={})
+    policy = policies.get(text)
+    check_slots(slots_of(policy, view, scores_of(policy, view), 16), 3, 48, 16, sinks)
 
 
 @every_policy
-def test_same_view_same_choice_and_untouched(name: str, options: dict[str, Any]) -> None:
-    policy, view = policies.get(name, options), make_view()
-    tensors = (view.keys, view.values, view.queries, view.running)
+def test_same_view_same_choice_and_untouched(text: str) -> None:
+    policy, view = policies.get(text), replace(make_view(), spans=((0, 10), (20, 40)))
+    tensors = (view.keys, view.values, view.queries, *view.state.values(), view.positions)
     before = [t.clone() for t in tensors if t is not None]
-    scores = policy.score(view)
-    kept = scores.clone()
-    first, second = policy.select(view, scores, 16), policy.select(view, scores, 16)
+    scores = scores_of(policy, view)
+    kept, keep = scores.clone(), each(view, 16)
+    first, second = policy.select(view, scores, keep), policy.select(view, scores, keep)
     assert torch.equal(first, second) and torch.equal(scores, kept)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True) if b is not None)
+    assert keep.tolist() == [16] * 3
 
 
 @every_policy
-def test_takes_only_what_it_says_it_needs(name: str, options: dict[str, Any]) -> None:
-    policy, view = policies.get(name, options), make_view()
-    assert policy.needs <= {"queries", "running"}
-    unused: dict[str, Any] = dict.fromkeys({"queries", "running"} - policy.needs)
-    view = replace(view, held=ops.Held(view.keys), **unused)
-    scores = policy.score(view)
-    policy.select(view, scores, 16)
-    running = policy.running(view, scores)
-    assert (running is not None) == ("running" in policy.needs)
-    assert running is None or (running.shape == (3, 48) and running.dtype == torch.float32)
+def test_takes_only_what_it_says_it_needs(text: str) -> None:
+    policy, view = policies.get(text), make_view()
+    assert policy.needs <= {"queries", "state", "positions"}
+    view = replace(
+        view,
+        held=ops.LayerKV(view.keys),
+        queries=view.queries if "queries" in policy.needs else None,
+        state=view.state if "state" in policy.needs else {},
+        known=None,
+        true_positions=view.true_positions if "positions" in policy.needs else None,
+        spans=((0, 20), (20, 40)) if policy.uses_spans else (),
+    )
+    scores, state = scored(policy, view)
+    slots_of(policy, view, scores, 16)
+    assert bool(state) == ("state" in policy.needs)
+    for kept in state.values():
+        assert kept.shape == (3, 48) and kept.dtype == torch.float32
 
 
 @every_policy
-def test_broken_numbers_do_not_break_the_count(name: str, options: dict[str, Any]) -> None:
+def test_broken_numbers_do_not_break_the_count(text: str) -> None:
     view = make_view()
     keys = view.keys.clone()
     keys[0, 20] = torch.nan
     keys[1, 21] = torch.inf
-    policy, view = policies.get(name, options), replace(view, held=ops.Held(keys))
-    check_slots(policy.select(view, policy.score(view), 16), 3, 48, 16, view.sinks)
+    policy, view = policies.get(text), replace(view, held=ops.LayerKV(keys))
+    check_slots(slots_of(policy, view, scores_of(policy, view), 16), 3, 48, 16, view.sinks)
 
 
-@every_policy
-def test_stays_on_the_device_of_the_view(name: str, options: dict[str, Any]) -> None:
+@sampled(text=ALL)
+def test_stays_on_the_device_of_the_view(text: str) -> None:
     # "meta" refuses to mix with the CPU and has no data: a copy from or to the device would fail.
-    view, policy = make_view(), policies.get(name, options)
-    moved = {f: getattr(view, f).to("meta") for f in ("queries", "running")}
-    view = replace(view, held=ops.Held(view.keys.to("meta")), **moved)
-    slots = policy.select(view, policy.score(view), 16)
+    view, policy = on(make_view(), "meta"), policies.get(text)
+    slots = slots_of(policy, view, scores_of(policy, view), 16)
     assert slots.device.type == "meta" and slots.shape == (3, 16)
 
 
@@ -188,15 +171,15 @@ def test_no_policy_needs_vllm() -> None:
 # StreamingLLM
 
 
-@pytest.mark.parametrize("keep", [8, 16, 40, 48])
-@pytest.mark.parametrize("sinks", [0, 4, 20])
+@sampled(keep=[8, 16, 40, 48], sinks=[0, 4, 20])
 def test_streaming_keeps_sinks_and_the_newest(sinks: int, keep: int) -> None:
     view, policy = make_view(sinks=sinks), Streaming()
-    scores = policy.score(view)
-    slots = policy.select(view, scores, keep)
+    scores = scores_of(policy, view)
+    slots = slots_of(policy, view, scores, keep)
     first = min(sinks, keep)
     assert slots.tolist() == [[*range(first), *range(48 - keep + first, 48)]] * 3
-    assert torch.equal(slots, Policy.select(policy, view, scores, keep))
+    plain, counts = Policy.select(policy, view, scores, each(view, keep)), each(view, keep)
+    assert torch.equal(policy.select(view, scores, counts), plain)
 
 
 # SnapKV
@@ -207,10 +190,9 @@ def weights_of(view: View) -> list[list[list[float]]]:
     return ops.window_attention(view.queries, view.keys, view.scale).tolist()
 
 
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
-@pytest.mark.parametrize(("pool", "kind"), [(1, "max"), (7, "max"), (5, "avg")])
-@pytest.mark.parametrize("reduce", ["mean", "max"])
-def test_snapkv_score(group: int, pool: int, kind: str, reduce: str) -> None:
+@sampled(group=[1, 3, 4, 8], pooling=[(1, "max"), (7, "max"), (5, "avg")], reduce=["mean", "max"])
+def test_snapkv_score(group: int, pooling: tuple[int, str], reduce: str) -> None:
+    pool, kind = pooling
     view = make_view(pages=3, heads=2, group=group)
     m, weights = 24, weights_of(view)
     got = SnapKV(pool, kind, reduce).score(view)
@@ -226,15 +208,16 @@ def test_snapkv_score(group: int, pool: int, kind: str, reduce: str) -> None:
             assert got[head, j].item() == pytest.approx(want, rel=1e-4)
 
 
+@both
 def test_snapkv_keeps_what_the_window_looks_at() -> None:
     view = make_view(heads=2, group=1, sinks=0)
     assert view.queries is not None
     keys = torch.zeros_like(view.keys)
     keys[0, 20] = 5 * view.queries[0].mean(0)
     keys[1, 33] = 5 * view.queries[1].mean(0)
-    view = replace(view, held=ops.Held(keys))
+    view = replace(view, held=ops.LayerKV(keys))
     policy = SnapKV(pool=3)
-    slots = policy.select(view, policy.score(view), 8).tolist()
+    slots = slots_of(policy, view, scores_of(policy, view), 8).tolist()
     assert {19, 20, 21} <= set(slots[0]) and {32, 33, 34} <= set(slots[1])
     assert not {32, 33, 34} & set(slots[0])
 
@@ -242,40 +225,43 @@ def test_snapkv_keeps_what_the_window_looks_at() -> None:
 # H2O
 
 
-def test_h2o_adds_the_windows_column_sums_to_the_running_scores() -> None:
+@both
+def test_h2o_adds_the_windows_column_sums_to_what_was_gathered() -> None:
     view = make_view(pages=3, heads=2, group=3)
-    assert view.running is not None
+    gathered = view.state["attention"]
     weights, policy = weights_of(view), H2O()
-    scores = policy.score(view)
+    scores, state = scored(policy, view)
     for head in range(2):
         for j in range(24):
             group = range(3 * head, 3 * head + 3)
-            want = view.running[head, j].item()
+            want = gathered[head, j].item()
             want += sum(row[j] for q in group for row in weights[q]) / 3
             assert scores[head, j].item() == pytest.approx(want, rel=1e-4)
-    assert torch.equal(policy.running(view, scores), scores)
+    assert list(state) == ["attention"] and torch.equal(state["attention"], scores)
+    # At the first compaction nothing was gathered.
+    first = scores_of(policy, replace(view, state={}))
+    assert torch.equal(scores, first + gathered)
 
 
-@pytest.mark.parametrize("keep", [8, 16, 32])
-@pytest.mark.parametrize("sinks", [0, 3, 13])
-@pytest.mark.parametrize("recent", [0, 0.3, 0.5, 1.0])
+@sampled(keep=[8, 16, 32], sinks=[0, 3, 13], recent=[0, 0.3, 0.5, 1.0])
 def test_h2o_splits_its_budget(recent: float, sinks: int, keep: int) -> None:
     view = make_view(sinks=sinks)
     generator = torch.Generator().manual_seed(keep)
     scores = torch.randint(0, 9, (3, 48), generator=generator).float()
     first = min(sinks, keep)
     newest = min(int(recent * keep), keep - first)
-    for row, got in zip(scores.tolist(), H2O(recent).select(view, scores, keep), strict=True):
+    for row, got in zip(scores.tolist(), slots_of(H2O(recent), view, scores, keep), strict=True):
         chosen = {*range(first), *range(48 - newest, 48)}
         rest = sorted(set(range(48)) - chosen, key=lambda i: (-row[i], i))
         chosen.update(rest[: keep - len(chosen)])
         assert got.tolist() == sorted(chosen)
 
 
+@both
 def test_infinite_scores_do_not_displace_protected_slots() -> None:
     view = make_view(sinks=0)
     scores = torch.full((3, 48), torch.inf)
-    assert H2O(0.5).select(view, scores, 8).tolist() == [[0, 1, 2, 3, 44, 45, 46, 47]] * 3
+    assert slots_of(H2O(0.5), view, scores, 8).tolist() == [[0, 1, 2, 3, 44, 45, 46, 47]] * 3
 
 
 # KVCrush
@@ -337,9 +323,8 @@ def slow_bits(scores: list[list[float]], share: float) -> list[list[bool]]:
     return out
 
 
-@pytest.mark.parametrize("level", ["token", "page"])
-@pytest.mark.parametrize("anchor", ANCHORS)
-@settings(deadline=None, max_examples=60)
+@sampled(anchor=ANCHORS, level=["token", "page"])
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_kvcrush_is_its_definition(anchor: str, level: str, data: st.DataObject) -> None:
     heads = data.draw(st.integers(1, 4))
@@ -362,22 +347,24 @@ def test_kvcrush_is_its_definition(anchor: str, level: str, data: st.DataObject)
         make_view(pages, page, heads, 1, sinks),
         all_heads=lambda bits: torch.cat((bits, ops.keep_bits(everyone[heads:], policy.share))),
     )
-    got = policy.select(view, scores, keep)
+    got = slots_of(policy, view, scores, keep)
     bits = slow_bits(everyone.tolist(), policy.share)
     assert got.tolist() == slow_kvcrush(policy, scores.tolist(), bits, view, keep)
 
 
+@both
 def test_kvcrush_by_hand() -> None:
     # One sink, 8 tokens, keep 4 = 2 important + 2 representatives; bits: the better 4 of a head.
     scores = torch.tensor([[0.0, 7, 6, 5, 4, 3, 2, 1], [1, 2, 3, 4, 5, 6, 7, 0]])
     # bits of head 0:      0   1  1  1  1  0  0  0,    of head 1: 0 0 0 1 1 1 1 0
     # distance to (0, 1):  1   2  2  1  1  0  0  1
     view = make_view(pages=2, page=4, heads=2, group=1, sinks=1)
-    slots = KVCrush(ratio=0.5).select(view, scores, 4)
+    slots = slots_of(KVCrush(ratio=0.5), view, scores, 4)
     # Head 0 keeps 0 and 1; the others in order: 5 6 3 | 4 7 2. Head 1 keeps 0 and 6: 5 3 4 | 7 1 2.
     assert slots.tolist() == [[0, 1, 4, 5], [0, 5, 6, 7]]
 
 
+@both
 def test_kvcrush_pages_by_hand() -> None:
     # Pages of 2 with the bits of head 0, then of head 1; anchor 0101.
     scores = torch.tensor(
@@ -386,11 +373,12 @@ def test_kvcrush_pages_by_hand() -> None:
     # bits 11 10 01 00 01 | 00 10 11 01 01, so that the pages are 1100 1010 0111 0001 0101 with
     # distances 2, 4, 1, 1, 0; totals 17 7 7 0 5 and 0 9 15 6 5.
     view = make_view(pages=5, page=2, heads=2, group=1, sinks=0)
-    slots = KVCrush(ratio=0.67, level="page").select(view, scores, 6)
+    slots = slots_of(KVCrush(ratio=0.67, level="page"), view, scores, 6)
     # Head 0 keeps page 0 and two of 4 2 | 3 1; head 1 keeps page 2 and two of 4 3 | 0 1.
     assert slots.tolist() == [[0, 1, 6, 7, 8, 9], [0, 1, 4, 5, 8, 9]]
 
 
+@both
 def test_each_head_leaves_out_its_own_important_tokens() -> None:
     # All that is not important is a representative here: a head that left out another head's
     # important tokens instead of its own would run short or keep one twice.
@@ -398,52 +386,53 @@ def test_each_head_leaves_out_its_own_important_tokens() -> None:
     scores = torch.rand(4, 48, generator=generator)
     view = make_view(heads=4, group=1, sinks=0)
     for anchor in ANCHORS:
-        slots = KVCrush(ratio=0.5, anchor=anchor).select(view, scores, 48)
+        slots = slots_of(KVCrush(ratio=0.5, anchor=anchor), view, scores, 48)
         assert slots.tolist() == [list(range(48))] * 4
 
 
+@both
 def test_heads_choose_for_themselves() -> None:
     view, policy = make_view(), KVCrush()
-    slots = policy.select(view, policy.score(view), 16).tolist()
+    slots = slots_of(policy, view, scores_of(policy, view), 16).tolist()
     assert slots[0] != slots[1] and slots[1] != slots[2]
-    same = policy.score(view)[:1].repeat(3, 1)
-    slots = policy.select(view, same, 16).tolist()
+    same = scores_of(policy, view)[:1].repeat(3, 1)
+    slots = slots_of(policy, view, same, 16).tolist()
     assert slots[0] == slots[1] == slots[2]
 
 
+@both
 def test_ratio_zero_is_the_base() -> None:
     view, base = make_view(), SnapKV()
-    scores = base.score(view)
+    scores = scores_of(base, view)
     crush = KVCrush(ratio=0)
-    assert torch.equal(crush.score(view), scores)
-    assert torch.equal(crush.select(view, scores, 16), base.select(view, scores, 16))
+    assert torch.equal(scores_of(crush, view), scores)
+    assert torch.equal(slots_of(crush, view, scores, 16), slots_of(base, view, scores, 16))
 
 
-@pytest.mark.parametrize("keep", [8, 16, 32, 40])
+@sampled(keep=[8, 16, 32, 40])
 def test_the_budget_is_total(keep: int) -> None:
     view, crush = make_view(), KVCrush(ratio=0.25)
-    scores = crush.score(view)
-    important = SnapKV().select(view, scores, keep - keep // 4).tolist()
-    for chosen, own in zip(crush.select(view, scores, keep).tolist(), important, strict=True):
+    scores = scores_of(crush, view)
+    important = slots_of(SnapKV(), view, scores, keep - keep // 4).tolist()
+    for chosen, own in zip(slots_of(crush, view, scores, keep).tolist(), important, strict=True):
         assert set(own) < set(chosen) and len(chosen) == keep
 
 
-@pytest.mark.parametrize("level", ["token", "page"])
-@pytest.mark.parametrize("anchor", ANCHORS)
+@sampled(anchor=ANCHORS, level=["token", "page"])
 def test_tensor_parallel_ranks_choose_as_one_would(anchor: str, level: str) -> None:
     whole, policy = make_view(heads=4, seed=8), KVCrush(anchor=anchor, level=level, ratio=0.5)
-    assert whole.queries is not None and whole.running is not None
-    want = policy.select(whole, policy.score(whole), 24)
+    assert whole.queries is not None
+    want = slots_of(policy, whole, scores_of(policy, whole), 24)
     halves = [
         replace(
             whole,
-            held=ops.Held(whole.keys[2 * rank : 2 * rank + 2]),
+            held=ops.LayerKV(whole.keys[2 * rank : 2 * rank + 2]),
             queries=whole.queries[6 * rank : 6 * rank + 6],
-            running=whole.running[2 * rank : 2 * rank + 2],
+            state={},
         )
         for rank in range(2)
     ]
-    scores = [policy.score(half) for half in halves]
+    scores = [scores_of(policy, half) for half in halves]
     bits = [ops.keep_bits(s, policy.share) for s in scores]
     got = []
     for rank in range(2):
@@ -453,18 +442,31 @@ def test_tensor_parallel_ranks_choose_as_one_would(anchor: str, level: str) -> N
             return torch.cat(bits)
 
         view = replace(halves[rank], all_heads=gather)
-        got.append(policy.select(view, scores[rank], 24))
+        got.append(slots_of(policy, view, scores[rank], 24))
     assert torch.equal(torch.cat(got), want)
 
 
-def test_kvcrush_passes_the_base_on() -> None:
-    crush = KVCrush(base="h2o", base_options={"recent": 0.25})
-    view = make_view()
-    assert crush.needs == {"queries", "running"}
-    assert torch.equal(crush.score(view), H2O().score(view))
-    running = crush.running(view, crush.score(view))
-    assert running is not None and torch.equal(running, H2O().score(view))
-    assert KVCrush(base="streaming").needs == frozenset()
+@both
+def test_wrappers_pass_the_base_on() -> None:
+    view, base = make_view(), H2O(recent=0.25)
+    for text in ("kvcrush", "adakv", "keepkv", "fair"):
+        wrapped = policies.get(f"{text}(h2o(recent=0.25))")
+        more = {"positions"} if text == "fair" else set()
+        assert wrapped.needs == {"queries", "state"} | more
+        scores, state = scored(wrapped, view)
+        want, kept = scored(base, view)
+        assert torch.equal(scores, want) and torch.equal(state["attention"], kept["attention"])
+        if text != "kvcrush":  # which takes scores alone
+            assert torch.equal(
+                slots_of(wrapped, view, scores, 16), slots_of(base, view, scores, 16)
+            )
+    assert policies.get("kvcrush(streaming)").needs == frozenset()
+    assert policies.get("keepkv(streaming)").needs == {"queries"}
+    nested = policies.get("adakv(keepkv(fair(h2o)))")
+    assert nested.allocates and nested.merges and nested.uses_spans and not nested.tiers
+    assert policies.get("fair(mikv)").tiers and policies.get("fair(mikv)").codecs == PACKED["mikv"]
+    # Whose `select` is its own does not treat spans each on its own, whatever it wraps.
+    assert not policies.get("kvcrush(fair)").uses_spans
 
 
 # Options and the registry
@@ -492,28 +494,48 @@ def test_kvcrush_passes_the_base_on() -> None:
         ("kvcrush", {"share": 1.0}, "kvcrush.share=1.0 is not a number between 0 and 1"),
         ("kvcrush", {"seed": -1}, "kvcrush.seed=-1 is not a whole number from 0 to 2**63 - 1"),
         ("kvcrush", {"seed": 0.5}, "kvcrush.seed=0.5 is not a whole number from 0 to 2**63 - 1"),
-        ("kvcrush", {"base": "kvcrush"}, "kvcrush.base='kvcrush' is not one of streaming, snapkv"),
-        ("kvcrush", {"base": "none"}, "kvcrush.base='none' is not one of streaming, snapkv"),
+        ("kvcrush", {"base": "kvcrush"}, "kvcrush.base='kvcrush' wraps policies more than 4 deep"),
+        ("kvcrush", {"base": [7]}, "kvcrush.base=[7] is not a policy's name"),
+        ("kvcrush", {"base": "h2o("}, "kvcrush.base='h2o(' lacks a policy's name"),
         (
             "kvcrush",
-            {"base_options": [7]},
-            "kvcrush.base_options=[7] is not an object with options of snapkv",
+            {"base": "snapkv@int8"},
+            "kvcrush.base='snapkv@int8' names codecs of a policy inside another",
         ),
         (
             "kvcrush",
-            {"base_options": {"pool": 2}},
-            "kvcrush.base_options.pool=2 is not an odd whole number, 1 or more",
+            {"base": "snapkv(pool=2)"},
+            "snapkv.pool=2 is not an odd whole number, 1 or more",
         ),
         (
             "kvcrush",
-            {"base": "h2o", "base_options": {"pool": 3}},
-            "kvcrush.base_options.pool is not an option: h2o takes recent",
+            {"base": {"policy": "h2o", "pool": 3}},
+            "h2o.pool is not an option: h2o takes recent",
+        ),
+        (
+            "kvcrush",
+            {"base_options": {"pool": 3}},
+            "kvcrush.base_options is not an option: kvcrush takes base, ratio, anchor, level, "
+            "share, seed",
         ),
         (
             "kvcrush",
             {"ratios": 0.5},
-            "kvcrush.ratios is not an option: kvcrush takes base, base_options, ratio, anchor, "
-            "level, share, seed",
+            "kvcrush.ratios is not an option: kvcrush takes base, ratio, anchor, level, share, "
+            "seed",
+        ),
+        ("int4", {"anchor": "foo"}, "int4.anchor='foo' is not one of random, zeros, ones, mean"),
+        ("int4", {"level": "page"}, "int4.level='page' is not token, the only level of packed"),
+        ("adakv", {"floor": 1.5}, "adakv.floor=1.5 is not a number from 0 to 1"),
+        ("adakv", {"base": "mikv"}, "adakv shares pages out over heads, which tiers of two codecs"),
+        ("keepkv", {"threshold": -2}, "keepkv.threshold=-2 is not a number from -1 to 1"),
+        ("keepkv", {"base": "h2", "threshold": 1}, "'h2' is not a policy: there are streaming"),
+        ("fair", {"fairness": True}, "fair.fairness=True is not a number from 0 to 1"),
+        (
+            "fair",
+            {"base": "kvcrush(level=page)"},
+            "fair.base=KVCrush(base=SnapKV(pool=7, pool_kind='max', reduce='mean'), ratio=0.25, "
+            "anchor='alternate', level='page', share=0.5, seed=0) is not a policy of single tokens",
         ),
         ("snapkv", {"pool": 4}, "snapkv.pool=4 is not an odd whole number, 1 or more"),
         ("snapkv", {"pool": -1}, "snapkv.pool=-1 is not an odd whole number, 1 or more"),
@@ -526,19 +548,43 @@ def test_kvcrush_passes_the_base_on() -> None:
 )
 def test_bad_options_are_named(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
-        policies.get(name, options)
-    assert str(caught.value).startswith(f"--kv-policy-config.{message}")
+        policies.get(name, {name: options})
+    assert str(caught.value).removeprefix("--kv-policy-config.").startswith(message)
 
 
 def test_get_builds_with_options_and_with_none() -> None:
-    assert policies.get("snapkv", {"pool": 5, "pool_kind": "avg"}) == SnapKV(5, "avg")
+    snapkv = {"snapkv": {"pool": 5, "pool_kind": "avg"}}
+    assert policies.get("snapkv", snapkv) == SnapKV(5, "avg")
+    assert policies.get("snapkv(pool=5, pool_kind=avg)") == SnapKV(5, "avg")
+    # What the policy says itself comes before what the server says.
+    assert policies.get("snapkv(pool=3)", snapkv) == SnapKV(3, "avg")
     assert policies.get("kvcrush") == policies.get("kvcrush", {}) == KVCrush()
+    # Wherever a policy stands, the server's options are its own.
+    named = policies.get("fair(kvcrush(snapkv))", snapkv)
+    assert named == Fair(base=KVCrush(base=SnapKV(5, "avg")))
+    based = {"kvcrush": {"base": "h2o", "ratio": 0.5}, "h2o": {"recent": 0.75}}
+    assert policies.get("kvcrush", based) == KVCrush(base=H2O(0.75), ratio=0.5)
+    assert policies.get("kvcrush(streaming)", based) == KVCrush(base=Streaming(), ratio=0.5)
+    assert policies.get("int4", based) == KVCrush(), "an alias has options of its own"
+    both_ways = {"kvcrush": {"base": "fair"}, "fair": {"base": "kvcrush"}}
+    with pytest.raises(ValueError, match="wraps policies more than 4 deep"):
+        policies.get("fair", both_ways)
+    with pytest.raises(ValueError, match=r"snapkv wraps no other policy, so not h2o either\.$"):
+        policies.get("snapkv(h2o)")
 
 
-@pytest.mark.parametrize("name", ["none", "snap", ""])
+@pytest.mark.parametrize("name", ["none", "snap"])
 def test_unknown_names(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' is not a policy: there are streaming, snapkv"):
         policies.get(name)
+    with pytest.raises(ValueError, match=f"'{name}' is not a policy: there are streaming, snapkv"):
+        policies.get(f"fair({name})")
+
+
+def test_options_of_policies() -> None:
+    assert policies.options_of("streaming") == ()
+    assert policies.options_of("int8") == policies.options_of("kvcrush")
+    assert policies.options_of("fair") == ("base", "fairness")
 
 
 @dataclass
@@ -571,31 +617,62 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 def test_policies_name_codecs_that_pages_have() -> None:
+    assert policies.names() == BUILT_IN
     for name in BUILT_IN:
-        assert policies.codecs(name) == policies.get(name).codecs == PACKED.get(name, ())
-        assert set(policies.codecs(name)) <= set(layout.CODECS)
+        stored = spec.storage(spec.parse(name))
+        assert stored.codecs == PACKED.get(name, ())
+        assert set(stored.codecs) <= set(CODECS)
+        # What plans know without torch is what the classes say.
+        assert stored.tiers == policies.get(name).tiers == (name == "mikv")
+        if name not in spec.ALIASES:
+            assert stored == policies.storage_of(name)
 
 
-@pytest.mark.parametrize("name", [name for name in PACKED if name != "mikv"])
+@pytest.mark.parametrize(
+    ("text", "stored"),
+    [
+        ("kvcrush", spec.Storage()),
+        ("kvcrush@int8", spec.Storage(("int8",))),
+        ("fair(int4)", spec.Storage(("int4",))),
+        ("int4(mikv)", spec.Storage(("int4",), tiers=True)),
+        ("int4@tc8", spec.Storage(("tc8",))),
+        ("int4@raw", spec.Storage()),
+        ("fair(mikv)@tc4+tc8", spec.Storage(("tc4", "tc8"), tiers=True)),
+        ("fair(adakv)", spec.Storage(pages=True)),
+        ("kvcrush(keepkv(h2o))@int8", spec.Storage(("int8",), pages=True)),
+    ],
+)
+def test_storage_is_the_outermost_that_says_something(text: str, stored: spec.Storage) -> None:
+    assert spec.storage(spec.parse(text)) == stored
+
+
+@both
+@pytest.mark.parametrize("name", spec.ALIASES)
 def test_packed_policies_choose_as_kvcrush_does_by_tokens(name: str) -> None:
-    policy, view = policies.get(name, {"ratio": 0.5}), make_view()
+    policy, view = policies.get(f"{name}(ratio=0.5)"), make_view()
     crush = KVCrush(ratio=0.5, level="token")
-    scores = policy.score(view)
-    assert torch.equal(scores, crush.score(view))
+    scores = scores_of(policy, view)
+    assert torch.equal(scores, scores_of(crush, view))
     # Any number of tokens: pages of the region hold no round one.
     for keep in (5, 17, 47):
-        assert torch.equal(policy.select(view, scores, keep), crush.select(view, scores, keep))
-    with pytest.raises(ValueError, match=rf"{name}\.level='page' is not token, the only level"):
-        policies.get(name, {"level": "page"})
+        assert torch.equal(
+            slots_of(policy, view, scores, keep), slots_of(crush, view, scores, keep)
+        )
+    for text in (f"{name}(level=page)", f"fair({name}(level=page))"):
+        with pytest.raises(ValueError, match=rf"{name}\.level='page' is not token, the only level"):
+            policies.get(text)
+    with pytest.raises(ValueError, match=r"kvcrush\.level='page' is not token, the only level"):
+        policies.get("kvcrush(level=page)@int8")
 
 
 def test_a_third_party_policy_is_one_of_the_policies(install: Callable[..., None]) -> None:
     install(("oldest", "third_party:Oldest"))
     assert policies.names() == (*BUILT_IN, "oldest")
-    assert policies.get("oldest", {"step": 2}) == Oldest(2)
-    crush = policies.get("kvcrush", {"base": "oldest", "base_options": {"step": 3}})
-    assert torch.equal(crush.score(make_view()), Oldest(3).score(make_view()))
-    assert policies.codecs("oldest") == ()
+    assert policies.get("oldest", {"oldest": {"step": 2}}) == Oldest(2)
+    crush = policies.get("kvcrush(oldest(step=3))")
+    assert torch.equal(scores_of(crush, make_view()), scores_of(Oldest(3), make_view()))
+    assert spec.storage(spec.parse("oldest")) == spec.Storage()
+    assert spec.storage(spec.parse("adakv(oldest)")) == spec.Storage(pages=True)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "none"])
@@ -635,13 +712,17 @@ def test_a_third_party_policy_that_does_not_load(
 # Tiers of precision
 
 
-def marked(slots: range) -> torch.Tensor:
+def marked(slots: range) -> Tensor:
     """These slots of 48 in each of three heads."""
     where = torch.arange(48)
     return ((where >= slots.start) & (where < slots.stop)).expand(3, -1)
 
 
-@settings(deadline=None)
+TIERED = ["mikv", "fair(mikv)", "kvcrush(mikv)", "keepkv(mikv)"]
+
+
+@sampled(text=TIERED)
+@settings(deadline=None, max_examples=50)
 @given(
     seed=st.integers(0, 2**16),
     keep=st.integers(8, 48),
@@ -650,31 +731,37 @@ def marked(slots: range) -> torch.Tensor:
     coarse=st.integers(0, 48),
 )
 def test_tiers_share_out_what_is_kept(
-    seed: int, keep: int, finer: int, first: int, coarse: int
+    text: str, seed: int, keep: int, finer: int, first: int, coarse: int
 ) -> None:
-    policy, view = policies.get("mikv"), make_view(seed=seed)
+    policy, view = policies.get(text), make_view(seed=seed)
     finer, coarser = min(finer, keep), range(first, min(48, first + coarse))
     demoted = marked(coarser)
-    scores = policy.score(view)
-    kept = policy.select(view, scores, keep)
-    high, low = policy.split(view, scores, kept, finer, demoted)
-    assert high.shape == (3, finer) and low.shape == (3, keep - finer)
-    for h, lo, all_ in zip(high.tolist(), low.tolist(), kept.tolist(), strict=True):
-        assert h == sorted(h) and lo == sorted(lo)
-        assert sorted(h + lo) == all_
+    scores = scores_of(policy, view)
+    kept = policy.select(view, scores, each(view, keep))
+    high = policy.split(view, scores, kept, each(view, finer), demoted)
+    assert high.dtype == torch.bool and high.shape == (3, 48)
+    assert high.sum(1).tolist() == [finer] * 3
+    assert not bool((high & ~kept).any())
+    low = kept & ~high
+    assert low.sum(1).tolist() == [keep - finer] * 3
+    for h, lo in zip(high.tolist(), low.tolist(), strict=True):
         # Demoted tokens come last: they are finer only if all others are.
-        if any(slot in coarser for slot in h):
-            assert all(slot in coarser for slot in lo)
+        if any(h[slot] for slot in coarser):
+            assert all(slot in coarser for slot in range(48) if lo[slot])
 
 
+@both
 def test_the_finer_tier_is_what_the_policy_would_keep() -> None:
     """MiKV's definition: the important tokens are those that H2O would not evict."""
     policy, view = policies.get("mikv"), make_view()
-    scores = policy.score(view)
-    everything = torch.arange(48).expand(3, -1)
-    high, _ = policy.split(view, scores, everything, 16, marked(range(0)))
-    assert torch.equal(high, policies.get("h2o").select(view, scores, 16))
+    scores = scores_of(policy, view)
+    everything, finer = marked(range(48)), each(view, 16)
+    high = policy.split(view, scores, everything, finer, marked(range(0)))
+    assert torch.equal(high, policies.get("h2o").select(view, scores, finer))
     # The demoted are passed over: the choice is made among the others alone.
-    high, low = policy.split(view, scores, everything, 16, marked(range(4, 36)))
-    assert high.tolist() == [[*range(4), *range(36, 48)]] * 3
-    assert low.tolist() == [[*range(4, 36)]] * 3
+    high = policy.split(view, scores, everything, finer, marked(range(4, 36)))
+    assert ops.mask_slots(high, 16).tolist() == [[*range(4), *range(36, 48)]] * 3
+    assert ops.mask_slots(everything & ~high, 32).tolist() == [[*range(4, 36)]] * 3
+    # What wraps another and leaves the choice to it leaves this one to it too.
+    keepkv = policies.get("keepkv(mikv)")
+    assert torch.equal(keepkv.split(view, scores, everything, finer, marked(range(4, 36))), high)

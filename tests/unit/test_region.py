@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.plan import Part, cdiv
 
@@ -97,7 +97,7 @@ def test_no_page_is_written_before_it_is_read(
             # Tokens and codecs are those of the parts, in their order.
             room = [layers[i].capacity(p.codec, head) for p in new_parts]
             want = [
-                (CODECS[p.codec], min(r, p.tokens - at))
+                (CODECS[p.codec].number, min(r, p.tokens - at))
                 for p, r in zip(new_parts, room, strict=True)
                 for at in range(0, p.tokens, r)
             ]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush.codecs import layout, reference
+from vllm_kvcrush.codecs import CODECS, FITTED, layout
 from vllm_kvcrush.codecs.transform import tables as transform_tables
 from vllm_kvcrush.codecs.transform.bits import (
     MAX_BITS,
@@ -26,7 +26,12 @@ from vllm_kvcrush.codecs.transform.bits import (
     quantiser,
 )
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
-from vllm_kvcrush.codecs.transform.points import Point, TablesError, even_value_bits, even_words
+from vllm_kvcrush.codecs.transform.points import (
+    OperatingPoint,
+    TablesError,
+    even_value_bits,
+    even_words,
+)
 from vllm_kvcrush.codecs.transform.reference import (
     decode_keys,
     decode_values,
@@ -36,7 +41,7 @@ from vllm_kvcrush.codecs.transform.reference import (
     origins,
 )
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.codecs.transform.tables import Model, Tables
+from vllm_kvcrush.codecs.transform.tables import HeadTables, ModelShape, Tables
 from vllm_kvcrush.plan import Packing
 
 CONFIG = {
@@ -49,9 +54,9 @@ CONFIG = {
     "rope_theta": 10000.0,
 }
 L, H, G, D = 2, 2, 2, 32
-TC4 = Point("tc4", False, 3.0, 4, 0.02)
-TC6 = Point("tc6", True, 2.0, 3, 0.02)
-TC8 = Point("tc8", True, 1.5, 2, 0.02)
+TC4 = OperatingPoint("tc4", False, 3.0, 4, 0.02)
+TC6 = OperatingPoint("tc6", True, 2.0, 3, 0.02)
+TC8 = OperatingPoint("tc8", True, 1.5, 2, 0.02)
 
 both_frames = pytest.mark.parametrize("local", [False, True])
 
@@ -70,7 +75,7 @@ def fresh(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, 
     return rope.rotate(k, positions), rope.rotate(q, positions), v, positions
 
 
-def tables(point: Point, most: int = MAX_BITS, even: bool = False) -> Tables:
+def tables(point: OperatingPoint, most: int = MAX_BITS, even: bool = False) -> Tables:
     keys, queries, _, positions = fresh(4000, 1)
     rope = Rope.from_config(CONFIG)
     keys, queries = rope.rotate(keys, -positions), rope.rotate(queries, -positions)
@@ -460,11 +465,14 @@ def test_pages_hold_sinks_and_the_worst_keys_in_int8(point):
     keys, _, values, positions = fresh(160, 9)
     keys[0, 0, 77] *= 30  # unlike anything in calibration
     keys, values = keys[0, 0], values[0, 0]
-    exact_keys, exact_values = reference.kept("int8", keys, values, torch.float64)
+    exact_keys, exact_values = CODECS["int8"].kept(keys, values, torch.float64)
 
     def exceptions(first, end, most):
         here = slice(first, end)
-        k, v = reference.kept_fitted(keys[here], values[here], positions[here], t, 0, 0, most)
+        own = HeadTables(t, 0, 0, most)
+        k, v = CODECS[point.name].kept(
+            keys[here], values[here], torch.float64, positions[here], own
+        )
         exact = (v == exact_values[here]).all(-1)
         assert torch.equal(exact, (k == exact_keys[here]).all(-1))
         bound = keys[here].abs().amax(-1, keepdim=True) / 127 * 0.51
@@ -499,7 +507,7 @@ def test_even_tables_give_every_head_the_same_words(local):
 def saved(tmp_path):
     path = tmp_path / "tables.safetensors"
     made = [tables(TC4), tables(TC6), tables(TC8)]
-    transform_tables.save(path, Model.from_config(CONFIG, "tiny"), made, "digest of a text")
+    transform_tables.save(path, ModelShape.from_config(CONFIG, "tiny"), made, "digest of a text")
     return path, made
 
 
@@ -576,14 +584,14 @@ def test_a_config_that_is_no_text_model_is_refused():
     broken = json.loads(json.dumps(CONFIG))
     del broken["vocab_size"]
     with pytest.raises(TablesError, match="no vocab_size"):
-        Model.from_config(broken)
+        ModelShape.from_config(broken)
 
 
 def test_packings_count_every_heads_pages(saved):
     path, made = saved
     page = 64 * 2 * D * 4
     found = transform_tables.packings(path, CONFIG, page, D, 1)
-    assert tuple(found) == layout.FITTED
+    assert tuple(found) == FITTED
     for t in made:
         rooms = [
             layout.fitted_capacity(page, w, t.point.value_bits, D, D, t.point.exceptions)[0]
@@ -622,7 +630,7 @@ def test_packings_need_pages_that_hold_something(saved):
     path, made = saved
     with pytest.raises(TablesError, match="200 bytes is too small for tc4: use a larger --block"):
         transform_tables.packings(path, CONFIG, 200, D, 1)
-    transform_tables.save(path, Model.from_config(CONFIG, "tiny"), made[:1], "")
+    transform_tables.save(path, ModelShape.from_config(CONFIG, "tiny"), made[:1], "")
     with pytest.raises(TablesError, match="no tables for tc6, only for tc4"):
         transform_tables.packings(path, CONFIG, 1 << 13, D, 1)
 
@@ -664,7 +672,7 @@ def test_gradients_decide_what_is_lost(local):
     gradients = scale * slope * torch.randn(L, H, 4000, D, generator=g).double()
     values = torch.randn(L, H, 4000, D, generator=g).double()
     moments = Statistics.of(keys, queries, gradients, (values, scale * values.flip(2)))
-    point = Point("tc8", local, 1.5, 2.5, 0.0)
+    point = OperatingPoint("tc8", local, 1.5, 2.5, 0.0)
     costs, made = [], []
     for own in (moments, Statistics.of(keys, queries)):
         t = fit(own, point, rope, 4000)

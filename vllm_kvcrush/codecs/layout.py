@@ -8,120 +8,158 @@ whether the two descriptions agree.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 STRIP = 16  # tokens that lie together
 GROUP = 64  # tokens that share the scales of int4's keys
 HEADER = 32  # bytes at the end of a page that says where its tokens stood
 MAX_HEAD_SIZE = 256
 MAX_SPAN = 15 * 65536  # positions that one page can span
+MAX_TOKENS = 65520  # of a page: counts are 16 bits wide
 
-# Names and numbers of the codecs. "raw" is the model's dtype without positions, as in the tail;
-# "exact" is the same with positions.
-CODECS = {"raw": 0, "exact": 1, "int8": 2, "int4": 3, "tc4": 4, "tc6": 5, "tc8": 6}
-# Codecs that are fitted to a model: pages of each head hold a number of tokens of their own.
-FITTED = ("tc4", "tc6", "tc8")
 TOKEN_SCALES = 18  # bytes of a strip's value scales and exception bits
 MOST_EXCEPTIONS = 128
 FEWEST_EXCEPTIONS = 4  # a request's first tokens
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Bytes of a page that holds so many tokens.
+class Widths(NamedTuple):
+    """How wide the tokens of one head are in the pages of a codec that needs tables.
 
     Attributes:
-        group_strips: strips of 16 tokens that share a header.
-        header: bytes of a group before its strips: scales.
+        words: 32-bit words of a key's codes.
+        value_bits: bits of a value's channel.
+        exceptions: least share of a page's tokens that are int8 instead.
+    """
+
+    words: int
+    value_bits: int
+    exceptions: float
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where a page keeps its tokens, in bytes.
+
+    Attributes:
         v: bytes of a strip before its V.
         strip: bytes of a strip.
-        positions: bytes of the page before the positions, uint16 for each token.
+        positions: bytes of the page before the positions, which are uint16.
         end: bytes of everything but the page's header, which sits at its end.
     """
 
-    group_strips: int
-    header: int
     v: int
     strip: int
     positions: int
     end: int
 
 
-def layout(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Layout:
-    """Where a page that holds `capacity` tokens keeps them.
+@dataclass(frozen=True)
+class FlatLayout(PageLayout):
+    """A page of a codec that is alike in all heads; it has a position for each token.
 
-    Args:
-        codec: a name in CODECS.
-        capacity: tokens, a multiple of 16.
-        k_size, v_size: head sizes.
-        itemsize: bytes of an element of the model's dtype.
+    Attributes:
+        group_strips: strips of 16 tokens that share a header.
+        header: bytes of a group before its strips: scales.
     """
-    bits = {"int8": 8, "int4": 4}.get(codec, 8 * itemsize)
-    group_strips, header = 1, 0
-    if codec == "int8":
-        header = 2 * 2 * STRIP
-    elif codec == "int4":
-        group_strips = GROUP // STRIP
-        header = -(-(2 * 2 * k_size + 2 * GROUP) // 64) * 64
-    v = STRIP * k_size * bits // 8
-    strip = v + STRIP * v_size * bits // 8
-    strips = capacity // STRIP
-    positions = -(-strips // group_strips) * header + strips * strip
-    end = positions + (0 if codec == "raw" else 2 * capacity)
-    return Layout(group_strips, header, v, strip, positions, end)
+
+    group_strips: int
+    header: int
 
 
-def capacity(codec: str, page_bytes: int, k_size: int, v_size: int, itemsize: int) -> int:
-    """Tokens that a page holds, all metadata included: a multiple of 16, 0 if none fit.
+@dataclass(frozen=True)
+class FittedLayout(PageLayout):
+    """A page of a fitted codec; it has a position for each strip.
 
-    Args:
-        codec: a name in CODECS.
-        page_bytes: block_size * (k_size + v_size) * itemsize.
-        k_size, v_size: head sizes, multiples of 8 up to 256.
-        itemsize: bytes of an element of the model's dtype.
+    Attributes:
+        scales: bytes of the page before the strips' scales and exception bits.
+        exceptions: bytes of the page before the int8 tokens.
     """
-    if codec not in CODECS or codec in FITTED:
-        flat = [name for name in CODECS if name not in FITTED]
-        raise ValueError(f"codec {codec!r} is not one of {', '.join(flat)}")
-    for size in (k_size, v_size):
+
+    scales: int
+    exceptions: int
+
+
+def check_head_sizes(*sizes: int) -> None:
+    """Raises ValueError for a head size that no kernel reads."""
+    for size in sizes:
         if size % 8 or not 0 < size <= MAX_HEAD_SIZE:
             raise ValueError(f"head size {size} is not a multiple of 8 up to {MAX_HEAD_SIZE}")
-    room = page_bytes - (0 if codec == "raw" else HEADER)
-    low, high = 0, 65520 // STRIP  # counts are 16 bits wide
+
+
+def most_tokens(end: Callable[[int], int], room: int) -> int:
+    """Returns the most tokens, a multiple of 16, that take up to `room` bytes; `end` gives the
+    bytes of so many."""
+    low, high = 0, MAX_TOKENS // STRIP
     while low < high:
         middle = (low + high + 1) // 2
-        if layout(codec, middle * STRIP, k_size, v_size, itemsize).end <= room:
+        if end(middle * STRIP) <= room:
             low = middle
         else:
             high = middle - 1
     return low * STRIP
 
 
-@dataclass(frozen=True)
-class FittedLayout:
-    """Where a page of a fitted codec keeps its tokens; bytes, as in `Layout`.
+# -- pages that are alike in all heads ------------------------------------------------------------
+# Arguments are those of `Codec.layout`.
 
-    Attributes:
-        v: of a strip before its V.
-        strip: of a strip.
-        scales: of the page before the strips' scales and exception bits.
-        exceptions: of the page before the int8 tokens.
-        positions: of the page before the positions, uint16 for each strip.
-        end: of everything but the page's header.
-    """
 
-    v: int
-    strip: int
-    scales: int
-    exceptions: int
-    positions: int
-    end: int
+def _flat(
+    tokens: int,
+    k_size: int,
+    v_size: int,
+    bits: int,
+    *,
+    header: int = 0,
+    group_strips: int = 1,
+    position_bytes: int = 2,
+) -> FlatLayout:
+    v = STRIP * k_size * bits // 8
+    strip = v + STRIP * v_size * bits // 8
+    strips = tokens // STRIP
+    positions = -(-strips // group_strips) * header + strips * strip
+    end = positions + position_bytes * tokens
+    return FlatLayout(v, strip, positions, end, group_strips, header)
+
+
+def plain(
+    tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
+) -> FlatLayout:
+    """Returns a page in the model's dtype without positions."""
+    return _flat(tokens, k_size, v_size, 8 * itemsize, position_bytes=0)
+
+
+def exact(
+    tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
+) -> FlatLayout:
+    """Returns a page in the model's dtype."""
+    return _flat(tokens, k_size, v_size, 8 * itemsize)
+
+
+def int8(
+    tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
+) -> FlatLayout:
+    """Returns a page in 8 bits a channel, with a float16 scale of each key and value."""
+    return _flat(tokens, k_size, v_size, 8, header=2 * 2 * STRIP)
+
+
+def int4(
+    tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
+) -> FlatLayout:
+    """Returns a page in 4 bits a channel: of each 64 tokens, a float16 scale and zero of each key
+    channel and a scale of each value, filled up to 64 bytes."""
+    header = -(-(2 * 2 * k_size + 2 * GROUP) // 64) * 64
+    return _flat(tokens, k_size, v_size, 4, header=header, group_strips=GROUP // STRIP)
+
+
+# -- pages that are fitted to a model -------------------------------------------------------------
 
 
 def fitted_layout(
     tokens: int, exceptions: int, words: int, v_bits: int, k_size: int, v_size: int
 ) -> FittedLayout:
-    """A page of `tokens` tokens, a multiple of 16, of which `exceptions` are int8.
+    """Returns a page of `tokens` tokens, a multiple of 16, of which `exceptions` are int8.
 
     Args:
         words: 32-bit words of a key's codes.
@@ -135,37 +173,45 @@ def fitted_layout(
     scales = tokens // STRIP * strip
     first = scales + tokens // STRIP * TOKEN_SCALES
     positions = first + exceptions * _exception_bytes(k_size, v_size)
-    return FittedLayout(v, strip, scales, first, positions, positions + 2 * (tokens // STRIP))
+    end = positions + 2 * (tokens // STRIP)
+    return FittedLayout(v, strip, positions, end, scales, first)
 
 
 def _exception_bytes(k_size: int, v_size: int) -> int:
     return k_size + v_size + 4
 
 
+def _fewest_exceptions(tokens: int, share: float) -> int:
+    wanted = max(FEWEST_EXCEPTIONS, math.ceil(share * tokens))
+    return min(tokens, MOST_EXCEPTIONS, wanted)
+
+
+def fitted(
+    tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
+) -> FittedLayout:
+    """Returns a page with the fewest exceptions that it may have: `Codec.layout` of fitted
+    codecs."""
+    assert widths is not None
+    fewest = _fewest_exceptions(tokens, widths.exceptions)
+    return fitted_layout(tokens, fewest, widths.words, widths.value_bits, k_size, v_size)
+
+
 def fitted_capacity(
     page_bytes: int, words: int, v_bits: int, k_size: int, v_size: int, share: float
 ) -> tuple[int, int]:
-    """Tokens that a page of a fitted codec holds, a multiple of 16, and how many of them are int8.
+    """Returns how many tokens a page of a fitted codec holds, a multiple of 16, and how many of
+    them are int8: (0, 0) if none fit.
 
-    At least `share` of them, and the sinks; what the strips leave over is filled with more, so that
-    a page has no unused bytes. (0, 0) if none fit.
+    At least `share` of them are, and the sinks; what the strips leave over is filled with more, so
+    that a page has no unused bytes.
     """
 
-    def least(tokens: int) -> int:
-        wanted = max(FEWEST_EXCEPTIONS, math.ceil(share * tokens))
-        return min(tokens, MOST_EXCEPTIONS, wanted)
-
     def end(tokens: int) -> int:
-        return fitted_layout(tokens, least(tokens), words, v_bits, k_size, v_size).end
+        fewest = _fewest_exceptions(tokens, share)
+        return fitted_layout(tokens, fewest, words, v_bits, k_size, v_size).end
 
     room = page_bytes - HEADER
-    low, high = 0, 65520 // STRIP
-    while low < high:
-        middle = (low + high + 1) // 2
-        if end(middle * STRIP) <= room:
-            low = middle
-        else:
-            high = middle - 1
-    tokens = low * STRIP
+    tokens = most_tokens(end, room)
     more = (room - end(tokens)) // _exception_bytes(k_size, v_size) if tokens else 0
-    return tokens, min(tokens, MOST_EXCEPTIONS, least(tokens) + more)
+    fewest = _fewest_exceptions(tokens, share)
+    return tokens, min(tokens, MOST_EXCEPTIONS, fewest + more)

@@ -1,4 +1,4 @@
-"""Plain-torch oracle of csrc/: what each codec keeps of K and V, and attention over it.
+"""Plain-torch oracle of csrc/ and ops/triton/: what each codec keeps of K and V, and attention.
 
 Slow and exact: float64 throughout, float32 only where the format itself rounds. Shapes use n
 tokens, H KV heads, Hq query heads and head sizes D.
@@ -6,22 +6,19 @@ tokens, H KV heads, Hq query heads and head sizes D.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from vllm_kvcrush.codecs.layout import GROUP
-from vllm_kvcrush.codecs.transform.points import SINKS
-from vllm_kvcrush.codecs.transform.reference import (
-    decode_keys,
-    decode_values,
-    encode_keys,
-    encode_values,
-    signs,
-)
-from vllm_kvcrush.codecs.transform.tables import Tables
 
+if TYPE_CHECKING:
+    from vllm_kvcrush.codecs.transform.tables import HeadTables
+
+_WORD = 0xFFFFFFFF
 CLIPS = (1.0, 0.88, 0.76, 0.66)
 HALF_MAX = 65504.0
 
@@ -35,7 +32,7 @@ def _inverse(scale: Tensor) -> Tensor:
 
 
 def int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric codes of each token.
+    """Encodes each token on a symmetric grid.
 
     Args:
         x: float32 [n, D].
@@ -48,7 +45,7 @@ def int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int4_keys(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes on a grid of each channel, from its least to its largest value over 64 tokens.
+    """Encodes each channel on a grid from its least to its largest value over 64 tokens.
 
     Args:
         x: float32 [n, D].
@@ -66,22 +63,38 @@ def int4_keys(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(codes), torch.cat(scales), torch.cat(zeros)
 
 
-def rotation(size: int) -> Tensor:
-    """The orthonormal matrix R of rotated values, y = R v: random signs, then Hadamard transforms
-    over blocks of the largest power of two that divides `size`. float64 [size, size]."""
+@functools.cache
+def signs(size: int) -> Tensor:
+    """Returns the random signs that are applied before the Hadamard matrix, int8 [size]: the same
+    hash of the channel as `rotation_sign` in csrc/layout.h."""
+    x = (torch.arange(size) * 2654435769 + 0x9E3779B9) & _WORD
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _WORD
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _WORD
+    return (1 - 2 * ((x ^ (x >> 16)) & 1)).to(torch.int8)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Returns `x` with the last dimension multiplied by an orthonormal, symmetric Hadamard matrix,
+    block by block; a block is the largest power of two that divides the dimension."""
+    size = x.shape[-1]
     block = size & -size
-    hadamard = torch.ones(1, 1, dtype=torch.float64)
-    while len(hadamard) < block:
-        hadamard = torch.cat(
-            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
-        )
-    stack = [hadamard / math.sqrt(block)] * (size // block)
-    blocks: Tensor = torch.block_diag(*stack)  # type: ignore[no-untyped-call]
-    return blocks * signs(size)
+    y = x.reshape(-1, size // block, block)
+    step = 1
+    while step < block:
+        y = y.view(-1, size // block, block // (2 * step), 2, step)
+        y = torch.stack([y[..., 0, :] + y[..., 1, :], y[..., 0, :] - y[..., 1, :]], -2)
+        step *= 2
+    return (y / math.sqrt(block)).reshape(x.shape)
+
+
+def rotation(size: int) -> Tensor:
+    """Returns the orthonormal matrix R of rotated values, y = R v: random signs, then Hadamard
+    transforms over blocks. float64 [size, size]."""
+    return hadamard(torch.eye(size, dtype=torch.float64)) * signs(size)
 
 
 def int4_values(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of rotated values, with the best of a few clipping points for each token.
+    """Encodes rotated values, with the best of a few clipping points for each token.
 
     Args:
         x: [n, D].
@@ -102,49 +115,41 @@ def int4_values(x: Tensor) -> tuple[Tensor, Tensor]:
     return (y * _inverse(scale) + 7.5).clamp(0, 15).round(), scale
 
 
-def kept(codec: str, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What a page of a codec gives back of float32 K [n, D] and V [n, Dv]: float64, same shapes.
-
-    Args:
-        codec: a name in pages.CODECS.
-        dtype: of raw pages.
-    """
-    if codec == "int8":
-        (k, k_scale), (v, v_scale) = int8(key), int8(value)
-        return k.double() * k_scale.double(), v.double() * v_scale.double()
-    if codec == "int4":
-        k, k_scale, zero = int4_keys(key)
-        v, v_scale = int4_values(value)
-        rotated = (v.double() - 7.5) * v_scale.double()
-        return zero.double() + k.double() * k_scale.double(), rotated @ rotation(value.shape[1])
-    return key.to(dtype).double(), value.to(dtype).double()
-
-
-def kept_fitted(
-    key: Tensor,
-    value: Tensor,
-    positions: Tensor,
-    tables: Tables,
-    layer: int,
-    head: int,
-    exceptions: int,
+def keep_plain(
+    keys: Tensor,
+    values: Tensor,
+    dtype: torch.dtype,
+    positions: Tensor | None,
+    tables: HeadTables | None,
 ) -> tuple[Tensor, Tensor]:
-    """What a page of a fitted codec gives back of one head's K [n, D] and V [n, Dv]: float64.
+    """Implements `Codec.kept` for "raw" and "exact"."""
+    return keys.to(dtype).double(), values.to(dtype).double()
 
-    The `exceptions` tokens that lose most are int8, a request's first ones before all others.
 
-    Args:
-        positions: int [n], ascending.
-        tables, layer, head: the codec's tables and which of them.
-    """
-    exact, bits = key.double(), int(tables.value_bits[layer, head])
-    codes, loss = encode_keys(exact, positions, tables, layer, head)
-    keys = decode_keys(codes, positions, tables, layer, head, torch.float64)
-    values = decode_values(*encode_values(value.double(), bits), bits, torch.float64)
-    loss = loss.masked_fill(positions < SINKS, torch.inf)
-    worst = loss.sort(descending=True, stable=True).indices[:exceptions]
-    keys[worst], values[worst] = kept("int8", key[worst], value[worst], key.dtype)
-    return keys, values
+def keep_int8(
+    keys: Tensor,
+    values: Tensor,
+    dtype: torch.dtype,
+    positions: Tensor | None,
+    tables: HeadTables | None,
+) -> tuple[Tensor, Tensor]:
+    """Implements `Codec.kept` for "int8"."""
+    (k, k_scale), (v, v_scale) = int8(keys), int8(values)
+    return k.double() * k_scale.double(), v.double() * v_scale.double()
+
+
+def keep_int4(
+    keys: Tensor,
+    values: Tensor,
+    dtype: torch.dtype,
+    positions: Tensor | None,
+    tables: HeadTables | None,
+) -> tuple[Tensor, Tensor]:
+    """Implements `Codec.kept` for "int4"."""
+    k, k_scale, zero = int4_keys(keys)
+    v, v_scale = int4_values(values)
+    rotated = (v.double() - 7.5) * v_scale.double()
+    return zero.double() + k.double() * k_scale.double(), rotated @ rotation(values.shape[1])
 
 
 def attention(
@@ -155,16 +160,16 @@ def attention(
     tail: int,
     log_bias: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one sequence over what its heads hold, compressed tokens first.
+    """Computes attention of one sequence over what its heads hold, compressed tokens first.
 
     Args:
         query: [rows, Hq, D].
-        keys, values: for each KV head [n, D] and [n, Dv]; n may differ between heads.
-        tail: tokens at the end that are causal; the last one belongs to the last row.
-        log_bias: for each KV head [n], added to the logits.
+        keys, values: [n, D] and [n, Dv] of each KV head; n may differ between heads.
+        tail: number of tokens at the end that are causal; the last one belongs to the last row.
+        log_bias: [n] of each KV head, added to the logits.
 
     Returns:
-        float64 [rows, Hq, Dv] and log-sum-exp [rows, Hq]; a row that sees nothing is 0 and -inf.
+        float64 [rows, Hq, Dv] and log-sum-exp [rows, Hq]; a row that sees no token is 0 and -inf.
     """
     rows, heads, _ = query.shape
     group = heads // len(keys)

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcrush.config import Settings
-from vllm_kvcrush.engine.commands import Compaction
+from vllm_kvcrush.engine.commands import Compact
 from vllm_kvcrush.plan import Plan, Shape, cdiv
 
 
@@ -68,15 +68,18 @@ class Deferred(NamedTuple):
 
 
 class KVCrushManager(FullAttentionManager):
-    """vLLM's manager, with the evicted tokens subtracted wherever blocks follow from tokens."""
+    """vLLM's manager, with the slot shift subtracted wherever blocks follow from tokens."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # Grows whenever what requests share may have become less.
         self.epoch = 0
-        # Per compacted request: slot of token p, in the tail, is p - evicted.
-        self.evicted: dict[str, int] = {}
-        # Its compressed region: blocks, and tokens in each layer and head.
+        # Per compacted request: the slot of token p, in the tail, is p - slot_shift.
+        self.slot_shift: dict[str, int] = {}
+        # The position from which its KV is not exact any more.
+        self.lossy_since: dict[str, int] = {}
+        # Its compressed region: blocks, and tokens of each layer and head by the plan. A policy may
+        # share these out unequally; what is true then is the worker's to say.
         self.regions: dict[str, tuple[int, int]] = {}
         # Plans of requests with an active policy; owned by the scheduler.
         self.plans: Mapping[str, Plan] = {}
@@ -88,35 +91,41 @@ class KVCrushManager(FullAttentionManager):
             # Admission counts on the bound: the whole prompt never is in the pool at once.
             num_tokens = min(num_tokens, plan.bound(num_tokens) * self.block_size)
         else:
-            num_tokens -= self.evicted.get(request_id, 0)
+            num_tokens -= self.slot_shift.get(request_id, 0)
         return super().get_num_blocks_to_allocate(request_id, num_tokens, *args, **kwargs)
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        evicted = self.evicted.get(request_id, 0)
+        shift = self.slot_shift.get(request_id, 0)
         return super().allocate_new_blocks(
-            request_id, num_tokens - evicted, num_tokens_main_model - evicted
+            request_id, num_tokens - shift, num_tokens_main_model - shift
         )
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        # After a compaction later tokens attended to a lossy cache, so their blocks are not exact.
-        if request.request_id not in self.evicted:
-            super().cache_blocks(request, num_tokens, *args, **kwargs)
+        # Tokens after a lossy compaction attended to a lossy cache, so their blocks are not exact;
+        # and where slots are shifted, a block does not hold the tokens of its place.
+        if request.request_id in self.lossy_since:
+            return
+        assert not self.slot_shift.get(request.request_id), "a slot shift without loss"
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         # The single funnel for finish, abort and preemption.
-        self.evicted.pop(request_id, None)
+        self.slot_shift.pop(request_id, None)
+        self.lossy_since.pop(request_id, None)
         self.regions.pop(request_id, None)
         self.epoch += any(b.ref_cnt > 1 for b in self.req_to_blocks.get(request_id, ()))
         return super().pop_blocks_for_free(request_id)
 
-    def held_tokens(self, request_id: str, computed: int) -> int:
-        """Tokens whose KV a request holds in each layer and head, of `computed` in all."""
+    def held_tokens(self, request_id: str, computed: int, in_region: float | None = None) -> int:
+        """Tokens whose KV a request holds in each layer and head, of `computed` in all: those of
+        its compressed region, `in_region` or what the plan says, and the tail's."""
         blocks, tokens = self.regions.get(request_id, (0, 0))
-        return computed - self.evicted.get(request_id, 0) - blocks * self.block_size + tokens
+        tail = computed - self.slot_shift.get(request_id, 0) - blocks * self.block_size
+        return tail + round(tokens if in_region is None else in_region)
 
-    def compact(self, jobs: Sequence[Job]) -> list[Compaction] | Deferred:
+    def compact(self, jobs: Sequence[Job]) -> list[Compact] | Deferred:
         """Compacts the jobs' requests together, or none of them.
 
         Twins share one set of new blocks. Together the jobs must give back more physical blocks
@@ -176,7 +185,7 @@ class KVCrushManager(FullAttentionManager):
 
     def _compact_unit(
         self, unit: Sequence[Job], regions: Mapping[str, list[KVCacheBlock]]
-    ) -> list[Compaction]:
+    ) -> list[Compact]:
         """Compacts twins: the first does the work, the others take its blocks."""
         pool, need = self.block_pool, unit[0].shape.compressed
         held = {b.block_id: b for job in unit for b in regions[job.request_id]}
@@ -211,25 +220,23 @@ class KVCrushManager(FullAttentionManager):
         target: list[KVCacheBlock],
         tail: list[KVCacheBlock],
         same_as: str | None,
-    ) -> Compaction:
+    ) -> Compact:
         need = len(target)
-        evicted = job.computed - need * self.block_size - job.shape.tail_tokens
-        self.evicted[job.request_id] = evicted
+        slot_shift = job.computed - need * self.block_size - job.shape.tail_tokens
+        self.slot_shift[job.request_id] = slot_shift
+        self.lossy_since.setdefault(job.request_id, job.computed)
         compressed, tokens = self.regions.get(job.request_id, (0, 0))
         candidates = tokens + (len(region) - compressed) * self.block_size
-        parts = self.plans[job.request_id].parts(need, candidates)
-        self.regions[job.request_id] = need, sum(part.tokens for part in parts)
-        return Compaction(
+        self.regions[job.request_id] = need, self.plans[job.request_id].kept(need, candidates)
+        return Compact(
             request_id=job.request_id,
             computed=job.computed,
             source=tuple(b.block_id for b in region),
             compressed=compressed,
-            compressed_tokens=tokens,
             target=tuple(b.block_id for b in target),
-            parts=parts,
             tail=tuple(b.block_id for b in tail),
             tail_tokens=job.shape.tail_tokens,
-            evicted=evicted,
+            slot_shift=slot_shift,
             same_as=same_as,
         )
 

@@ -1,16 +1,17 @@
-"""What the scheduler tells the worker. Plain data: it travels pickled between processes."""
+"""What the scheduler tells the workers, and what they answer. Plain data: it travels pickled
+between processes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vllm_kvcrush.config import RequestParams
-from vllm_kvcrush.plan import Part
+from vllm_kvcrush.plan import Plan
 
 
 @dataclass(frozen=True)
-class Compaction:
-    """One compaction of one request, to be run before the forward pass of this step.
+class Compact:
+    """One compaction of one request, to be run before the forward pass of this step. It carries
+    blocks; how many tokens of which layer and head fill them is the worker's business.
 
     Args:
         request_id: vLLM's id of the request.
@@ -18,14 +19,12 @@ class Compaction:
         source: ids of the blocks before the tail, in slot order.
         compressed: how many of them, from the first, are the compressed region so far; the
             others are raw and full.
-        compressed_tokens: tokens in those, the same number in every layer and head.
         target: ids of the blocks of the new compressed region, in slot order. May contain ids of
             `source` (compaction in place).
-        parts: tokens that fill them, in every layer and head, by codec in slot order.
         tail: ids of the blocks after them, which stay as they are.
         tail_tokens: tokens in `tail`.
-        evicted: what the slots of later tokens differ from their positions by: the tokens gone
-            from the block table, as evicted or as packed closer than raw.
+        slot_shift: by how much the slots of later tokens lie before their positions, whether
+            tokens were evicted or packed closer.
         same_as: a request whose compaction, earlier in this step, filled `target` with just what
             this one would: there is nothing to move. None of most.
     """
@@ -34,18 +33,16 @@ class Compaction:
     computed: int
     source: tuple[int, ...]
     compressed: int
-    compressed_tokens: int
     target: tuple[int, ...]
-    parts: tuple[Part, ...]
     tail: tuple[int, ...]
     tail_tokens: int
-    evicted: int
+    slot_shift: int
     same_as: str | None = None
 
-    @property
-    def keep(self) -> int:
-        """Tokens that stay, of those before the tail."""
-        return sum(part.tokens for part in self.parts)
+
+# What a worker does before a step, in order. Room for `Copy` between tiers of memory, `Swap`,
+# `Index`: each a record of its own, which carries blocks.
+Command = Compact
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,16 @@ class Admitted:
     """A request that runs under a policy, as the scheduler resolved it: workers parse nothing.
 
     Args:
-        params: its policy and budget.
-        num_prompt_tokens: for its plan.
+        policy: with its parameters, in the grammar of `spec`.
+        plan: when it is compacted, to how many blocks.
+        spans: (first, end) token positions that a policy may treat each on its own.
+        protect: (first, end) token positions that stay whatever a policy says.
     """
 
-    params: RequestParams
-    num_prompt_tokens: int
+    policy: str
+    plan: Plan
+    spans: tuple[tuple[int, int], ...] = ()
+    protect: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,34 @@ class StepCommands:
     """Everything a worker needs to know in one step, attached to `SchedulerOutput.kvcrush`.
 
     Args:
-        compactions: in the order in which they run.
-        deferred: requests whose compaction is overdue (see `blocks.KVCrushManager.compact`), so
-            that their newest queries must be remembered until it happens.
+        commands: in the order in which they run.
         admitted: those of this step's new and resumed requests that have a plan.
+        observe: of how many of this step's newest tokens of a request the queries are to be kept,
+            for a compaction to come.
     """
 
-    compactions: list[Compaction] = field(default_factory=list)
-    deferred: frozenset[str] = frozenset()
+    commands: list[Command] = field(default_factory=list)
     admitted: dict[str, Admitted] = field(default_factory=dict)
+    observe: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What a compaction did.
+
+    Args:
+        request_id: whose.
+        policy: the outermost name of its policy.
+        seconds: how long it took.
+        held: tokens in the compressed region, the mean over this rank's layers and KV heads.
+        evicted: tokens that it dropped, likewise.
+    """
+
+    request_id: str
+    policy: str
+    seconds: float
+    held: float
+    evicted: float
 
 
 @dataclass(frozen=True)
@@ -82,12 +102,13 @@ class WorkerReport:
     """What a worker tells the scheduler, attached to `ModelRunnerOutput.kvcrush`.
 
     Args:
-        seconds: (policy, time that a compaction took), for each since the last report.
-        failures: (request, policy) of each compaction in which the policy failed.
+        compacted: each compaction since the last report.
+        failures: (request, policy) of compactions in which the policy failed, so that the sinks and
+            the newest tokens were kept instead.
         peaks: the most bytes that the worker has held beside its KV cache, by what for; see
             `stats.Stats.worker_bytes`.
     """
 
-    seconds: list[tuple[str, float]] = field(default_factory=list)
+    compacted: list[Compacted] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     peaks: dict[str, int] = field(default_factory=dict)

@@ -14,9 +14,10 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
-from vllm_kvcrush.config import NONE, RequestParams, Settings
+from vllm_kvcrush import compat
+from vllm_kvcrush.config import PLAIN, Demands, RequestParams, Settings
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushManager, twins
-from vllm_kvcrush.engine.commands import Admitted, Compaction, StepCommands, WorkerReport
+from vllm_kvcrush.engine.commands import Admitted, Compact, StepCommands, WorkerReport
 from vllm_kvcrush.plan import Plan, cdiv
 from vllm_kvcrush.stats import Stats
 
@@ -43,13 +44,23 @@ class _Wait:
 
 @dataclass
 class _Tracked:
+    """What is known of a request.
+
+    Attributes:
+        params: what it runs with.
+        demands: what its policy asks the engine for.
+        compactions: how many it had.
+        policy_failures: of those, in which the policy failed and sinks and newest tokens were kept.
+        in_region: tokens of each layer and head in its compressed region, as the workers said; None
+            until they have.
+        deferred: why its compaction is overdue, or None.
+    """
+
     params: RequestParams
-    # What its policy needs; queries the prefix cache must leave to us.
-    needs: frozenset[str]
+    demands: Demands
     compactions: int = 0
-    # Of those, in which the policy failed and sinks and newest tokens were kept.
     policy_failures: int = 0
-    # Why its compaction is overdue, or None.
+    in_region: float | None = None
     deferred: _Wait | None = None
 
 
@@ -73,12 +84,11 @@ class KVCrushSchedulerMixin(_Base):
         self._settings = Settings.from_dict(self.vllm_config.additional_config["kvcrush"])
         self._tracked: dict[str, _Tracked] = {}
         self._plans: dict[str, Plan] = {}
-        self._needs: dict[str, frozenset[str]] = {}
         self._step = 0
         # Requests whose numbers changed since their client was told.
         self._unreported: set[str] = set()
         # Of the step that is being scheduled: compactions, and the request that asks for blocks.
-        self._commands: list[Compaction] = []
+        self._commands: list[Compact] = []
         self._allocating: Request | None = None
         self._manager.plans = self._plans
         self.kvcrush_stats = Stats()
@@ -99,35 +109,35 @@ class KVCrushSchedulerMixin(_Base):
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests and request.sampling_params is not None:
-            plan = None
-            try:
-                params = self._settings.validate_request(
-                    request.sampling_params.extra_args,
-                    self._manager.block_size,
-                    self.max_model_len,
-                )
-                needs = self._policy_needs(params.policy) if params.active else frozenset()
-                plan = self._settings.plan(
+            params, demands = self._resolved(request)
+            self._tracked[request.request_id] = _Tracked(params, demands)
+            self._unreported.add(request.request_id)
+            if params.active:
+                self._plans[request.request_id] = self._settings.plan(
                     params, request.num_prompt_tokens, self._manager.block_size
                 )
-            except Exception as error:
-                # Not by way of our front-end, which refuses it; or a third party's constructor.
-                logger.error("Request %s is not compressed: %s", request.request_id, error)
-                params, needs = RequestParams(NONE, 1.0), frozenset()
-            if request.resumable:
-                # A prompt that grows while it is served has no plan.
-                logger.warning_once("Requests with streaming input are not compressed.")
-                params = RequestParams(NONE, 1.0)
-            self._tracked[request.request_id] = _Tracked(params, needs)
-            self._unreported.add(request.request_id)
-            if params.active and plan is not None:
-                self._plans[request.request_id] = plan
         super().add_request(request)
 
-    def _policy_needs(self, policy: str) -> frozenset[str]:
-        if policy not in self._needs:
-            self._needs[policy] = self._settings.build(policy).needs
-        return self._needs[policy]
+    def _resolved(self, request: Request) -> tuple[RequestParams, Demands]:
+        """What a request runs with: resolved here once, for everybody."""
+        assert request.sampling_params is not None
+        plain = PLAIN, Demands()
+        if request.resumable:
+            # A prompt that grows while it is served has no plan.
+            logger.warning_once("Requests with streaming input are not compressed.")
+            return plain
+        try:
+            params = self._settings.validate_request(
+                request.sampling_params.extra_args, self._manager.block_size, self.max_model_len
+            )
+            if not params.active:
+                return params, Demands()
+            return params, self._settings.demands(params.policy)
+        except Exception as error:
+            # Not by way of our front-end, which refuses it; or a third party's constructor.
+            logger.error("Request %s is not compressed: %s", request.request_id, error)
+            self.kvcrush_stats.record_uncompressed()
+            return plain
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         held = self._held_report(request)
@@ -146,10 +156,11 @@ class KVCrushSchedulerMixin(_Base):
             return None
         # The last sampled token has no KV; under async scheduling the count may run ahead.
         raw = max(0, min(request.num_computed_tokens, request.num_tokens - 1))
-        slots = max(0, raw - self._manager.evicted.get(request.request_id, 0))
+        slots = max(0, raw - self._manager.slot_shift.get(request.request_id, 0))
+        held = self._manager.held_tokens(request.request_id, raw, tracked.in_region)
         blocks = len(self._manager.req_to_blocks.get(request.request_id, ()))
         return {
-            "kv_tokens_held": max(0, self._manager.held_tokens(request.request_id, raw)),
+            "kv_tokens_held": max(0, held),
             "kv_tokens_raw": raw,
             "kv_slots_held": slots,
             "kv_blocks_held": blocks,
@@ -163,13 +174,23 @@ class KVCrushSchedulerMixin(_Base):
 
     def _side_bytes(self, request_id: str) -> int:
         """Bytes that workers keep beside a request's blocks between compactions, over all ranks:
-        which pages its heads own (`region.Region`), and running scores."""
+        which pages its heads own (`region.Region`), where tokens stand, and policies' state."""
         blocks, tokens = self._manager.regions.get(request_id, (0, 0))
         if not blocks:
             return 0
-        directory = 7 * blocks + 8 if self._plans[request_id].packings else 0
-        running = 4 * tokens if "running" in self._tracked[request_id].needs else 0
-        return self._pairs * (directory + running)
+        tracked = self._tracked[request_id]
+        pages = self._plans[request_id].packings or tracked.demands.pages
+        directory = 7 * blocks + 8 if pages else 0
+        state = (
+            4
+            * tokens
+            * (
+                ("state" in tracked.demands.needs)
+                + (tracked.demands.positions or bool(tracked.params.protect))
+                + tracked.demands.merges
+            )
+        )
+        return self._pairs * (directory + state)
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -178,19 +199,17 @@ class KVCrushSchedulerMixin(_Base):
         output = super().schedule(throttle_prefills)
         self._allocating = None
         output.kvcrush = StepCommands(
-            self._standing(self._commands),
-            frozenset(r for r, t in self._tracked.items() if t.deferred),
-            self._admitted(output),
+            self._standing(self._commands), self._admitted(output), self._observed(output)
         )
         return output
 
-    def _standing(self, commands: list[Compaction]) -> list[Compaction]:
+    def _standing(self, commands: list[Compact]) -> list[Compact]:
         """Without those of requests that were preempted a moment ago: nothing is left to compact.
         What such a one would have done for its twins, the first of them does."""
-        standing: list[Compaction] = []
+        standing: list[Compact] = []
         heirs: dict[str, str] = {}
         for command in commands:
-            if command.request_id not in self._manager.evicted:
+            if command.request_id not in self._manager.slot_shift:
                 continue
             done = {c.request_id for c in standing}
             if command.same_as is not None and command.same_as not in done:
@@ -204,17 +223,65 @@ class KVCrushSchedulerMixin(_Base):
         ids = [new.req_id for new in output.scheduled_new_reqs]
         ids += output.scheduled_cached_reqs.resumed_req_ids
         return {
-            i: Admitted(self._tracked[i].params, self._plans[i].num_prompt_tokens)
+            i: Admitted(
+                self._tracked[i].params.policy,
+                self._plans[i],
+                self._tracked[i].params.spans,
+                self._tracked[i].params.protect,
+            )
             for i in ids
             if i in self._plans
         }
 
-    def _compact_due(self) -> list[Compaction]:
+    def _observed(self, output: SchedulerOutput) -> dict[str, int]:
+        """Of how many of this step's newest tokens of a request the queries are to be kept."""
+        computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        observed = {}
+        for request_id, count in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if request_id not in self._plans or tracked is None:
+                continue
+            if "queries" in tracked.demands.needs:
+                start = computed[request_id]
+                wanted = self._window_from(request_id, tracked, start, start + count)
+                if wanted < start + count:
+                    observed[request_id] = start + count - max(start, wanted)
+        return observed
+
+    def _window_from(self, request_id: str, tracked: _Tracked, start: int, end: int) -> int:
+        """From which position on a request's queries are wanted, of a step that computes tokens
+        [start, end): `end` if none are."""
+        plan, window = self._plans[request_id], self._plans[request_id].window
+        shift = self._manager.slot_shift.get(request_id, 0)
+        if tracked.deferred:
+            return max(0, end - window)
+        near = plan.next_compaction(start, start - shift, end + window)
+        # If it is put off, others than itself may need scores.
+        if near is None or not any(
+            self._scores_at(request_id, tracked, n - shift, n)
+            for n in (near, near + window // 2, near + window)
+        ):
+            return end
+        return max(end - window, near - window)
+
+    def _scores_at(self, request_id: str, tracked: _Tracked, held: int, n: int) -> bool:
+        """Whether a compaction at n would have the policy choose among tokens."""
+        if tracked.demands.always:
+            return True
+        plan = self._plans[request_id]
+        blocks, tokens = self._manager.regions.get(request_id, (0, 0))
+        shape = plan.shape(n, held)
+        new = held - shape.tail_tokens - blocks * self._manager.block_size
+        return plan.needs_scores(shape.compressed, tokens + new)
+
+    def _compact_due(self) -> list[Compact]:
         """Compacts every running request that its plan says is due."""
         self._step += 1
         jobs = [job for request in self.running if (job := self._due(request)) is not None]
         ready = [job for job in jobs if not self._waits(job)]
-        done: list[Compaction] = []
+        done: list[Compact] = []
         refused: dict[str, Deferred] = {}
         for unit in twins(ready):
             result = self._try(unit)
@@ -273,7 +340,7 @@ class KVCrushSchedulerMixin(_Base):
         n = request.num_computed_tokens
         if not (tracked.deferred or plan.is_check(n)):
             return None
-        held = n - self._manager.evicted.get(request.request_id, 0)
+        held = n - self._manager.slot_shift.get(request.request_id, 0)
         if not plan.due(n, held):
             tracked.deferred = None
             return None
@@ -301,8 +368,8 @@ class KVCrushSchedulerMixin(_Base):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         if (tracked := self._tracked.get(request.request_id)) is not None:
-            # It will be read again, and compacted at its plan's positions.
-            tracked.deferred = None
+            # It will be prefilled again, and compacted at its plan's positions.
+            tracked.deferred = tracked.in_region = None
             self._unreported.add(request.request_id)
         current = self._allocating
         if current is None or current is request or current.request_id not in self._tracked:
@@ -314,22 +381,19 @@ class KVCrushSchedulerMixin(_Base):
             if not isinstance(result, Deferred):
                 self._commands += result
 
-    def _try(self, jobs: list[Job]) -> list[Compaction] | Deferred:
+    def _try(self, jobs: list[Job]) -> list[Compact] | Deferred:
         free_before = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        held = {j.request_id: self._manager.held_tokens(j.request_id, j.computed) for j in jobs}
         result = self._manager.compact(jobs)
         if isinstance(result, Deferred):
             return result
         freed = self.kv_cache_manager.block_pool.get_num_free_blocks() - free_before
-        for i, c in enumerate(result):
-            tracked = self._tracked[c.request_id]
-            tracked.deferred = None
+        for i, command in enumerate(result):
+            tracked = self._tracked[command.request_id]
+            tracked.deferred = tracked.in_region = None
             tracked.compactions += 1
-            self._unreported.add(c.request_id)
+            self._unreported.add(command.request_id)
             self.kvcrush_stats.record_compaction(
-                tracked.params.policy,
-                tokens=held[c.request_id] - self._manager.held_tokens(c.request_id, c.computed),
-                blocks=freed if i == 0 else 0,
+                tracked.params.label, blocks=freed if i == 0 else 0
             )
         return result
 
@@ -345,38 +409,37 @@ class KVCrushSchedulerMixin(_Base):
         plan = self._plans.get(request.request_id)
         if plan is None or num_new_tokens <= 1:
             return num_new_tokens
-        held = num_computed_tokens - self._manager.evicted.get(request.request_id, 0)
+        held = num_computed_tokens - self._manager.slot_shift.get(request.request_id, 0)
         limit = num_computed_tokens + num_new_tokens
         stop = plan.next_compaction(num_computed_tokens, held, limit)
         return num_new_tokens if stop is None else stop - num_computed_tokens
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         """Leaves the tokens before the first compaction to be computed here, so that the
         observation window never depends on what the cache held."""
-        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        plan = self._plans.get(request.request_id)
-        if plan is not None and hit:
+        plan, cap = self._plans.get(request.request_id), None
+        if plan is not None:
             # The last sampled token never has KV.
             last = min(request.num_prompt_tokens + request.max_tokens - 1, self.max_model_len)
-            cap = self._exact_until(plan, self._tracked[request.request_id].needs, last)
+            cap = self._exact_until(plan, self._tracked[request.request_id].demands, last)
             if cap is not None:
                 cap = max(0, cap) // self._manager.block_size * self._manager.block_size
-                if hit > cap:
-                    blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, cap)
-                    hit = cap
-        return blocks, hit, boundary, diverged
+        find = super()._get_local_prefix_cache_hit
+        return compat.prefix_hit(find, self.kv_cache_manager, request, max_cache_hit_length, cap)
 
     @staticmethod
-    def _exact_until(plan: Plan, needs: frozenset[str], last: int) -> int | None:
+    def _exact_until(plan: Plan, demands: Demands, last: int) -> int | None:
         """How many tokens of a request that grows to `last` the prefix cache may give it: those
         before its first compaction, and before the window of the first that scores; None: all."""
         first = plan.first_compaction(last)
         if first is None:
             return None
         scored: int | None = None
-        if "queries" in needs:
+        if "queries" in demands.needs:
             near = min(last, first + plan.window)  # later windows begin after it
-            scored = first if "running" in needs else plan.first_scoring(near)
+            scored = first if demands.always else plan.first_scoring(near)
         return first - 1 if scored is None else min(first - 1, scored - plan.window)
 
     # -- statistics -----------------------------------------------------------------------------
@@ -388,8 +451,10 @@ class KVCrushSchedulerMixin(_Base):
         for kind, size in report.peaks.items():
             worker_bytes = self.kvcrush_stats.worker_bytes
             worker_bytes[kind] = max(worker_bytes.get(kind, 0), size)
-        for policy, seconds in report.seconds:
-            self.kvcrush_stats.record_seconds(policy, seconds)
+        for done in report.compacted:
+            self.kvcrush_stats.record_moved(done.policy, round(done.evicted), done.seconds)
+            if (tracked := self._tracked.get(done.request_id)) is not None:
+                tracked.in_region = done.held
         for request_id, policy in report.failures:
             self.kvcrush_stats.record_policy_failure(policy)
             if (tracked := self._tracked.get(request_id)) is not None:
@@ -418,9 +483,9 @@ class KVCrushSchedulerMixin(_Base):
                 tracked = self._tracked.get(request.request_id)
                 if tracked is None:
                     continue
-                name = tracked.params.policy if tracked.params.active else "none"
+                name = tracked.params.label
                 blocks = len(self._manager.req_to_blocks.get(request.request_id, ()))
-                saved = self._manager.evicted.get(request.request_id, 0)
+                saved = self._manager.slot_shift.get(request.request_id, 0)
                 side = self._side_bytes(request.request_id)
                 held[name] = held.get(name, 0) + blocks * size + side
                 whole = blocks + cdiv(saved, self._manager.block_size)

@@ -13,7 +13,7 @@ from torch import Tensor
 from vllm_kvcrush.ops import reference
 from vllm_kvcrush.ops.reference import (
     ANCHORS,
-    Held,
+    LayerKV,
     anchor_bits,
     pool_scores,
     reduce_groups,
@@ -23,7 +23,7 @@ from vllm_kvcrush.ops.reference import (
 
 __all__ = [
     "ANCHORS",
-    "Held",
+    "LayerKV",
     "anchor_bits",
     "keep_bits",
     "mask_slots",
@@ -37,33 +37,37 @@ __all__ = [
 ]
 
 
-def top_mask(scores: Tensor, keep: int) -> Tensor:
+def top_mask(scores: Tensor, keep: int | Tensor) -> Tensor:
     """Marks each head's `keep` best slots; ties go to the lower slot.
 
     Args:
         scores: [H, m]; NaN counts as the worst.
-        keep: 0 <= keep <= m.
+        keep: 0 <= keep <= m, of every head or int64 [H].
 
     Returns:
         bool [H, m] with exactly `keep` ones in each row.
     """
-    if _in_cpp(scores) and scores.dtype != torch.float64:
+    keep = _alike(keep)
+    if _in_cpp(scores) and scores.dtype != torch.float64 and isinstance(keep, int):
         from vllm_kvcrush.ops import cpu
 
         return cpu.top_mask(scores, keep)
     return reference.top_mask(scores, keep)
 
 
-def mask_slots(mask: Tensor, count: int) -> Tensor:
+def mask_slots(mask: Tensor, count: int | Tensor) -> Tensor:
     """Slots that a mask marks.
 
     Args:
         mask: bool [H, m] with exactly `count` ones in each row.
+        count: of every head, or int64 [H].
 
     Returns:
-        int64 [H, count], ascending.
+        int64 [H, count], ascending; where heads differ as many columns as the largest count, and
+        -1 past a head's own.
     """
-    if _in_cpp(mask):
+    count = _alike(count)
+    if _in_cpp(mask) and isinstance(count, int):
         from vllm_kvcrush.ops import cpu
 
         return cpu.mask_slots(mask, count)
@@ -81,23 +85,34 @@ def represent(
     return reference.represent(bits, important, count, anchor, unit)
 
 
-def top_slots(scores: Tensor, keep: int) -> Tensor:
+def top_slots(scores: Tensor, keep: int | Tensor) -> Tensor:
     """Each head's `keep` best slots, of the same arguments as `top_mask`: int64 [H, keep],
     ascending."""
     return mask_slots(top_mask(scores, keep), keep)
 
 
-def keep_bits(scores: Tensor, share: float) -> Tensor:
+def keep_bits(scores: Tensor, share: float, sizes: Tensor | None = None) -> Tensor:
     """KVCrush's binary features: would this head keep this token (arXiv 2503.00022)?
 
     Args:
         scores: [H, m].
         share: part of a head's tokens that get a one; round(share·m) of them.
+        sizes: int64 [H], tokens of each head where they differ; None: m.
 
     Returns:
         bool [H, m].
     """
-    return top_mask(scores, round(share * scores.shape[-1]))
+    if sizes is None:
+        return top_mask(scores, round(share * scores.shape[-1]))
+    return top_mask(scores, (share * sizes.double()).round().long())
+
+
+def _alike(count: int | Tensor) -> int | Tensor:
+    """One number where all heads have the same."""
+    if isinstance(count, Tensor):
+        numbers = count.tolist()
+        return numbers[0] if len(set(numbers)) == 1 else count
+    return count
 
 
 # The library is loaded at its first use: processes that only check options do without it.

@@ -9,6 +9,7 @@ be queued one after the other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,16 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+def window_attention(
+    queries: Tensor, keys: Tensor, scale: float, log_bias: Tensor | None = None
+) -> Tensor:
     """Attention weights of the newest queries over every held slot (SnapKV, arXiv 2404.14469 §4).
 
     Args:
         queries: [Hq, w, D] with RoPE, unscaled; row i is the query of slot n - w + i.
         keys: [H, n, D] with RoPE, w <= n.
         scale: factor of q·k, usually D ** -0.5.
+        log_bias: [H, m], added to the logits of the first m slots, or None.
 
     Returns:
         [Hq, w, n]; every row sums to 1 and is 0 at the slots after its own.
@@ -45,6 +49,9 @@ def window_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     # A group's queries become rows of one matrix product: the keys are not repeated.
     rows = queries.to(dtype).reshape(num_kv_heads, -1, size) * scale
     logits = (rows @ keys.to(dtype).mT).view(num_heads, window, n)
+    if log_bias is not None:
+        own = log_bias.to(dtype).repeat_interleave(num_heads // num_kv_heads, 0)
+        logits[..., : own.shape[1]] += own.unsqueeze(1)
     later = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
     logits[..., n - window :].masked_fill_(later, -torch.inf)
     return logits.softmax(-1)
@@ -97,42 +104,65 @@ def window_scores(
     queries: Tensor,
     keys: Tensor,
     scale: float,
-    candidates: int,
+    candidates: int | Sequence[int],
     *,
     mean: bool = True,
     pool: int = 1,
     pool_kind: str = "max",
     reduce: str | None = "mean",
+    counts: Sequence[int] | None = None,
+    log_bias: Tensor | None = None,
 ) -> Tensor:
     """Attention that each candidate receives from the newest queries.
 
     Args:
         queries, keys, scale: of `window_attention`.
-        candidates: m; scores are wanted, and pooled, for slots [0, m).
+        candidates: m, or as many as each head has: scores are wanted, and pooled, for slots [0, m).
         mean: the mean over the window instead of the sum.
         pool, pool_kind: of `pool_scores`; 1 leaves the scores as they are.
         reduce: of `reduce_groups`, or None.
+        counts: slots of each head, where they differ; what lies past them is padding.
+        log_bias: [H, m], added to the logits of the candidates.
 
     Returns:
-        [H, m], or [Hq, m] without reduction.
+        [H, m], or [Hq, m] without reduction; m is the largest, and scores past a head's own are
+        -inf.
     """
-    weights = window_attention(queries, keys, scale)[..., :candidates]
+    if counts is not None or not isinstance(candidates, int):
+        heads, group = len(keys), len(queries) // len(keys)
+        own = [candidates] * heads if isinstance(candidates, int) else list(candidates)
+        held = [keys.shape[1]] * heads if counts is None else counts
+        rows = []
+        for h, (m, n) in enumerate(zip(own, held, strict=True)):
+            each = queries[h * group : (h + 1) * group], keys[h : h + 1, :n], scale, m
+            bias = None if log_bias is None else log_bias[h : h + 1, :m]
+            found = window_scores(
+                *each, mean=mean, pool=pool, pool_kind=pool_kind, reduce=reduce, log_bias=bias
+            )
+            rows.append(F.pad(found, (0, max(own) - m), value=-torch.inf))
+        return torch.cat(rows)
+    weights = window_attention(queries, keys, scale, log_bias)[..., :candidates]
     votes = weights.mean(1) if mean else weights.sum(1)
-    votes = pool_scores(votes, pool, pool_kind)
+    if candidates:
+        votes = pool_scores(votes, pool, pool_kind)
     return votes if reduce is None else reduce_groups(votes, keys.shape[0], reduce)
 
 
 @dataclass
-class Held:
+class LayerKV:
     """What a request holds in one layer, in plain tensors.
 
     Attributes:
         keys: [H, n, D], with RoPE.
         values: [H, n, D], or None if nobody asks for them.
+        counts: tokens of each head, where they differ: what lies past them is padding.
+        log_bias: [H, m], added to the logits of the first m slots, or None.
     """
 
     keys: Tensor
     values: Tensor | None = None
+    counts: Sequence[int] | None = None
+    log_bias: Tensor | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -145,22 +175,33 @@ class Held:
         return self.keys.device
 
     def window_scores(
-        self, queries: Tensor, scale: float, candidates: int, **options: Any
+        self, queries: Tensor, scale: float, candidates: int | Sequence[int], **options: Any
     ) -> Tensor:
         """`window_scores` over these keys."""
-        return window_scores(queries, self.keys, scale, candidates, **options)
+        return window_scores(
+            queries,
+            self.keys,
+            scale,
+            candidates,
+            counts=self.counts,
+            log_bias=self.log_bias,
+            **options,
+        )
 
 
-def top_mask(scores: Tensor, keep: int) -> Tensor:
+def top_mask(scores: Tensor, keep: int | Tensor) -> Tensor:
     """Marks each head's `keep` best slots.
 
     Args:
         scores: [H, m]; NaN counts as the worst.
-        keep: 0 <= keep <= m.
+        keep: 0 <= keep <= m, of every head or int64 [H].
 
     Returns:
         bool [H, m] with exactly `keep` ones in each row.
     """
+    if isinstance(keep, Tensor):
+        rows = zip(torch.split(scores, 1), keep.tolist(), strict=True)
+        return torch.cat([top_mask(row, own) for row, own in rows])
     m = scores.shape[-1]
     if not 0 <= keep <= m:
         raise ValueError(f"cannot keep {keep} of {m} slots")
@@ -176,15 +217,22 @@ def top_mask(scores: Tensor, keep: int) -> Tensor:
     return above | (ties & (ties.cumsum(-1) <= room))
 
 
-def mask_slots(mask: Tensor, count: int) -> Tensor:
+def mask_slots(mask: Tensor, count: int | Tensor) -> Tensor:
     """Slots that a mask marks.
 
     Args:
         mask: bool [H, m] with exactly `count` ones in each row.
+        count: of every head, or int64 [H].
 
     Returns:
-        int64 [H, count], ascending.
+        int64 [H, count], ascending; where heads differ as many columns as the largest count, and
+        -1 past a head's own.
     """
+    if isinstance(count, Tensor):
+        rows = zip(torch.split(mask, 1), count.tolist(), strict=True)
+        width = int(count.max())
+        found = [F.pad(mask_slots(row, n), (0, width - n), value=-1) for row, n in rows]
+        return torch.cat(found)
     heads = mask.shape[0]
     return torch.nonzero_static(mask, size=heads * count)[:, 1].view(heads, count)
 

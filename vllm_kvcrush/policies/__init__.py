@@ -1,7 +1,8 @@
-"""The registry of eviction policies: one file per policy, one name each.
+"""The registry of policies: one file per policy, one name each.
 
-Other packages add policies of their own through the entry-point group `vllm_kvcrush.policies`,
-whose values are subclasses of `Policy`.
+A policy is named with its parameters in the grammar of `vllm_kvcrush.spec`. Other packages add
+policies of their own through the entry-point group `vllm_kvcrush.policies`, whose values are
+subclasses of `Policy`.
 """
 
 from __future__ import annotations
@@ -12,56 +13,106 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from vllm_kvcrush.policies.base import OptionError, Policy, View
+from vllm_kvcrush.policies.adakv import AdaKV
+from vllm_kvcrush.policies.base import (
+    Merged,
+    OptionError,
+    Policy,
+    Room,
+    View,
+    Wrapper,
+)
+from vllm_kvcrush.policies.fair import Fair
 from vllm_kvcrush.policies.h2o import H2O
+from vllm_kvcrush.policies.keepkv import KeepKV
 from vllm_kvcrush.policies.kvcrush import KVCrush
-from vllm_kvcrush.policies.quantized import TC4, TC6, TC8, Auto, Int4, Int8, MiKV
+from vllm_kvcrush.policies.mikv import MiKV
 from vllm_kvcrush.policies.snapkv import SnapKV
 from vllm_kvcrush.policies.streaming import Streaming
+from vllm_kvcrush.spec import ALIASED, ALIASES, Spec, SpecError, Storage, parse, resolved
 
-__all__ = ["GROUP", "OptionError", "Policy", "View", "codecs", "get", "names", "tiers"]
+__all__ = [
+    "GROUP",
+    "Merged",
+    "OptionError",
+    "Policy",
+    "Room",
+    "View",
+    "Wrapper",
+    "get",
+    "names",
+    "options_of",
+    "storage_of",
+]
 
 GROUP = "vllm_kvcrush.policies"
 
 _BUILT_IN: dict[str, type[Policy]] = {
-    p.name: p for p in (Streaming, SnapKV, H2O, KVCrush, Int8, Int4, TC4, TC6, TC8, Auto, MiKV)
+    p.name: p for p in (Streaming, SnapKV, H2O, KVCrush, MiKV, AdaKV, KeepKV, Fair)
 }
+_CLASSES = {**_BUILT_IN, **dict.fromkeys(ALIASES, _BUILT_IN[ALIASED])}
 # "none" is plain vLLM everywhere, so it may not name a policy either.
-_RESERVED = (*_BUILT_IN, "none")
+_RESERVED = (*_CLASSES, "none")
 
 
 def names() -> tuple[str, ...]:
     """Every policy that `get` knows, built-in ones first. Raises ValueError on a name clash."""
-    return (*_BUILT_IN, *_third_party())
+    return (*_CLASSES, *_third_party())
 
 
-def get(name: str, options: Mapping[str, Any] | None = None) -> Policy:
-    """Builds a policy.
+def get(spec: Spec | str, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> Policy:
+    """Builds a policy, and those that it wraps.
 
     Args:
-        name: one of `names()`.
-        options: its hyperparameters; defaults for those not given.
+        spec: the policy, or its text.
+        defaults: the server's options of each policy, by name, for what the spec does not say.
 
     Raises:
         ValueError: unknown name or option, bad value, or a third-party policy that does not load.
     """
-    cls = _BUILT_IN.get(name) or _load(name)
-    known = [f.name for f in fields(cls) if f.init]
-    for option in options or {}:
+    spec = parse(spec)
+    cls = _CLASSES.get(spec.name) or _load(spec.name)
+    options: dict[str, Any] = {**((defaults or {}).get(spec.name) or {}), **dict(spec.options)}
+    known = options_of(spec.name)
+    for option in options:
         if option not in known:
             takes = f"takes {', '.join(known)}" if known else "takes none"
-            raise OptionError(f"{name}.{option}", f" is not an option: {name} {takes}")
-    return cls(**(options or {}))
+            raise OptionError(f"{spec.name}.{option}", f" is not an option: {spec.name} {takes}")
+    if spec.base is not None and not issubclass(cls, Wrapper):
+        raise OptionError(spec.name, f" wraps no other policy, so not {spec.base.name} either")
+    if issubclass(cls, Wrapper):
+        try:
+            base = resolved(spec, defaults).base
+        except SpecError as error:
+            raise OptionError(f"{spec.name}.base", f"={options.get('base')!r} {error}") from None
+        options.pop("base", None)
+        if base is not None:
+            options["base"] = get(base, defaults)
+    try:
+        policy = cls(**options)
+    except OptionError as error:  # an alias names its options as the operator wrote them
+        path = error.path.replace(cls.name, spec.name, 1)
+        raise OptionError(path, error.problem) from None
+    stored = policy.codecs if spec.codecs is None else spec.codecs
+    if (stored or spec.name in ALIASES) and policy.whole_pages:
+        raise OptionError(
+            f"{spec.name}.level", "='page' is not token, the only level of packed pages"
+        )
+    if policy.tiers and policy.allocates:
+        raise OptionError(
+            spec.name, " shares pages out over heads, which tiers of two codecs do not do yet"
+        )
+    return policy
 
 
-def codecs(name: str) -> tuple[str, ...]:
-    """How policy `name` may fill the pages of the compressed region. Raises ValueError."""
-    return (_BUILT_IN.get(name) or _load(name)).codecs
+def options_of(name: str) -> tuple[str, ...]:
+    """The hyperparameters of policy `name`. Raises ValueError."""
+    return tuple(f.name for f in fields(_CLASSES.get(name) or _load(name)) if f.init)
 
 
-def tiers(name: str) -> bool:
-    """Whether the policy's most important tokens get its finer codec. Raises ValueError."""
-    return (_BUILT_IN.get(name) or _load(name)).tiers
+def storage_of(name: str) -> Storage:
+    """How policy `name` stores compressed regions. Raises ValueError."""
+    return (_CLASSES.get(name) or _load(name)).storage()
 
 
 @cache  # reading every installed package's metadata takes 20 ms, and `get` runs per request

@@ -1,25 +1,29 @@
 """What a policy sees, and what it answers.
 
-A policy ranks the tokens of one layer of one request; how many stay is the plan's business, and
-moving them is the engine's. Every head keeps the same number of tokens, not the same tokens.
+A policy ranks the tokens of one layer of one request and says which stay; how many may is the
+plan's business, and moving them the engine's. A policy may also share a request's pages out over
+layers and heads, and change keys and values on their way into the compressed region.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_kvcrush import ops
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.spec import Storage
 
 
-class Held(Protocol):
-    """A layer's held keys and values, wherever they lie; `ops.Held` has them in plain tensors."""
+class LayerKV(Protocol):
+    """The keys and values that a request holds in one layer, wherever they lie; `ops.LayerKV` has
+    them in plain tensors."""
 
     @property
     def keys(self) -> Tensor: ...
@@ -30,7 +34,7 @@ class Held(Protocol):
     @property
     def device(self) -> torch.device: ...
     def window_scores(
-        self, queries: Tensor, scale: float, candidates: int, **options: Any
+        self, queries: Tensor, scale: float, candidates: Any, **options: Any
     ) -> Tensor: ...
 
 
@@ -39,7 +43,8 @@ class View:
     """One layer of one request at a compaction. Slots are in position order.
 
     H KV heads, Hq query heads, n held slots, m candidates, w window queries, head size D. Under
-    tensor parallelism H and Hq count this rank's heads.
+    tensor parallelism H and Hq count this rank's heads. Heads may hold unequal numbers of tokens:
+    then n and m are the largest, and what lies past a head's own count is padding.
 
     `keys` and `values` of every held slot, [H, n, D], keys with RoPE, are copies where the cache is
     not made of plain tensors. A policy that gets by with `window_scores` costs a fraction.
@@ -49,25 +54,44 @@ class View:
         queries: [Hq, w, D], the last w queries, with RoPE, unscaled, or None unless the policy
             needs "queries".
         scale: factor of q·k.
-        candidates: m; slots [0, m) may be dropped, [m, n) is the raw tail and always stays.
+        candidates: m; slots [0, m) may be dropped, the raw tail after them always stays.
         sinks: leading slots that always stay.
-        page_size: tokens in a page (vLLM's block size); divides m and the number kept.
-        running: float32 [H, m], what `Policy.running` returned at the last compaction for the
-            tokens that survived it, 0 for newer ones; None unless the policy needs "running".
+        page_size: tokens in a page (vLLM's block size).
         layer: index of the layer.
         all_heads: [H, m] of this rank → [H over all ranks, m], in rank order; the identity
             without tensor parallelism. A collective: every rank must make the same calls.
+        layers: how many layers there are.
+        counts: int64 [H] on the CPU: candidates of each head, at most m; None: m of each.
+        protected: bool [H, m]: slots that stay whatever a policy says, the sinks and the
+            request's protected spans; None: the sinks.
+        state: what `score` returned at the last compaction, by name, of the tokens that survived
+            it: float32 [H, m] or [H, m, c], 0 for newer ones (`known` tells).
+        known: bool [H, m]: slots that the last compaction left; the others are newer. None: none.
+        log_bias: float32 [H, m]: what is added to the logits of a slot, by merging policies; None:
+            nothing.
+        true_positions: int32 [H, m], where the candidates stand in the request; None unless the
+            policy needs "positions" (see `positions`).
+        spans: the request's spans, (first, end) token positions, ascending and disjoint.
+        rope: the model's rotary embedding, to undo and redo it; None where it is not known.
     """
 
-    held: Held
+    held: LayerKV
     queries: Tensor | None
     scale: float
     candidates: int
     sinks: int
     page_size: int
-    running: Tensor | None
     layer: int
     all_heads: Callable[[Tensor], Tensor]
+    layers: int = 1
+    counts: Tensor | None = None
+    protected: Tensor | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    known: Tensor | None = None
+    log_bias: Tensor | None = None
+    true_positions: Tensor | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+    rope: Rope | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -86,8 +110,40 @@ class View:
 
     @property
     def device(self) -> torch.device:
-        """Of every tensor that a policy returns."""
+        """Where every tensor lies that a policy returns."""
         return self.held.device
+
+    @property
+    def positions(self) -> Tensor:
+        """True positions of the candidates, int32 [H, m]."""
+        assert self.true_positions is not None, 'the policy does not need "positions"'
+        return self.true_positions
+
+    @property
+    def sizes(self) -> Tensor:
+        """Candidates of each head, int64 [H] on the CPU."""
+        if self.counts is None:
+            return torch.full((self.num_kv_heads,), self.candidates)
+        return self.counts
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads have unequal numbers of candidates."""
+        return self.counts is not None and bool((self.counts != self.candidates).any())
+
+    @property
+    def valid(self) -> Tensor:
+        """Which of the m columns are candidates of each head: bool [H, m]."""
+        at = torch.arange(self.candidates, device=self.device)
+        return at < self.sizes.to(self.device).unsqueeze(1)
+
+    @property
+    def staying(self) -> Tensor:
+        """Which candidates stay whatever a policy says: bool [H, m]."""
+        if self.protected is not None:
+            return self.protected
+        at = torch.arange(self.candidates, device=self.device)
+        return (at < self.sinks) & self.valid
 
     def window_scores(
         self,
@@ -97,7 +153,8 @@ class View:
         pool_kind: str = "max",
         reduce: str = "mean",
     ) -> Tensor:
-        """Attention that each candidate receives from the window's queries: float32 [H, m].
+        """Attention that each candidate receives from the window's queries: float32 [H, m], -inf
+        past a head's count.
 
         The weights of `ops.window_attention`, added up over the window (or their mean), pooled
         along the candidates and then merged over the query heads of a KV head.
@@ -111,12 +168,40 @@ class View:
         return self.held.window_scores(
             self.queries,
             self.scale,
-            self.candidates,
+            self.sizes.tolist() if self.ragged else self.candidates,
             mean=mean,
             pool=pool,
             pool_kind=pool_kind,
             reduce=reduce,
         )
+
+
+class Room(NamedTuple):
+    """The pages of this rank that a request's compressed region may fill.
+
+    Attributes:
+        pages: how many, over all layers and heads.
+        page_tokens: int64 [L, H], tokens that one page of each head holds.
+        candidates: int64 [L, H], tokens that there are to keep.
+    """
+
+    pages: int
+    page_tokens: Tensor
+    candidates: Tensor
+
+
+class Merged(NamedTuple):
+    """What merging makes of a layer's candidates; only the kept slots are used.
+
+    Attributes:
+        keys: float32 [H, m, D], with RoPE of the slot's own position.
+        values: float32 [H, m, Dv].
+        log_bias: float32 [H, m], what is added to the logit of each slot; None: nothing.
+    """
+
+    keys: Tensor
+    values: Tensor
+    log_bias: Tensor | None
 
 
 class OptionError(ValueError):
@@ -128,59 +213,101 @@ class OptionError(ValueError):
         self.problem = problem
 
 
+Scores = Tensor | tuple[Tensor, Mapping[str, Tensor]]
+
+
 @dataclass
 class Policy(ABC):
     """Base of all policies. A subclass is a dataclass whose fields are its hyperparameters, and
     checks them in `__post_init__` with `require`."""
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()  # of "queries", "running"
-    # Names in pages.CODECS that the pages of the compressed region may have, those that lose least
+    # Of "queries" (the observation window), "positions" (true ones), "state" (what `score` returns
+    # beside scores is kept).
+    needs: ClassVar[frozenset[str]] = frozenset()
+    # Names of codecs that the pages of the compressed region may have, those that lose least
     # first; empty: raw.
     codecs: ClassVar[tuple[str, ...]] = ()
     # Whether, where a region has pages of two codecs, the most important tokens get the finer one;
     # else the newest do.
     tiers: ClassVar[bool] = False
+    # Whether `allocate` shares the pages out; else every layer and head gets equally many tokens.
+    allocates: ClassVar[bool] = False
+    # Whether `merge` changes what stays.
+    merges: ClassVar[bool] = False
+    # Whether it treats a request's spans each on its own.
+    uses_spans: ClassVar[bool] = False
 
     @abstractmethod
-    def score(self, view: View) -> Tensor:
-        """Importance of each candidate, [H, m]; higher stays."""
+    def score(self, view: View) -> Scores:
+        """Returns the importance of each candidate, [H, m]; higher stays. A policy that needs
+        "state" returns beside it, by name, what it wants to find in `View.state` at the next
+        compaction: [H, m] or [H, m, c] each."""
 
-    def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
-        """The slots that stay: int64 [H, keep], ascending, distinct, below m.
+    def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
+        """Returns which slots stay: bool [H, m] with keep[h] ones in row h.
 
-        By default the sinks and then the best scores.
-        """
-        return ops.top_slots(protect(scores, view.sinks), keep)
-
-    def split(
-        self, view: View, scores: Tensor, kept: Tensor, finer: int, demoted: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Which of the kept slots get the finer codec: those that would stay if only so many did.
+        By default the protected slots and then the best scores.
 
         Args:
-            kept: what `select` chose.
-            finer: how many.
+            scores: [H, m], of `score`, -inf past a head's count.
+            keep: int64 [H], on the CPU.
+        """
+        return ops.top_mask(protect(view, scores), keep)
+
+    def split(
+        self, view: View, scores: Tensor, kept: Tensor, finer: Tensor, demoted: Tensor
+    ) -> Tensor:
+        """Returns which of the kept slots get the finer codec, bool [H, m]: those that would stay
+        if only so many did.
+
+        Args:
+            scores, kept: of `select`.
+            finer: int64 [H], how many.
             demoted: bool [H, m], tokens that are in the coarser codec already. What they lost does
                 not come back, so they come last.
-
-        Returns:
-            int64 [H, finer] and the rest of `kept`, each ascending.
         """
-        stays = torch.zeros_like(demoted).scatter_(1, kept, True)
-        fresh = scores.masked_fill(demoted | ~stays, -torch.inf)
-        best = torch.zeros_like(demoted).scatter_(1, self.select(view, fresh, finer), True)
+        fresh = scores.masked_fill(demoted | ~kept, -torch.inf)
+        best = self.select(view, fresh, finer)
         # By class, then by score: the best, others that were never demoted, the demoted.
         place = fresh.argsort(dim=1, stable=True).argsort(1)
         rank = place + ((best & ~demoted).long() + (~demoted).long()) * view.candidates
-        mask = ops.top_mask(rank.float().masked_fill(~stays, -torch.inf), finer)
-        rest = ops.mask_slots(stays & ~mask, kept.shape[1] - finer)
-        return ops.mask_slots(mask, finer), rest
+        return ops.top_mask(rank.float().masked_fill(~kept, -torch.inf), finer)
 
-    def running(self, view: View, scores: Tensor) -> Tensor | None:
-        """What the engine keeps of the survivors for `View.running` at the next compaction:
-        float32 [H, m], or None."""
+    def demand(self, view: View, scores: Tensor, room: Room) -> Tensor | None:
+        """Returns what `allocate` wants to know of one layer, [H], or None if it needs no scores.
+        Called for every layer, before anything is chosen; `scores` as in `select`."""
         return None
+
+    def allocate(self, demand: Tensor | None, room: Room) -> Tensor:
+        """Returns the relative share of each head in the request's pages, [L, H], at least 0; for
+        policies with `allocates`. Under tensor parallelism each rank shares out its own pages.
+
+        Args:
+            demand: [L, H], what `demand` returned, or None.
+            room: what there is to share.
+        """
+        raise NotImplementedError
+
+    def merge(self, view: View, scores: Tensor, kept: Tensor) -> Merged:
+        """Returns the keys, values and log biases with which the kept slots are stored; for
+        policies with `merges`.
+
+        Args:
+            scores: of `select`.
+            kept: bool [H, m].
+        """
+        raise NotImplementedError
+
+    @property
+    def whole_pages(self) -> bool:
+        """Whether what stays must be whole pages of equally many tokens in every head."""
+        return False
+
+    @classmethod
+    def storage(cls) -> Storage:
+        """Returns how the compressed region may be stored."""
+        return Storage(cls.codecs, cls.tiers, cls.allocates or cls.merges)
 
     def require(self, option: str, ok: bool, allowed: str) -> None:
         """Raises OptionError unless `ok`. `allowed` completes "... is not"."""
@@ -194,28 +321,92 @@ class Policy(ABC):
         self.require(option, ok, f"one of {', '.join(allowed)}")
 
 
-def protect(scores: Tensor, first: int, last: int = 0) -> Tensor:
-    """Puts the first and the last few slots above every other.
+def _default_base() -> Policy:
+    from vllm_kvcrush.policies.snapkv import SnapKV
 
-    Args:
-        scores: [H, m].
-        first, last: numbers of slots.
+    return SnapKV()
 
-    Returns:
-        [H, m], a copy in which these slots are +inf and all others finite.
+
+@dataclass
+class Wrapper(Policy):
+    """Base of policies that wrap another one: by default all is as the other one says.
+
+    Attributes:
+        base: the wrapped policy; SnapKV unless another one is named.
     """
+
+    base: Policy = field(default_factory=_default_base)
+
+    def __post_init__(self) -> None:
+        self.require("base", isinstance(self.base, Policy), "a policy")
+        for name in ("codecs", "tiers", "allocates", "merges", "uses_spans"):
+            # A class attribute of most; here what the wrapped object has.
+            setattr(self, name, getattr(type(self), name) or getattr(self.base, name))
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """Returns whatever the base needs."""
+        return self.base.needs
+
+    @property
+    def whole_pages(self) -> bool:
+        """Returns whether the base wants whole pages."""
+        return self.base.whole_pages
+
+    def score(self, view: View) -> Scores:
+        """Returns the base's scores and state."""
+        return self.base.score(view)
+
+    def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
+        """Returns the base's choice."""
+        return self.base.select(view, scores, keep)
+
+    def split(
+        self, view: View, scores: Tensor, kept: Tensor, finer: Tensor, demoted: Tensor
+    ) -> Tensor:
+        """Returns the base's choice. One with a `select` of its own wants `Policy.split`."""
+        return self.base.split(view, scores, kept, finer, demoted)
+
+    def demand(self, view: View, scores: Tensor, room: Room) -> Tensor | None:
+        """Returns the base's demand."""
+        return self.base.demand(view, scores, room)
+
+    def allocate(self, demand: Tensor | None, room: Room) -> Tensor:
+        """Returns the base's shares."""
+        return self.base.allocate(demand, room)
+
+    def merge(self, view: View, scores: Tensor, kept: Tensor) -> Merged:
+        """Returns what the base merges."""
+        return self.base.merge(view, scores, kept)
+
+
+def protect(view: View, scores: Tensor) -> Tensor:
+    """Returns a copy of the scores [H, m] in which protected slots are +inf, padding is -inf and
+    all others are finite."""
     top = torch.finfo(scores.dtype).max
     scores = scores.nan_to_num(nan=-top, posinf=top, neginf=-top)
-    scores[:, :first] = torch.inf
-    scores[:, scores.shape[-1] - last :] = torch.inf
+    if view.protected is None:
+        scores[:, : view.sinks] = torch.inf
+    else:
+        scores = scores.masked_fill(view.protected, torch.inf)
+    if view.ragged:
+        scores = scores.masked_fill(~view.valid, -torch.inf)
     return scores
 
 
+def newest_slots(view: View, count: Tensor) -> Tensor:
+    """Returns each head's `count` newest candidates, int64 [H] → bool [H, m]."""
+    at = torch.arange(view.candidates, device=view.device)
+    sizes = view.sizes
+    first = (sizes - count).to(view.device).unsqueeze(1)
+    return (at >= first) & (at < sizes.to(view.device).unsqueeze(1))
+
+
 def is_whole(value: Any) -> bool:
-    """Whether an option is an int; True and False, which JSON has too, are not."""
+    """Returns whether an option is an int; True and False, which JSON has too, are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether an option is a finite int or float."""
+    """Returns whether an option is a finite int or float."""
     return is_whole(value) or (isinstance(value, float) and math.isfinite(value))

@@ -3,7 +3,7 @@ of tokens, and no other request anything."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush import ops
-from vllm_kvcrush.policies.base import Held, Policy, View
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.policies.base import Merged, Policy, Room, View, protect
+
+# What a choice is that is not `sound`.
+USELESS = "its scores have NaN, or it did not choose as many slots of each head as were to stay"
 
 
 class PolicyFailure(Exception):
@@ -23,81 +27,178 @@ class Choice:
     """What stays of one layer of a request.
 
     Attributes:
-        slots: int64 [H, k]: the slots of the view that stay, in the order in which the region
-            holds them: those of the finer codec first where there are tiers, each part ascending.
-        running: float32 [H, k], the policy's running state of these slots, or None.
-        sound: bool scalar: False where the policy's values were useless (NaN scores, slots that
-            repeat, descend or are out of range), and `slots` are the sinks and the newest instead.
+        kept: bool [H, m]: the slots of the view that stay.
+        finer: bool [H, m]: those of them in the finer codec, where there are tiers, else None.
+        state: what the policy keeps of each candidate, by name: float32 [H, m, ...].
+        merged: the keys, values and log biases with which what stays is stored; None: as it is.
+        sound: bool scalar: False where the policy's values were useless (NaN scores, the wrong
+            number of slots, slots past a head's count), and the sinks and the newest stay instead.
             A tensor, so that nobody has to wait for the device.
     """
 
-    slots: Tensor
-    running: Tensor | None
+    kept: Tensor
+    finer: Tensor | None
+    state: dict[str, Tensor]
+    merged: Merged | None
     sound: Tensor
 
 
-def newest(view: View, keep: int, finer: int = 0) -> Choice:
-    """The choice that needs no policy: the sinks and the newest candidates; of those the `finer`
-    ones are again the sinks and the newest."""
-
-    def ends(slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        first = min(view.sinks, count)
-        last = len(slots) - count + first
-        return torch.cat((slots[:first], slots[last:])), slots[first:last]
-
-    device = view.device
-    kept, _ = ends(torch.arange(view.candidates, device=device), keep)
-    fine, coarse = ends(kept, finer)
-    slots = (torch.cat((fine, coarse)) if finer else kept).expand(view.num_kv_heads, -1)
-    running = None
-    if view.running is not None:
-        running = view.running.gather(1, slots)
-    return Choice(slots, running, torch.ones((), dtype=torch.bool, device=device))
+def newest(view: View, keep: Tensor, finer: Tensor | None = None) -> Choice:
+    """The choice that needs no policy: the protected slots and the newest candidates; of those the
+    `finer` ones are again the protected and the newest. Arguments as `choose` takes them."""
+    age = torch.arange(view.candidates, dtype=torch.float32, device=view.device)
+    age = age.expand(view.num_kv_heads, -1)
+    kept = ops.top_mask(protect(view, age), keep)
+    fine = None
+    if finer is not None:
+        fine = ops.top_mask(protect(view, age).masked_fill(~kept, -torch.inf), finer)
+    sound = torch.ones((), dtype=torch.bool, device=view.device)
+    return Choice(kept, fine, dict(view.state), None, sound)
 
 
-def choose(
-    policy: Policy, view: View, keep: int, finer: int = 0, demoted: Tensor | None = None
-) -> Choice:
-    """Asks a policy which `keep` of the candidates stay, and which `finer` of those get the finer
-    codec; `demoted` as `Policy.split` takes it, or None without tiers.
+def scored(policy: Policy, view: View) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy's scores, -inf past a head's count, and its state.
 
     Raises:
         PolicyFailure: the policy raised, or a result has the wrong type, shape or dtype.
     """
-    heads, m = view.num_kv_heads, view.candidates
-    try:
-        scores = policy.score(view)
-        _require("score", scores, (heads, m), _is_float, "floats")
+    with _Guard():
+        found: Any = policy.score(view)
+        scores, state = found if isinstance(found, tuple) and len(found) == 2 else (found, {})
+        shape = (view.num_kv_heads, view.candidates)
+        _require("score", scores, shape, _is_float, "floats")
+        if not isinstance(state, Mapping):
+            raise PolicyFailure(f"score returned {type(state).__name__} as state, not tensors")
+        kept = {}
+        for name, value in state.items() if "state" in policy.needs else ():
+            right = isinstance(value, Tensor) and tuple(value.shape[:2]) == shape
+            _require(
+                f"score's state {name!r}",
+                value,
+                value.shape if right else shape,
+                _is_float,
+                "floats",
+            )
+            kept[str(name)] = value.float().nan_to_num()
+        if view.ragged:
+            scores = scores.masked_fill(~view.valid, -torch.inf)
+    return scores, kept
+
+
+def demanded(policy: Policy, view: View, scores: Tensor, room: Room) -> Tensor | None:
+    """What the policy wants `allocate` to know of a layer, float64 [H] on the CPU, or None.
+
+    Raises:
+        PolicyFailure: as `scored` does.
+    """
+    with _Guard():
+        demand = policy.demand(view, scores, room)
+        if demand is None:
+            return None
+        _require("demand", demand, (view.num_kv_heads,), lambda _: True, "numbers")
+        return demand.double().cpu()
+
+
+def allocated(policy: Policy, demand: Tensor | None, room: Room) -> Tensor:
+    """The policy's shares of a request's pages, float64 [L, H] on the CPU.
+
+    Raises:
+        PolicyFailure: as `scored` does, or shares are negative, not finite, or all 0.
+    """
+    with _Guard():
+        shares = policy.allocate(demand, room)
+        _require("allocate", shares, tuple(room.candidates.shape), lambda _: True, "numbers")
+        shares = shares.double().cpu()
+        if not bool(shares.isfinite().all()) or bool((shares < 0).any()) or not shares.sum() > 0:
+            raise PolicyFailure("allocate returned shares that are negative, not finite or all 0")
+        return shares
+
+
+def choose(
+    policy: Policy,
+    view: View,
+    keep: Tensor,
+    finer: Tensor | None = None,
+    demoted: Tensor | None = None,
+    given: tuple[Tensor, dict[str, Tensor]] | None = None,
+) -> Choice:
+    """Asks a policy which candidates stay, and which of those get the finer codec. Protected slots
+    stay in any case.
+
+    Args:
+        keep: int64 [H] on the CPU, how many of each head stay.
+        finer: int64 [H] on the CPU, how many of these get the finer codec; None without tiers.
+        demoted: as `Policy.split` takes it, with `finer`.
+        given: what `scored` returned, if it was asked before.
+
+    Raises:
+        PolicyFailure: the policy raised, or a result has the wrong type, shape or dtype.
+    """
+    scores, state = scored(policy, view) if given is None else given
+    shape = (view.num_kv_heads, view.candidates)
+    instead = newest(view, keep, finer)
+    with _Guard():
         kept = policy.select(view, scores, keep)
-        _require("select", kept, (heads, keep), _is_index, "int64")
+        _require("select", kept, shape, _is_bool, "bool")
+        wanted = keep.to(view.device)
+        sound = ~scores.isnan().any() & (kept.sum(1) == wanted).all()
+        if view.ragged:
+            sound = sound & ~(kept & ~view.valid).any()
         # Before they index anything. What is wrong then is told by `sound`.
-        sound = ~scores.isnan().any() & _ascending(kept, m)
-        instead = newest(view, keep, finer)
-        plain = newest(view, keep).slots
-        kept = torch.where(sound, kept, plain)
-        if demoted is None:
-            slots = kept
-        else:
-            parts = policy.split(view, scores, kept, finer, demoted)
-            if not (isinstance(parts, tuple) and len(parts) == 2):
-                raise PolicyFailure(f"split returned {type(parts).__name__}, not two tensors")
-            for part, size in zip(parts, (finer, keep - finer), strict=True):
-                _require("split", part, (heads, size), _is_index, "int64")
-                sound = sound & _ascending(part, m)
-            slots = torch.cat(parts, 1)
-            sound = sound & (slots.sort(1).values == kept).all()
-            slots = torch.where(sound, slots, instead.slots)
-        running = None
-        if "running" in policy.needs:  # nobody reads what others return
-            running = policy.running(view, scores)
-            _require("running", running, (heads, m), _is_float, "floats")
-            assert running is not None
-            running = running.float().nan_to_num().gather(1, slots)
-    except PolicyFailure:
-        raise
-    except Exception as error:
-        raise PolicyFailure(f"{type(error).__name__}: {error}") from error
-    return Choice(slots, running, sound)
+        kept = torch.where(sound, with_protected(view, scores, kept, keep), instead.kept)
+        fine = None
+        if finer is not None:
+            assert demoted is not None and instead.finer is not None
+            fine = policy.split(view, scores, kept, finer, demoted)
+            _require("split", fine, shape, _is_bool, "bool")
+            sound = sound & (fine.sum(1) == finer.to(view.device)).all() & ~(fine & ~kept).any()
+            fine = torch.where(sound, fine, instead.finer)
+            kept = torch.where(sound, kept, instead.kept)
+        merged = policy.merge(view, scores, kept) if policy.merges else None
+        if merged is not None:
+            merged = _checked(merged, view)
+    return Choice(kept, fine, state, merged, sound)
+
+
+def with_protected(view: View, scores: Tensor, kept: Tensor, keep: Tensor) -> Tensor:
+    """What stays when protected slots that a policy dropped take the places of the worst others.
+    Arguments as `choose` and `Policy.select` have them."""
+    protected = view.staying
+    if view.device.type == "cpu" and not bool((protected & ~kept).any()):
+        return kept
+    rank = torch.atan(scores.double().nan_to_num()) + 10.0
+    rank = rank.masked_fill(~kept, -torch.inf).masked_fill(protected, torch.inf)
+    if view.ragged:
+        rank = rank.masked_fill(~view.valid, -torch.inf)
+    return ops.top_mask(rank, keep)
+
+
+def _checked(merged: Any, view: View) -> Merged:
+    if not isinstance(merged, Merged):
+        raise PolicyFailure(f"merge returned {type(merged).__name__}, not a Merged")
+    rows = (view.num_kv_heads, view.candidates)
+    values = view.values
+    assert values is not None
+    for what, value, size in (
+        ("keys", merged.keys, view.keys.shape[2]),
+        ("values", merged.values, values.shape[2]),
+    ):
+        _require(f"merge's {what}", value, (*rows, size), _is_float, "floats")
+    if merged.log_bias is not None:
+        _require("merge's log bias", merged.log_bias, rows, _is_float, "floats")
+    if not all(bool(x.isfinite().all()) for x in merged if x is not None):
+        raise PolicyFailure("merge returned values that are not finite")
+    return merged
+
+
+class _Guard:
+    """Turns whatever a policy raises into PolicyFailure."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, PolicyFailure):
+            raise PolicyFailure(f"{type(error).__name__}: {error}") from error
 
 
 def _require(
@@ -109,9 +210,9 @@ def _require(
 ) -> None:
     if not isinstance(value, Tensor):
         raise PolicyFailure(f"{what} returned {type(value).__name__}, not a tensor")
-    if tuple(value.shape) != shape or not allowed(value.dtype):
+    if tuple(value.shape) != tuple(shape) or not allowed(value.dtype):
         raise PolicyFailure(
-            f"{what} returned {value.dtype} {tuple(value.shape)}, not {words} {shape}"
+            f"{what} returned {value.dtype} {tuple(value.shape)}, not {words} {tuple(shape)}"
         )
 
 
@@ -119,14 +220,8 @@ def _is_float(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point
 
 
-def _is_index(dtype: torch.dtype) -> bool:
-    return dtype == torch.int64
-
-
-def _ascending(slots: Tensor, m: int) -> Tensor:
-    """Whether each row ascends within [0, m): bool scalar."""
-    inside = ((slots >= 0) & (slots < m)).all()
-    return inside & (slots[:, 1:] > slots[:, :-1]).all()
+def _is_bool(dtype: torch.dtype) -> bool:
+    return dtype == torch.bool
 
 
 def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int = 32) -> None:
@@ -145,10 +240,15 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
     m, keep = blocks * page_size, blocks // 2 * page_size
     draw = torch.Generator().manual_seed(0)
     n = m + window
-    running = torch.zeros(heads, m) if "running" in policy.needs else None
-    for _ in range(2):
+    counts = torch.full((heads,), keep)
+    state: dict[str, Tensor] = {}
+    positions = torch.arange(m, dtype=torch.int32).expand(heads, -1)
+    for turn in range(2):
         view = View(
-            held=ops.Held(*(torch.randn(heads, n, size, generator=draw) for _ in range(2))),
+            held=ops.LayerKV(
+                torch.randn(heads, n, size, generator=draw),
+                torch.randn(heads, n, size, generator=draw),
+            ),
             queries=torch.randn(heads * group, window, size, generator=draw)
             if "queries" in policy.needs
             else None,
@@ -156,29 +256,49 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
             candidates=m,
             sinks=sinks,
             page_size=page_size,
-            running=running,
             layer=0,
             all_heads=lambda x: x,
+            state=state,
+            known=(torch.arange(m) < turn * keep).expand(heads, -1),
+            log_bias=torch.zeros(heads, m) if policy.merges else None,
+            true_positions=positions + turn * (m - keep),
+            spans=((0, m // 4), (m // 2, m)),
+            rope=Rope(1e4 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)),
         )
+        given = scored(policy, view)
+        if policy.allocates:
+            room = Room(
+                heads * keep // page_size,
+                torch.full((1, heads), page_size),
+                torch.full((1, heads), m),
+            )
+            demand = demanded(policy, view, given[0], room)
+            allocated(policy, None if demand is None else demand.unsqueeze(0), room)
         demoted = torch.zeros(heads, m, dtype=torch.bool) if policy.tiers else None
-        choice = choose(policy, view, keep, keep // 2 if policy.tiers else 0, demoted)
+        finer = counts // 2 if policy.tiers else None
+        choice = choose(policy, view, counts, finer, demoted, given)
         if not choice.sound:
-            raise PolicyFailure("its scores have NaN, or its slots are not ascending candidates")
-        if choice.running is not None:
-            running = torch.zeros(heads, m)
-            running[:, :keep] = choice.running
+            raise PolicyFailure(USELESS)
+        slots = ops.mask_slots(choice.kept, keep)
+        state = {}
+        for name, value in choice.state.items():
+            state[name] = torch.zeros_like(value)
+            state[name][:, :keep] = reordered(value, slots)
 
 
-class ReorderedHeld:
-    """What a request holds in one layer with its first slots in another order: `base.Held`.
+class ReorderedKV:
+    """What a request holds in one layer with its candidates in another order, or some of them
+    only: `base.LayerKV`.
 
     Args:
-        held: what it holds, by slot.
-        order: int64 [H, m]: which slot of each head comes where; slots from m on stay.
+        view: of all candidates, by slot.
+        order: int64 [H, k]: which slot of each head comes where; the tail stays behind them.
     """
 
-    def __init__(self, held: Held, order: Tensor):
-        self._held, self._order = held, order
+    def __init__(self, view: View, order: Tensor):
+        self._held, self._order = view.held, order
+        self._m = view.candidates
+        self._candidates = view.sizes.tolist() if view.ragged else view.candidates
 
     @property
     def num_kv_heads(self) -> int:
@@ -202,15 +322,13 @@ class ReorderedHeld:
         return None if values is None else self._reordered(values)
 
     def _reordered(self, x: Tensor) -> Tensor:
-        m = self._order.shape[1]
-        where = self._order.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return torch.cat((x[:, :m].gather(1, where), x[:, m:]), 1)
+        return torch.cat((reordered(x[:, : self._m], self._order), x[:, self._m :]), 1)
 
     def window_scores(
         self,
         queries: Tensor,
         scale: float,
-        candidates: int,
+        candidates: Any,
         *,
         pool: int = 1,
         pool_kind: str = "max",
@@ -218,24 +336,47 @@ class ReorderedHeld:
         **options: Any,
     ) -> Tensor:
         """`ops.window_scores` over these keys; they are pooled in this order."""
-        if pool == 1:
-            scores = self._held.window_scores(queries, scale, candidates, reduce=reduce, **options)
-            return scores.gather(1, self._rows(scores))
-        scores = self._held.window_scores(queries, scale, candidates, reduce=None, **options)
-        scores = ops.pool_scores(scores.gather(1, self._rows(scores)), pool, pool_kind)
-        return scores if reduce is None else ops.reduce_groups(scores, self.num_kv_heads, reduce)
-
-    def _rows(self, scores: Tensor) -> Tensor:
+        first = reduce if pool == 1 else None
+        scores = self._held.window_scores(queries, scale, self._candidates, reduce=first, **options)
         # Query heads read the slots of their KV head.
-        return self._order.repeat_interleave(len(scores) // self.num_kv_heads, 0)
+        group = len(scores) // self.num_kv_heads
+        scores = scores.gather(1, self._order.repeat_interleave(group, 0))
+        counts = [candidates] * self.num_kv_heads if isinstance(candidates, int) else candidates
+        for head, count in enumerate(counts):
+            own = scores[head * group : (head + 1) * group]
+            own[:, count:] = -torch.inf
+            if pool > 1 and count:
+                own[:, :count] = ops.pool_scores(own[:, :count], pool, pool_kind)
+        if pool == 1 or reduce is None:
+            return scores
+        return ops.reduce_groups(scores, self.num_kv_heads, reduce)
 
 
 def in_position_order(view: View, order: Tensor) -> View:
-    """A view whose candidates come in the order of their positions instead of their slots'.
+    """A view whose candidates come in the order of their positions instead of their slots', or
+    which has some of them only: then the caller says how many of each head.
 
     Args:
         view: by slot.
-        order: int64 [H, m], the slots of each head by position.
+        order: int64 [H, k], the slots of each head by position.
     """
-    running = None if view.running is None else view.running.gather(1, order)
-    return replace(view, held=ReorderedHeld(view.held, order), running=running)
+
+    def ordered(x: Tensor | None) -> Tensor | None:
+        return None if x is None else reordered(x, order)
+
+    return replace(
+        view,
+        held=ReorderedKV(view, order),
+        candidates=order.shape[1],
+        protected=ordered(view.protected),
+        state={name: reordered(x, order) for name, x in view.state.items()},
+        known=ordered(view.known),
+        log_bias=ordered(view.log_bias),
+        true_positions=ordered(view.true_positions),
+    )
+
+
+def reordered(x: Tensor, order: Tensor) -> Tensor:
+    """`x` [H, m, ...] with the columns of each row in another order, int64 [H, k]: [H, k, ...]."""
+    index = order.view(*order.shape, *(1,) * (x.dim() - 2))
+    return x.gather(1, index.expand(*order.shape, *x.shape[2:]))

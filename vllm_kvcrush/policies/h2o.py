@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vllm_kvcrush import ops
-from vllm_kvcrush.policies.base import Policy, View, is_number, protect
+from vllm_kvcrush.policies.base import Policy, View, is_number, newest_slots, protect
 
 
 @dataclass
@@ -20,12 +20,12 @@ class H2O(Policy):
     what the token had gathered at earlier ones. Queries between two windows are not counted.
 
     Attributes:
-        recent: share of the kept candidates that are simply the newest; the sinks and the best
-            scores share the rest. If the sinks need more than that, fewer recent ones stay.
+        recent: share of the kept candidates that are simply the newest; the protected slots and the
+            best scores share the rest. If the sinks need more than that, fewer recent ones stay.
     """
 
     name: ClassVar[str] = "h2o"
-    needs: ClassVar[frozenset[str]] = frozenset({"queries", "running"})
+    needs: ClassVar[frozenset[str]] = frozenset({"queries", "state"})
 
     recent: float = 0.5
 
@@ -33,13 +33,13 @@ class H2O(Policy):
         share = is_number(self.recent) and 0 <= self.recent <= 1
         self.require("recent", share, "a number from 0 to 1")
 
-    def score(self, view: View) -> Tensor:
-        assert view.running is not None
-        return view.window_scores(mean=False) + view.running
+    def score(self, view: View) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = view.window_scores(mean=False)
+        if (gathered := view.state.get("attention")) is not None:
+            scores = scores + gathered
+        return scores, {"attention": scores}
 
-    def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
-        recent = min(int(self.recent * keep), max(0, keep - view.sinks))
-        return ops.top_slots(protect(scores, view.sinks, recent), keep)
-
-    def running(self, view: View, scores: Tensor) -> Tensor:
-        return scores.float()
+    def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
+        recent = (self.recent * keep.double()).long().minimum((keep - view.sinks).clamp(min=0))
+        best = protect(view, scores).masked_fill(newest_slots(view, recent), float("inf"))
+        return ops.top_mask(best, keep)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vllm_kvcrush import ops
-from vllm_kvcrush.policies.base import (
-    OptionError,
-    Policy,
-    View,
-    is_number,
-    is_whole,
-    protect,
-)
+from vllm_kvcrush.policies.base import Policy, View, Wrapper, is_number, is_whole, protect
 
 
 @dataclass
-class KVCrush(Policy):
+class KVCrush(Wrapper):
     """KVCrush (arXiv 2503.00022): important tokens by a base policy, and representatives of the
     others.
 
@@ -38,7 +30,6 @@ class KVCrush(Policy):
 
     Attributes:
         base: policy that scores.
-        base_options: its hyperparameters.
         ratio: share of the budget for representatives.
         anchor: "random", "zeros", "ones", "mean" (majority of the vectors in a head's list) or
             "alternate" (0101...).
@@ -49,8 +40,6 @@ class KVCrush(Policy):
 
     name: ClassVar[str] = "kvcrush"
 
-    base: str = "snapkv"
-    base_options: Mapping[str, Any] = field(default_factory=dict)
     ratio: float = 0.25
     anchor: str = "alternate"
     level: str = "token"
@@ -58,13 +47,9 @@ class KVCrush(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        # Here, because the registry itself imports this module.
-        from vllm_kvcrush import policies
-
-        scorers = tuple(n for n in policies.names() if n != self.name)
-        self.require_one_of("base", scorers)
-        options = isinstance(self.base_options, Mapping)
-        self.require("base_options", options, f"an object with options of {self.base}")
+        super().__post_init__()
+        # The base's own choice, span by span, is not asked for.
+        setattr(self, "uses_spans", False)  # noqa: B010
         ratio = is_number(self.ratio) and 0 <= self.ratio < 1
         self.require("ratio", ratio, "a number from 0 to below 1")
         self.require_one_of("anchor", ops.ANCHORS)
@@ -73,45 +58,45 @@ class KVCrush(Policy):
         self.require("share", share, "a number between 0 and 1")
         seed = is_whole(self.seed) and 0 <= self.seed < 2**63
         self.require("seed", seed, "a whole number from 0 to 2**63 - 1")
-        try:
-            self._scorer = policies.get(self.base, self.base_options)
-        except OptionError as error:  # name the option as the operator wrote it
-            path = error.path.replace(self.base, f"{self.name}.base_options", 1)
-            raise OptionError(path, error.problem) from None
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """Whatever the base needs."""
-        return self._scorer.needs
+    def whole_pages(self) -> bool:
+        """Returns whether whole pages stay."""
+        return self.level == "page" or super().whole_pages
 
-    def score(self, view: View) -> Tensor:
-        return self._scorer.score(view)
-
-    def running(self, view: View, scores: Tensor) -> Tensor | None:
-        return self._scorer.running(view, scores)
-
-    def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
+    def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
         if self.level == "token":
             return self._select(view, scores, keep, 1)
         page = view.page_size
-        assert view.candidates % page == 0 and keep % page == 0
-        pages = self._select(view, scores, keep // page, page)
-        slots = pages.unsqueeze(-1) * page + torch.arange(page, device=pages.device)
-        return slots.flatten(1)
+        assert view.candidates % page == 0 and not bool((keep % page).any())
+        return self._select(view, scores, keep // page, page).repeat_interleave(page, 1)
 
-    def _select(self, view: View, scores: Tensor, keep: int, unit: int) -> Tensor:
-        """Selects `keep` units of `unit` tokens each: int64 [H, keep]."""
+    def _select(self, view: View, scores: Tensor, keep: Tensor, unit: int) -> Tensor:
+        """Selects `keep` units of `unit` tokens each: bool [H, units]."""
         sinks = -(-view.sinks // unit)
-        representatives = round(self.ratio * keep)
+        representatives = (self.ratio * keep.double()).round().long()
         if self.level == "page" and self.ratio > 0:
-            representatives = max(1, representatives)
+            representatives = representatives.clamp(min=1)
         # The most important unit is never given up for a representative, nor is a sink.
-        representatives = max(0, min(representatives, keep - max(1, sinks)))
-        totals = scores.reshape(scores.shape[0], -1, unit).sum(-1)
-        important = ops.top_mask(protect(totals, sinks), keep - representatives)
-        if representatives:
-            # Every rank gets here or none does: the counts are the same on all of them.
-            bits = view.all_heads(ops.keep_bits(scores, self.share))
-            anchor = ops.anchor_bits(self.anchor, len(bits) * unit, self.seed, bits.device)
-            important = ops.represent(bits, important, representatives, anchor, unit)
-        return ops.mask_slots(important, keep)
+        representatives = representatives.minimum(keep - max(1, sinks)).clamp(min=0)
+        best = protect(view, scores)
+        if unit > 1:
+            held = best.reshape(len(best), -1, unit).isposinf().any(-1)
+            best = scores.reshape(*held.shape, unit).sum(-1)
+            best = best.nan_to_num(nan=torch.finfo(best.dtype).min).masked_fill(held, torch.inf)
+        important = ops.top_mask(best, keep - representatives)
+        if self.ratio == 0:
+            return important
+        # Every rank asks for the others' bits, though its own heads may have no use for them.
+        bits = view.all_heads(ops.keep_bits(scores, self.share, view.sizes))
+        anchor = ops.anchor_bits(self.anchor, len(bits) * unit, self.seed, bits.device)
+        if not view.ragged and bool((representatives == representatives[0]).all()):
+            return ops.represent(bits, important, int(representatives[0]), anchor, unit)
+        counts = zip((view.sizes // unit).tolist(), representatives.tolist(), strict=True)
+        for head, (size, count) in enumerate(counts):
+            if count:
+                own, described = important[head : head + 1, :size], bits[:, : size * unit]
+                own.copy_(ops.represent(described.contiguous(), own, count, anchor, unit))
+        return important
+
+    split = Policy.split  # of what this policy selects, not the base

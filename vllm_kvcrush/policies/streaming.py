@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.policies.base import Policy, View
+from vllm_kvcrush.policies.base import Policy, View, newest_slots
 
 
 @dataclass
@@ -26,9 +26,11 @@ class Streaming(Policy):
         slots = torch.arange(view.candidates, dtype=torch.float32, device=view.device)
         return slots.expand(view.num_kv_heads, -1)
 
-    def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
+    def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
         # What the base class would choose, without the search: sorted scores are its slow case.
-        sinks, device = min(view.sinks, keep), view.device
-        first = torch.arange(sinks, device=device)
-        newest = torch.arange(view.candidates - keep + sinks, view.candidates, device=device)
-        return torch.cat((first, newest)).repeat(view.num_kv_heads, 1)
+        if view.protected is not None:
+            return super().select(view, scores, keep)
+        sinks = keep.clamp(max=view.sinks)
+        mask = newest_slots(view, keep - sinks)
+        at = torch.arange(view.candidates, device=view.device)
+        return mask | (at < sinks.to(view.device).unsqueeze(1))

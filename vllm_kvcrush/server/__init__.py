@@ -18,9 +18,9 @@ logger = logging.getLogger("vllm.kvcrush")
 
 
 def register() -> None:
-    """Waits for the two objects through which every request enters vLLM, whoever makes them and
-    from whatever: one of several API servers, a batch runner, `LLM`, or code that was handed a
-    finished `VllmConfig`."""
+    """Wraps the constructors of the two classes through which every request enters vLLM, whoever
+    constructs them: an API server, a batch runner, `LLM`, or code that was given a finished
+    `VllmConfig`."""
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -51,16 +51,16 @@ def _constructed(original: Method, http: bool) -> Method:
 
 
 def configured(vllm_config: Any) -> Any:
-    """The plugin's part of a `VllmConfig`: a dict, or None where it is not active."""
+    """Returns the plugin's part of a `VllmConfig`: a dict, or None where it is not active."""
     extra = vllm_config.additional_config
     return extra.get(KEY) if isinstance(extra, Mapping) else None
 
 
 def install(active: bool, http: bool = True) -> None:
-    """Wraps what a process that takes requests needs; safe to call again.
+    """Wraps the methods of vLLM that a process that takes requests needs; safe to call again.
 
     Args:
-        active: whether this engine has the plugin configured. If not, requests that ask for
+        active: whether the plugin is configured for this engine. If not, requests that ask for
             compression are refused and nothing else changes.
         http: whether the process may serve the OpenAI API; False spares `LLM` its imports.
     """

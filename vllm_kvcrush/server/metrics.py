@@ -6,8 +6,8 @@ seen. Collectors are made once per process: there is a logger per engine, and a 
 must not register them again.
 
 Several API servers share one page (prometheus_client's multiprocess mode): counters add up, and
-of a gauge the newest value counts. As each snapshot reaches only one of the servers, whoever gets
-one sets the gauges of every policy that a client may ask for, not only of those it has seen.
+the newest value of a gauge counts. As each snapshot reaches only one of the servers, the one that
+gets it sets the gauges of every policy that a client may ask for, not only of those it has seen.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_kvcrush.server import KEY, Method, configured, wrap
+from vllm_kvcrush.spec import parse
 from vllm_kvcrush.stats import COMPACTION_BUCKETS
 
 _PREFIX = "vllm_kvcrush:"
@@ -27,11 +28,11 @@ _ENGINE = ("model_name", "engine")
 
 
 def install() -> None:
-    """Keeps the plugin's numbers from vLLM's loggers of KV connectors, which would take them for
+    """Hides the plugin's numbers from vLLM's loggers of KV connectors, which would take them for
     a connector's, and adds our logger where an engine logs stats at all.
 
-    Not by vLLM's entry point for stat loggers: having one installed turns stats on in every
-    server, whether or not it asked for them or for us."""
+    It does not use vLLM's entry point for stat loggers: an installed one turns stats on in every
+    server, whether or not it asked for them or for this plugin."""
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorLogging,
         KVConnectorProm,
@@ -79,7 +80,7 @@ def _gauge(
     *labels: str,
     mode: Literal["mostrecent", "max"] = "mostrecent",
 ) -> Gauge:
-    # Of several API servers, the one that heard from the engine last.
+    # With several API servers, the one that heard from the engine last counts.
     return Gauge(_PREFIX + name, help_text, labels, multiprocess_mode=mode)
 
 
@@ -89,40 +90,40 @@ def _histogram(name: str, help_text: str, *labels: str) -> Histogram:
 
 
 def requests() -> Counter:
-    """Requests by the policy that they run with."""
+    """Counts requests by the policy that they run with."""
     help_text = "Requests taken, by the policy that they run with."
     return _counter("requests", help_text, "model_name", "policy")
 
 
 def refusals() -> Counter:
-    """Requests refused with HTTP 400, by reason."""
+    """Counts requests refused with HTTP 400, by reason."""
     help_text = "Requests refused because of their KV parameters, by reason."
     return _counter("refusals", help_text, "model_name", "reason")
 
 
 def compactions() -> Counter:
-    """Compactions by policy."""
+    """Counts compactions by policy."""
     return _counter("compactions", "Compactions.", *_ENGINE, "policy")
 
 
 def tokens_evicted() -> Counter:
-    """Evicted tokens by policy."""
+    """Counts evicted tokens by policy."""
     return _counter("tokens_evicted", "Tokens whose KV was evicted.", *_ENGINE, "policy")
 
 
 def blocks_freed() -> Counter:
-    """Freed blocks by policy."""
+    """Counts freed blocks by policy."""
     help_text = "KV blocks that compactions returned to the pool."
     return _counter("blocks_freed", help_text, *_ENGINE, "policy")
 
 
 def compaction_seconds() -> Histogram:
-    """Time per compaction by policy."""
+    """Observes the seconds of each compaction, by policy."""
     return _histogram("compaction_seconds", "Time per compaction.", *_ENGINE, "policy")
 
 
 def deferrals() -> Counter:
-    """Compactions put off, by reason."""
+    """Counts compactions put off, by reason."""
     help_text = (
         "Compactions put off: blocks still shared with another request, or no room for new ones."
     )
@@ -130,24 +131,30 @@ def deferrals() -> Counter:
 
 
 def kv_bytes_held() -> Gauge:
-    """Bytes of KV held by running requests, by policy."""
+    """Shows the bytes of KV that running requests hold, by policy."""
     return _gauge("kv_bytes_held", "Bytes of KV that running requests hold.", *_ENGINE, "policy")
 
 
 def kv_bytes_raw_equivalent() -> Gauge:
-    """Bytes that they would hold uncompressed."""
+    """Shows the bytes that running requests would hold uncompressed, by policy."""
     help_text = "Bytes of KV that running requests would hold without compression."
     return _gauge("kv_bytes_raw_equivalent", help_text, *_ENGINE, "policy")
 
 
 def policy_failures() -> Counter:
-    """Compactions in which the policy failed, by policy."""
+    """Counts compactions in which the policy failed, by policy."""
     help_text = "Compactions that kept sinks and newest tokens because the policy failed."
     return _counter("policy_failures", help_text, *_ENGINE, "policy")
 
 
+def uncompressed() -> Counter:
+    """Counts requests that passed every front end and asked for what is not served here."""
+    help_text = "Requests whose parameters could not be used, and which ran uncompressed."
+    return _counter("requests_uncompressed", help_text, *_ENGINE)
+
+
 def worker_peak_bytes() -> Gauge:
-    """The most bytes that a worker has held beside its KV cache, by what for."""
+    """Shows the most bytes that a worker has held beside its KV cache, by their use."""
     help_text = "Most bytes that a worker has held beside its KV cache, by what for."
     return _gauge("worker_peak_bytes", help_text, *_ENGINE, "kind", mode="max")
 
@@ -162,6 +169,11 @@ def count_refusal(model_name: str, reason: str) -> None:
     refusals().labels(model_name, reason).inc()
 
 
+def _label(policy: Any) -> str:
+    """Returns the outermost name of a policy, of which there are few."""
+    return parse(policy).name
+
+
 class KVCrushStatLogger(StatLoggerBase):
     """Puts one engine's numbers on /metrics; does nothing where the plugin is not active."""
 
@@ -173,9 +185,9 @@ class KVCrushStatLogger(StatLoggerBase):
         model_name = str(vllm_config.model_config.served_model_name)
         self.labels = (model_name, str(engine_index))
         # Series that exist from the start let rate() see their first increment.
-        policy = str(raw.get("policy"))
+        policy = _label(raw.get("policy"))
         requests().labels(model_name, policy)
-        self.policies = {policy, "none", *(raw.get("allow") or ())}
+        self.policies = {policy, "none", *map(_label, raw.get("allow") or ())}
         for allowed in self.policies:
             kv_bytes_held().labels(*self.labels, allowed)
             kv_bytes_raw_equivalent().labels(*self.labels, allowed)
@@ -187,6 +199,7 @@ class KVCrushStatLogger(StatLoggerBase):
             compaction_seconds().labels(*self.labels, policy)
         for reason in ("shared", "no_room"):
             deferrals().labels(*self.labels, reason)
+        uncompressed().labels(*self.labels)
 
     def record(
         self,
@@ -195,7 +208,7 @@ class KVCrushStatLogger(StatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Adds what `stats.Stats.take` brought."""
+        """Adds what `stats.Stats.take` returned in the engine."""
         if not self.active or scheduler_stats is None:
             return
         stats = (scheduler_stats.kv_connector_stats or {}).get(KEY)
@@ -212,6 +225,7 @@ class KVCrushStatLogger(StatLoggerBase):
             deferrals().labels(*self.labels, reason).inc(count)
         for policy, count in stats["policy_failures"].items():
             policy_failures().labels(*self.labels, policy).inc(count)
+        uncompressed().labels(*self.labels).inc(stats["uncompressed"])
         for kind, size in stats["worker_bytes"].items():
             worker_peak_bytes().labels(*self.labels, kind).set(size)
         held, raw = stats["kv_bytes_held"], stats["kv_bytes_raw_equivalent"]
@@ -223,4 +237,4 @@ class KVCrushStatLogger(StatLoggerBase):
             kv_bytes_raw_equivalent().labels(*labels).set(raw.get(policy, 0))
 
     def log_engine_initialized(self) -> None:
-        """Nothing to log: the plugin has done so at start-up."""
+        """Logs nothing: the plugin has logged what is active at start-up."""

@@ -1,8 +1,9 @@
-"""Request parameters: from the client's JSON to `SamplingParams.extra_args`, refused early.
+"""Request parameters, on their way from the client's JSON to `SamplingParams.extra_args`. Bad ones
+are refused early.
 
-Two checks, because neither place sees everything. The one in `InputProcessor` covers every way
-into the engine, but for a streamed response it runs after HTTP 200 was sent. The one before it,
-where the API server hands a request over, is in time for a 400.
+They are checked in two places, because neither sees everything. `InputProcessor` is passed on every
+way into the engine, but for a streamed response after HTTP 200 was sent. The place before it, where
+the API server hands a request over, is in time for a 400.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from typing import Any
 from vllm_kvcrush.config import (
     BUDGET_KEY,
     FOREIGN_KEYS,
+    KEYS,
     POLICY_KEY,
+    PROTECT_KEY,
+    SPANS_KEY,
     ConfigError,
     RequestParams,
     Settings,
@@ -25,12 +29,13 @@ from vllm_kvcrush.config import (
 from vllm_kvcrush.plan import cdiv
 from vllm_kvcrush.server import Method, configured, wrap
 from vllm_kvcrush.server.several import COUNTED, Several
+from vllm_kvcrush.spec import MAX_LENGTH
 
-# On a SamplingParams that came from a request: which keys the client wrote at the top level.
+# Attribute of a request's SamplingParams: the keys that the client wrote at the top level.
 _FIELDS = "_kvcrush_fields"
-# And which kv_* fields of theirs nobody knows.
+# Likewise: their kv_* fields that nobody knows.
 _UNKNOWN = "_kvcrush_unknown"
-# On a BeamSearchParams, which has no extra_args: a SamplingParams with all of the above.
+# Attribute of a BeamSearchParams, which has no extra_args: a SamplingParams with the above.
 _SAMPLING = "_kvcrush_sampling"
 _FRONT = "_kvcrush_front"
 # Longer values are shortened when they are quoted to the client.
@@ -38,8 +43,8 @@ _QUOTED = 100
 
 
 def install(http: bool = True) -> None:
-    """Wraps vLLM's input processor and engines and, where HTTP is served, its endpoints: all of
-    them, as docs/usage.md lists them."""
+    """Wraps vLLM's input processor and engines and, where HTTP is served, all endpoints that
+    docs/usage.md lists."""
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -121,7 +126,7 @@ def _attach(fields: dict[str, Any], params: Any, model: str | None) -> None:
     setattr(params, _FIELDS, frozenset(fields))
     # Typos are refused by an active server, and ignored as by plain vLLM elsewhere: they must
     # not travel on.
-    unknown = tuple(sorted(key for key in fields if key not in (BUDGET_KEY, POLICY_KEY)))
+    unknown = tuple(sorted(key for key in fields if key not in KEYS))
     setattr(params, _UNKNOWN, unknown)
     fields = {key: v for key, v in fields.items() if key not in unknown}
     xargs = params.extra_args or {}
@@ -140,7 +145,7 @@ def _attach(fields: dict[str, Any], params: Any, model: str | None) -> None:
 
 
 async def _top_level(raw_request: Any) -> dict[str, Any]:
-    """The kv_* fields of a JSON body whose model drops what it does not know."""
+    """Returns the kv_* fields of a JSON body, whose pydantic model drops unknown fields."""
     if raw_request is None:
         return {}
     body = await raw_request.json()
@@ -152,7 +157,7 @@ def _announce(request: Any) -> None:
     known = set()
     for name, info in request.model_fields.items():
         known |= {name, info.alias} - {None}
-    request.field_names = known | {BUDGET_KEY, POLICY_KEY}
+    request.field_names = known | set(KEYS)
 
 
 # The endpoints
@@ -179,7 +184,7 @@ def _translated(original: Method) -> Method:
 
 
 def _rendered(original: Method) -> Method:
-    """Of a renderer, whose result a client sends to /inference/v1/generate."""
+    """Wraps a renderer, whose result a client sends to /inference/v1/generate."""
 
     async def render(self: Any, request: Any, raw_request: Any = None) -> Any:
         if hasattr(request, "to_sampling_params"):
@@ -231,7 +236,7 @@ def _without_fields(original: Method) -> Method:
     async def create_decision(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         front, fields = _front(self.engine_client.input_processor), _fields(request.model_extra)
         for key in fields:
-            if front.settings is not None or key in (BUDGET_KEY, POLICY_KEY):
+            if front.settings is not None or key in KEYS:
                 raise _refusal(
                     "endpoint",
                     f"{key} is not taken by this endpoint, whose requests run with the server's "
@@ -361,7 +366,7 @@ def _checked_turns(original: Method) -> Method:
 
 
 def _prompt_length(prompt: Any) -> int | None:
-    """Tokens in a rendered prompt or an engine request; None where they are not known yet."""
+    """Returns the tokens of a rendered prompt or an engine request; None if not known yet."""
     for name in ("prompt_token_ids", "prompt_embeds"):
         tokens = prompt.get(name) if isinstance(prompt, dict) else getattr(prompt, name, None)
         if tokens is not None:
@@ -378,7 +383,11 @@ def _front(processor: Any) -> Front:
 
 
 class Front:
-    """What one engine's front-end checks requests against."""
+    """Checks the requests that enter one engine.
+
+    Args:
+        vllm_config: the engine's configuration.
+    """
 
     def __init__(self, vllm_config: Any):
         self.config = vllm_config
@@ -387,25 +396,23 @@ class Front:
 
     @property
     def model_name(self) -> str:
-        """Label of vLLM's own metrics."""
+        """The `model_name` label of vLLM's own metrics."""
         return str(self.config.model_config.served_model_name)
-
-    def runs_with(self, params: RequestParams) -> str:
-        """The policy that really applies: a budget of 1.0 applies none."""
-        return params.policy if params.active else "none"
 
     def count(self, params: RequestParams) -> None:
         """Counts a request that was taken."""
         from vllm_kvcrush.server import metrics
 
-        metrics.count_request(self.model_name, self.runs_with(params))
+        metrics.count_request(self.model_name, params.label)
 
     def check(
         self, params: Any, prompt_length: int | None = None, named_by: Any = None
     ) -> RequestParams | None:
-        """Validates a request's `SamplingParams`; other params pass. Without a prompt length,
-        the size of the pool is not looked at. `named_by`: the params that the client's names
-        are known of, if other ones.
+        """Validates a request's `SamplingParams`; other params pass.
+
+        Args:
+            prompt_length: tokens of the prompt; without it the pool's size is not checked.
+            named_by: the params that tell what the client called each parameter, if not `params`.
 
         Returns:
             What the request will run with, or None where the plugin is not active.
@@ -427,7 +434,7 @@ class Front:
                 "unknown_key", "extra_args is not a dictionary of parameters.", "", named_by
             )
         if self.settings is None:
-            for key in (BUDGET_KEY, POLICY_KEY):
+            for key in KEYS:
                 if key in extra_args:
                     raise self._refuse(
                         "inactive",
@@ -440,8 +447,9 @@ class Front:
             return None
         extra_args = {key: v for key, v in extra_args.items() if _is_ours(key)}
         for key in (*vars(named_by).get(_UNKNOWN, ()), *extra_args):
-            if key not in (BUDGET_KEY, POLICY_KEY):
-                message = f"{_name(key)} is not a parameter: kv_policy and kv_budget are."
+            if key not in KEYS:
+                known = f"{', '.join(KEYS[:-1])} and {KEYS[-1]} are"
+                message = f"{_name(key)} is not a parameter: {known}."
                 raise self._refuse("unknown_key", message, key, named_by)
         self._refuse_unreadable(extra_args, named_by)
         block_size = self.config.cache_config.block_size
@@ -456,24 +464,28 @@ class Front:
         return kv
 
     def _refuse_unreadable(self, extra_args: Mapping[str, Any], named_by: Any) -> None:
-        """Refuses what no policy's name and no number can be, before anything else sees it."""
+        """Refuses values that cannot be a policy's name or a number, before they are parsed."""
         assert self.settings is not None
-        for key, what in ((POLICY_KEY, "the name of a policy"), (BUDGET_KEY, "a KV budget")):
+        kinds: dict[str, tuple[Any, str, str, str]] = {
+            POLICY_KEY: (str | Mapping, "policy", "a policy", repr(self.settings.policy)),
+            BUDGET_KEY: (str | int | float | None, "budget", "a KV budget", "0.25"),
+            SPANS_KEY: (str | list | tuple, "spans", "a list of token ranges", "[[0, 64]]"),
+            PROTECT_KEY: (str | list | tuple, "spans", "a list of token ranges", "[[0, 64]]"),
+        }
+        for key, (kind, reason, what, example) in kinds.items():
             value = extra_args.get(key)
-            readable = str | int | float | None if key == BUDGET_KEY else str
-            if key not in extra_args or (isinstance(value, readable) and _short(value)):
+            most = _QUOTED if key == BUDGET_KEY else MAX_LENGTH * (1 + 4 * (reason == "spans"))
+            if key not in extra_args or (isinstance(value, kind) and _short(value, most)):
                 continue
             if key == POLICY_KEY and isinstance(value, str) and value in self.settings.allow:
                 continue  # however long its author made it
-            example = "0.25" if key == BUDGET_KEY else repr(self.settings.policy)
-            reason = "policy" if key == POLICY_KEY else "budget"
             message = f"{key}={_quoted(value)} is not {what}: give for example {example}."
             raise self._refuse(reason, message, key, named_by)
 
     def _check_pool(
         self, kv: RequestParams, params: Any, prompt_length: int, named_by: Any
     ) -> None:
-        """A request whose bound is above the pool could wait for ever."""
+        """Refuses a request whose bound exceeds the pool: it could wait forever."""
         assert self.settings is not None
         cache, parallel = self.config.cache_config, self.config.parallel_config
         if not cache.num_gpu_blocks:
@@ -519,15 +531,15 @@ class Front:
         return _refusal(reason, message, name, self.model_name)
 
 
-def _short(value: Any) -> bool:
+def _short(value: Any, most: int = _QUOTED) -> bool:
     # An int of more than 4,300 digits cannot even be printed.
     if isinstance(value, int):
         return abs(value) < 2**63
-    return not isinstance(value, str) or len(value) <= _QUOTED
+    return not isinstance(value, str) or len(value) <= most
 
 
 def _quoted(value: Any) -> str:
-    """A value as it is shown to the client: in one line, of bounded length."""
+    """Returns a value as the client is shown it: in one line, of bounded length."""
     if isinstance(value, Mapping):
         return "a JSON object"
     if isinstance(value, list | tuple | set):
@@ -549,13 +561,13 @@ def _reason(
     max_model_len: int,
     key: str,
 ) -> str:
-    """A stable word for the refusals metric."""
-    if key not in (BUDGET_KEY, POLICY_KEY):
+    """Returns a refusal's `reason` label on /metrics."""
+    if key not in KEYS:
         return "unknown_key"
     try:
         replace(settings, budget_max=None).validate_request(extra_args, block_size, max_model_len)
     except ConfigError:
-        return "policy" if key == POLICY_KEY else "budget"
+        return {POLICY_KEY: "policy", BUDGET_KEY: "budget"}.get(key, "spans")
     return "cap"
 
 

@@ -1,4 +1,4 @@
-"""One client request that vLLM runs as several of the engine's: beam search, generative scoring."""
+"""Client requests that vLLM runs as several engine requests: beam search, generative scoring."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ COUNTED = "_kvcrush_counted"
 
 
 class Several:
-    """Stands for the engine's client while one client request runs, and remembers what its parts
-    held.
+    """Stands in for the engine's client while one client request runs, and remembers what its
+    parts held.
 
     Args:
         client: the engine's client.
         prepare: gives the `SamplingParams` of a part the client's KV parameters.
-        counted: whether the parts are not requests of their own to /metrics.
+        counted: whether /metrics has counted the whole already, so that parts do not count.
     """
 
     def __init__(self, client: Any, prepare: Callable[[Any], None], counted: bool = False):
@@ -27,7 +27,7 @@ class Several:
         self._prepare = prepare
         self._counted = counted
         self._running = 0
-        # Of parts that ran together last, and of those before them.
+        # Details of the parts that ran together last, and of those before them.
         self._together: list[Details] = []
         self._before: list[Details] = []
 
@@ -35,7 +35,7 @@ class Several:
         return getattr(self._client, name)
 
     def generate(self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        """Like the client's; raises at once what the client raises at once."""
+        """Calls the client's `generate`; what that raises at once is raised at once."""
         self._prepare(sampling_params)
         if self._counted:
             setattr(sampling_params, COUNTED, True)
@@ -59,7 +59,7 @@ class Several:
                 self._together.append(details)
 
     def details(self) -> Details | None:
-        """What the parts that ran last held, together; events are counted over all of them."""
+        """Returns what the parts that ran last held together, and the events of all parts."""
         result = total(self._together)
         if result is not None:
             for name in ("compactions", "policy_failures"):

@@ -3,12 +3,12 @@
 The scheduler reports in the field that vLLM has for KV connectors, which the plugin refuses:
 `EngineCoreOutput.kv_transfer_params = {"kvcrush": {...}}`, with a request's first output, after
 each compaction and at its end. Between two reports a request gains one token of KV for each
-token of output, and a block whenever its last one is full. Extrapolating matters when the
-front-end ends a request itself, at a stop string: the engine's last word then never arrives.
+token of output, and a block whenever its last one is full. Extrapolation is needed when the front
+end finishes a request itself, at a stop string: the engine's last report then never arrives.
 
-From there it travels on the `RequestOutput`, as attribute `kv_tokens_details` (also for users of
-`LLM`), and each serving method is tapped where it reads its outputs. No state is shared between
-requests, whichever task runs them.
+The details travel on the `RequestOutput`, as attribute `kv_tokens_details` (also for users of
+`LLM`), and each serving method is tapped where it receives its outputs. Requests share no state,
+whichever task runs them.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ def install(http: bool = True) -> None:
             model.model_rebuild(force=True)
 
 
-# In every part, in those that the engine has reported on, and where there were any.
+# Every part has the counts, those that the engine has reported on have bytes, few have failures.
 _COUNTS = ("held", "raw", "compactions")
 _BYTES = ("kv_bytes_held", "kv_bytes_raw")
 _FAILURES = "policy_failures"
 
 
 def total(parts: Iterable[Details]) -> Details | None:
-    """Details of a response with several choices or prompts: their sums. `policy` is left out
-    where they differ, bytes where those of one are not known."""
+    """Returns the details of a response with several choices or prompts: the sums of theirs.
+    `policy` is left out where they differ, and bytes where those of one are not known."""
     parts = list(parts)
     if not parts:
         return None
@@ -153,7 +153,7 @@ def _details(state: Any) -> Details:
     now = state.detokenizer.num_output_tokens()
     report, then = vars(state).get(_REPORT, (None, 0))
     if report is None:
-        # Ended before the engine said anything. The last token of output has no KV yet.
+        # It finished before the engine reported. The last token of output has no KV yet.
         raw = max(0, state.prompt_len + now - 1)
         return {"held": raw, "raw": raw, "compactions": 0}
     since = now - then
@@ -260,8 +260,8 @@ def _stream(original: Method) -> Method:
 
 
 def _in_event(event: str, tap: _Tap) -> str:
-    """Adds the details to the event that carries the usage of the whole response: OpenAI's
-    protocol marks it by an empty list of choices."""
+    """Returns the event, with the details added if it carries the usage of the whole response,
+    which OpenAI's protocol marks by an empty list of choices."""
     # Inside a JSON string the quotes would be escaped, so generated text cannot match.
     if '"choices":[]' not in event or not tap.seen:
         return event

@@ -1,4 +1,4 @@
-"""The command `vllm-kvcrush`. Imports what a subcommand needs when it runs, so that it starts
+"""The command `vllm-kvcrush`. It imports what a subcommand needs when that runs, so that it starts
 fast: neither `plan` nor `model` imports vLLM."""
 
 from __future__ import annotations
@@ -22,6 +22,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     doctor = commands.add_parser(
         "doctor", help="what is installed and whether it can run, for a bug report"
+    )
+    doctor.add_argument(
+        "--hooks",
+        nargs="?",
+        const="",
+        metavar="SOURCE",
+        help="instead, what this package relies on in vLLM, and whether it is there: in the one "
+        "that is installed, or in a source tree or wheel of another release",
+    )
+    doctor.add_argument(
+        "--record", metavar="FILE", help="with --hooks: keep what was found, to be checked again"
     )
     doctor.set_defaults(run=_doctor)
 
@@ -90,38 +101,55 @@ def _fail(message: object) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from vllm_kvcrush.tools.doctor import report
+    from vllm_kvcrush.compat.source import Source, SourceError
+    from vllm_kvcrush.tools.doctor import hooks_report, report
 
-    text, ok = report()
+    if args.hooks is None:
+        if args.record is not None:
+            return _fail("--record keeps what --hooks finds: give both.")
+        text, ok = report()
+    else:
+        from pathlib import Path
+
+        from vllm_kvcrush.compat import check
+
+        try:
+            source = Source.at(args.hooks) if args.hooks else Source.installed()
+            text, ok = hooks_report(source)
+            if args.record is not None:
+                Path(args.record).write_text(check.record(source), encoding="utf-8")
+        except (SourceError, OSError) as error:
+            return _fail(error)
     print(text)
     return 0 if ok else 1
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from vllm_kvcrush import gate
     from vllm_kvcrush.config import ConfigError
-    from vllm_kvcrush.tools import plan as capacity
+    from vllm_kvcrush.tools import plan
 
     try:
-        config = capacity.read_config(args.model)
+        config = plan.read_config(args.model)
         contexts = _contexts(args.context)
-        block_size = _BLOCK_SIZE if args.block_size is None else args.block_size
+        block_size = gate.CPU_BLOCK_SIZE if args.block_size is None else args.block_size
         for flag, value, least in (
             ("--block-size", block_size, 1),
             ("--output-tokens", args.output_tokens, 0),
         ):
             if value < least:
-                raise capacity.CapacityError(f"{flag} {value} is too small: give at least {least}.")
-        pool = None if args.pool_bytes is None else capacity.parse_bytes(args.pool_bytes)
+                raise plan.PlanError(f"{flag} {value} is too small: give at least {least}.")
+        pool = None if args.pool_bytes is None else plan.parse_bytes(args.pool_bytes)
         settings = _settings(args)
-        capacity.check(args.model, config, args.dtype, block_size, max(contexts))
-        model = capacity.Model.from_config(config, args.dtype)
-        settings = capacity.with_page(settings, args.model, model, block_size)
+        plan.check(args.model, config, args.dtype, block_size, max(contexts))
+        model = plan.KVShape.from_config(config, args.dtype)
+        settings = plan.with_page(settings, args.model, model, block_size)
         settings.check(block_size, max(contexts))
         rows = [
-            capacity.row(model, settings, context, args.output_tokens, block_size, pool)
+            plan.row(model, settings, context, args.output_tokens, block_size, pool)
             for context in contexts
         ]
-    except (capacity.CapacityError, ConfigError) as error:
+    except (plan.PlanError, ConfigError) as error:
         return _fail(error)
 
     if args.json:
@@ -141,19 +169,15 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
-# vLLM's default on a CPU; on GPUs it is 16.
-_BLOCK_SIZE = 128
-
-
 def _contexts(text: str) -> list[int]:
-    from vllm_kvcrush.tools.plan import CapacityError
+    from vllm_kvcrush.tools.plan import PlanError
 
     try:
         contexts = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         contexts = []
     if not contexts or min(contexts) < 1 or max(contexts) > 2**31:
-        raise CapacityError(
+        raise PlanError(
             f"--context {text} is not a list of lengths: give whole numbers such as 4096,32768."
         )
     return contexts
@@ -212,11 +236,11 @@ def _table(
         "share",
         "blocks raw",
         "blocks compressed",
-        "at most, reading the prompt",
+        "at most, in prefill",
         "at most",
     ]
     if pool is not None:
-        head += ["requests raw", "requests compressed", "all reading at once"]
+        head += ["requests raw", "requests compressed", "all in prefill at once"]
     lines += [f"| {' | '.join(head)} |", "|" + "---:|" * len(head)]
     for row in rows:
         cells = [
@@ -238,7 +262,7 @@ def _table(
     if pool is not None:
         lines.append(
             f"Requests: how many have room in {show_bytes(pool)} at once, at their largest: one "
-            "reading its prompt and the others decoding, or all reading."
+            "in prefill and the others decoding, or all in prefill."
         )
     return "\n".join(lines)
 
@@ -250,7 +274,7 @@ def _calibrate(args: argparse.Namespace) -> int:
     from vllm_kvcrush.codecs.transform.points import TablesError
 
     try:
-        out = Path(args.out) if args.out else calibrate.default_path(args.model)
+        out = Path(args.out) if args.out else calibrate.output_path(args.model)
         out.parent.mkdir(parents=True, exist_ok=True)
         model = calibrate.calibrate(args.model, out, args.text, progress=calibrate.bar)
     except (TablesError, OSError) as error:

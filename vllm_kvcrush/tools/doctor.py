@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from vllm_kvcrush import __version__, gate
+from vllm_kvcrush.compat import check
+from vllm_kvcrush.compat.source import Source
 
 # Instruction sets that vLLM's CPU kernels choose between, narrow to wide.
 _X86 = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
@@ -46,6 +48,32 @@ def report() -> tuple[str, bool]:
     ]
     lines += [f"| {_cell(r.feature)} | {_cell(r.why)} | {_cell(r.way_out)} |" for r in gate.REFUSED]
     return "\n".join(lines), ok
+
+
+def hooks_report(source: Source) -> tuple[str, bool]:
+    """The table of vLLM's names that we rely on, by module, with what this vLLM has for each; and
+    whether it has all of them."""
+    findings = sorted(check.check(source), key=lambda finding: finding.hook.module)
+    lines: list[str] = []
+    module = ""
+    for hook, found, problem in findings:
+        if hook.module != module:
+            module = hook.module
+            lines += ["", f"`{module}`", "", "| hook | kind | found | |", "|---|---|---|---|"]
+        kind = f"{hook.kind}, private" if hook.private else hook.kind
+        state = "ok" if not problem else "missing" if problem == "is missing" else "changed"
+        cells = (hook.name, kind, found, state)
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    wrong = [finding for finding in findings if finding.problem]
+    private = sum(finding.hook.private for finding in findings)
+    name = f"vLLM {source.version or 'of an unknown version'}"
+    count = f"{len(findings)} names ({private} private) that vllm-kvcrush relies on"
+    if not wrong:
+        return "\n".join([*lines[1:], "", f"OK: {name} has all {count}."]), True
+    lines += ["", f"Changed: {name} lacks {len(wrong)} of the {count}:", ""]
+    for hook, _, problem in wrong:
+        lines.append(f"- {hook.module}.{hook.name} {problem}. What for: {hook.why}")
+    return "\n".join(lines[1:]), False
 
 
 def _cell(text: str) -> str:

@@ -1,6 +1,7 @@
-"""How much KV a request takes, raw and compressed, and how many fit. Pure arithmetic, no torch.
+"""What `vllm-kvcrush plan` counts: how much KV a request takes, raw and compressed, and how many
+requests fit. Pure arithmetic without torch.
 
-Counts what the scheduler allocates: whole blocks in all layers, over all tensor-parallel ranks.
+It counts what the scheduler allocates: whole blocks in all layers, over all tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from vllm_kvcrush.plan import Plan, cdiv
 _ITEMSIZE = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 
 
-class CapacityError(ValueError):
-    """A model or size that cannot be counted with; the message is one sentence for a user."""
+class PlanError(ValueError):
+    """A model or size cannot be counted with; the message is one sentence for a user."""
 
 
 @dataclass(frozen=True)
-class Model:
-    """What a model's KV cache depends on.
+class KVShape:
+    """What the size of a model's KV cache depends on.
 
     Attributes:
-        layers: layers with a KV cache.
-        kv_heads: KV heads of a layer.
+        layers: number of layers with a KV cache.
+        kv_heads: number of KV heads of a layer.
         head_size: channels of a head, the same for keys and values.
         itemsize: bytes of one channel.
         dtype: name of the KV cache's type.
@@ -41,24 +42,32 @@ class Model:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of KV of one raw token."""
+        """Bytes of one raw token's KV in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_size * self.itemsize
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], dtype: str = "auto") -> Model:
-        """From the content of config.json. Raises CapacityError."""
+    def from_config(cls, config: Mapping[str, Any], dtype: str = "auto") -> KVShape:
+        """Returns the shape of the KV cache of a model.
+
+        Args:
+            config: content of the model's config.json.
+            dtype: the KV cache's type as `--dtype` names it.
+
+        Raises:
+            PlanError: the configuration or the type is not one that can be counted with.
+        """
 
         def whole(name: str, *instead: str) -> int:
             for key in (name, *instead):
                 value = config.get(key)
                 if value is not None:
                     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                        raise CapacityError(
+                        raise PlanError(
                             f"{key}={value!r} in the model's configuration is not a positive "
                             "whole number."
                         )
                     return value
-            raise CapacityError(
+            raise PlanError(
                 f"The model's configuration has no {name}: it is not one of a text model with "
                 "plain attention."
             )
@@ -77,7 +86,7 @@ class Model:
                 name = "bfloat16"  # vLLM's "auto" runs 32-bit checkpoints in 16 bits
         if name not in _ITEMSIZE:
             known = ", ".join(("auto", *_ITEMSIZE))
-            raise CapacityError(f"--dtype {name} is not a KV cache type here: give one of {known}.")
+            raise PlanError(f"--dtype {name} is not a KV cache type here: give one of {known}.")
         return cls(
             layers=whole("num_hidden_layers"),
             kv_heads=whole("num_key_value_heads", "num_attention_heads"),
@@ -88,43 +97,44 @@ class Model:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The content of a config.json, given it, its directory, or the name of a model in the local
-    Hugging Face cache. Raises CapacityError."""
+    """Returns the content of a config.json, given its path, its directory, or the name of a model
+    in the local Hugging Face cache. Raises PlanError."""
     try:
         file = paths.expanded(path)
         if not file.is_file():
             file = paths.model_folder(path) / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
     except paths.ModelNotHere as error:
-        raise CapacityError(str(error)) from None
+        raise PlanError(str(error)) from None
     except OSError:
-        raise CapacityError(
+        raise PlanError(
             f"{path} has no config.json: give a model's directory or its config.json."
         ) from None
     except ValueError as error:
-        raise CapacityError(f"{file} is not JSON: {error}.") from None
+        raise PlanError(f"{file} is not JSON: {error}.") from None
     if not isinstance(config, dict):
-        raise CapacityError(f"{file} is not a model's configuration: it holds no JSON object.")
+        raise PlanError(f"{file} is not a model's configuration: it holds no JSON object.")
     return config
 
 
 def check(path: str, config: Mapping[str, Any], dtype: str, block_size: int, longest: int) -> None:
-    """Raises CapacityError, in one sentence, for what a server would refuse at its start.
+    """Raises PlanError for a model that a server would refuse at start-up.
 
     Args:
-        path: of the model, for the message.
+        path: the model's path, for the message.
         config: content of its config.json.
-        dtype: of the KV cache.
+        dtype: the KV cache's type.
         block_size: tokens of a block.
         longest: longest context, in tokens.
     """
     if found := gate.refusals(gate.described(config, dtype, block_size, longest)):
-        raise CapacityError(f"{path} cannot be served with --kv-policy: it has {'; '.join(found)}.")
+        raise PlanError(f"{path} cannot be served with --kv-policy: it has {'; '.join(found)}.")
 
 
-def with_page(settings: Settings, path: str, model: Model, block_size: int) -> Settings:
-    """Adds what the model's pages are made of and what its transform tables say of them, if the
-    policy uses any. Raises ConfigError, and CapacityError."""
+def with_page(settings: Settings, path: str, model: KVShape, block_size: int) -> Settings:
+    """Returns the settings with the sizes that the model's pages have, and with the tokens that
+    they hold by its transform tables if the policy uses any. Raises ConfigError and
+    PlanError."""
     page = (model.head_size, model.head_size, model.itemsize)
     if not settings.needs_tables and settings.tables is None:
         return replace(settings, page=page)
@@ -134,26 +144,27 @@ def with_page(settings: Settings, path: str, model: Model, block_size: int) -> S
     try:
         described = model_config(paths.model_folder(path))
     except TablesError as error:
-        raise CapacityError(str(error)) from None
+        raise PlanError(str(error)) from None
     return settings.with_tables(described, page, block_size)[0]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One context length. Blocks are vLLM's, bytes are of KV.
+    """One request of a context length. Blocks are vLLM's; bytes are of KV.
 
     Attributes:
         context: tokens of the prompt and the output together.
         prompt: tokens of the prompt.
-        raw_blocks, raw_bytes: without compression, at the end.
-        blocks, bytes: with compression, at the end.
-        prompt_bound: most blocks held at any time while the prompt is read.
-        bound: most blocks held at any time; what admission counts on.
+        raw_blocks, raw_bytes: held at the end without compression.
+        blocks, bytes: held at the end with compression.
+        prompt_bound: most blocks held at any time during prefill.
+        bound: most blocks held at any time, which admission counts on.
+        decode_bound: most blocks held after prefill.
         compactions: how often the request is compacted.
-        decode_bound: most blocks held once the prompt is read.
-        fits_raw, fits: requests that a pool holds at once, all at their largest; None without
+        fits_raw, fits: how many requests a pool holds at once, all at their largest; None without
             a pool.
-        fits_decoding: the same, one reading its prompt and the others decoding.
+        fits_decoding: how many it holds with one in prefill and the others decoding; None without
+            a pool.
     """
 
     context: int
@@ -171,12 +182,13 @@ class Row:
     fits_decoding: int | None
 
     def to_dict(self) -> dict[str, int | None]:
-        """For JSON."""
+        """Returns the fields by name, for JSON."""
         return asdict(self)
 
 
 def walk(plan: Plan, length: int) -> tuple[int, int]:
-    """Slots that a request of `length` tokens holds at its end, and its compactions until then."""
+    """Returns how many slots a request of `length` tokens holds at its end, and how often it was
+    compacted until then."""
     n = held = compactions = 0
     for each in plan.compactions(length):
         n = each.n
@@ -186,17 +198,27 @@ def walk(plan: Plan, length: int) -> tuple[int, int]:
 
 
 def row(
-    model: Model,
+    model: KVShape,
     settings: Settings,
     context: int,
     output: int,
     block_size: int,
     pool_bytes: int | None = None,
 ) -> Row:
-    """Counts one request of `context` tokens, the last `output` of them generated."""
+    """Counts one request.
+
+    Args:
+        context: tokens of the prompt and the output together.
+        output: how many of them are generated.
+        block_size: tokens of a block.
+        pool_bytes: size of the KV cache, or None.
+
+    Raises:
+        PlanError: the context leaves no prompt.
+    """
     prompt = context - output
     if prompt < 1:
-        raise CapacityError(
+        raise PlanError(
             f"--context {context} leaves no prompt beside --output-tokens {output}: "
             "raise the one or lower the other."
         )
@@ -233,7 +255,7 @@ def row(
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as 8GiB, 512MB or 1000000. Raises CapacityError."""
+    """Returns the bytes that a size such as 8GiB, 512MB or 1000000 means. Raises PlanError."""
     powers = {"": 1}
     for power, letter in enumerate("kmgt", start=1):
         powers |= {letter + "ib": 1024**power, letter + "b": 1000**power, letter: 1024**power}
@@ -245,12 +267,12 @@ def parse_bytes(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
-        raise CapacityError(f"--pool-bytes {text} is not a size: give for example 8GiB.")
+        raise PlanError(f"--pool-bytes {text} is not a size: give for example 8GiB.")
     return size
 
 
 def show_bytes(size: int) -> str:
-    """With three digits and a binary unit."""
+    """Returns a size with three digits and a binary unit."""
     value, unit = float(size), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":

@@ -2,8 +2,8 @@
 
     python kvpress_run.py JOB.json [--check]
 
-Each prompt is read once, uncompressed. Then each press compresses a copy of that cache through its
-own `forward_hook`, with what the hook saw in the prefill, and one forward pass forces the
+Each prompt is prefilled once, uncompressed. Then each press compresses a copy of that cache through
+its own `forward_hook`, with what the hook saw in the prefill, and one forward pass forces the
 continuation over it: true positions, causal among themselves. One JSON record a line goes to
 stdout. Imports nothing of this project, so that it needs nothing but kvpress's environment.
 

@@ -12,7 +12,7 @@ import torch
 
 from tests.gpu.v2.engine import Engine
 from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
-from vllm_kvcrush.codecs.layout import FITTED
+from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.ops import cpu
 
 

@@ -1,4 +1,4 @@
-"""Quantisers of components, how their codes fill words, and who gets how many bits."""
+"""Quantisers of components, how their codes fill words, and how bits are shared out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Quantiser(NamedTuple):
     multiply codes instead of looking levels up.
 
     Attributes:
-        step: distance of levels.
+        step: distance between levels.
         middle: (2**bits - 1) / 2.
         distortion: mean squared error on a unit Gaussian.
     """
@@ -44,7 +44,8 @@ def _cumulative(x: Tensor) -> Tensor:
 
 
 def _error(x: Tensor) -> Tensor:
-    """Mean squared error of a unit Gaussian, rounded to the nearest of `x`, ascending."""
+    """Returns the mean squared error of a unit Gaussian that is rounded to the nearest of the
+    ascending levels `x`."""
     edge = torch.tensor([math.inf], dtype=torch.float64)
     cuts = torch.cat([-edge, (x[1:] + x[:-1]) / 2, edge])
     mass, first = _cumulative(cuts).diff(), -_density(cuts).diff()
@@ -53,7 +54,8 @@ def _error(x: Tensor) -> Tensor:
 
 @functools.cache
 def quantiser(bits: int) -> Quantiser:
-    """The quantiser of a component with 0 to MAX_BITS bits; without bits everything is 0."""
+    """Returns the best quantiser of a component with 0 to MAX_BITS bits; with none everything is
+    0. Raises ValueError for other numbers."""
     if not 0 <= bits <= MAX_BITS:
         raise ValueError(f"bits={bits!r} is not one of 0..{MAX_BITS}")
     if not bits:
@@ -71,17 +73,25 @@ def quantiser(bits: int) -> Quantiser:
 
 
 class Piece(NamedTuple):
-    """A field of the codes of one quad, as csrc/kvcrush.h has it."""
+    """A field that holds some bits of one quad's codes, as in csrc/kvcrush.h.
+
+    Attributes:
+        quad: index of the quad.
+        weight: the field counts 2**weight times.
+        word: index of the 32-bit word that holds the field.
+        first: the field's lowest bit in each byte of the word.
+        bits: width of the field.
+    """
 
     quad: int
-    weight: int  # the field counts 2**weight times
+    weight: int
     word: int
-    first: int  # lowest bit in each byte of the word
+    first: int
     bits: int
 
 
 def pieces(bits: Tensor) -> list[Piece]:
-    """Where a token's key codes lie: fields of up to 4 bits that fill words.
+    """Returns where a token's key codes lie: fields of up to 4 bits that fill words.
 
     Args:
         bits: [D], equal within quads; the sum over quads is a multiple of WORD_BITS.
@@ -114,8 +124,9 @@ def pieces(bits: Tensor) -> list[Piece]:
 
 
 def pooled_bits(variances: Tensor, mean_bits: float, most: int = MAX_BITS) -> Tensor:
-    """Gives `mean_bits` per component, on average, to those where they lower the error most:
-    quads of neighbours alike, whole words to each head, pooled over all leading dimensions.
+    """Returns the bits of each component, `mean_bits` on average, given where they lower the error
+    most. Quads of neighbours get the same, each head gets whole words, and all leading dimensions
+    share one pool.
 
     Args:
         variances: [..., D], descending.
@@ -123,7 +134,7 @@ def pooled_bits(variances: Tensor, mean_bits: float, most: int = MAX_BITS) -> Te
         most: no component gets more.
 
     Returns:
-        uint8, of the same shape. The first of equal ones get the bits.
+        uint8, of the same shape. Among equals the first get the bits.
     """
     if not 0 <= mean_bits <= most:
         raise ValueError(f"mean_bits={mean_bits!r} is not between 0 and {most}")
@@ -145,14 +156,11 @@ def pooled_bits(variances: Tensor, mean_bits: float, most: int = MAX_BITS) -> Te
 
 
 def head_bits(costs: Tensor, mean_bits: float) -> Tensor:
-    """Gives the values of each head 2 to 4 bits a channel, `mean_bits` on average: more where they
-    take most off the error times its cost.
+    """Returns the bits of each head's value channels, 2 to 4 and `mean_bits` on average, uint8
+    [L, H]: more where they take most off the error times its cost.
 
     Args:
-        costs: [L, H], of an error as large as the value.
-
-    Returns:
-        uint8 [L, H].
+        costs: [L, H], what an error as large as the value costs.
     """
     few, most = VALUE_BITS
     errors = torch.tensor([quantiser(b).distortion for b in range(few, most + 1)])

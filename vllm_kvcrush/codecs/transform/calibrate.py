@@ -1,10 +1,10 @@
-"""Calibration: reads a model's keys and what their errors would cost on some text, and writes
-transform tables.
+"""Calibration: takes statistics of a model's keys, and of what errors in them would cost, on some
+text, and writes transform tables.
 
-Runs the model in transformers, on the CPU, in float32. Knows no model type: queries and keys are
-taken where attention gets them, and RoPE is turned back after a check that it is the one that the
-configuration describes. What errors cost are gradients: a text is read, then the model goes on over
-keys that are leaves of a graph, which is how a compressed cache is used.
+It runs the model in transformers, on the CPU, in float32. It knows no model type: queries and keys
+are taken where attention gets them, and RoPE is undone after a check that it is the one that the
+configuration describes. What errors cost is taken from gradients: after the prefill of a context
+the model goes on over keys that are leaves of a graph, which is how a compressed cache is used.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor
 from vllm_kvcrush import paths
 from vllm_kvcrush.codecs.transform import tables as transform_tables
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
-from vllm_kvcrush.codecs.transform.points import POINTS, SINKS, Point, TablesError, horizon
+from vllm_kvcrush.codecs.transform.points import POINTS, SINKS, OperatingPoint, TablesError, horizon
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.codecs.transform.tables import Model, model_config
+from vllm_kvcrush.codecs.transform.tables import ModelShape, model_config
 
-# Tokens whose keys are studied at once, tokens that then look back at them, and how often.
-CONTEXT, QUESTION, LESSONS = 1536, 512, 4
+# Tokens of an excerpt's context, tokens that then look back at it, and how many excerpts.
+CONTEXT, QUESTION, EXCERPTS = 1536, 512, 4
 # More tokens than this change nothing that can be measured.
 MOST_TOKENS = 4096
 FEWEST_TOKENS = 512
 
-# What the model's own samples begin with: prose, code, tables, numbers, markup, a chat.
+# Openings of the model's own samples: prose, code, tables, numbers, markup, a chat.
 OPENINGS = (
     "",
     "The ",
@@ -56,10 +56,13 @@ SAMPLES = 2 * len(OPENINGS)
 SAMPLE_TOKENS = 112
 
 
-class Reader:
-    """A model that can be asked for its keys, queries and values.
+class Probe:
+    """A model in transformers that tells its queries, keys, values and gradients.
 
     Raises TablesError for a model that transform coding does not fit.
+
+    Args:
+        path: the model's directory, or its name if it is in the local Hugging Face cache.
     """
 
     ATTENTION = "kvcrush_calibration"
@@ -70,7 +73,7 @@ class Reader:
 
         folder = _folder(path)
         self.config = model_config(folder)
-        self.model = Model.from_config(self.config, folder.resolve().name)
+        self.model = ModelShape.from_config(self.config, folder.resolve().name)
         self.rope = Rope.from_config(self.config)
         self._layers: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
         self._past: tuple[Tensor, Tensor, Tensor | None] | None = None
@@ -84,7 +87,7 @@ class Reader:
                 attn_implementation=self.ATTENTION,
                 local_files_only=True,
             )
-        except Exception as error:  # of a package for quantised weights, of a file, of a type
+        except Exception as error:  # a file, a type, or quantised weights may be at fault
             raise TablesError(_unloadable(folder, self.config, error)) from error
         self.network = network.eval()
         self.network.requires_grad_(False)  # only keys and values get gradients
@@ -93,8 +96,8 @@ class Reader:
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **rest: Any
     ) -> Any:
-        """transformers' own attention, which also notes what it is given while `read` runs, and
-        has more to attend to while `over` runs."""
+        """Computes transformers' own attention. It also notes its inputs while `prefill` runs, and
+        attends to given keys and values as well while `log_probabilities` runs."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         if self._past is not None:
@@ -112,9 +115,9 @@ class Reader:
         return sdpa_attention_forward(module, query, key, value, mask, **rest)
 
     @torch.inference_mode()
-    def read(self, tokens: Sequence[int], start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [L, Hq, n, D] and keys [L, H, n, D], both with RoPE, and values [L, H, n, Dv]
-        of tokens whose first one has position `start`."""
+    def prefill(self, tokens: Sequence[int], start: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries [L, Hq, n, D] and keys [L, H, n, D], both with RoPE, and values
+        [L, H, n, Dv] of tokens, the first of which has position `start`."""
         layers: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._layers = layers
         places = torch.arange(start, start + len(tokens))[None]
@@ -128,7 +131,7 @@ class Reader:
         q, k, v = (torch.stack([layers[i][part] for i in sorted(layers)]) for part in range(3))
         return q, k, v
 
-    def over(
+    def log_probabilities(
         self,
         keys: Tensor,
         values: Tensor,
@@ -136,9 +139,15 @@ class Reader:
         tokens: Sequence[int],
         kept: Tensor | None = None,
     ) -> Tensor:
-        """Log-probabilities [m, vocabulary] after each of m tokens that attend to keys [L, H, n, D]
-        with RoPE, values [L, H, n, Dv] and one another; the first has position `start`. `kept`,
-        bool [L, H, n], hides the other keys."""
+        """Returns log-probabilities [m, vocabulary] after each of m tokens that attend to a cache
+        and, causally, to one another.
+
+        Args:
+            keys, values: the cache, [L, H, n, D] with RoPE and [L, H, n, Dv].
+            start: position of the first token.
+            tokens: m token ids.
+            kept: bool [L, H, n]; the cache's other tokens are hidden.
+        """
         self._past, places = (keys, values, kept), torch.arange(start, start + len(tokens))
         try:
             logits = self.network(
@@ -153,27 +162,27 @@ class Reader:
     def gradients(
         self, keys: Tensor, values: Tensor, tokens: Sequence[int], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Gradients [L, H, n, D] and [L, H, n, Dv] that keys and values have of the log-likelihood
-        of what the model might have said in place of each of the tokens that come next: their
-        second moment is Fisher information, which the tokens' own likelihood gives only where the
-        model is right."""
+        """Returns the gradients [L, H, n, D] and [L, H, n, Dv] of a log-likelihood with respect to
+        keys and values. After each of `tokens` it is the log-likelihood of a token drawn from the
+        model's own distribution: the gradients' second moment is Fisher information then, which
+        the text's own likelihood gives only where the model is right."""
         # What was made in inference mode cannot be part of a graph.
         keys, values = keys.clone().requires_grad_(), values.clone().requires_grad_()
-        logp = self.over(keys, values, keys.shape[2], tokens)
-        said = torch.multinomial(logp.detach().exp(), 1, generator=generator)
+        logp = self.log_probabilities(keys, values, keys.shape[2], tokens)
+        drawn = torch.multinomial(logp.detach().exp(), 1, generator=generator)
         key_gradients, value_gradients = torch.autograd.grad(
-            logp.gather(1, said).sum(), (keys, values)
+            logp.gather(1, drawn).sum(), (keys, values)
         )
         return key_gradients, value_gradients
 
     def _verify(self) -> None:
-        # Rotary embeddings see distances only: moving all positions turns every layer's keys by
+        # Rotary embeddings see distances only: moving all positions rotates every layer's keys by
         # the same angles and changes nothing else. This finds other pairings of channels, layers
         # without RoPE, and temperatures that depend on the position.
         tokens = torch.randint(self.model.vocabulary // 2, (24,), generator=_generator()).tolist()
         far = 1009
-        _, near_keys, _ = self.read(tokens)
-        _, far_keys, _ = self.read(tokens, far)
+        _, near_keys, _ = self.prefill(tokens)
+        _, far_keys, _ = self.prefill(tokens, far)
         turned = self.rope.rotate(near_keys, torch.full((len(tokens),), far))
         error = (turned - far_keys).norm() / far_keys.norm()
         if not error < 1e-2:
@@ -184,7 +193,8 @@ class Reader:
 
     @torch.inference_mode()
     def samples(self, progress: Callable[..., Any]) -> list[list[int]]:
-        """Texts of the model's own, at temperature 1 from OPENINGS; always the same ones."""
+        """Returns texts that the model writes at temperature 1 after OPENINGS, as token ids; they
+        are the same in every run."""
         from transformers import DynamicCache
 
         start = self.tokenizer.bos_token_id
@@ -213,34 +223,40 @@ def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def lessons(tokens: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Contexts, all over the tokens, and what is read over each: half of it goes on with the text,
-    half repeats a part, as questions and answers do."""
+def excerpts(tokens: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Returns pairs of a context and a question over it. Contexts are spread over the tokens; half
+    of a question goes on with the text, half repeats a part of the context, as questions and
+    answers do."""
     n = len(tokens)
     question = min(QUESTION, n // 4)
     size = min(CONTEXT, n - question)
     last, generator = n - size - question // 2, _generator()
     found = []
-    for start in range(0, last + 1, max(1, last // (LESSONS - 1))) if last else [0]:
+    for start in range(0, last + 1, max(1, last // (EXCERPTS - 1))) if last else [0]:
         context, ahead = tokens[start : start + size], tokens[start + size :][: question // 2]
         again = int(torch.randint(size - question // 2 + 1, (), generator=generator))
         found.append((list(context), [*ahead, *context[again : again + question // 2]]))
-    return found[:LESSONS]
+    return found[:EXCERPTS]
 
 
-def gather(
-    reader: Reader,
+def take_statistics(
+    probe: Probe,
     texts: Iterable[tuple[Sequence[int], Sequence[int]]],
     progress: Callable[..., Any],
 ) -> Statistics:
-    """Moments over all tokens of all contexts, save each one's sinks."""
+    """Returns moments over the tokens of all contexts, except each one's first SINKS.
+
+    Args:
+        texts: pairs of a context and a question, as `excerpts` gives them.
+        progress: as in `calibrate`.
+    """
     total: Statistics | None = None
     count, generator = 0, _generator()
-    for context, question in progress(list(texts), "reading text"):
+    for context, question in progress(list(texts), "taking statistics"):
         positions = torch.arange(len(context))
-        q, k, v = reader.read(context)
-        g, v_g = reader.gradients(k, v, question, generator)
-        q, k, g = (reader.rope.rotate(x, -positions)[:, :, SINKS:] for x in (q, k, g))
+        q, k, v = probe.prefill(context)
+        g, v_g = probe.gradients(k, v, question, generator)
+        q, k, g = (probe.rope.rotate(x, -positions)[:, :, SINKS:] for x in (q, k, g))
         values = v[:, :, SINKS:], v_g[:, :, SINKS:]
         new, more = Statistics.of(k, q, g, values), len(context) - SINKS
         total = new if total is None else total.merged(new, count, more)
@@ -254,14 +270,15 @@ def _plain(iterable: Iterable[Any], label: str) -> Iterable[Any]:
 
 
 def bar(iterable: Iterable[Any], label: str) -> Iterable[Any]:
-    """A progress bar on stderr."""
+    """Returns the iterable with a progress bar on stderr."""
     from tqdm import tqdm
 
     return tqdm(iterable, desc=label, dynamic_ncols=True)
 
 
-def default_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Where the tables of a model belong, given its directory or its name. Raises TablesError."""
+def output_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns where the tables of a model belong, given its directory or its name. Raises
+    TablesError."""
     place = transform_tables.default_path(model_config(_folder(path)))
     if place is None:
         raise TablesError(
@@ -294,15 +311,17 @@ def calibrate(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     text: str | os.PathLike[str] | None = None,
-    points: Sequence[Point] = POINTS,
+    points: Sequence[OperatingPoint] = POINTS,
     progress: Callable[..., Any] = _plain,
-) -> Model:
-    """Writes the tables of a model to `out`. Raises TablesError.
+) -> ModelShape:
+    """Writes the tables of a model and returns the model's shape. Raises TablesError.
 
     Args:
-        path: the model's directory, or its name if it is in the local Hugging Face cache.
-        text: a UTF-8 file to calibrate on; without one, the model's own samples.
-        progress: called with an iterable and a label, as `bar`.
+        path: as in `Probe`.
+        out: the file to write.
+        text: a UTF-8 file to calibrate on; without one, the model's own samples are used.
+        points: the operating points to fit tables for.
+        progress: called with an iterable and a label, as `bar`; returns the iterable.
     """
     content = None
     if text is not None:
@@ -310,21 +329,21 @@ def calibrate(
             content = pathlib.Path(text).read_text(encoding="utf-8")
         except (OSError, UnicodeError) as error:
             raise TablesError(f"{text} cannot be read as UTF-8 text: {error}.") from None
-    reader = Reader(path)
+    probe = Probe(path)
     if content is None:
-        tokens = [token for sample in reader.samples(progress) for token in sample]
+        tokens = [token for sample in probe.samples(progress) for token in sample]
     else:
-        tokens = reader.tokenizer.encode(content, add_special_tokens=False)[:MOST_TOKENS]
+        tokens = probe.tokenizer.encode(content, add_special_tokens=False)[:MOST_TOKENS]
         if len(tokens) < FEWEST_TOKENS:
             raise TablesError(
                 f"{text} has only {len(tokens)} tokens: give at least {FEWEST_TOKENS}."
             )
-    texts = lessons(tokens)
-    read = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
-    statistics = gather(reader, texts, progress)
-    far = horizon(reader.config)
+    texts = excerpts(tokens)
+    digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+    statistics = take_statistics(probe, texts, progress)
+    far = horizon(probe.config)
     tables = [
-        fit(statistics, point, reader.rope, far) for point in progress(points, "fitting tables")
+        fit(statistics, point, probe.rope, far) for point in progress(points, "fitting tables")
     ]
-    transform_tables.save(out, reader.model, tables, read)
-    return reader.model
+    transform_tables.save(out, probe.model, tables, digest)
+    return probe.model

@@ -1,4 +1,4 @@
-"""Statistics of a model's keys and queries, and the transform tables fitted to them."""
+"""Statistics of a model's keys and queries, and transform tables that are fitted to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_kvcrush.codecs import layout
 from vllm_kvcrush.codecs.transform.bits import MAX_BITS, head_bits, pooled_bits
-from vllm_kvcrush.codecs.transform.points import Point, even_value_bits, even_words
+from vllm_kvcrush.codecs.transform.points import OperatingPoint, even_value_bits, even_words
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import Tables
 
@@ -26,9 +26,10 @@ class Statistics:
         key_mean: [L, H, D].
         key_second: [L, H, D, D], E[k kᵀ].
         query_second: [L, H, D, D], E[q qᵀ] summed over the query heads of a KV head.
-        key_gradient: [L, H, D, D], E[g gᵀ] of the gradient g that a key has of the log-likelihood
-            of text that comes after it; None where nobody took it.
-        value_gradient: [L, H], E[|g|² |v|²] of values' gradients, likewise.
+        key_gradient: [L, H, D, D], E[g gᵀ], where g is the gradient of the log-likelihood of later
+            text with respect to the key; None where it was not taken.
+        value_gradient: [L, H], E[|g|² |v|²], where g is the same gradient with respect to the
+            value v; None where it was not taken.
     """
 
     key_mean: Tensor
@@ -45,8 +46,14 @@ class Statistics:
         gradients: Tensor | None = None,
         values: tuple[Tensor, Tensor] | None = None,
     ) -> Statistics:
-        """From keys [L, H, n, D], their gradients and queries [L, Hq, m, D], all without RoPE;
-        and values with their gradients, [L, H, n, Dv] each."""
+        """Returns the statistics of some tokens.
+
+        Args:
+            keys: [L, H, n, D], before RoPE.
+            queries: [L, Hq, m, D], before RoPE.
+            gradients: [L, H, n, D], with respect to the keys before RoPE.
+            values: values and the gradients with respect to them, [L, H, n, Dv] each.
+        """
         k = keys.double()
         layers, heads, n, size = k.shape
         q = queries.double().reshape(layers, heads, -1, size)
@@ -62,7 +69,8 @@ class Statistics:
         )
 
     def merged(self, other: Statistics, mine: int, others: int) -> Statistics:
-        """Of `mine` tokens here and `others` there together."""
+        """Returns the statistics of `mine` tokens of this and `others` tokens of the other
+        together."""
         share = others / (mine + others)
         both = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return Statistics(
@@ -71,8 +79,8 @@ class Statistics:
 
 
 def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root of a symmetric positive matrix [..., D, D] and its inverse. Directions with
-    next to no energy count as having a little, so that neither is infinite."""
+    """Returns the square root of a symmetric positive matrix [..., D, D] and its inverse.
+    Directions with next to no energy count as having a little, so that neither is infinite."""
     values, vectors = torch.linalg.eigh(matrix)
     values = values.clamp(min=0)
     floor = RIDGE * values.mean(-1, keepdim=True) + torch.finfo(torch.float64).tiny
@@ -82,21 +90,25 @@ def _root(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def fit(
     statistics: Statistics,
-    point: Point,
+    point: OperatingPoint,
     rope: Rope,
     horizon: int,
     most: int = MAX_BITS,
     even: bool = False,
 ) -> Tables:
-    """Makes the tables of a point.
+    """Returns the transform tables of a point.
 
     The transform is the Karhunen-Loeve transform of W(k - mean): of all transforms with these bits
-    it loses least in E[(k - k̂)ᵀ W² (k - k̂)]. W² is what errors of a key cost: to second order in
-    the divergence of the model's output E[g gᵀ], the Fisher information of the key (its gradient g
-    on text that the model is unsure of as the text is); without gradients E[q qᵀ], so that logits
-    lose least, whatever becomes of them. Queries are taken at all distances up to `horizon` from
-    the key, and keys at all positions up to it, or in a strip. With `even`, every head gets
-    `even_words`. Values have `even_value_bits` then, and where there are no gradients.
+    it loses least in E[(k - k̂)ᵀ W² (k - k̂)]. W² is what errors of a key cost. With gradients it is
+    E[g gᵀ], the Fisher information of the key, which gives the divergence of the model's output to
+    second order. Without them it is E[q qᵀ], so that logits lose least, whatever becomes of them.
+
+    Args:
+        horizon: queries are taken at all distances up to this from the key, and keys at all
+            positions up to it, or in a strip where the point is local.
+        most: no component gets more bits.
+        even: gives every head `even_words` and `even_value_bits`. Values have the latter also
+            where there are no gradients.
     """
     far = torch.arange(horizon)
     near = torch.arange(layout.STRIP) if point.local else far

@@ -1,4 +1,4 @@
-"""The points between size and loss that transform coding offers. Imports no torch."""
+"""The operating points of transform coding, from large to small pages. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ SINKS = 4
 
 
 class TablesError(ValueError):
-    """Tables that cannot be used; the message is one sentence for a user."""
+    """Transform tables cannot be made or used; the message is one sentence for a user."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """One point between size and loss.
+class OperatingPoint:
+    """One trade of size against loss, and the codec that makes it.
 
     Attributes:
-        name: as policies and files call it.
-        local: whether keys are coded as seen from the position of their strip's first token: fewer
-            bits say as much, and a query is turned anew for every strip.
-        key_bits: bits per key component, the mean over all layers and heads.
-        value_bits: bits per value channel, likewise, 2 to 4 in each head; the scale comes on top.
-        exceptions: share of a page's tokens that are int8 instead.
+        name: the codec's name.
+        local: whether keys are coded as seen from the position of their strip's first token. Fewer
+            bits say as much then, but a query is rotated anew for every strip.
+        key_bits: bits of a key component, the mean over all layers and heads.
+        value_bits: bits of a value channel, likewise, 2 to 4 in each head; the scale comes on top.
+        exceptions: least share of a page's tokens that are int8 instead.
     """
 
     name: str
@@ -35,27 +35,37 @@ class Point:
     exceptions: float
 
 
-# What there is, those that lose least first.
+# Those that lose least come first.
 POINTS = (
-    Point("tc4", local=False, key_bits=3.25, value_bits=4.0, exceptions=0.005),
-    Point("tc6", local=True, key_bits=1.75, value_bits=2.5, exceptions=0.005),
-    Point("tc8", local=True, key_bits=1.375, value_bits=2.25, exceptions=0.005),
+    OperatingPoint("tc4", local=False, key_bits=3.25, value_bits=4.0, exceptions=0.005),
+    OperatingPoint("tc6", local=True, key_bits=1.75, value_bits=2.5, exceptions=0.005),
+    OperatingPoint("tc8", local=True, key_bits=1.375, value_bits=2.25, exceptions=0.005),
 )
 # Queries are taken at distances up to this from a key: further ones look alike.
 HORIZON = 8192
 
 
 def horizon(config: Mapping[str, Any]) -> int:
-    """How far queries can be from a key, for `fit`; `config` is the content of config.json."""
+    """Returns how far queries can be from a key, in tokens, for `fit`.
+
+    Args:
+        config: content of the model's config.json.
+    """
     return min(HORIZON, config.get("max_position_embeddings") or HORIZON)
 
 
-def even_value_bits(point: Point) -> int:
-    """Bits of a value's channel where every head has the same: about what heads share out."""
+def even_value_bits(point: OperatingPoint) -> int:
+    """Returns the bits of a value channel where every head has the same number: about the mean of
+    those that heads would share out."""
     return int(point.value_bits + 0.5)
 
 
-def even_words(point: Point, size: int) -> int:
-    """Words of a key's codes where every head has the same number, so that they are known before
-    there are any statistics: no fewer than where heads share them out."""
+def even_words(point: OperatingPoint, size: int) -> int:
+    """Returns the 32-bit words of a key's codes where every head has the same number, so that page
+    sizes are known before there are any statistics. It is no less than the mean of those that
+    heads would share out.
+
+    Args:
+        size: head size of keys.
+    """
     return math.ceil(point.key_bits * size / 32)

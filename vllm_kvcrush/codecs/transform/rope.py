@@ -1,4 +1,4 @@
-"""Rotary embeddings of positions, and what they do to moments of keys and queries."""
+"""Rotary position embeddings, and what they do to moments of keys and queries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_kvcrush.codecs.transform.points import TablesError
 
 @dataclass(frozen=True)
 class Rope:
-    """A rotary embedding that turns channel j with channel j + D/2 (rotate-half).
+    """A rotary embedding that rotates channel j with channel j + D/2 (rotate-half).
 
     Attributes:
         frequencies: float64 [D/2], radians per position.
@@ -25,8 +25,8 @@ class Rope:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Rope:
-        """From the content of a model's config.json. Raises TablesError for what was not verified
-        against transformers."""
+        """Returns the rotary embedding that the content of a model's config.json describes. Raises
+        TablesError for one that was not verified against transformers."""
         settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(settings, Mapping) or any(
             isinstance(v, Mapping) for v in settings.values()
@@ -59,33 +59,31 @@ class Rope:
 
     @property
     def size(self) -> int:
-        """D."""
+        """Head size D."""
         return 2 * self.frequencies.numel()
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turns `x` [..., n, D] forward by `positions` [..., n]; negative ones turn back."""
+        """Returns `x` [..., n, D] rotated by `positions` [..., n]; negative ones rotate back."""
         angle = positions.to(torch.float64)[..., None] * self.frequencies
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     def spread(self, mean: Tensor, second: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Moments of R(p)x for p uniform over `positions`, independent of x.
+        """Returns the moments E[R(p)x] and E[R(p)x xᵀR(p)ᵀ], float64, for positions p that are
+        uniform over `positions` and independent of x.
 
         Args:
             mean: [..., D], E[x].
             second: [..., D, D], E[x xᵀ].
             positions: [m].
-
-        Returns:
-            E[R(p)x] and E[R(p)x xᵀR(p)ᵀ], float64.
         """
         phase = torch.polar(
             torch.ones(1, dtype=torch.float64),
             positions.to(torch.float64)[:, None] * self.frequencies,
         )
         half = self.size // 2
-        # Pairs as complex numbers z: a turn multiplies z by its phase, so that E[z z̄ᵀ] and E[z zᵀ]
+        # Pairs as complex numbers z: rotation multiplies z by a phase, so that E[z z̄ᵀ] and E[z zᵀ]
         # are multiplied by the means of differences and of sums of angles.
         mean, second = mean.double(), second.double()
         turned = torch.complex(mean[..., :half], mean[..., half:]) * phase.mean(0)
@@ -101,7 +99,7 @@ class Rope:
 
 
 def _scaled(frequencies: Tensor, kind: str, settings: Mapping[str, Any]) -> Tensor:
-    """Frequencies of contexts stretched by "linear" or "llama3" scaling."""
+    """Returns the frequencies for contexts that "linear" or "llama3" scaling stretches."""
     slow = frequencies / settings["factor"]
     if kind == "linear":
         return slow

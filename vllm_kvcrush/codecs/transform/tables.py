@@ -1,4 +1,5 @@
-"""Transform tables: what they hold, which model they belong to, and their file."""
+"""Transform tables: what they hold, which model they belong to, the tokens that pages hold with
+them, and their file."""
 
 from __future__ import annotations
 
@@ -11,17 +12,17 @@ import pathlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vllm_kvcrush import paths
-from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs import FITTED, layout
 from vllm_kvcrush.codecs.transform.bits import MAX_BITS, quantiser
 from vllm_kvcrush.codecs.transform.points import (
     POINTS,
-    Point,
+    OperatingPoint,
     TablesError,
     even_value_bits,
     even_words,
@@ -34,21 +35,21 @@ VERSION = 4
 
 @dataclass(frozen=True)
 class Tables:
-    """What encoding and decoding at one point needs, float32 unless said otherwise. Components are
-    in units of their codes.
+    """The transform tables of one model at one operating point: what encoding and decoding needs.
+    Tensors are float32 unless said otherwise; components are in units of their codes.
 
     Attributes:
-        point: the point.
+        point: the operating point.
         rope: the model's rotary embedding.
-        key_mean: [L, H, D], of keys as the point codes them.
+        key_mean: [L, H, D], the mean of keys as the point codes them.
         forward: [L, H, D, D]; row i gives component i of a centred key.
         inverse: [L, H, D, D], the inverse of `forward`; column i belongs to component i.
-        cost: [L, H, D]: what an error of 1 in a component costs, relative to all others.
-        bits: uint8 [L, H, D], descending, equal within quads.
-        value_bits: uint8 [L, H], of every channel of a value.
+        cost: [L, H, D], what an error of 1 in a component costs, relative to all others.
+        bits: uint8 [L, H, D], bits of each component, descending, equal within quads.
+        value_bits: uint8 [L, H], bits of every channel of a value.
     """
 
-    point: Point
+    point: OperatingPoint
     rope: Rope
     key_mean: Tensor
     forward: Tensor
@@ -59,11 +60,11 @@ class Tables:
 
     @property
     def words(self) -> Tensor:
-        """[L, H], 32-bit words of a key's codes."""
+        """32-bit words of a key's codes, [L, H]."""
         return self.bits.long().sum(-1) // 32
 
     def capacity(self, layer: int, head: int, page_bytes: int, value_size: int) -> tuple[int, int]:
-        """Tokens of a page of this head, and how many of them are int8."""
+        """Returns how many tokens a page of this head holds, and how many of them are int8."""
         words, bits = int(self.words[layer, head]), int(self.value_bits[layer, head])
         return layout.fitted_capacity(
             page_bytes, words, bits, self.rope.size, value_size, self.point.exceptions
@@ -72,7 +73,7 @@ class Tables:
     @classmethod
     def of(
         cls,
-        point: Point,
+        point: OperatingPoint,
         rope: Rope,
         mean: Tensor,
         forward: Tensor,
@@ -81,8 +82,11 @@ class Tables:
         bits: Tensor,
         value_bits: Tensor,
     ) -> Tables:
-        """From transforms whose components have unit variance; `weight` [L, H, D] is what their
-        squared error costs."""
+        """Returns the tables of transforms whose components have unit variance.
+
+        Args:
+            weight: [L, H, D], what a squared error of each component costs.
+        """
         steps = torch.tensor([quantiser(b).step for b in range(MAX_BITS + 1)], dtype=torch.float64)
         step = steps[bits.long()]
         return cls(
@@ -97,9 +101,24 @@ class Tables:
         )
 
 
+class HeadTables(NamedTuple):
+    """The part of a model's transform tables that encodes the pages of one head.
+
+    Attributes:
+        tables: the model's tables.
+        layer, head: which part of them.
+        exceptions: how many tokens of a page of this head are int8.
+    """
+
+    tables: Tables
+    layer: int
+    head: int
+    exceptions: int
+
+
 def model_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a model's config.json with what its type leaves unsaid, such as the base of
-    its rotary embedding: the same that a server sees. Raises TablesError.
+    """Returns the content of a model's config.json, completed by the defaults of the model's type,
+    such as the base of its rotary embedding. It is what a server sees. Raises TablesError.
 
     Args:
         folder: the model's directory.
@@ -115,18 +134,20 @@ def model_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception:  # a type that transformers does not know: what is written must do
+    except Exception:  # transformers does not know the type: what is written must do
         return written
     return dict(config.get_text_config().to_dict())
 
 
 @dataclass(frozen=True)
-class Model:
-    """What ties tables to a model.
+class ModelShape:
+    """What transform tables must agree with a model in.
 
     Attributes:
-        name: for messages.
-        layers, heads, kv_heads, size, vocabulary: the obvious counts.
+        name: the model's name, for messages; it may differ.
+        layers, heads, kv_heads: numbers of layers, query heads and KV heads.
+        size: head size.
+        vocabulary: number of token ids.
         rope: digest of the rotary embedding.
     """
 
@@ -139,8 +160,9 @@ class Model:
     rope: str
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], name: str = "") -> Model:
-        """From the content of config.json. Raises TablesError."""
+    def from_config(cls, config: Mapping[str, Any], name: str = "") -> ModelShape:
+        """Returns the shape of the model that the content of a config.json describes. Raises
+        TablesError."""
         try:
             heads = config["num_attention_heads"]
             rope = Rope.from_config(config)
@@ -160,8 +182,8 @@ class Model:
                 "models with plain attention."
             ) from None
 
-    def mismatch(self, other: Model) -> str:
-        """The first field, save the name, in which two models differ; empty if none."""
+    def mismatch(self, other: ModelShape) -> str:
+        """Returns the first difference of two models other than the name; empty if none."""
         for field in fields(self)[1:]:
             mine, its = getattr(self, field.name), getattr(other, field.name)
             if mine != its:
@@ -170,21 +192,21 @@ class Model:
 
 
 def default_path(config: Mapping[str, Any]) -> pathlib.Path | None:
-    """Where the tables of a model are looked for and written to unless a path is given: a name that
-    the model's shape decides. None where nothing is kept, see `paths.cache_root`. Raises
-    TablesError for a model that transform coding does not fit.
+    """Returns where the tables of a model are looked for and written to unless a path is given: a
+    name that follows from the model's shape. Returns None where nothing is kept, see
+    `paths.cache_root`. Raises TablesError for a model that transform coding does not fit.
 
     Args:
         config: content of the model's config.json.
     """
-    model = Model.from_config(config)
+    model = ModelShape.from_config(config)
     described = json.dumps([getattr(model, f.name) for f in fields(model)[1:]])
     name = hashlib.sha256(described.encode()).hexdigest()[:16]
     root = paths.cache_root()
     return None if root is None else root / "tables" / f"{name}.safetensors"
 
 
-# By codec, `plan.Packing.pages`.
+# `plan.Packing.pages` of each codec, by its name.
 Packings = dict[str, tuple[tuple[tuple[int, int], ...], ...]]
 
 
@@ -195,17 +217,17 @@ def packings(
     value_size: int,
     ranks: int,
 ) -> Packings:
-    """How many tokens the pages of each fitted codec hold that the file has tables for. Raises
+    """Returns how many tokens the pages of each fitted codec hold by the tables of a file. Raises
     TablesError.
 
     Args:
         path, config: as in `load`.
         page_bytes: bytes of a page.
         value_size: head size of values.
-        ranks: tensor-parallel ranks, which share the KV heads out.
+        ranks: number of tensor-parallel ranks, over which the KV heads are divided.
     """
     found = {}
-    for codec in layout.FITTED:
+    for codec in FITTED:
         tables = load(path, config, codec)
         size = tables.rope.size
         widths = torch.stack([tables.words, tables.value_bits.long()], -1)
@@ -216,8 +238,13 @@ def packings(
 def even_packings(
     config: Mapping[str, Any], page_bytes: int, value_size: int, ranks: int
 ) -> Packings:
-    """The same of a model without a file, whose heads all have `even_words`."""
-    model = Model.from_config(config)
+    """Returns how many tokens the pages of each fitted codec hold where there is no file: in tables
+    that are fitted at start-up, all heads have `even_words`. Raises TablesError.
+
+    Args:
+        config, page_bytes, value_size, ranks: as in `packings`.
+    """
+    model = ModelShape.from_config(config)
     found = {}
     for point in POINTS:
         own = torch.tensor([even_words(point, model.size), even_value_bits(point)])
@@ -227,9 +254,13 @@ def even_packings(
 
 
 def _packing(
-    point: Point, widths: Tensor, page_bytes: int, size: int, value_size: int, ranks: int
+    point: OperatingPoint, widths: Tensor, page_bytes: int, size: int, value_size: int, ranks: int
 ) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """`widths` are a head's words of a key and bits of a value's channel, [L, H, 2]."""
+    """Returns `plan.Packing.pages` of one codec.
+
+    Args:
+        widths: int [L, H, 2], 32-bit words of a key and bits of a value channel.
+    """
     heads = widths.shape[1] // ranks
     if heads * ranks != widths.shape[1]:
         raise TablesError(
@@ -266,9 +297,14 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save(path: str | os.PathLike[str], model: Model, tables: Sequence[Tables], text: str) -> None:
-    """Writes tables of several points to one file. `text` is the digest of what they were
-    calibrated on."""
+def save(
+    path: str | os.PathLike[str], model: ModelShape, tables: Sequence[Tables], text: str
+) -> None:
+    """Writes the tables of several points to one file.
+
+    Args:
+        text: digest of the text that they were calibrated on.
+    """
     from safetensors.torch import save_file
 
     tensors = {
@@ -293,8 +329,8 @@ def save(path: str | os.PathLike[str], model: Model, tables: Sequence[Tables], t
 
 
 def load(path: str | os.PathLike[str], config: Mapping[str, Any], point: str) -> Tables:
-    """Reads the tables of one point. Raises TablesError, with one sentence, for a file that is
-    missing, damaged, foreign, or made for another model.
+    """Returns the tables of one point from a file. Raises TablesError for a file that is missing,
+    damaged, foreign, or made for another model.
 
     Args:
         config: content of the model's config.json.
@@ -303,7 +339,7 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any], point: str) ->
     from safetensors import SafetensorError, safe_open
 
     again = "make it anew with `vllm-kvcrush calibrate`"
-    mine = Model.from_config(config)
+    mine = ModelShape.from_config(config)
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
@@ -315,8 +351,8 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any], point: str) ->
                     f"{VERSION}: {again}."
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            theirs = Model(**about["model"])
-            points = {p["name"]: Point(**p) for p in about["points"]}
+            theirs = ModelShape(**about["model"])
+            points = {p["name"]: OperatingPoint(**p) for p in about["points"]}
     except FileNotFoundError:
         raise TablesError(f"{path} does not exist: {again}.") from None
     except TablesError:

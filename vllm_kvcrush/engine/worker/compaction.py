@@ -19,25 +19,28 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_kvcrush.codecs.transform import tables as transform_tables
 from vllm_kvcrush.codecs.transform.fit import fit
-from vllm_kvcrush.codecs.transform.points import POINTS, horizon
+from vllm_kvcrush.codecs.transform.points import POINTS, TablesError, horizon
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import KVCrushSpec
-from vllm_kvcrush.engine.commands import Compaction, StepCommands, WorkerReport
+from vllm_kvcrush.engine.commands import Command, Compact, Compacted, StepCommands, WorkerReport
 from vllm_kvcrush.engine.worker import statistics
 from vllm_kvcrush.engine.worker.move import Move
-from vllm_kvcrush.engine.worker.state import Backend, CacheLayer, Request
+from vllm_kvcrush.engine.worker.state import Backend, CacheLayer, WorkerRequest
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.plan import cdiv
 from vllm_kvcrush.policies.base import Policy
-from vllm_kvcrush.policies.choice import PolicyFailure
+from vllm_kvcrush.policies.choice import USELESS, PolicyFailure
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 logger = init_logger("vllm.kvcrush")
+
+# Policies that are kept built: clients may vary their parameters.
+_MOST_POLICIES = 64
 
 
 class QueryTap:
@@ -68,6 +71,20 @@ class QueryTap:
         return torch.stack([t for t in taken if t is not None])
 
 
+def _rope_of(model_config: Any) -> Rope | None:
+    """The model's rotary embedding, for policies; None where it is not one that we know."""
+    try:
+        return Rope.from_config(model_config.hf_text_config.to_dict())
+    except (TablesError, KeyError):
+        return None
+
+
+def _side_bytes(state: WorkerRequest) -> int:
+    """Bytes that are kept beside the pages of a request between compactions."""
+    kept = (x for by in (*state.kept_state.values(), state.positions) for x in by.values())
+    return sum(x.nbytes for x in kept)
+
+
 # A mixin at run time; to the type checker it is a runner.
 _Base: Any = GPUModelRunner if TYPE_CHECKING else object
 
@@ -81,25 +98,27 @@ class CompactionMixin(_Base):
         self._settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
         # By name; None where a policy could not be built.
         self._policies: dict[str, Policy | None] = {}
-        self._crushed: dict[str, Request] = {}
-        self._deferred: frozenset[str] = frozenset()
+        self._rope = _rope_of(vllm_config.model_config)
+        # Requests with an active policy.
+        self._requests: dict[str, WorkerRequest] = {}
+        self._observe: dict[str, int] = {}
         self._backend: Backend
         self._layers: list[CacheLayer] = []
         self._tap: QueryTap | None = None
         self._attention: dict[str, Any] = {}
         # Rows of the batch whose queries are wanted: (request, first row, first position, count).
-        self._wanted: list[tuple[Request, int, int, int]] = []
-        # For the scheduler, with the next output: times of compactions by policy, and requests in
-        # whose compactions a policy failed.
-        self._seconds: list[tuple[str, float]] = []
+        self._wanted: list[tuple[WorkerRequest, int, int, int]] = []
+        # For the scheduler, with the next output: compactions, and requests in whose compactions a
+        # policy failed.
+        self._compacted: list[Compacted] = []
         self._failures: list[tuple[str, str]] = []
         # The most bytes held beside the cache, by what for; and whether the scheduler knows.
         self._peaks: dict[str, int] = {}
         self._higher = False
         # Compactions whose choices the device has not told to be sound yet.
-        self._unsettled: list[tuple[str, Request, Tensor]] = []
+        self._unsettled: list[tuple[str, WorkerRequest, Tensor]] = []
         # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
-        self.on_select: Callable[[Compaction, int, Tensor], None] | None = None
+        self.on_select: Callable[[Compact, int, Tensor], None] | None = None
 
     # -- what a runner adds ---------------------------------------------------------------------
 
@@ -107,7 +126,7 @@ class CompactionMixin(_Base):
         """Prepares the model's attention layers."""
         raise NotImplementedError
 
-    def _install(self, request_id: str, blocks: list[int], evicted: int) -> None:
+    def _install(self, request_id: str, blocks: list[int], slot_shift: int) -> None:
         """Takes the blocks of a compacted request, before those that this step adds."""
         raise NotImplementedError
 
@@ -203,33 +222,40 @@ class CompactionMixin(_Base):
             self.sample_tokens(None)
             self.execute_model(statistics.finished())
             table = torch.tensor(blocks, dtype=torch.int32, device=self._layers[0].device)
-            held = (layer.held(layer.request(None, table, n, 0), n) for layer in self._layers)
+            held = (
+                layer.held(layer.source(None, table, n, 0), [n] * layer.heads)
+                for layer in self._layers
+            )
             keys = torch.stack([own.keys for own in held])
             yield tap.take().transpose(1, 2).cpu(), keys.cpu()
 
     # -- one step -------------------------------------------------------------------------------
 
-    def _begin_step(self, scheduler_output: Any) -> list[Compaction]:
-        """Follows the requests that come and go; returns the compactions of this step."""
-        commands: StepCommands = getattr(scheduler_output, "kvcrush", None) or StepCommands()
+    def _begin_step(self, scheduler_output: Any) -> list[Command]:
+        """Follows the requests that come and go; returns the commands of this step."""
+        told: StepCommands = getattr(scheduler_output, "kvcrush", None) or StepCommands()
         for request_id in scheduler_output.finished_req_ids:
-            self._crushed.pop(request_id, None)
+            self._requests.pop(request_id, None)
         for request_id in scheduler_output.preempted_req_ids or ():
-            self._crushed.pop(request_id, None)
+            self._requests.pop(request_id, None)
         self._settle()
-        for request_id, admitted in commands.admitted.items():
-            self._crushed[request_id] = Request(
-                admitted.params,
-                self._policy(admitted.params.policy),
-                self._settings.plan(
-                    admitted.params, admitted.num_prompt_tokens, self.cache_config.block_size
-                ),
+        for request_id, own in told.admitted.items():
+            policy = self._policy(own.policy)
+            self._requests[request_id] = WorkerRequest(
+                own.policy, policy, own.plan, own.spans, own.protect
             )
-        self._deferred = commands.deferred
-        return commands.compactions
+        self._observe = told.observe
+        return told.commands
+
+    def _run(self, command: Command) -> None:
+        """Runs one of the scheduler's commands."""
+        assert isinstance(command, Compact), f"a command of an unknown kind: {command}"
+        self._compact(command)
 
     def _policy(self, name: str) -> Policy | None:
         if name not in self._policies:
+            if len(self._policies) >= _MOST_POLICIES:
+                del self._policies[next(iter(self._policies))]
             try:
                 self._policies[name] = self._settings.build(name)
             except Exception:  # a third party's constructor may raise anything
@@ -239,10 +265,10 @@ class CompactionMixin(_Base):
 
     def _prepare_batch(
         self, ids: Sequence[str], computed: np.ndarray, scheduled: np.ndarray
-    ) -> list[Request | None]:
+    ) -> list[WorkerRequest | None]:
         """Tells the backend and the tap which requests are in the batch, in its order: their
         tokens with KV so far, and those of this step. Returns their states."""
-        states = [self._crushed.get(request_id) for request_id in ids]
+        states = [self._requests.get(request_id) for request_id in ids]
         self._want_queries(ids, states, computed, scheduled)
         if self._backend.builder is not None:
             self._backend.builder.regions = [s.region if s else None for s in states]
@@ -250,12 +276,12 @@ class CompactionMixin(_Base):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        if (self._seconds or self._failures or self._higher) and output is not None:
+        if (self._compacted or self._failures or self._higher) and output is not None:
             # Where the output is copied asynchronously, the real one is wrapped: by V2, or V1.
             inner = getattr(output, "model_runner_output", output)
             inner = getattr(inner, "_model_runner_output", inner)
-            inner.kvcrush = WorkerReport(self._seconds, self._failures, dict(self._peaks))
-            self._seconds, self._failures, self._higher = [], [], False
+            inner.kvcrush = WorkerReport(self._compacted, self._failures, dict(self._peaks))
+            self._compacted, self._failures, self._higher = [], [], False
         return output
 
     # -- observation window ---------------------------------------------------------------------
@@ -263,32 +289,19 @@ class CompactionMixin(_Base):
     def _want_queries(
         self,
         ids: Sequence[str],
-        states: Sequence[Request | None],
+        states: Sequence[WorkerRequest | None],
         computed: np.ndarray,
         scheduled: np.ndarray,
     ) -> None:
-        """Marks the batch rows whose queries the next compaction may score with."""
+        """Marks the batch rows whose queries the scheduler wants to be kept."""
         self._wanted = []
         first_row = 0
         for row, (request_id, state) in enumerate(zip(ids, states, strict=True)):
-            count = int(scheduled[row])
-            if state is not None and "queries" in state.needs:
-                start = int(computed[row])
-                end, window = start + count, state.plan.window
-                if request_id in self._deferred:
-                    near: int | None = end
-                else:
-                    near = state.plan.next_compaction(start, start - state.evicted, end + window)
-                    # If it is put off, others than itself may need scores.
-                    size = self.cache_config.block_size
-                    if near is not None and not any(
-                        state.scores_at(n, size) for n in (near, near + window // 2, near + window)
-                    ):
-                        near = None
-                if near is not None and end > near - window:
-                    first = max(start, end - window, near - window)
-                    self._wanted.append((state, first_row + first - start, first, end - first))
-            first_row += count
+            first_row += int(scheduled[row])
+            count = self._observe.get(request_id, 0)
+            if state is not None and count:
+                end = int(computed[row] + scheduled[row])
+                self._wanted.append((state, first_row - count, end - count, count))
         if self._wanted:
             assert self._tap is not None
             rows = [torch.arange(row, row + count) for _, row, _, count in self._wanted]
@@ -306,7 +319,7 @@ class CompactionMixin(_Base):
             if state.queries is None:
                 layers, _, heads, size = taken.shape
                 state.queries = taken.new_empty(layers, window, heads, size)
-                held = [s.queries for s in self._crushed.values() if s.queries is not None]
+                held = [s.queries for s in self._requests.values() if s.queries is not None]
                 self._holds("queries", sum(queries.nbytes for queries in held))
             places = torch.arange(first, first + count, device=taken.device) % window
             state.queries[:, places] = taken[:, used : used + count]
@@ -319,7 +332,7 @@ class CompactionMixin(_Base):
         if size > self._peaks.get(kind, 0):
             self._peaks[kind], self._higher = size, True
 
-    def _window(self, state: Request, computed: int) -> Tensor:
+    def _window(self, state: WorkerRequest, computed: int) -> Tensor:
         """Queries of the last `window` tokens, in order: `[layers, query_heads, window, size]`."""
         window = state.plan.window
         if state.queries is None or state.queries_end != computed:
@@ -333,34 +346,40 @@ class CompactionMixin(_Base):
     # -- compaction -----------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _compact(self, command: Compaction) -> None:
+    def _compact(self, command: Compact) -> None:
         """Scores, selects and moves, layer by layer, then installs the new block table row."""
         began = time.perf_counter()
-        state = self._crushed[command.request_id]
+        state = self._requests[command.request_id]
+        held = evicted = 0.0
         if command.same_as is None:
-            self._move(command, state)
+            held, evicted = self._move(command, state)
         else:
-            other = self._crushed[command.same_as]
-            state.region, state.running, state.finer = other.region, other.running, other.finer
-            if (command.same_as, other.params.policy) in self._failures:
-                self._failures.append((command.request_id, state.params.policy))
-        state.compressed, state.compressed_tokens = len(command.target), command.keep
-        state.evicted = command.evicted
+            other = self._requests[command.same_as]
+            state.region, state.finer = other.region, other.finer
+            state.kept_state, state.positions = other.kept_state, other.positions
+            for done in self._compacted:
+                if done.request_id == command.same_as:
+                    held, evicted = done.held, done.evicted
+            if (command.same_as, other.label) in self._failures:
+                self._failures.append((command.request_id, state.label))
+        state.blocks, state.slot_shift = len(command.target), command.slot_shift
         # The next window may reach back before this compaction.
-        n, left = command.computed, command.computed - command.evicted
+        n, left = command.computed, command.computed - command.slot_shift
         if state.plan.next_compaction(n, left, n + state.plan.window - 1) is None:
             state.queries = None
-        self._install(command.request_id, [*command.target, *command.tail], command.evicted)
-        self._seconds.append((state.params.policy, time.perf_counter() - began))
+        self._install(command.request_id, [*command.target, *command.tail], command.slot_shift)
+        seconds = time.perf_counter() - began
+        self._compacted.append(Compacted(command.request_id, state.label, seconds, held, evicted))
 
-    def _move(self, command: Compaction, state: Request) -> None:
-        """Fills the target blocks of a compaction."""
+    def _move(self, command: Compact, state: WorkerRequest) -> tuple[float, float]:
+        """Fills the target blocks of a compaction. Returns tokens held and evicted."""
         name = command.request_id
         move = Move(
             command,
             state,
             self._layers,
             self.cache_config.block_size,
+            self._rope,
             failed=lambda why: self._failed(name, state, why),
             on_select=self.on_select,
         )
@@ -375,33 +394,28 @@ class CompactionMixin(_Base):
             self._unsettled.append((name, state, torch.stack(move.sound).all()))
             if cpus:
                 self._settle()
-        state.region = move.target if state.plan.packings else None
-        state.running = (
-            [move.running[i] for i in range(len(self._layers))] if move.running else None
-        )
-        finest = state.plan.packings[0].codec if state.plan.packings else "raw"
-        first = command.parts[0]
-        state.finer = first.tokens if move.two or first.codec == finest else 0
+        state.region = move.target if state.owns_pages else None
+        state.kept_state, state.positions = move.kept_state, move.positions
+        state.finer = move.finer
         self._holds("gathered", move.gathered)
-        if state.running:
-            known = (x for s in self._crushed.values() for x in s.running or ())
-            self._holds("running", sum(x.nbytes for x in known))
+        if state.kept_state or state.positions:
+            self._holds("running", sum(_side_bytes(known) for known in self._requests.values()))
         if cpus:
             self._holds("scratch", cpu.scratch_peak())
+        return move.held, move.evicted
 
     # -- policies that fail ---------------------------------------------------------------------
 
-    def _failed(self, request_id: str, state: Request, why: PolicyFailure) -> None:
+    def _failed(self, request_id: str, state: WorkerRequest, why: PolicyFailure) -> None:
         """Counts a compaction that had to do without its policy; a request is logged once."""
-        entry = (request_id, state.params.policy)
-        if entry not in self._failures:
-            self._failures.append(entry)
+        if (request_id, state.label) not in self._failures:
+            self._failures.append((request_id, state.label))
         if not state.failed:
             state.failed = True
             logger.error(
                 "vllm-kvcrush: the policy %s failed for request %s, which keeps its sinks and "
                 "newest tokens instead: %s",
-                state.params.policy,
+                state.name,
                 request_id,
                 why,
             )
@@ -411,5 +425,4 @@ class CompactionMixin(_Base):
         unsettled, self._unsettled = self._unsettled, []
         for request_id, state, sound in unsettled:
             if not sound:
-                useless = "its scores have NaN, or its slots are not ascending candidates"
-                self._failed(request_id, state, PolicyFailure(useless))
+                self._failed(request_id, state, PolicyFailure(USELESS))

@@ -4,24 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size
 
-from vllm_kvcrush.engine.commands import Compaction
+from vllm_kvcrush import ops
+from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.engine.commands import Compact
+from vllm_kvcrush.engine.worker.allocation import page_counts
 from vllm_kvcrush.engine.worker.ranks import Ranks
 from vllm_kvcrush.engine.worker.region import Region
-from vllm_kvcrush.engine.worker.state import CacheLayer, Request
-from vllm_kvcrush.policies.base import Held, View
+from vllm_kvcrush.engine.worker.state import CacheLayer, WorkerRequest
+from vllm_kvcrush.policies.base import LayerKV, Policy, Room, View
 from vllm_kvcrush.policies.choice import (
     Choice,
     PolicyFailure,
+    allocated,
     choose,
+    demanded,
     in_position_order,
     newest,
+    reordered,
+    scored,
 )
+
+# Scores that were made to share pages out are kept for choosing, up to so many bytes; those of
+# further layers are made again.
+_KEPT_SCORES = 64 << 20
+
+T = TypeVar("T")
+_Given = tuple[Tensor, dict[str, Tensor]]
+
+
+class _Chosen:
+    """What stays of a layer, by slot.
+
+    Attributes:
+        slots: int64 [H, k], slots of the source in the order of the target; past a head's count 0.
+        columns: int64 [H, k], the same in the view's order.
+        choice, view: of the policy.
+    """
+
+    def __init__(self, slots: Tensor, columns: Tensor, choice: Choice, view: View) -> None:
+        self.slots, self.columns, self.choice, self.view = slots, columns, choice, view
 
 
 class Move:
@@ -31,53 +59,76 @@ class Move:
         command, state: of the request.
         layers: in the order of their pages.
         block_size: of a block, in tokens.
+        rope: the model's rotary embedding, for policies.
         failed: told each time that the policy fails.
-        on_select: called with each layer's choice, slots [kv_heads, keep].
+        on_select: called with each layer's choice, slots [kv_heads, keep], -1 past a head's own.
 
     Attributes:
-        target: the new region.
-        two: whether it has two tiers.
+        target: the new region; known when the move has run.
         scores: whether the policy is asked; for what it `needs`.
         queries: the observation window, `[layers, query_heads, window, size]`; the caller's to set
             before `run` where the policy needs it.
-        running: by layer, what the policy keeps of the survivors.
+        kept_state: by name and layer, what the policy keeps of the survivors, [H, k, ...].
+        positions: by layer, where the survivors stand, int32 [H, k]; empty unless they are kept.
+        finer: leading slots of the new region that are in the finer of two codecs.
         sound: of each layer's choice, `Choice.sound`.
         gathered: the most bytes of keys and values that the policy had copied.
+        held, evicted: tokens that stay and that are dropped, means over layers and heads.
     """
 
     def __init__(
         self,
-        command: Compaction,
-        state: Request,
+        command: Compact,
+        state: WorkerRequest,
         layers: Sequence[CacheLayer],
         block_size: int,
+        rope: Rope | None,
         failed: Callable[[PolicyFailure], None],
-        on_select: Callable[[Compaction, int, Tensor], None] | None,
+        on_select: Callable[[Compact, int, Tensor], None] | None,
     ) -> None:
         self._command, self._state, self._layers = command, state, layers
-        self._block_size, self._failed, self._on_select = block_size, failed, on_select
+        self._block_size, self._rope = block_size, rope
+        self._failed, self._on_select = failed, on_select
         self._device, self._heads = layers[0].device, layers[0].heads
         region = state.region
-        # Raw blocks, among them a raw compressed region, are read as one tail: slots are in order.
-        raw = command.source[command.compressed if region else 0 :]
-        self._tail = torch.tensor((*raw, *command.tail), dtype=torch.int32, device=self._device)
-        self._tail_tokens = len(raw) * block_size + command.tail_tokens
-        self._held = self._tail_tokens + (command.compressed_tokens if region else 0)
-        self._candidates = self._held - command.tail_tokens
-        self.target, self._order = Region.of(
-            command.target, command.parts, [layer.pages for layer in layers], raw, region
+        # Raw blocks, among them a compressed region of raw ones, are read as one tail: slots are
+        # in order.
+        self._raw = command.source[command.compressed if region else 0 :]
+        self._tail = torch.tensor(
+            (*self._raw, *command.tail), dtype=torch.int32, device=self._device
         )
+        self._tail_tokens = len(self._raw) * block_size + command.tail_tokens
+        # Tokens of each layer and head in the old region, and candidates.
+        shape = (len(layers), self._heads)
+        self._old = np.full(shape, state.region_tokens(block_size), dtype=np.int64)
+        if region is not None:
+            self._old = region.tokens.numpy()
+        new = len(command.source) - command.compressed
+        self._counts = self._old + new * block_size
+        self._candidates = int(self._counts.max())
+        self._parts = state.plan.parts(len(command.target), self._candidates)
         # Tokens of two tiers lie one tier after the other. Once they are together again, fitted
         # pages, which know the positions of some tokens only, may say of two neighbouring pages
         # that they overlap.
         self._mixed = state.tiers and region is not None
-        self.two = state.tiers and len(command.parts) > 1
-        self.scores = command.keep < self._candidates or "running" in state.needs or self.two
+        self._two = state.tiers and len(self._parts) > 1
+        self.scores = (
+            state.allocates
+            or "state" in state.needs
+            or self._two
+            or sum(part.tokens for part in self._parts) < self._candidates
+        )
         self._asks = self.scores
+        self.target: Region
         self.queries: Tensor | None = None
-        self.running: dict[int, Tensor] = {}
+        self.kept_state: dict[str, dict[int, Tensor]] = {}
+        self.positions: dict[int, Tensor] = {}
+        first, finest = self._parts[0], state.plan.packings[:1]
+        one_finest = bool(finest) and first.codec == finest[0].codec
+        self.finer = first.tokens if self._two or one_finest or not finest else 0
         self.sound: list[Tensor] = []
         self.gathered = 0
+        self.held = self.evicted = 0.0
 
     def give_up(self, why: PolicyFailure) -> None:
         """Does without the policy."""
@@ -86,101 +137,90 @@ class Move:
 
     def run(self) -> None:
         """Reads all that is to be read and writes the target."""
+        codecs, tokens = self._shared_out()
+        self._keep = torch.from_numpy(tokens.sum(0))
+        self.held = float(self._keep.double().mean())
+        self.evicted = float(self._counts.mean()) - self.held
+        self.target, order = Region.of(
+            self._command.target,
+            codecs,
+            tokens,
+            [layer.pages for layer in self._layers],
+            self._raw,
+            self._state.region,
+        )
+        if self._state.merges or (self._state.region and self._state.region.log_bias is not None):
+            self.target.open_biases()
         ranks = get_tensor_model_parallel_world_size()
-        if self._chooses and ranks > 1 and self._order != sorted(self._order):
+        if self._chooses and ranks > 1 and order != sorted(order):
             # Ranks share pages out in orders of their own, but must choose in the same one.
-            choices = [self._chosen(i, self._request(i)).int() for i in range(len(self._layers))]
-            for index in self._order:
-                self._fill(index, choices[index].long())
+            chosen = [self._chosen(i, self._source(i)) for i in range(len(self._layers))]
+            for index in order:
+                self._fill(index, chosen[index])
         else:
-            for index in self._order:
+            for index in order:
                 self._fill(index)
 
     @property
     def _chooses(self) -> bool:
-        return self.scores or self._mixed
+        state = self._state
+        return self.scores or self._mixed or state.keeps_positions or state.merges
 
-    def _request(self, index: int) -> Any:
-        position = self._command.computed - self._tail_tokens
-        return self._layers[index].request(
-            self._state.region, self._tail, self._tail_tokens, position
+    # -- how many tokens of which head -----------------------------------------------------------
+
+    def _shared_out(self) -> tuple[list[str], np.ndarray]:
+        """Codecs of the region's parts, and how many tokens of each layer and head fill them:
+        int64 [parts, L, H]."""
+        self._given: dict[int, _Given] = {}
+        if not self._state.allocates:
+            tokens = np.array([part.tokens for part in self._parts])
+            return (
+                [part.codec for part in self._parts],
+                np.broadcast_to(tokens[:, None, None], (len(tokens), *self._counts.shape)).copy(),
+            )
+        codec = self._parts[0].codec  # the coarsest
+        rooms = np.array(
+            [[own.pages.capacity(codec, h) for h in range(self._heads)] for own in self._layers]
         )
-
-    def _fill(self, index: int, kept: Tensor | None = None) -> None:
-        """Moves the tokens of a layer."""
-        layer, request = self._layers[index], self._request(index)
-        if kept is None and self._chooses:
-            kept = self._chosen(index, request)
-        elif kept is None:
-            everything = torch.arange(self._command.keep, device=self._device)
-            kept = everything.expand(self._heads, -1)
-        if self._on_select is not None:
-            self._on_select(self._command, index, kept)
-        try:
-            layer.compact(request, kept, self.target)
-        except Exception as error:
-            # Refused before anything was written: a choice of ours cannot be at fault twice.
-            if not self._chooses:
-                raise
-            self._failed(PolicyFailure(str(error)))
-            layer.compact(request, self._chosen(index, request, ask=False), self.target)
-
-    def _chosen(self, index: int, request: Any, ask: bool = True) -> Tensor:
-        """The slots of a layer that stay, in the order in which the target holds them."""
-        held = self._layers[index].held(request, self._held)
-        view, slots = self._view(index, held), None
-        if self._mixed:
-            places = self._layers[index].positions(request, self._candidates)
-            slots = places.argsort(dim=1, stable=True)
-            view = in_position_order(view, slots)
-        keep, finer = self._command.keep, self._command.parts[0].tokens if self.two else 0
-        choice = self._ask(view, keep, finer, slots) if ask and self._asks else None
-        if choice is None:
-            choice = newest(view, keep, finer)
-        else:
-            self.sound.append(choice.sound)
-        if choice.running is not None:
-            self.running[index] = choice.running
-        if (copies := vars(held).get("_read")) is not None:
-            self.gathered = max(self.gathered, sum(x.nbytes for x in copies))
-        return choice.slots if slots is None else slots.gather(1, choice.slots)
-
-    def _view(self, index: int, held: Held) -> View:
-        """What the policy sees of a layer, by slot."""
-        state, running = self._state, None
-        if "running" in state.needs:
-            running = torch.zeros(self._heads, self._candidates, device=self._device)
-            if state.running is not None:
-                running[:, : state.running[index].shape[1]] = state.running[index]
-        return View(
-            held=held,
-            queries=None if self.queries is None else self.queries[index],
-            scale=self._layers[index].scale,
-            candidates=self._candidates,
-            sinks=state.plan.sinks,
-            page_size=self._block_size,
-            running=running,
-            layer=index,
-            all_heads=_identity,
+        room = Room(
+            len(self._command.target) * self._counts.size,
+            torch.from_numpy(rooms),
+            torch.from_numpy(self._counts),
         )
+        shares = self._shares(room) if self._asks else None
+        if shares is None:
+            shares = torch.ones(room.candidates.shape, dtype=torch.float64)
+        protected = self._state.plan.sinks + self._state.plan.protected
+        least = -(-np.minimum(protected, self._counts) // rooms)
+        least = np.minimum(least, len(self._command.target))
+        pages = page_counts(shares, room, least)
+        return [codec], np.minimum(pages * rooms, self._counts)[None]
 
-    def _demoted(self, slots: Tensor | None) -> Tensor:
-        """Which candidates, in the view's order, are in the coarser codec already."""
-        at = torch.arange(self._candidates, device=self._device)
-        demoted = (at >= self._state.finer) & (at < self._command.compressed_tokens)
-        demoted = demoted.expand(self._heads, -1)
-        return demoted if slots is None else demoted.gather(1, slots)
+    def _shares(self, room: Room) -> Tensor | None:
+        """The policy's shares, or None where it failed."""
 
-    def _ask(self, view: View, keep: int, finer: int, slots: Tensor | None) -> Choice | None:
-        """The policy's choice for one layer, or None where it failed, here or on another rank."""
+        def ask(policy: Policy, ranks: Ranks | None) -> Tensor:
+            demands, size = [], 0
+            for index in range(len(self._layers)):
+                view = self._view(index, self._source(index), ranks)[0]
+                given = scored(policy, view)
+                demands.append(demanded(policy, view, given[0], room))
+                size += sum(x.nbytes for x in (given[0], *given[1].values()))
+                if size <= _KEPT_SCORES:
+                    self._given[index] = given
+                self._saw(view)
+            known = [demand for demand in demands if demand is not None]
+            return allocated(policy, torch.stack(known) if known else None, room)
+
+        return self._guarded(ask)
+
+    def _guarded(self, ask: Callable[[Policy, Ranks | None], T]) -> T | None:
+        """What the policy answers, or None where it failed, here or on another rank."""
         ranks = Ranks(self._device) if get_tensor_model_parallel_world_size() > 1 else None
-        if ranks is not None:
-            view = replace(view, all_heads=ranks.all_heads)
         try:
             if self._state.policy is None:
                 raise PolicyFailure("it cannot be built")
-            demoted = self._demoted(slots) if self.two else None
-            choice = choose(self._state.policy, view, keep, finer, demoted)
+            answer = ask(self._state.policy, ranks)
             if ranks is not None:
                 ranks.agree("done")
         except PolicyFailure as why:
@@ -188,7 +228,183 @@ class Move:
                 ranks.give_up()
             self._failed(why)
             return None
-        return choice
+        return answer
+
+    # -- one layer -------------------------------------------------------------------------------
+
+    def _source(self, index: int) -> Any:
+        position = self._command.computed - self._tail_tokens
+        return self._layers[index].source(
+            self._state.region, self._tail, self._tail_tokens, position
+        )
+
+    def _fill(self, index: int, chosen: _Chosen | None = None) -> None:
+        """Moves the tokens of a layer."""
+        source = self._source(index)
+        if chosen is None and self._chooses:
+            chosen = self._chosen(index, source)
+        if chosen is None:
+            everything = torch.arange(self._candidates, device=self._device)
+            slots = everything.expand(self._heads, -1)
+        else:
+            slots = chosen.slots
+        if self._on_select is not None:
+            at = torch.arange(slots.shape[1], device=slots.device)
+            past = at >= self._keep[index].to(slots.device).unsqueeze(1)
+            self._on_select(self._command, index, slots.masked_fill(past, -1))
+        try:
+            self._write(index, source, slots, chosen)
+        except Exception as error:
+            # Refused before anything was written: a choice of ours cannot be at fault twice.
+            if chosen is None:
+                raise
+            self._failed(PolicyFailure(str(error)))
+            chosen = self._chosen(index, source, ask=False)
+            self._write(index, source, chosen.slots, chosen)
+        if chosen is not None:
+            self._remember(index, chosen)
+
+    def _write(self, index: int, source: Any, slots: Tensor, chosen: _Chosen | None) -> None:
+        layer, counts = self._layers[index], self._keep[index].tolist()
+        merged = None if chosen is None else chosen.choice.merged
+        if merged is None:
+            layer.compact(source, slots, counts, self.target)
+        else:
+            assert chosen is not None
+            keys, values = (reordered(x, chosen.columns) for x in (merged.keys, merged.values))
+            positions = reordered(chosen.view.positions, chosen.columns)
+            layer.fill(keys.float(), values.float(), positions, counts, self.target)
+
+    def _remember(self, index: int, chosen: _Chosen) -> None:
+        """Keeps what is known of a layer's survivors."""
+        columns, choice, view = chosen.columns, chosen.choice, chosen.view
+        self.sound.append(choice.sound)
+        for name, value in choice.state.items():
+            self.kept_state.setdefault(name, {})[index] = reordered(value, columns)
+        if self._state.keeps_positions:
+            self.positions[index] = reordered(view.positions, columns)
+        bias = view.log_bias if choice.merged is None else choice.merged.log_bias
+        if self.target.log_bias is not None and bias is not None:
+            own = reordered(bias, columns).to("cpu", torch.float32)
+            for head, part in enumerate(self.target.biases(index)):
+                part.copy_(own[head, : len(part)])
+
+    def _chosen(self, index: int, source: Any, ask: bool = True) -> _Chosen:
+        """What stays of a layer."""
+        view, order = self._view(index, source)
+        keep = self._keep[index]
+        finer = torch.full_like(keep, self._parts[0].tokens) if self._two else None
+        choice: Choice | None = None
+        if ask and self._asks:
+            given = self._given.pop(index, None)
+
+            def chosen(policy: Policy, ranks: Ranks | None) -> Choice:
+                seen = view if ranks is None else replace(view, all_heads=ranks.all_heads)
+                demoted = self._demoted(order) if self._two else None
+                return choose(policy, seen, keep, finer, demoted, given)
+
+            choice = self._guarded(chosen)
+        if choice is None:
+            choice = newest(view, keep, finer)
+        self._saw(view)
+        if choice.finer is None or finer is None:
+            columns = ops.mask_slots(choice.kept, keep)
+        else:
+            rest = ops.mask_slots(choice.kept & ~choice.finer, keep - finer)
+            columns = torch.cat((ops.mask_slots(choice.finer, finer), rest), 1)
+        columns = columns.clamp_(min=0)  # padding past a head's count
+        slots = columns if order is None else order.gather(1, columns)
+        return _Chosen(slots, columns, choice, view)
+
+    def _saw(self, view: View) -> None:
+        held: Any = getattr(view.held, "_held", view.held)
+        if (copies := vars(held).get("_read")) is not None:
+            self.gathered = max(self.gathered, sum(x.nbytes for x in copies))
+
+    # -- what a policy sees ----------------------------------------------------------------------
+
+    def _view(
+        self, index: int, source: Any, ranks: Ranks | None = None
+    ) -> tuple[View, Tensor | None]:
+        """What the policy sees of a layer, in position order; and that order, int64 [H, m], where
+        it is not the slots' own."""
+        state, layer = self._state, self._layers[index]
+        counts = self._counts[index].tolist()
+        tail = self._command.tail_tokens
+        held: LayerKV = layer.held(source, [count + tail for count in counts])
+        m = max(counts)
+        old = torch.from_numpy(self._old[index]).to(self._device).unsqueeze(1)
+        columns = torch.arange(m, device=self._device)
+        known = (columns < old).expand(self._heads, -1)
+        view = View(
+            held=held,
+            queries=None if self.queries is None else self.queries[index],
+            scale=layer.scale,
+            candidates=m,
+            sinks=state.plan.sinks,
+            page_size=self._block_size,
+            layer=index,
+            layers=len(self._layers),
+            all_heads=_identity if ranks is None else ranks.all_heads,
+            counts=torch.from_numpy(self._counts[index]) if min(counts) < m else None,
+            state={name: self._widened(by[index], m) for name, by in state.kept_state.items()},
+            known=known,
+            log_bias=self._log_bias(index, m),
+            true_positions=self._positions(index, known, columns - old),
+            spans=state.spans,
+            rope=self._rope,
+        )
+        order: Tensor | None = None
+        if self._mixed:
+            places = view.positions if state.keeps_positions else layer.positions(source, counts)
+            order = places.argsort(dim=1, stable=True)
+            view = in_position_order(view, order)
+        if state.protect:
+            view = replace(view, protected=self._protected(view))
+        return view, order
+
+    def _widened(self, old: Tensor, m: int) -> Tensor:
+        """What is known of survivors, [H, k, ...], with zeros for newer tokens: [H, m, ...]."""
+        wide = torch.zeros(self._heads, m, *old.shape[2:], dtype=old.dtype, device=self._device)
+        wide[:, : old.shape[1]] = old
+        return wide
+
+    def _log_bias(self, index: int, m: int) -> Tensor | None:
+        region = self._state.region
+        if region is None or region.log_bias is None:
+            return None
+        wide = torch.zeros(self._heads, m)
+        for head, own in enumerate(region.biases(index)):
+            wide[head, : len(own)] = own
+        return wide.to(self._device)
+
+    def _positions(self, index: int, known: Tensor, new: Tensor) -> Tensor | None:
+        """Where the candidates stand, int32 [H, m]. `new`: places among the newer ones, [H, m]."""
+        if not self._state.keeps_positions:
+            return None
+        raw = len(self._command.source) - self._command.compressed
+        first = self._command.computed - self._command.tail_tokens - raw * self._block_size
+        where = (new + first).int()
+        if index in self._state.positions:
+            where = torch.where(
+                known, self._widened(self._state.positions[index], new.shape[1]), where
+            )
+        return where
+
+    def _protected(self, view: View) -> Tensor:
+        """The slots that stay whatever a policy says, bool [H, m]."""
+        where = view.positions
+        protected = where < view.sinks
+        for first, end in self._state.protect:
+            protected |= (where >= first) & (where < end)
+        return protected & view.valid
+
+    def _demoted(self, order: Tensor | None) -> Tensor:
+        """Which candidates, in the view's order, are in the coarser codec already."""
+        at = torch.arange(self._candidates, device=self._device)
+        demoted = (at >= self._state.finer) & (at < int(self._old.max()))
+        demoted = demoted.expand(self._heads, -1)
+        return demoted if order is None else demoted.gather(1, order)
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops import cpu
-from vllm_kvcrush.plan import Part
 
 
 class Pages(Protocol):
@@ -44,6 +43,9 @@ class Region:
         page: int32 [n], page index in the pool.
         count: uint16 [n], tokens in it.
         codec: uint8 [n].
+        tokens: int64 [layers, kv_heads], tokens of each layer and head.
+        bias: int64 [n], where in `log_bias` the tokens of a page start; None: no token has one.
+        log_bias: float32, by token in the order of the pages: added to its logit.
     """
 
     blocks: int
@@ -52,12 +54,16 @@ class Region:
     page: Tensor
     count: Tensor
     codec: Tensor
+    tokens: Tensor
+    bias: Tensor | None = None
+    log_bias: Tensor | None = None
 
     @classmethod
     def of(
         cls,
         blocks: Sequence[int],
-        parts: Sequence[Part],
+        codecs: Sequence[str],
+        tokens: np.ndarray,
         layers: Sequence[Pages],
         raw: Sequence[int] = (),
         old: Region | None = None,
@@ -70,7 +76,8 @@ class Region:
 
         Args:
             blocks: to fill.
-            parts: the tokens that fill them, in slot order.
+            codecs: of the region's parts, in slot order.
+            tokens: int64 [parts, layers, kv_heads], how many tokens fill each part.
             layers: share a pool, in the order of their pages.
             raw: blocks with raw pages that are read.
             old: region that is read.
@@ -81,16 +88,17 @@ class Region:
         """
         heads, pairs = layers[0].kv_heads, layers[0].block_pages
         rooms = np.array(
-            [[p.capacity(part.codec, h) for part in parts] for p in layers for h in range(heads)]
+            [[p.capacity(codec, h) for codec in codecs] for p in layers for h in range(heads)]
         )
-        tokens = np.array([part.tokens for part in parts])
+        in_all = torch.from_numpy(tokens.sum(0))
+        tokens = tokens.reshape(len(codecs), pairs).T
         pages = -(-tokens // rooms)  # of each pair and part
         sizes = pages.ravel()
         count = rooms.ravel().repeat(sizes)
         last = sizes.cumsum() - 1
         rests = (tokens - (pages - 1) * rooms).ravel()
         count[last[sizes > 0]] = rests[sizes > 0]
-        codec = np.tile([CODECS[part.codec] for part in parts], pairs).repeat(sizes)
+        codec = np.tile([CODECS[codec].number for codec in codecs], pairs).repeat(sizes)
         wanted = pages.sum(1)
         end = wanted.cumsum()
         begin = end - wanted
@@ -102,13 +110,35 @@ class Region:
             torch.from_numpy(page.astype(np.int32)),
             torch.from_numpy(count.astype(np.uint16)),
             torch.from_numpy(codec.astype(np.uint8)),
+            in_all,
         )
         return region, order
 
     def directory(self, layer: int) -> cpu.Directory:
         """The pages of one layer."""
         rows = slice(layer, layer + 1)
-        return cpu.Directory(self.begin[rows], self.end[rows], self.page, self.count, self.codec)
+        return cpu.Directory(
+            self.begin[rows],
+            self.end[rows],
+            self.page,
+            self.count,
+            self.codec,
+            self.bias,
+            self.log_bias,
+        )
+
+    def open_biases(self) -> None:
+        """Gives every token a log bias, 0 so far."""
+        counts = self.count.long()
+        self.bias = counts.cumsum(0) - counts
+        self.log_bias = torch.zeros(int(counts.sum()))
+
+    def biases(self, layer: int) -> list[Tensor]:
+        """The log biases of a layer's tokens, by head: parts of `log_bias`, to read or to set."""
+        assert self.log_bias is not None
+        before = int(self.tokens[:layer].sum())
+        sizes = self.tokens[layer].tolist()
+        return list(torch.split(self.log_bias[before : before + sum(sizes)], sizes))
 
 
 def _shared_out(
@@ -150,12 +180,28 @@ def _shared_out(
     return np.concatenate(found), order.tolist()
 
 
-def joined(
-    regions: Sequence[Region | None],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The pages of n requests, of which some have regions, in one list: `begin` and `end`
-    [n, layers, kv_heads], `page`, `count` and `codec` as in `Region`; and blocks that each
-    request's take, int32 [n]."""
+@dataclass
+class Joined:
+    """The pages of n requests, of which some have regions, in one list.
+
+    Attributes:
+        begin, end: int32 [n, layers, kv_heads].
+        page, count, codec, bias, log_bias: as in `Region`.
+        blocks: int32 [n], blocks that each request's region takes.
+    """
+
+    begin: Tensor
+    end: Tensor
+    page: Tensor
+    count: Tensor
+    codec: Tensor
+    bias: Tensor | None
+    log_bias: Tensor | None
+    blocks: Tensor
+
+
+def joined(regions: Sequence[Region | None]) -> Joined:
+    """The pages of several requests together; at least one has a region."""
     known = [region for region in regions if region is not None]
     begin = torch.zeros(len(regions), *known[0].begin.shape, dtype=torch.int32)
     end = torch.zeros_like(begin)
@@ -169,8 +215,23 @@ def joined(
         torch.cat([getattr(region, name) for region in known])
         for name in ("page", "count", "codec")
     )
+    bias, log_bias = _joined_biases(known)
     blocks = torch.tensor([region.blocks if region else 0 for region in regions], dtype=torch.int32)
-    return begin, end, page, count, codec, blocks
+    return Joined(begin, end, page, count, codec, bias, log_bias, blocks)
+
+
+def _joined_biases(regions: Sequence[Region]) -> tuple[Tensor | None, Tensor | None]:
+    if all(region.log_bias is None for region in regions):
+        return None, None
+    starts, values, first = [], [], 0
+    for region in regions:
+        if region.bias is None or region.log_bias is None:
+            starts.append(torch.full((len(region.page),), -1))
+        else:
+            starts.append(region.bias + first)
+            values.append(region.log_bias)
+            first += len(region.log_bias)
+    return torch.cat(starts), torch.cat(values)
 
 
 def batches(
@@ -188,11 +249,13 @@ def batches(
         table: int32 [n, columns], all blocks of each sequence, compressed ones first.
         regions: [n].
     """
-    begin, end, page, count, codec, blocks = joined(regions)
+    own = joined(regions)
+    begin, end, blocks = own.begin, own.end, own.blocks
+    pages = own.page, own.count, own.codec, own.bias, own.log_bias
     columns = (torch.arange(table.shape[1]) + blocks.unsqueeze(1)).clamp_(max=table.shape[1] - 1)
     tails = table.gather(1, columns)
     lengths = length - blocks * block_size
     return [
-        cpu.Batch(start, lengths, tails, cpu.Directory(begin[:, i], end[:, i], page, count, codec))
+        cpu.Batch(start, lengths, tails, cpu.Directory(begin[:, i], end[:, i], *pages))
         for i in range(begin.shape[1])
     ]

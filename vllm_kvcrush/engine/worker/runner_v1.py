@@ -21,9 +21,8 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
         return cpu.install(attention)
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
-        compactions = self._begin_step(scheduler_output)
-        for command in compactions:
-            self._compact(command)
+        for command in self._begin_step(scheduler_output):
+            self._run(command)
         return super().execute_model(scheduler_output, intermediate_tensors)
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: np.ndarray) -> Any:
@@ -32,7 +31,7 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
         n = len(ids)
         computed = self.input_batch.num_computed_tokens_cpu[:n]
         states = self._prepare_batch(ids, computed, num_scheduled_tokens)
-        shift = np.array([s.evicted if s else 0 for s in states], dtype=np.int32)
+        shift = np.array([s.slot_shift if s else 0 for s in states], dtype=np.int32)
         if shift.any():
             # Slots and lengths are ours, positions (RoPE) stay true.
             by_row = torch.from_numpy(shift)
@@ -65,7 +64,7 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
         finally:
             generators.update(away)
 
-    def _install(self, request_id: str, blocks: list[int], evicted: int) -> None:
+    def _install(self, request_id: str, blocks: list[int], slot_shift: int) -> None:
         self.requests[request_id].block_ids = (blocks,)
         row = self.input_batch.req_id_to_index.get(request_id)
         if row is not None:

@@ -19,9 +19,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_kvcrush import policies
-from vllm_kvcrush.config import NONE
-from vllm_kvcrush.engine.commands import Compaction
+from vllm_kvcrush.engine.commands import Command
 from vllm_kvcrush.engine.worker.compaction import CompactionMixin
 from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops.triton.shift import shift
@@ -41,14 +39,14 @@ class V2Mixin(CompactionMixin):
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        # Evicted tokens of each of vLLM's request states, here and on the device, and the states
-        # in which the two differ: a state is written once a step, as the device's writes race.
-        self._evicted = np.zeros(self.max_num_reqs, dtype=np.int32)
-        self._evicted_device = StagedWriteTensor(self.max_num_reqs, torch.int32, device)
+        # Slot shift of each of vLLM's request states, here and on the device, and the states in
+        # which the two differ: a state is written once a step, as the device's writes race.
+        self._slot_shift = np.zeros(self.max_num_reqs, dtype=np.int32)
+        self._shift_device = StagedWriteTensor(self.max_num_reqs, torch.int32, device)
         self._changed: set[int] = set()
         self._slot_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self._slots = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
-        self._due: list[Compaction] = []
+        self._due: list[Command] = []
         self._batch: InputBatch | None = None
 
     def _choose_backend(self, attention: Sequence[Any]) -> Backend:
@@ -59,7 +57,7 @@ class V2Mixin(CompactionMixin):
                 from vllm_kvcrush.engine.worker.backends import cpu
 
                 return cpu.install(attention)
-        if any(policies.codecs(name) for name in self._settings.allow if name != NONE):
+        if self._settings.owns_pages:
             from vllm_kvcrush.engine.worker.backends import triton
 
             return triton.install(attention)
@@ -96,27 +94,27 @@ class V2Mixin(CompactionMixin):
         # Every way out of the batch leads here, and only now its state is known.
         state = self.req_states.req_id_to_index.get(req_id)
         if state is not None:
-            self._evict(state, 0)
+            self._set_shift(state, 0)
         return super()._remove_request(req_id)
 
     def update_requests(self, scheduler_output: Any) -> None:
         for command in self._due:
-            self._compact(command)
+            self._run(command)
         self._due = []
         for state in sorted(self._changed):
-            self._evicted_device.stage_write_elem(state, int(self._evicted[state]))
+            self._shift_device.stage_write_elem(state, int(self._slot_shift[state]))
         self._changed.clear()
-        self._evicted_device.apply_write()
+        self._shift_device.apply_write()
         super().update_requests(scheduler_output)
 
-    def _install(self, request_id: str, blocks: list[int], evicted: int) -> None:
+    def _install(self, request_id: str, blocks: list[int], slot_shift: int) -> None:
         state = self.req_states.req_id_to_index[request_id]
         self.block_tables.append_block_ids(state, (blocks,), overwrite=True)
-        self._evict(state, evicted)
+        self._set_shift(state, slot_shift)
 
-    def _evict(self, state: int, evicted: int) -> None:
-        if self._evicted[state] != evicted:
-            self._evicted[state] = evicted
+    def _set_shift(self, state: int, slot_shift: int) -> None:
+        if self._slot_shift[state] != slot_shift:
+            self._slot_shift[state] = slot_shift
             self._changed.add(state)
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -133,7 +131,7 @@ class V2Mixin(CompactionMixin):
             input_batch.positions,
             input_batch.idx_mapping,
             input_batch.query_start_loc,
-            self._evicted_device.gpu,
+            self._shift_device.gpu,
         )
         slots = self._slots[: input_batch.num_tokens_after_padding]
         return super().prepare_attn(dataclasses.replace(input_batch, positions=slots))
@@ -145,7 +143,7 @@ class V2Mixin(CompactionMixin):
         if self._batch is not None and batch is self._batch:
             # Backends derive page counts from this one: too long would reach into freed blocks.
             bound = bound.clone()
-            bound[: batch.num_reqs] -= torch.from_numpy(self._evicted[batch.idx_mapping_np])
+            bound[: batch.num_reqs] -= torch.from_numpy(self._slot_shift[batch.idx_mapping_np])
         else:
             # A dummy, or a batch to capture: of nobody's requests, but in the same buffer.
             lengths.copy_(batch.seq_lens[: batch.num_reqs_after_padding])

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from vllm_kvcrush.codecs.transform.tables import Tables
-from vllm_kvcrush.config import RequestParams
 from vllm_kvcrush.engine.worker.region import Pages, Region
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.cpu.tables import LayerTable
 from vllm_kvcrush.plan import Plan
-from vllm_kvcrush.policies.base import Held, Policy
+from vllm_kvcrush.policies.base import LayerKV, Policy
+from vllm_kvcrush.spec import parse
 
 
 class CacheLayer(Protocol):
-    """One layer's KV cache as compactions see it; `request` makes what `held` and `compact` take.
+    """One layer's KV cache as compactions see it; `source` makes what the others take.
 
     Attributes:
         index: of the layer among those that share the cache's storage, in the order of its pages.
@@ -37,22 +37,36 @@ class CacheLayer(Protocol):
     def pages(self) -> Pages: ...
     @property
     def device(self) -> torch.device: ...
-    def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Any:
-        """A request: its region, then `tokens` raw ones in the blocks `tail` (int32), the first
-        of which stands at `position`."""
+    def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Any:
+        """Describes a request: its region, then `tokens` raw ones in the blocks `tail` (int32), the
+        first of which stands at `position`."""
         ...
 
-    def held(self, request: Any, tokens: int) -> Held:
-        """What every head of a request holds, `tokens` tokens."""
+    def held(self, source: Any, tokens: Sequence[int]) -> LayerKV:
+        """Returns the first `tokens` tokens of each head of a request."""
         ...
 
-    def positions(self, request: Any, tokens: int) -> Tensor:
-        """Where each head's first `tokens` slots stand, int32 `[heads, tokens]`."""
+    def positions(self, source: Any, tokens: Sequence[int]) -> Tensor:
+        """Returns where each head's first `tokens` slots stand, int32 `[heads, most]`; in pages of
+        fitted codecs exactly only for the first of each strip."""
         ...
 
-    def compact(self, request: Any, kept: Tensor, target: Region) -> None:
-        """Moves the slots `kept` (int64 `[heads, k]`, each page's in position order) into the pages
-        of `target`, which may be among the request's own: all is read before any is written."""
+    def compact(self, source: Any, slots: Tensor, counts: Sequence[int], target: Region) -> None:
+        """Moves the first `counts` of each head's slots (int64 `[heads, k]`, each page's in
+        position order) into the pages of `target`, which may be among the request's own: all is
+        read before any is written."""
+        ...
+
+    def fill(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        counts: Sequence[int],
+        target: Region,
+    ) -> None:
+        """Encodes the first `counts` tokens of each head, float32 `[heads, k, size]` at ascending
+        positions int32 `[heads, k]`, into the pages of `target`."""
         ...
 
 
@@ -72,30 +86,44 @@ class Backend(NamedTuple):
 
 
 @dataclass
-class Request:
-    """Worker-side state of a request with an active policy."""
+class WorkerRequest:
+    """Worker-side state of a request with an active policy.
 
-    params: RequestParams
-    # None where it could not be built: then the sinks and the newest tokens stay.
+    Attributes:
+        name: of the policy, with its parameters.
+        policy: None where it could not be built: then the sinks and the newest tokens stay.
+        plan, spans, protect: as the scheduler resolved them.
+        slot_shift: by how much a later token's slot lies before its position.
+        blocks: of the compressed region.
+        region: its pages; None while they are raw ones in the order of their blocks.
+        queries: the last `window` queries, `[layers, window, query_heads, head_size]`; the one of
+            token p is at p % window. None until a compaction is near.
+        queries_end: position after the last of them.
+        kept_state: by name and layer, what the policy keeps of the region's tokens, [H, k, ...].
+        positions: by layer, where the region's tokens stand, int32 [H, k], if that is kept.
+        finer: leading slots of the region that are in the finer of two codecs.
+        failed: whether the log has said that its policy failed.
+    """
+
+    name: str
     policy: Policy | None
     plan: Plan
-    evicted: int = 0
-    # The compressed region in pages of another codec; None while it is raw.
+    spans: tuple[tuple[int, int], ...] = ()
+    protect: tuple[tuple[int, int], ...] = ()
+    slot_shift: int = 0
+    blocks: int = 0
     region: Region | None = None
-    # The last `window` queries, `[layers, window, query_heads, head_size]`; the one of token p is
-    # at p % window. None until a compaction is near.
     queries: Tensor | None = None
     queries_end: int = 0
-    # Per layer [kv_heads, slots of the compressed region], for policies with running scores.
-    running: list[Tensor] | None = None
-    # Leading slots of the compressed region that are in the finer of two codecs, of a policy with
-    # tiers.
+    kept_state: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    positions: dict[int, Tensor] = field(default_factory=dict)
     finer: int = 0
-    # Tokens that each head holds in the compressed region, and its blocks.
-    compressed_tokens: int = 0
-    compressed: int = 0
-    # Whether the log has said that its policy failed.
     failed: bool = False
+
+    @property
+    def label(self) -> str:
+        """The outermost name of its policy, for counters."""
+        return parse(self.name).name
 
     @property
     def needs(self) -> frozenset[str]:
@@ -107,11 +135,26 @@ class Request:
         """Whether its most important tokens get the finer of two codecs."""
         return self.plan.tiers and bool(self.plan.packings)
 
-    def scores_at(self, n: int, block_size: int) -> bool:
-        """Whether a compaction at n would have its policy choose among tokens."""
-        if "running" in self.needs:
-            return True
-        held = n - self.evicted
-        shape = self.plan.shape(n, held)
-        new = held - shape.tail_tokens - self.compressed * block_size
-        return self.plan.needs_scores(shape.compressed, self.compressed_tokens + new)
+    @property
+    def allocates(self) -> bool:
+        """Whether its policy shares pages out over layers and heads."""
+        return self.policy is not None and self.policy.allocates
+
+    @property
+    def merges(self) -> bool:
+        """Whether its policy changes keys and values."""
+        return self.policy is not None and self.policy.merges
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether the true positions of its tokens are kept beside the pages."""
+        return "positions" in self.needs or self.merges or self.allocates or bool(self.protect)
+
+    @property
+    def owns_pages(self) -> bool:
+        """Whether its region's pages differ from what its block table says."""
+        return bool(self.plan.packings) or self.allocates or self.merges
+
+    def region_tokens(self, block_size: int) -> int:
+        """Tokens of each layer and head in a region of raw blocks."""
+        return self.blocks * block_size

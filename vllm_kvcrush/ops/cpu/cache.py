@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import FITTED
+from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.ops.cpu.library import (
     DTYPES,
     LIBRARY,
@@ -92,7 +92,7 @@ class Layer:
 
     def capacity(self, codec: str, head: int = 0) -> int:
         """Tokens that a page of a KV head holds."""
-        if codec in FITTED:
+        if CODECS[codec].needs_tables:
             return self.tables[codec].capacity[head]
         return capacity(codec, self.page_bytes, self.k_size, self.v_size, self.dtype)
 
@@ -107,7 +107,7 @@ class Directory:
         begin, end: int32 [rows, kv_heads], the last dimension contiguous, equal strides.
         page: int32 [entries], page index in the pool.
         count: uint16 [entries], tokens.
-        codec: uint8 [entries], numbers of pages.CODECS.
+        codec: uint8 [entries], numbers of the codecs.
         bias: int64 [entries], where in `log_bias` a page's tokens start, or -1.
         log_bias: float32, added to the logits of those tokens.
     """

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops.cpu.cache import Batch, Directory, Layer, Source
 from vllm_kvcrush.ops.cpu.library import DTYPES, LIBRARY, address, check
 
@@ -108,7 +108,7 @@ def encode(
     check(
         LIBRARY.kvc_encode(
             layer._pointer,
-            CODECS[codec],
+            CODECS[codec].number,
             head,
             page,
             n,
@@ -128,11 +128,11 @@ def decode(
     if not 0 <= count <= limit:
         raise ValueError(f"{count} tokens in a page that holds {limit}")
     key, value = torch.empty(count, layer.k_size), torch.empty(count, layer.v_size)
-    positions = None if codec == "raw" else torch.empty(count, dtype=torch.int32)
+    positions = None if not CODECS[codec].has_positions else torch.empty(count, dtype=torch.int32)
     check(
         LIBRARY.kvc_decode(
             layer._pointer,
-            CODECS[codec],
+            CODECS[codec].number,
             head,
             page,
             count,

@@ -14,7 +14,7 @@ from vllm_kvcrush.ops.cpu.select import window_scores
 
 
 class LayerKV:
-    """What a request holds in one layer: `reference.Held` on the cache itself, whose keys and
+    """What a request holds in one layer: `reference.LayerKV` on the cache itself, whose keys and
     values become tensors only when they are asked for.
 
     Args:

@@ -9,7 +9,7 @@ import pathlib
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 
 VERSION = 5
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -186,5 +186,7 @@ def scratch_peak() -> int:
 
 
 def capacity(codec: str, page_bytes: int, k_size: int, v_size: int, dtype: torch.dtype) -> int:
-    """Tokens that a page holds, as the library sees it; `pages.capacity` says the same."""
-    return int(LIBRARY.kvc_capacity(CODECS[codec], page_bytes, k_size, v_size, DTYPES[dtype]))
+    """Tokens that a page holds, as the library sees it; `Codec.capacity` says the same."""
+    return int(
+        LIBRARY.kvc_capacity(CODECS[codec].number, page_bytes, k_size, v_size, DTYPES[dtype])
+    )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Layer
 from vllm_kvcrush.ops.triton.codecs import RUNS
-from vllm_kvcrush.ops.triton.codecs.record import Codec, Loop
+from vllm_kvcrush.ops.triton.codecs.traits import Loop, Traits
 from vllm_kvcrush.ops.triton.config import (
     MERGE_TILE,
     MOST_SPLITS,
@@ -35,7 +35,7 @@ def tiles_for(layer: Layer, longest: int, tables: bool = False) -> tuple[Tiles, 
 
 @functools.lru_cache(maxsize=1024)
 def loops_of(
-    variants: tuple[tuple[Codec, ...], ...], capacities: tuple[int, ...], most: int
+    variants: tuple[tuple[Traits, ...], ...], capacities: tuple[int, ...], most: int
 ) -> dict[str, tuple[Loop, ...]]:
     """The kernel's FOUR, TWO and ONE.
 
@@ -87,7 +87,7 @@ def attention(
     present = (False,) * len(RUNS) if directory is None else directory.present
     there = {run for run, any_pages in zip(RUNS, present, strict=True) if any_pages}
     variants = tuple(layer.variants(run) if run in there else () for run in RUNS)
-    tables = any(codec.tables for codecs in variants for codec in codecs)
+    tables = any(codec.needs_tables for codecs in variants for codec in codecs)
     tiles, uniform = tiles_for(layer, batch.longest, tables)
     capacities = tuple(
         layer.most(run) if codecs else 0 for run, codecs in zip(RUNS, variants, strict=True)

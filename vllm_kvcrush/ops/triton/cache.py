@@ -17,16 +17,17 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from vllm_kvcrush.codecs.layout import CODECS as NUMBERS
-from vllm_kvcrush.ops.triton.codecs import CODECS, RUNS, geometry
+from vllm_kvcrush.codecs import CODECS
+from vllm_kvcrush.ops.triton.codecs import RUNS, TRAITS
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import Fitted, LayerTable, Variant
-from vllm_kvcrush.ops.triton.codecs.record import Codec
+from vllm_kvcrush.ops.triton.codecs.traits import Traits
+from vllm_kvcrush.ops.triton.layout import Geometry
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # By codec number, the place among RUNS of the codec that reads such pages.
 _RANK = torch.zeros(256, dtype=torch.int64)
-for _i, _codec in enumerate(CODECS):
-    _RANK[[NUMBERS[name] for name in _codec.pages]] = _i
+for _i, _traits in enumerate(TRAITS):
+    _RANK[[CODECS[name].number for name in _traits.pages]] = _i
 
 
 def runs_of(codecs: Tensor) -> tuple[str, ...]:
@@ -69,7 +70,7 @@ class Layer:
         scale: float,
         tables: Mapping[str, LayerTable] | None = None,
     ):
-        self.geometry = geometry(block_size, k_size, v_size, dtype.itemsize)
+        self.geometry = Geometry.of(block_size, k_size, v_size, dtype.itemsize)
         block_bytes = layers * kv_heads * self.geometry.page_bytes
         storage = pool.view(-1).view(torch.uint8)
         if not pool.is_contiguous() or len(storage) % block_bytes or storage.data_ptr() % 16:
@@ -89,11 +90,11 @@ class Layer:
             own = self.fitted.variants
         self._variants = {
             codec.name: tuple(codec.with_own(variant) for variant in own.get(codec.name, ()))
-            if codec.tables
+            if codec.needs_tables
             else (codec,)
-            for codec in CODECS
+            for codec in TRAITS
         }
-        names = [name for codec in CODECS for name in codec.pages if self.variants(codec.name)]
+        names = [name for codec in TRAITS for name in codec.pages if self.variants(codec.name)]
         heads_of = range(kv_heads)
         self._most = {name: max(self.capacity(name, h) for h in heads_of) for name in names}
         self.wave = 64 if torch.version.hip else 32
@@ -127,7 +128,7 @@ class Layer:
         # Arguments that a variant does not read still need an address.
         return (*(self.wide,) * 6, 0) if self.fitted is None else self.fitted.tables()
 
-    def variants(self, run: str) -> tuple[Codec, ...]:
+    def variants(self, run: str) -> tuple[Traits, ...]:
         """The records for pages of one of RUNS, each of which some heads may need; none if the
         layer lacks the tables for them."""
         return self._variants[run]
@@ -151,7 +152,8 @@ class Directory:
         runs: int32 [rows, kv_heads, len(RUNS) + 1]: where the entries of a head begin that are in
             each of RUNS, and where its last ones end.
         page, count: int32 [entries].
-        bias, log_bias: int64 [entries] and float32, as in `cpu.Directory`, or both None.
+        bias, log_bias: int64 [entries], where in `log_bias`, float32, an entry's tokens start, or
+            -1 if they have none; what is added to their logits. Or both None.
         present: for each of RUNS whether any head may have such pages. What is absent here is
             compiled out, so a captured graph needs a directory that allows all that may come.
     """
@@ -216,6 +218,8 @@ class Directory:
             runs.unsqueeze(0),
             F.pad(source.page[order], (0, 1)),
             F.pad(source.count[order], (0, 1)),
+            None if source.bias is None else F.pad(source.bias[order], (0, 1)),
+            source.log_bias,
             present=tuple(run in source.runs for run in RUNS),
         )
 
@@ -257,6 +261,7 @@ class Source:
         tail_table: int32 [blocks].
         tail_length, tail_position: tokens in the tail, and position of its first.
         runs: of RUNS those that entries may be of. For the others nothing is launched.
+        bias, log_bias: int64 [entries] and float32, as in `Directory`, or both None.
     """
 
     begin: Tensor
@@ -271,6 +276,8 @@ class Source:
     tail_length: int
     tail_position: int
     runs: tuple[str, ...] = RUNS
+    bias: Tensor | None = None
+    log_bias: Tensor | None = None
 
     @classmethod
     def of(
@@ -284,6 +291,8 @@ class Source:
         tail_length: int,
         tail_position: int,
         runs: tuple[str, ...] = RUNS,
+        bias: Tensor | None = None,
+        log_bias: Tensor | None = None,
     ) -> Source:
         """From a directory's first row (begin and end [1, kv_heads] or [kv_heads]), on the tensors'
         device and without waiting for it."""
@@ -309,4 +318,6 @@ class Source:
             tail_length,
             tail_position,
             runs,
+            bias,
+            log_bias,
         )

@@ -14,7 +14,7 @@ SCORES_WARPS, SCORES_STAGES = 8, 2
 # step, layer to layer or request to request is kept from it, or it would compile while serving.
 ANY_ADDRESS = (
     *("query_start", "tail_length", "tail_table", "tail_slot", "slots", "runs", "begins", "ends"),
-    *("heads", "pages", "counts", "codecs", "firsts", "bias", "log_bias", "info"),
+    *("heads", "pages", "counts", "codecs", "firsts", "candidates", "bias", "log_bias", "info"),
 )
 MOST_SPLITS = 64
 MERGE_TILE = 8  # splits that are merged at a time: with 64 at once, heads of 128 spill

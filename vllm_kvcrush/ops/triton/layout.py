@@ -1,4 +1,4 @@
-"""What a page looks like inside on a GPU. A codec's own module has the picture of its pages.
+"""What a page looks like inside on a GPU; imports no Triton. The codecs' modules have pictures.
 
 A page has the size and holds the number of tokens that `vllm_kvcrush.codecs.layout` says, so plans
 and directories are the same on every device. Only the order of the bytes differs: csrc/layout.h is
@@ -11,9 +11,10 @@ Every section starts at a multiple of 16 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from vllm_kvcrush import codecs
 from vllm_kvcrush.codecs import layout
 
 STEPS = 14  # of the high bits of positions, in a page's header
@@ -39,6 +40,44 @@ class Section:
     def __post_init__(self) -> None:
         starts = (self.k_scale, self.k_middle, self.v_scale, self.positions)
         assert all(start % 16 == 0 for start in starts), self
+
+
+def _plain(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
+    row = (k_size + v_size) * itemsize
+    end = capacity * row
+    kept = 0 if codec == "raw" else 2 * capacity
+    return Section(capacity, 0, row, k_size * itemsize, row, 0, 0, 0, end, end + kept)
+
+
+def _int8(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
+    v = capacity * k_size
+    scales = v + capacity * v_size
+    end = scales + 4 * capacity
+    return Section(
+        *(capacity, 0, k_size, v, v_size, scales, 0, scales + 2 * capacity),
+        *(end, end + 2 * capacity),
+    )
+
+
+def _int4(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
+    v = capacity * k_size // 2
+    scales = v + capacity * v_size // 2
+    k_scale = scales + 2 * capacity
+    grids = 2 * k_size * -(-capacity // layout.GROUP)
+    end = k_scale + 2 * grids
+    return Section(
+        *(capacity, 0, k_size // 2, v, v_size // 2, k_scale, k_scale + grids, scales),
+        *(end, end + 2 * capacity),
+    )
+
+
+# Of the codecs whose pages are alike in all heads; of (codec, capacity, k_size, v_size, itemsize).
+SECTIONS: dict[str, Callable[[str, int, int, int, int], Section]] = {
+    "raw": _plain,
+    "exact": _plain,
+    "int8": _int8,
+    "int4": _int4,
+}
 
 
 @dataclass(frozen=True)
@@ -70,24 +109,16 @@ class Geometry:
     sections: tuple[tuple[str, Section], ...]
 
     @classmethod
-    def of(
-        cls,
-        block_size: int,
-        k_size: int,
-        v_size: int,
-        itemsize: int,
-        sections: Mapping[str, Callable[[str, int, int, int, int], Section]],
-    ) -> Geometry:
-        """Asks each codec where its pages keep things: see `codecs.geometry`. Raises ValueError
-        where no kernel can read such pages."""
+    def of(cls, block_size: int, k_size: int, v_size: int, itemsize: int) -> Geometry:
+        """Raises ValueError where no kernel can read such pages."""
         if block_size % 16 or block_size < 16:
             raise ValueError(f"block size {block_size} is not a multiple of 16")
         page_bytes = block_size * (k_size + v_size) * itemsize
         header = page_bytes - layout.HEADER
         found = []
-        for codec, of in sections.items():
-            capacity = layout.capacity(codec, page_bytes, k_size, v_size, itemsize)
-            section = of(codec, capacity, k_size, v_size, itemsize)
+        for codec, section_of in SECTIONS.items():
+            capacity = codecs.CODECS[codec].capacity(page_bytes, k_size, v_size, itemsize)
+            section = section_of(codec, capacity, k_size, v_size, itemsize)
             assert section.end <= (page_bytes if codec == "raw" else header)
             found.append((codec, section))
         return cls(
@@ -117,3 +148,12 @@ def _pad(size: int) -> int:
 def half_pad(k_size: int) -> int:
     """Columns of a tile of half the channels of a key."""
     return max(16, 1 << (k_size // 2 - 1).bit_length())
+
+
+# Pages of 128 tokens of two heads of 64, as in csrc/layout.h.
+_example = Geometry.of(128, 64, 64, 2)
+_of = _example.section
+assert (_example.page_bytes, _of("raw").capacity, _of("raw").end) == (32768, 128, 32768)
+assert (_of("exact").capacity, _of("exact").end) == (112, 112 * (256 + 2))
+assert (_of("int8").capacity, _of("int8").end) == (240, 240 * (128 + 4 + 2))
+assert (_of("int4").capacity, _of("int4").end) == (448, 448 * (64 + 2 + 2) + 7 * 64 * 4)

@@ -17,13 +17,15 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_kvcrush import gate
+from vllm_kvcrush import gate, ops
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.codecs.layout import STRIP
 from vllm_kvcrush.engine.worker import region
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.cpu.tables import LayerTable
+from vllm_kvcrush.policies.base import LayerKV
 
 
 class KVCrushAttentionBackend(CPUAttentionBackend):
@@ -68,8 +70,8 @@ class KVCrushMetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
     regions: ClassVar[list[region.Region | None]] = []
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any):
-        super().__init__(kv_cache_spec, layer_names, config, device)
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
         self,
@@ -172,23 +174,55 @@ class CPUCacheLayer:
         """Where the cache is."""
         return self.pages.pool.device
 
-    def request(
-        self, region: Region | None, tail: Tensor, tokens: int, position: int
-    ) -> cpu.Source:
+    def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> cpu.Source:
         """See `state.CacheLayer`, as for all of these."""
         directory = None if region is None else region.directory(self.index)
         return cpu.Source(directory, tail, tokens, position, self.block_size)
 
-    def held(self, request: cpu.Source, tokens: int) -> cpu.LayerKV:
-        return cpu.LayerKV(self.pages, request, tokens)
+    def held(self, source: cpu.Source, tokens: Sequence[int]) -> LayerKV:
+        if len(set(tokens)) == 1:
+            return cpu.LayerKV(self.pages, source, tokens[0])
+        most = max(tokens)
+        keys = torch.zeros(self.heads, most, self.pages.k_size)
+        values = torch.zeros(self.heads, most, self.pages.v_size)
+        for head, n in enumerate(tokens):
+            keys[head, :n], values[head, :n], _ = cpu.read(self.pages, source, head, 0, n)
+        return ops.LayerKV(keys, values, tokens)
 
-    def positions(self, request: cpu.Source, tokens: int) -> Tensor:
-        return cpu.positions(self.pages, request, tokens)
+    def positions(self, source: cpu.Source, tokens: Sequence[int]) -> Tensor:
+        where = torch.zeros(self.heads, max(tokens), dtype=torch.int32)
+        for head, n in enumerate(tokens):
+            found = cpu.read(self.pages, source, head, 0, n, positions=True)[2]
+            assert found is not None
+            where[head, :n] = found
+        return where
 
     def compact(
+        self, source: cpu.Source, slots: Tensor, counts: Sequence[int], target: Region
+    ) -> None:
+        own = (
+            slots if len(set(counts)) == 1 else [s[:n] for s, n in zip(slots, counts, strict=True)]
+        )
+        cpu.compact(self.pages, source, own, target.directory(self.index))
+
+    def fill(
         self,
-        request: cpu.Source,
-        kept: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        counts: Sequence[int],
         target: Region,
     ) -> None:
-        cpu.compact(self.pages, request, kept, target.directory(self.index))
+        rows = target.begin[self.index].tolist(), target.end[self.index].tolist()
+        names = {codec.number: name for name, codec in CODECS.items()}
+        for head, (begin, end) in enumerate(zip(*rows, strict=True)):
+            at = 0
+            for entry in range(begin, end):
+                count = int(target.count[entry])
+                own = slice(at, at + count)
+                name = names[int(target.codec[entry])]
+                where = positions[head, own].contiguous() if name != "raw" else None
+                page = int(target.page[entry])
+                own_keys, own_values = keys[head, own].contiguous(), values[head, own].contiguous()
+                cpu.encode(self.pages, name, page, own_keys, own_values, where, head)
+                at += count

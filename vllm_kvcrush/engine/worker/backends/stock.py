@@ -70,32 +70,38 @@ class StockCacheLayer:
         """Where the cache is."""
         return self._cache.device
 
-    def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Tensor:
+    def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Tensor:
         """The blocks of a request: all its slots are in order."""
         assert region is None
         return tail
 
-    def held(self, request: Tensor, tokens: int) -> ops.Held:
-        slots = torch.arange(tokens, device=self.device).unsqueeze(0)
-        content = self._cache[self._places(request, slots)]
-        return ops.Held(content[..., : self._k_size], content[..., self._k_size :])
+    def held(self, source: Tensor, tokens: Sequence[int]) -> ops.LayerKV:
+        slots = torch.arange(max(tokens), device=self.device).unsqueeze(0)
+        content = self._cache[self._places(source, slots)]
+        return ops.LayerKV(content[..., : self._k_size], content[..., self._k_size :])
 
-    def positions(self, request: Tensor, tokens: int) -> Tensor:
+    def positions(self, source: Tensor, tokens: Sequence[int]) -> Tensor:
         """Asked for where a region has pages of two codecs."""
         raise AssertionError("raw pages do not say where their tokens stand")
 
-    def compact(
-        self,
-        request: Tensor,
-        kept: Tensor,
-        target: Region,
-    ) -> None:
+    def compact(self, source: Tensor, slots: Tensor, counts: Sequence[int], target: Region) -> None:
         # Every layer and head has its own page of each target block, so the first's will do.
         pages = target.page[int(target.begin[0, 0]) : int(target.end[0, 0])]
         blocks = (pages // self.pages.block_pages).to(self.device, non_blocking=True)
-        moved = self._cache[self._places(request, kept)]  # a copy: targets may be sources
-        slots = torch.arange(kept.shape[1], device=self.device).unsqueeze(0)
-        self._cache[self._places(blocks, slots)] = moved
+        moved = self._cache[self._places(source, slots)]  # a copy: targets may be sources
+        places = torch.arange(slots.shape[1], device=self.device).unsqueeze(0)
+        self._cache[self._places(blocks, places)] = moved
+
+    def fill(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        counts: Sequence[int],
+        target: Region,
+    ) -> None:
+        """Asked for by policies that merge, which have pages of their own."""
+        raise AssertionError("merged tokens under an attention backend of vLLM's own")
 
     def _places(self, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where slots [heads or 1, n] lie: indices of the cache that broadcast to [heads, n]."""

@@ -24,7 +24,7 @@ from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
-from vllm_kvcrush.ops.triton.compaction import compact, gather
+from vllm_kvcrush.ops.triton.compaction import compact, encode, gather
 from vllm_kvcrush.ops.triton.scores import window_scores
 from vllm_kvcrush.ops.triton.store import store
 
@@ -71,8 +71,8 @@ class KVCrushTritonMetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
     regions: ClassVar[list[Region | None]] = []
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], config: Any, device: Any):
-        super().__init__(kv_cache_spec, layer_names, config, device)
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         # The regions of the last step and what was made of them: they change at compactions only.
         self._known: list[Region | None] = []
         self._made: tuple[Directory, Tensor]
@@ -105,12 +105,19 @@ class KVCrushTritonMetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
     def _directory(self, regions: Sequence[Region | None]) -> tuple[Directory, Tensor]:
         """Pages of all requests and layers, and blocks that they take: int32 [requests]."""
-        begin, end, page, count, codec, blocks = joined(regions)
+        own = joined(regions)
         made = Directory.of(
-            begin.flatten(0, 1), end.flatten(0, 1), page, count, codec, device=self.device
+            own.begin.flatten(0, 1),
+            own.end.flatten(0, 1),
+            own.page,
+            own.count,
+            own.codec,
+            own.bias,
+            own.log_bias,
+            device=self.device,
         )
-        made.runs = made.runs.view(*begin.shape, -1)
-        return made, blocks.to(self.device, non_blocking=True)
+        made.runs = made.runs.view(*own.begin.shape, -1)
+        return made, own.blocks.to(self.device, non_blocking=True)
 
 
 class KVCrushTritonImpl(TritonAttentionImpl):
@@ -197,7 +204,7 @@ class TritonCacheLayer:
         """Where the cache is."""
         return self.pages.pool.device
 
-    def request(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Source:
+    def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Source:
         """See `state.CacheLayer`, as for all of these."""
         counts = torch.zeros(self.heads, dtype=torch.int32)
         parts = [torch.zeros(0, dtype=torch.int32)] * 3
@@ -213,29 +220,49 @@ class TritonCacheLayer:
         runs = runs_of(parts[2])
         return Source.of(begins, ends, page, count, codec, tail, tokens, position, runs)
 
-    def held(self, request: Source, tokens: int) -> TritonHeld:
-        return TritonHeld(self.pages, request, tokens)
+    def held(self, source: Source, tokens: Sequence[int]) -> TritonKV:
+        return TritonKV(self.pages, source, tokens)
 
-    def positions(self, request: Source, tokens: int) -> Tensor:
-        slots = torch.arange(tokens, device=self.device).repeat(self.heads, 1)
-        where = gather(self.pages, request, slots, values=False, positions=True)[2]
-        assert where is not None
-        return where
+    def positions(self, source: Source, tokens: Sequence[int]) -> Tensor:
+        where = gather(
+            self.pages, source, _slots(tokens, self.device), values=False, positions=True
+        )
+        assert where[2] is not None
+        return where[2]
 
-    def compact(self, request: Source, kept: Tensor, target: Region) -> None:
+    def compact(self, source: Source, slots: Tensor, counts: Sequence[int], target: Region) -> None:
+        compact(self.pages, source, slots, self._target(target))
+
+    def fill(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        counts: Sequence[int],
+        target: Region,
+    ) -> None:
+        encode(self.pages, self._target(target), keys, values, positions)
+
+    def _target(self, region: Region) -> Source:
         nothing = torch.zeros(0, dtype=torch.int32, device=self.device)
-        compact(self.pages, request, kept, self.request(target, nothing, 0, 0))
+        return self.source(region, nothing, 0, 0)
 
 
-class TritonHeld:
-    """What a request holds in one layer, on the cache itself: see `policies.base.Held`.
+def _slots(tokens: Sequence[int], device: torch.device) -> Tensor:
+    """The first `tokens` slots of each head, int64 [H, most], -1 past a head's own."""
+    slots = torch.arange(max(tokens), device=device).repeat(len(tokens), 1)
+    return slots.masked_fill(slots >= torch.tensor(tokens, device=device).unsqueeze(1), -1)
+
+
+class TritonKV:
+    """What a request holds in one layer, on the cache itself: see `policies.base.LayerKV`.
 
     Args:
         layer, source: the layer, and the request's tokens in it.
-        tokens: n, held by every KV head.
+        tokens: held by each KV head.
     """
 
-    def __init__(self, layer: Layer, source: Source, tokens: int):
+    def __init__(self, layer: Layer, source: Source, tokens: Sequence[int]):
         self._layer, self._source, self._tokens = layer, source, tokens
 
     @property
@@ -250,10 +277,11 @@ class TritonHeld:
 
     @cached_property
     def _read(self) -> tuple[Tensor, Tensor]:
-        slots = torch.arange(self._tokens, device=self.device).repeat(self._layer.kv_heads, 1)
+        slots = _slots(self._tokens, self.device)
         key, value, _ = gather(self._layer, self._source, slots)
         assert value is not None
-        return key, value
+        gone = (slots < 0).unsqueeze(2)
+        return key.masked_fill_(gone, 0), value.masked_fill_(gone, 0)
 
     @property
     def keys(self) -> Tensor:
@@ -266,7 +294,7 @@ class TritonHeld:
         return self._read[1]
 
     def window_scores(
-        self, queries: Tensor, scale: float, candidates: int, **options: Any
+        self, queries: Tensor, scale: float, candidates: Any, **options: Any
     ) -> Tensor:
         """`scores.window_scores` over these keys, without reading them."""
         if scale != self._layer.scale:

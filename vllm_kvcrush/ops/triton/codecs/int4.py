@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvcrush.codecs.layout import GROUP
-from vllm_kvcrush.ops.triton.codecs.record import Codec
+from vllm_kvcrush.ops.triton.codecs.traits import Traits
 from vllm_kvcrush.ops.triton.config import tile_tokens
 from vllm_kvcrush.ops.triton.kernels import tokens
 from vllm_kvcrush.ops.triton.kernels.encoding import HALF_MAX, inverse, rotate, rounded, to_half
@@ -42,19 +42,6 @@ from vllm_kvcrush.ops.triton.kernels.tiles import (
     rotation_sign,
 )
 from vllm_kvcrush.ops.triton.kernels.tokens import section, stored_positions
-from vllm_kvcrush.ops.triton.layout import Section
-
-
-def _section(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
-    v = capacity * k_size // 2
-    scales = v + capacity * v_size // 2
-    k_scale = scales + 2 * capacity
-    grids = 2 * k_size * -(-capacity // GROUP)
-    end = k_scale + 2 * grids
-    return Section(
-        *(capacity, 0, k_size // 2, v, v_size // 2, k_scale, k_scale + grids, scales),
-        *(end, end + 2 * capacity),
-    )
 
 
 def _tile(capacity: int, most: int) -> int:
@@ -256,10 +243,9 @@ def _encode_values(x, pool, page, start, n, T: tl.constexpr, CODEC: tl.constexpr
     tl.store(at, scale.to(tl.float16), mask=t < n)
 
 
-CODEC = Codec(
+TRAITS = Traits(
     name="int4",
     pages=("int4",),
-    section=_section,
     tile=_tile,
     expand_keys=_expand_keys,
     expand_values=_expand_values,

@@ -12,24 +12,12 @@ channels 2i (low byte) and 2i + 1, and plane s is the channels 2i + s.
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.ops.triton.codecs.record import Codec
+from vllm_kvcrush.ops.triton.codecs.traits import Traits
 from vllm_kvcrush.ops.triton.kernels import tokens
 from vllm_kvcrush.ops.triton.kernels.encoding import inverse, rounded, to_half
 from vllm_kvcrush.ops.triton.kernels.pages import code_words, page_loop, query_pairs, token_scales
 from vllm_kvcrush.ops.triton.kernels.tiles import codes8, dot
 from vllm_kvcrush.ops.triton.kernels.tokens import section, stored_positions
-from vllm_kvcrush.ops.triton.layout import Section
-
-
-def _section(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
-    v = capacity * k_size
-    scales = v + capacity * v_size
-    end = scales + 4 * capacity
-    return Section(
-        *(capacity, 0, k_size, v, v_size, scales, 0, scales + 2 * capacity),
-        *(end, end + 2 * capacity),
-    )
-
 
 # -- tiles -----------------------------------------------------------------------------------------
 
@@ -147,10 +135,9 @@ def _encode_values(x, pool, page, start, n, T: tl.constexpr, CODEC: tl.constexpr
     _encode(x, pool, page, start, n, AT.v, AT.v_scale, T, G.v_size, G.v_pad, G)
 
 
-CODEC = Codec(
+TRAITS = Traits(
     name="int8",
     pages=("int8",),
-    section=_section,
     expand_keys=_expand_keys,
     expand_values=_expand_values,
     positions=_positions,

@@ -11,20 +11,11 @@ exact   the same for fewer tokens, then positions
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.codecs.layout import CODECS
-from vllm_kvcrush.ops.triton.codecs.record import Codec
+from vllm_kvcrush.codecs import CODECS
+from vllm_kvcrush.ops.triton.codecs.traits import Traits
 from vllm_kvcrush.ops.triton.kernels.pages import page_loop, query_row, token_mask
 from vllm_kvcrush.ops.triton.kernels.tiles import dot
 from vllm_kvcrush.ops.triton.kernels.tokens import section, stored_positions
-from vllm_kvcrush.ops.triton.layout import Section
-
-
-def _section(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
-    row = (k_size + v_size) * itemsize
-    end = capacity * row
-    kept = 0 if codec == "raw" else 2 * capacity
-    return Section(capacity, 0, row, k_size * itemsize, row, 0, 0, 0, end, end + kept)
-
 
 # -- tiles -----------------------------------------------------------------------------------------
 
@@ -151,10 +142,9 @@ def _encode_values(x, pool, page, start, n, T: tl.constexpr, CODEC: tl.constexpr
     _store_rows(x, pool.raw, page, start, n, G.k_size, G.v_size, G.v_pad, T, G)
 
 
-CODEC = Codec(
+TRAITS = Traits(
     name="raw",
     pages=("raw", "exact"),
-    section=_section,
     tail=True,
     reads=_reads,
     expand_keys=_expand_keys,
@@ -168,5 +158,5 @@ CODEC = Codec(
     scores=_scores,
     values=_values,
     loops=((page_loop, 1, True),),
-    own=CODECS["exact"],
+    own=CODECS["exact"].number,
 )

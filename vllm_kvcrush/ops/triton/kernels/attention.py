@@ -123,7 +123,7 @@ def attention_kernel(
         scale: of q·k.
         UNIFORM: every sequence has at most TILES.queries query rows: block i is sequence i.
         SPLIT: several programs, `splits`, share the context of a row.
-        FOUR, TWO, ONE: a `codecs.record.Loop` for each kind of pages that there may be, by the
+        FOUR, TWO, ONE: a `codecs.traits.Loop` for each kind of pages that there may be, by the
             planes in which it adds up values: in four, rotated and times 8; in two, times 128.
         VALUES: else only lse is written.
     """

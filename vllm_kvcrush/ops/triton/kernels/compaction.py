@@ -48,7 +48,7 @@ def gather_kernel(
 ):  # fmt: skip
     """Grid (tiles of T slots, KV heads). Writes float32 key [heads, count, k_size], value likewise
     and int32 position [heads, count] of slots int64 [heads, count] that lie in pages of CODEC, or
-    in the tail if CODEC has it; -1 skips."""
+    in the tail if CODEC has it, which also writes 0 where the slot is negative."""
     head = tl.program_id(1)
     i = tl.program_id(0) * T + tl.arange(0, T)
     pool = Pool(raw, grid, half, words, wide, codes)
@@ -63,7 +63,10 @@ def gather_kernel(
     TAIL: tl.constexpr = CODEC.number if CODEC.tail else -1
     codec = tl.load(codecs + entry, mask=paged, other=TAIL)
     mask = mask & CODEC.reads(codec, CODEC) & CODEC.serves(tables, CODEC)
-    if tl.max(mask.to(tl.int32), 0) == 0:
+    kept = mask
+    if CODEC.tail:
+        kept = kept | ((slot < 0) & (i < count))
+    if tl.max(kept.to(tl.int32), 0) == 0:
         return
     index = slot - tl.load(firsts + entry, mask=paged, other=0)
     page = tl.load(pages + entry, mask=paged, other=0).to(tl.int64)
@@ -80,16 +83,17 @@ def gather_kernel(
     for part in tl.static_range(PARTS):
         x = parts[part]
         c = tl.arange(0, x.shape[1])[None, :]
-        tl.store(key + row * G.k_size + (c + part * SIZE), x, mask=mask[:, None] & (c < SIZE))
+        tl.store(key + row * G.k_size + (c + part * SIZE), x, mask=kept[:, None] & (c < SIZE))
     if VALUES:
         v = tl.arange(0, G.v_pad)[None, :]
         x = CODEC.expand_values(pool, tables, page, index, mask, T, CODEC, G)
-        tl.store(value + row * G.v_size + v, x, mask=mask[:, None] & (v < G.v_size))
+        tl.store(value + row * G.v_size + v, x, mask=kept[:, None] & (v < G.v_size))
     if POSITIONS:
-        kept = CODEC.positions(pool, tables, page, index, mask, codec, CODEC, G)
+        where = CODEC.positions(pool, tables, page, index, mask, codec, CODEC, G)
         if CODEC.tail:
-            kept = tl.where(in_tail, tail_position + place, kept)
-        tl.store(position + head.to(tl.int64) * count + i, kept, mask=mask)
+            where = tl.where(in_tail, tail_position + place, where)
+            where = tl.where(slot < 0, 0, where)
+        tl.store(position + head.to(tl.int64) * count + i, where, mask=kept)
 
 
 @triton.jit

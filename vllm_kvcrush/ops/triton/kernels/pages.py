@@ -24,7 +24,7 @@ def page_loop(
         scale: of q·k, times log2(e).
         acc: the sums of weighted values, a tuple of as many planes as the codec says.
         peak, total: of the online softmax.
-        LOOP: a `codecs.record.Loop`.
+        LOOP: a `codecs.traits.Loop`.
     """
     T: tl.constexpr = LOOP.tokens
     tables = LOOP.codec.head(tables, head, LOOP.codec, G)

@@ -19,21 +19,23 @@ def _transposed(parts, DTYPE: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=("candidates", "tail_length", "window", "block_pages", "first_page", "limit"),
+    do_not_specialize=("width", "tail_length", "window", "block_pages", "first_page", "limit"),
     do_not_specialize_on_alignment=ANY_ADDRESS,
 )
 def scores_kernel(
     out, query, lse, raw, grid, half, words, wide, codes,
-    heads, pages, counts, codecs, firsts, tail_slot, tail_table,
+    heads, pages, counts, codecs, firsts, tail_slot, tail_table, candidates, bias, log_bias,
     info, fields, inverse, base, coarse, fine, limit,
-    tail_length, candidates, scale, window, block_pages, first_page,
+    width, tail_length, scale, window, block_pages, first_page,
     T: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    TAIL: tl.constexpr, CODEC: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr,
+    TAIL: tl.constexpr, CODEC: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
+    G: tl.constexpr,
 ):  # fmt: skip
     """Grid (entries, tiles of CODEC's pages), or with TAIL (tiles of the tail, KV heads).
 
     Args:
-        out: float32 [HEADS, candidates], receives the sum over the window of softmax weights.
+        out: float32 [HEADS, width], receives the sum over the window of softmax weights.
+        candidates: int32 [KV heads], how many of a head's slots are wanted.
         query: [window, HEADS, k_size], rows of the newest tokens. lse: float32 [window, HEADS].
         heads, pages, counts, codecs, firsts: int32 [entries]. W: query rows of a product.
     """
@@ -55,7 +57,11 @@ def scores_kernel(
         index = tl.program_id(1) * T + t
         slot = tl.load(firsts + entry) + index
         page = tl.zeros([T], tl.int64) + tl.load(pages + entry)
-    mask = (t < n) & (slot < candidates)
+    mask = (t < n) & (slot < tl.load(candidates + head))
+    added = tl.zeros([T], tl.float32)
+    if BIAS and not TAIL:
+        start = tl.load(bias + entry)
+        added = tl.load(log_bias + start + index, mask=mask & (start >= 0), other=0.0) * LOG2E
     pool = Pool(raw, grid, half, words, wide, codes)
     tables = Tables(info, fields, inverse, base, coarse, fine, limit)
     tables = CODEC.head(tables, head, CODEC, G)
@@ -77,9 +83,12 @@ def scores_kernel(
                 q = tl.load(at, mask=inside[:, None] & (c < SIZE), other=0.0).to(DTYPE)
                 logits = dot(q, k[part], logits)
             total = tl.load(lse + row * HEADS + q_head, mask=inside, other=float("inf")) * LOG2E
-            weights = tl.exp2(logits * (scale * LOG2E) - total[:, None])
+            logits = logits * (scale * LOG2E)
+            if BIAS and not TAIL:
+                logits += added[None, :]
+            weights = tl.exp2(logits - total[:, None])
             if TAIL:
                 seen = place[None, :] <= (tail_length - window + row)[:, None]
                 weights = tl.where(seen, weights, 0.0)
             sums += tl.sum(weights, 0)
-        tl.store(out + q_head.to(tl.int64) * candidates + slot, sums, mask=mask)
+        tl.store(out + q_head.to(tl.int64) * width + slot, sums, mask=mask)

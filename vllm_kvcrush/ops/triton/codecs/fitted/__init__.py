@@ -5,9 +5,9 @@ tiles of pages; `attention` and `tokens` have the codecs' functions, `encoding` 
 fill pages, and `launch` launches these.
 """
 
-from vllm_kvcrush.codecs.layout import FITTED
+from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.ops.triton.codecs.fitted import attention, launch, tokens
-from vllm_kvcrush.ops.triton.codecs.record import Codec
+from vllm_kvcrush.ops.triton.codecs.traits import Traits
 from vllm_kvcrush.ops.triton.kernels.pages import page_loop
 from vllm_kvcrush.ops.triton.layout import Geometry
 
@@ -24,11 +24,10 @@ def _tile(capacity: int, most: int) -> int:
     return most // 2
 
 
-CODECS = tuple(
-    Codec(
+TRAITS = tuple(
+    Traits(
         name=name,
         pages=(name,),
-        tables=True,
         tile=_tile,
         scores_tiles=_scores_tiles,
         encode_pages=launch.encode,

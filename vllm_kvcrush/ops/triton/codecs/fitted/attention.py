@@ -1,4 +1,4 @@
-"""Attention over fitted pages: those functions of a `codecs.record.Codec`, and a loop over the
+"""Attention over fitted pages: those functions of a `codecs.traits.Traits`, and a loop over the
 exceptions."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
@@ -87,7 +87,7 @@ def scores(
     q, tile, pool, page, first, n, scale, M: tl.constexpr, T: tl.constexpr, CODEC: tl.constexpr,
     G: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """See `Codec`, as for all of these."""
+    """See `Traits`, as for all of these."""
     return dot(q[0], tl.trans(tile[0].to(DTYPE)), tl.zeros([M, T], tl.float32)) * scale
 
 

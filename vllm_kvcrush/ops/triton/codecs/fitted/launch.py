@@ -14,7 +14,7 @@ from vllm_kvcrush.ops.triton.codecs.fitted.encoding import (
     fitted_keys_kernel,
     fitted_values_kernel,
 )
-from vllm_kvcrush.ops.triton.codecs.record import Codec
+from vllm_kvcrush.ops.triton.codecs.traits import Traits
 from vllm_kvcrush.ops.triton.config import gather_warps
 from vllm_kvcrush.ops.triton.layout import Geometry
 
@@ -34,7 +34,7 @@ def warps(geometry: Geometry) -> int:
 
 def encode(
     layer: Layer,
-    codec: Codec,
+    codec: Traits,
     target: Source,
     key: Tensor,
     value: Tensor,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.codecs.transform.bits import QUAD, Piece, pieces
 from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops.angles import Angles
@@ -72,7 +72,7 @@ class Fitted:
     """A layer's tables on its device.
 
     Attributes:
-        codecs: names of the fitted codecs that there are, in the order of `layout.FITTED`.
+        codecs: names of the fitted codecs that there are, in the order of `FITTED`.
         sections: by codec, of each head.
         variants: by codec, one for each number of bits that values have.
         info: int32 [codecs, heads, len(FIELDS)].
@@ -97,7 +97,7 @@ class Fitted:
         k_pad: int,
         device: torch.device,
     ):
-        self.codecs = tuple(codec for codec in layout.FITTED if codec in tables)
+        self.codecs = tuple(codec for codec in FITTED if codec in tables)
         self.sections = {codec: tables[codec].sections for codec in self.codecs}
         self.variants: dict[str, tuple[Variant, ...]] = {}
         self._dtype, self._k_pad = dtype, k_pad

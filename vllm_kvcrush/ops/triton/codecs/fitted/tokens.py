@@ -1,4 +1,4 @@
-"""Reading single tokens of fitted pages: those functions of a `codecs.record.Codec`."""
+"""Reading single tokens of fitted pages: those functions of a `codecs.traits.Traits`."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
 

@@ -1,8 +1,12 @@
-"""Page sizes: the Python description against the compiled library's."""
+"""The records of the codecs, all of them: against csrc/kvcrush.h and the compiled library."""
 
 from __future__ import annotations
 
 import math
+import pathlib
+import re
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -10,39 +14,100 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush.codecs import layout
-from vllm_kvcrush.codecs.transform.points import Point
+from vllm_kvcrush.codecs import CODECS, by_number, layout
+from vllm_kvcrush.codecs.layout import Widths
+from vllm_kvcrush.codecs.transform.points import POINTS, OperatingPoint
 from vllm_kvcrush.codecs.transform.reference import origins
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.codecs.transform.tables import Tables
+from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.angles import Angles
+from vllm_kvcrush.ops.cpu.library import LIBRARY
 from vllm_kvcrush.ops.cpu.tables import LayerTable
 
 SIZES = st.integers(1, 32).map(lambda eighths: 8 * eighths)
-FLAT = [codec for codec in layout.CODECS if codec not in layout.FITTED]
+FLAT = [name for name, codec in CODECS.items() if not codec.needs_tables]
+every_codec = pytest.mark.parametrize("codec", CODECS)
 
 
+def test_names_and_numbers_are_those_of_the_header() -> None:
+    header = pathlib.Path(__file__, "../../../csrc/kvcrush.h").resolve().read_text()
+    numbers = re.search(r"enum[^{]*\{([^}]*KVC_RAW = 0[^}]*)\}", header)
+    assert numbers is not None
+    found = re.findall(r"KVC_(\w+) = (\d+)", numbers[1])
+    assert [(name.lower(), int(number)) for name, number in found] == [
+        (codec.name, codec.number) for codec in CODECS.values()
+    ]
+    for name, codec in CODECS.items():
+        assert codec.name == name and by_number(codec.number) is codec
+    assert LIBRARY.kvc_capacity(len(CODECS), 1 << 15, 64, 64, 0) == -1
+
+
+@every_codec
+def test_codecs_that_need_tables_have_a_point_and_a_stand_in(codec: str) -> None:
+    record = CODECS[codec]
+    assert record.needs_tables == (codec in {point.name for point in POINTS})
+    assert (record.stand_in is not None) == record.needs_tables
+    if record.stand_in is not None:
+        assert not CODECS[record.stand_in].needs_tables
+
+
+def test_records_load_neither_torch_nor_the_tables() -> None:
+    code = (
+        "import sys; from vllm_kvcrush.codecs import CODECS; "
+        "from vllm_kvcrush.codecs.transform.points import POINTS; "
+        "CODECS['int8'].capacity(1 << 15, 64, 64, 2); "
+        "print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@every_codec
+@settings(max_examples=60, deadline=None)
 @given(
-    codec=st.sampled_from(FLAT),
     block_size=st.integers(1, 40).map(lambda strips: 16 * strips),
     k_size=SIZES,
     v_size=SIZES,
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    data=st.data(),
 )
-def test_capacity_is_what_the_library_says(
-    codec: str, block_size: int, k_size: int, v_size: int, dtype: torch.dtype
+def test_capacity_is_the_most_that_fits(
+    codec: str,
+    block_size: int,
+    k_size: int,
+    v_size: int,
+    dtype: torch.dtype,
+    data: st.DataObject,
 ) -> None:
+    record, widths = CODECS[codec], None
+    if record.needs_tables:
+        words = data.draw(st.integers(0, k_size // 4))
+        widths = Widths(words, data.draw(st.integers(2, 4)), data.draw(st.sampled_from([0, 0.02])))
+    sizes = (k_size, v_size, dtype.itemsize, widths)
     page_bytes = block_size * (k_size + v_size) * dtype.itemsize
-    tokens = layout.capacity(codec, page_bytes, k_size, v_size, dtype.itemsize)
-    assert tokens == cpu.capacity(codec, page_bytes, k_size, v_size, dtype)
+    tokens = record.capacity(page_bytes, *sizes)
     assert tokens % layout.STRIP == 0
-    room = page_bytes - (0 if codec == "raw" else layout.HEADER)
-    used = layout.layout(codec, tokens, k_size, v_size, dtype.itemsize).end
-    more = layout.layout(codec, tokens + layout.STRIP, k_size, v_size, dtype.itemsize).end
-    assert used <= room < more or tokens == 65520
-    if codec == "raw":
+    room = page_bytes - (layout.HEADER if record.has_positions else 0)
+    used, more = record.layout(tokens, *sizes), record.layout(tokens + layout.STRIP, *sizes)
+    assert used.end <= room < more.end or tokens == layout.MAX_TOKENS
+    assert used.v < used.strip and used.positions <= used.end
+    if widths is None:
+        assert tokens == cpu.capacity(codec, page_bytes, k_size, v_size, dtype)
+    else:
+        fits = (page_bytes, widths.words, widths.value_bits, k_size, v_size, widths.exceptions)
+        assert tokens == layout.fitted_capacity(*fits)[0]
+    if not record.has_positions:
         assert tokens == block_size
+
+
+@every_codec
+def test_head_sizes_that_no_kernel_reads_are_refused(codec: str) -> None:
+    widths = Widths(3, 2, 0.0) if CODECS[codec].needs_tables else None
+    for size in (0, 60, 264):
+        for sizes in ((size, 64), (64, size)):
+            with pytest.raises(ValueError, match=f"head size {size} is not a multiple of 8"):
+                CODECS[codec].capacity(1 << 15, *sizes, 2, widths)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +122,19 @@ def test_capacity_is_what_the_library_says(
     ],
 )
 def test_pages_of_128_tokens(codec: str, dtype: torch.dtype, tokens: int) -> None:
-    assert layout.capacity(codec, 128 * 128 * dtype.itemsize, 64, 64, dtype.itemsize) == tokens
+    assert CODECS[codec].capacity(128 * 128 * dtype.itemsize, 64, 64, dtype.itemsize) == tokens
 
 
-def test_fitted_codecs_have_no_capacity_of_their_own() -> None:
-    for codec in (*layout.FITTED, "int2"):
-        with pytest.raises(ValueError, match="is not one of raw, exact, int8, int4"):
-            layout.capacity(codec, 1 << 15, 64, 64, 2)
+@every_codec
+def test_tables_go_with_the_codecs_that_need_them(codec: str) -> None:
+    record = CODECS[codec]
+    with pytest.raises(AssertionError, match=codec):
+        record.layout(16, 64, 64, 2, None if record.needs_tables else Widths(3, 2, 0.0))
+    k, v = torch.zeros(2, 16, 64)
+    tables = blank_tables([3], 2, 64, 0.0)
+    with pytest.raises(AssertionError, match=codec):
+        own = None if record.needs_tables else HeadTables(tables, 0, 0, 0)
+        record.kept(k, v, torch.float32, torch.arange(16), own)
 
 
 # -- fitted codecs --------------------------------------------------------------------------------
@@ -131,7 +202,7 @@ def blank_tables(words: list[int], v_bits: int, k_size: int, share: float) -> Ta
     zeros = torch.zeros(1, len(words), k_size)
     square = zeros[..., None].expand(-1, -1, -1, k_size)
     rope = Rope(torch.ones(k_size // 2, dtype=torch.float64))
-    point = Point("tc4", False, 0.0, v_bits, share)
+    point = OperatingPoint("tc4", False, 0.0, v_bits, share)
     value_bits = torch.full((1, len(words)), v_bits, dtype=torch.uint8)
     return Tables(
         point, rope, zeros, square, square, zeros, torch.stack(bits).byte()[None], value_bits

@@ -1,4 +1,4 @@
-"""What kernels and launchers must know of a codec, as one record.
+"""What kernels and launchers must know of a codec, as one record: its traits on the device.
 
 The record is a compile-time constant of every kernel that reads or writes pages, so `CODEC.scores`
 in a kernel is a call of that codec's function: no kernel asks which codec it has.
@@ -18,10 +18,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.codecs.layout import CODECS
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops.triton.config import SCORES_STAGES, SCORES_WARPS, tile_tokens
 from vllm_kvcrush.ops.triton.kernels.tokens import section
-from vllm_kvcrush.ops.triton.layout import Geometry, Section
+from vllm_kvcrush.ops.triton.layout import Geometry
 
 
 @triton.jit
@@ -52,19 +52,16 @@ def _scores_tiles(geometry: Geometry) -> tuple[int, int, int]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Codec:
+class Traits:
     """One codec on the device. Functions of the device are triton.jit functions; all of them take
     the record itself as `CODEC` and the page's `Geometry` as `G`, and pointers as `Pool` and
     `Tables`, those of the head.
 
     Attributes:
-        name: in `codecs.layout.CODECS`.
+        name: in `vllm_kvcrush.codecs.CODECS`.
         pages: names of the codecs whose pages it reads; two where one keeps positions, and comes
             last.
-        section: offsets of a page of one of these, from its capacity, head sizes and itemsize; None
-            if they differ by head.
         tail: whether it also reads and writes raw tails.
-        tables: whether it needs a model's tables.
         tile: tokens of a tile of attention, from a page's capacity and the most that registers
             allow.
         scores_tiles: tokens, warps and stages of a program of window scores.
@@ -118,9 +115,7 @@ class Codec:
     serves: Any = _always
     keeps_positions: Any = _always
     capacity: Any = _capacity
-    section: Callable[[str, int, int, int, int], Section] | None = None
     tail: bool = False
-    tables: bool = False
     tile: Callable[[int, int], int] = tile_tokens
     scores_tiles: Callable[[Geometry], tuple[int, int, int]] = _scores_tiles
     encode_pages: Callable[..., None] | None = None
@@ -128,10 +123,15 @@ class Codec:
 
     @property
     def number(self) -> int:
-        """In `codecs.layout.CODECS`."""
-        return CODECS[self.name]
+        """In `vllm_kvcrush.codecs.CODECS`."""
+        return CODECS[self.name].number
 
-    def with_own(self, own: Any) -> Codec:
+    @property
+    def needs_tables(self) -> bool:
+        """Whether it needs a model's tables."""
+        return CODECS[self.name].needs_tables
+
+    def with_own(self, own: Any) -> Traits:
         """This codec with other `own`: for equal ones the same object."""
         return _with_own(self, own)
 
@@ -149,7 +149,7 @@ class Codec:
 
 
 @functools.cache
-def _with_own(codec: Codec, own: Any) -> Codec:
+def _with_own(codec: Traits, own: Any) -> Traits:
     return dataclasses.replace(codec, own=own)
 
 
@@ -162,7 +162,7 @@ class Loop:
         tokens: of a tile.
     """
 
-    codec: Codec
+    codec: Traits
     attend: Any
     run: int
     tokens: int

@@ -1,0 +1,215 @@
+"""What the contract between policies and the engine is for: policies that keep unequal numbers of
+tokens, that merge, and that know spans, on the real model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.conftest import DECODE_INTERVAL, Engine
+from tests.hf_reference import Kept, Reference
+from tests.ledger import Ledger
+
+pytestmark = pytest.mark.engine
+NEW = DECODE_INTERVAL + 8
+
+
+@pytest.fixture
+def ledger(engine: Engine) -> Iterator[Ledger]:
+    ledger = Ledger(engine.runner)
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture(scope="module")
+def reference(model_path: str) -> Reference:
+    return Reference(model_path)
+
+
+class Watch:
+    """Records what each compaction leaves in every layer, as `hf_reference` wants it."""
+
+    def __init__(self, engine: Engine, contents: bool):
+        self.kept: dict[int, list[Kept]] = {}
+        # Blocks of the region, and tokens of each head, by compaction and layer.
+        self.counts: list[tuple[int, list[int]]] = []
+        self._engine, self._contents = engine, contents
+        self._width = 0  # of the padded region in the reference's cache
+        self._region: list[list[int]] = []
+        self._now: dict[int, Tensor] = {}
+        self._run = engine.runner._compact
+        engine.runner.on_select = lambda _, layer, slots: self._now.update({layer: slots})
+        engine.runner._compact = self._compact
+
+    def _compact(self, command: Any) -> None:
+        runner = self._engine.runner
+        self._now = {}
+        before, self._region = self._region, []
+        self._run(command)
+        region = runner._requests[command.request_id].region
+        width = max(slots.shape[1] for slots in self._now.values())
+        nothing = torch.zeros(0, dtype=torch.int32)
+        for layer, slots in sorted(self._now.items()):
+            held = (slots >= 0).sum(1).tolist()
+            self._region.append(held)
+            old = before[layer] if before else [0] * len(slots)
+            new = (len(command.source) - command.compressed) * self._engine.manager.block_size
+            columns = torch.zeros(len(slots), width, dtype=torch.int64)
+            extra = torch.full((len(slots), width), -torch.inf)
+            for head, own in enumerate(slots):
+                real = own[: held[head]]
+                moved = real - old[head] + self._width
+                columns[head, : held[head]] = torch.where(real < old[head], real, moved)
+                extra[head, : held[head]] = 0.0
+                if region.log_bias is not None:
+                    extra[head, : held[head]] = region.biases(layer)[head]
+            first = self._width + new
+            tail = torch.arange(first, first + command.tail_tokens).expand(len(slots), -1)
+            keys = values = None
+            if self._contents:
+                own_layer = runner._layers[layer]
+                source = own_layer.source(region, nothing, 0, command.computed)
+                found = own_layer.held(source, held)
+                keys, values = (torch.zeros(len(slots), width, 64) for _ in range(2))
+                keys[:, : max(held)], values[:, : max(held)] = found.keys, found.values
+            self.kept.setdefault(command.computed, []).append(
+                Kept(torch.cat((columns, tail), 1), extra, keys, values)
+            )
+        self.counts += [(len(command.target), held) for held in self._region]
+        self._width = width
+
+    def close(self) -> None:
+        self._engine.runner.on_select = None
+        self._engine.runner._compact = self._run
+
+
+@pytest.fixture
+def watch(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Watch]:
+    watch = Watch(engine, getattr(request, "param", False))
+    yield watch
+    watch.close()
+
+
+@pytest.mark.parametrize("policy", ["adakv", "adakv(h2o, floor=0)"])
+def test_heads_keep_unequal_numbers_of_raw_tokens(
+    engine: Engine, ids: list[int], reference: Reference, watch: Watch, policy: str
+) -> None:
+    """AdaKV on raw pages: what heads lend each other is really theirs, over several compactions of
+    a prompt in chunks and while decoding."""
+    prompt = ids[100:524]
+    (output,) = engine.generate([prompt], engine.params(NEW, kv_policy=policy, kv_budget=160))
+    assert list(output.outputs[0].token_ids) == reference.generate(prompt, NEW, watch.kept)
+    assert len(watch.kept) >= 3
+    for blocks, counts in watch.counts:
+        # Whole pages, and in each layer as many as equal heads would have had, up to rounding.
+        assert all(count % 32 == 0 and count >= 32 for count in counts)
+        assert abs(sum(counts) - len(counts) * blocks * 32) <= 2 * 32
+    assert any(len(set(counts)) > 1 for _, counts in watch.counts), "every head kept as many"
+    assert output.kv_tokens_details["kv_bytes_held"] < output.kv_tokens_details["kv_bytes_raw"]
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize("watch", [True], indirect=True)
+@pytest.mark.parametrize("policy", ["keepkv(threshold=0.5)", "keepkv(adakv, threshold=0.5)"])
+def test_dropped_tokens_are_merged_with_a_bias(
+    engine: Engine, ids: list[int], reference: Reference, watch: Watch, policy: str
+) -> None:
+    """KeepKV: kept slots carry the votes of what was merged into them, which attention counts."""
+    prompt = ids[100:524]
+    tokens = engine.tokens(prompt, NEW, kv_policy=policy, kv_budget=160)
+    assert tokens == reference.generate(prompt, NEW, watch.kept)
+    last = watch.kept[max(watch.kept)]
+    votes = torch.cat([own.extra[own.extra.isfinite()] for own in last])
+    assert (votes != 0).float().mean() > 0.1, "nothing was merged"
+    # The same choice without the votes says something else.
+    mute = {
+        n: [own._replace(extra=torch.where(own.extra.isfinite(), 0.0, own.extra)) for own in layers]
+        for n, layers in watch.kept.items()
+    }
+    assert tokens != reference.generate(prompt, NEW, mute)
+
+
+def test_merging_nothing_is_the_base(engine: Engine, ids: list[int]) -> None:
+    prompt = ids[800:1224]
+    alone = engine.tokens(prompt, NEW, kv_policy="snapkv", kv_budget=160)
+    engine.reset()
+    assert engine.tokens(prompt, NEW, kv_policy="keepkv(snapkv, threshold=1)") != []
+    engine.reset()
+    merged = engine.tokens(prompt, NEW, kv_policy="keepkv(snapkv, threshold=1)", kv_budget=160)
+    assert merged == alone
+
+
+@pytest.mark.parametrize("policy", ["fair", "fair(kvcrush(h2o, ratio=0.25))@int8"])
+def test_every_span_keeps_its_share(
+    engine: Engine, ledger: Ledger, ids: list[int], policy: str
+) -> None:
+    """Fair eviction: of each span the same share stays, in every head; protected tokens stay."""
+    spans, protect = [[0, 100], [100, 160], [160, 400]], [[110, 120]]
+    kept: list[list[int]] = []
+
+    def record(command: Any, layer: int, slots: Tensor) -> None:
+        if command.compressed == 0:  # positions are slots
+            kept.extend(own[own >= 0].tolist() for own in slots)
+
+    selected = engine.runner.on_select
+    engine.runner.on_select = lambda *given: (selected(*given), record(*given))
+    budget = 160 if "@" not in policy else 96
+    params = engine.params(
+        NEW, kv_policy=policy, kv_budget=budget, kv_spans=spans, kv_protect=protect
+    )
+    (output,) = engine.generate([ids[100:524]], params)
+    assert output.kv_tokens_details["compactions"] >= 2
+    assert sum(ledger.compactions.values()) >= 2 and not ledger.failures.total()
+    candidates = max(max(own) for own in kept) + 1
+    for own in kept:
+        assert set(range(110, 120)) <= set(own), "protected tokens are gone"
+        for index, (first, end) in enumerate(spans):
+            last = min(end, candidates) if index < len(spans) - 1 else candidates
+            there = last - first
+            got = sum(first <= position < last for position in own)
+            assert abs(got - there * len(own) / candidates) <= 11, (first, end, got)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    ["adakv", "adakv@int4", "keepkv(adakv)@int8", "fair(adakv(keepkv))@tc4", "adakv(streaming)"],
+)
+def test_ledgers_of_wrapped_policies(
+    engine: Engine, ledger: Ledger, ids: list[int], policy: str
+) -> None:
+    """Whatever is wrapped in whatever and stored however: pages hold what was kept, and several
+    requests of different policies share a batch."""
+    prompts = [ids[100:700], ids[800:864], ids[900:1300]]
+    budgets: list[Any] = [0.25, 160, 96]
+    params = [engine.params(100, kv_policy=policy, kv_budget=b) for b in budgets]
+    engine.generate(prompts, params)
+    assert sum(ledger.compactions.values()) >= 8 and not ledger.failures.total()
+    if "streaming" not in policy:
+        assert ledger.unequal
+    engine.assert_idle()
+
+
+def test_what_a_client_may_not_ask_for(engine: Engine, ids: list[int]) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    refused = {
+        "kvcrush(snapkv, ratio=0.25": "lacks ','",
+        "kvcrush(ratio=0.9)": "kvcrush.ratio is not for clients to set",
+        "fair(none)": "choose one of",
+        "a(b(c(d(e))))": "more than 4 deep",
+        "snapkv@int2": "codec 'int2'",
+        "snapkv(h2o)": "wraps no other policy",
+    }
+    for policy, why in refused.items():
+        with pytest.raises(VLLMValidationError, match="kv_policy") as caught:
+            engine.generate([ids[:64]], engine.params(4, kv_policy=policy))
+        assert why in str(caught.value), str(caught.value)
+    with pytest.raises(VLLMValidationError, match="kv_spans has no effect"):
+        engine.generate([ids[:64]], engine.params(4, kv_policy="snapkv", kv_spans=[[0, 9]]))
+    with pytest.raises(VLLMValidationError, match="protected tokens"):
+        engine.generate([ids[:64]], engine.params(4, kv_budget=128, kv_protect=[[0, 500]]))
+    engine.assert_idle()

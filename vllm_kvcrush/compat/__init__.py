@@ -1,0 +1,14 @@
+"""What differs between the releases of vLLM that this package supports: one module for each, with
+the same names. The installed release chooses one of them, once; a newer one than all takes the
+newest."""
+
+from __future__ import annotations
+
+from vllm_kvcrush import gate
+
+if (gate.release() or (0, 0)) < (0, 33):
+    from vllm_kvcrush.compat.v0_32 import prefix_hit
+else:
+    from vllm_kvcrush.compat.v0_33 import prefix_hit
+
+__all__ = ["prefix_hit"]

@@ -1,0 +1,35 @@
+"""vLLM 0.32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def prefix_hit(
+    find: Callable[..., tuple[Any, int, int, bool]],
+    kv_cache_manager: Any,
+    request: Any,
+    bound: int | None,
+    cap: int | None,
+) -> tuple[Any, int, int, bool]:
+    """Looks a request up in the prefix cache, for no more tokens than it may take from there.
+
+    vLLM 0.32 looks up the whole prompt and takes no bound, so what is too much is cut off.
+
+    Args:
+        find: `Scheduler._get_local_prefix_cache_hit` of vLLM's own scheduler.
+        kv_cache_manager: the scheduler's.
+        request: vLLM's.
+        bound: what the scheduler was asked to keep to, in tokens; None: all but the last token.
+        cap: what the request's policy leaves to the cache: whole blocks, in tokens. None: all.
+
+    Returns:
+        As `find` does: blocks, their tokens, the boundary of a shared prefix, and whether the hits
+        of several groups of layers differ.
+    """
+    assert bound is None, "vLLM 0.32 gives none"
+    blocks, hit, boundary, diverged = find(request)
+    if cap is not None and hit > cap:
+        blocks, hit = kv_cache_manager.truncate_computed_blocks(blocks, cap), cap
+    return blocks, hit, boundary, diverged

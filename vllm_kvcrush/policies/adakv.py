@@ -1,0 +1,50 @@
+"""AdaKV: heads that look at few tokens lend their room to heads that look at many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vllm_kvcrush import ops
+from vllm_kvcrush.policies.base import Room, View, Wrapper, is_number, protect
+
+
+@dataclass
+class AdaKV(Wrapper):
+    """Ada-KV (arXiv 2407.11550 §3.3): within a layer, heads share the budget as their scores do.
+
+    The layer's best scores over all of its heads together are kept; how many of them are a head's
+    is its share of the layer's pages, mixed with an equal share so that no head starves. Layers
+    have equal budgets. Which tokens a head keeps is the base's choice.
+
+    Attributes:
+        floor: weight of the equal share, `alpha` in the paper.
+    """
+
+    name: ClassVar[str] = "adakv"
+    allocates: ClassVar[bool] = True
+
+    floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = is_number(self.floor) and 0 <= self.floor <= 1
+        self.require("floor", share, "a number from 0 to 1")
+
+    def demand(self, view: View, scores: Tensor, room: Room) -> Tensor:
+        layers, heads = room.candidates.shape
+        # Each head's weights sum to the same, so that heads can be compared.
+        votes = scores.masked_fill(~view.valid, 0).clamp(min=0).nan_to_num()
+        votes = votes / votes.sum(1, keepdim=True).clamp(min=torch.finfo(votes.dtype).tiny)
+        votes = protect(view, votes).mT.reshape(1, -1)  # so that ties favour no head
+        tokens = room.pages * int(room.page_tokens.min()) // layers
+        best = ops.top_mask(votes, min(tokens, int(view.sizes.sum())))
+        return best.view(view.candidates, heads).sum(0)
+
+    def allocate(self, demand: Tensor | None, room: Room) -> Tensor:
+        assert demand is not None
+        shares = demand / demand.sum(1, keepdim=True).clamp(min=1)
+        return (1 - self.floor) * shares + self.floor / shares.shape[1]
