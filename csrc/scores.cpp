@@ -48,6 +48,7 @@ int window_scores(const Layer &layer, const kvc_source &given, const void *query
             return fail("%lld candidates among the %lld slots of head %d",
                         static_cast<long long>(candidates[h]), static_cast<long long>(held), h);
     }
+    if (width == 0) return 0;
     // The shapes of a batch of one.
     kvc_batch batch{};
     batch.num_seqs = 1;

@@ -18,17 +18,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.gpu.model import BLOCK_SIZE
-from vllm_kvcrush.codecs import CODECS, FITTED
+from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.codecs.transform.bits import quantiser
 from vllm_kvcrush.codecs.transform.points import POINTS
-from vllm_kvcrush.ops.triton.codecs.fitted import kernels as fitted_kernels
+from vllm_kvcrush.ops.triton.attention import loops_of
+from vllm_kvcrush.ops.triton.codecs import BY_NAME, RUNS
+from vllm_kvcrush.ops.triton.codecs.fitted import encoding as fitted_encoding
 from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
-from vllm_kvcrush.ops.triton.codecs.fitted.tables import Loop
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import Variant
+from vllm_kvcrush.ops.triton.compaction import SLOTS
 from vllm_kvcrush.ops.triton.config import (
     MERGE_TILE,
     MOST_SPLITS,
-    SCORES_STAGES,
-    SCORES_WARPS,
     attention_tiles,
     encode_tiles,
     gather_warps,
@@ -65,9 +66,10 @@ MODEL = ("query", "raw", "key", "value", "out", "inverse")
 ALIGNED = ("query_stride", "out_stride", "key_stride", "value_stride")
 
 
+KV_HEADS = 8
 # Of a layer that has tables of all fitted codecs. Any head's values can have 2 to 4 bits: one each.
-LOOPS = {
-    point.name: Loop(i, FITTED.index(point.name), point.local, 4 - i)
+RECORDS = BY_NAME | {
+    point.name: BY_NAME[point.name].with_own(Variant(i, KV_HEADS, point.local, 4 - i))
     for i, point in enumerate(POINTS)
 }
 
@@ -123,7 +125,7 @@ class Build:
             constants["PTX"] = target != "gfx942"
         source = ASTSource(self.function, signature, constants, hints)
         options = {"num_warps": self.warps, "num_stages": self.stages}
-        if self.kernel in PRODUCTS or (self.kernel == "gather" and self.codec in FITTED):
+        if self.kernel in (*PRODUCTS, "gather"):
             options |= product_options(TARGETS[target].warp_size)
         return triton.compile(source, target=TARGETS[target], options=options)
 
@@ -131,35 +133,24 @@ class Build:
 def attention(codec: str, size: int, group: int, dtype: str, decode: bool, target: str) -> Build:
     """The attention kernel; codec "raw" is a tail alone, as before any compaction, and "int8+tc4"
     what `auto` makes of most budgets."""
-    parts = set(codec.split("+"))
+    parts = set(PLAIN if codec == "mixed" else () if codec == "raw" else codec.split("+"))
     wave = TARGETS[target].warp_size
-    geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
-    room = tuple(geometry.section(c).capacity for c in ("raw", "int8", "int4"))
-    tiles = attention_tiles(
-        group,
-        geometry.k_pad,
-        geometry.v_pad,
-        geometry.itemsize,
-        room,
-        decode,
-        wave,
-        bool(parts & LOOPS.keys()),
-    )
-    present = {c: c in parts or codec == "mixed" for c in ("int4", "int8")}
-    loops = tuple(dataclasses.replace(LOOPS[c], place=0) for c in LOOPS if c in parts)
+    page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    shape = (group, page.k_pad, page.v_pad, page.itemsize, BLOCK_SIZE)
+    tiles = attention_tiles(*shape, decode, wave, any(RECORDS[c].needs_tables for c in parts))
+    if len(parts) > 1:
+        parts.add("raw")
+    records = tuple((RECORDS[run],) if run in parts else () for run in RUNS)
+    sections = dict(page.sections)
+    room = tuple(sections[run].capacity if run in sections else 0 for run in RUNS)
+    loops = loops_of(records, room, tiles.most)
     constants = {
-        **{"HEADS": 8 * group, "GROUP": group, "G": geometry, "TILES": tiles},
+        **{"HEADS": KV_HEADS * group, "GROUP": group, "G": page, "TILES": tiles},
         **{"DTYPE": DTYPES[dtype], "UNIFORM": decode, "SPLIT": decode},
-        **{
-            "LOOPS": loops,
-            "INT4": present["int4"],
-            "INT8": present["int8"],
-            "RAW": codec == "mixed" or len(parts) > 1,
-        },
-        **{"BIAS": False, "VALUES": True},
+        **{"RUNS": len(RUNS), **loops, "BIAS": False, "VALUES": True},
     }
-    tile = {"int4": tiles.int4, "int8": tiles.int8}
-    tile = tiles.fitted if loops else tile.get(codec, tiles.raw)
+    first = next((loop for kind in loops.values() for loop in kind), None)
+    tile = first.tokens if first and codec != "mixed" else tiles.tail
     return Build(
         "decode" if decode else "prefill", codec, size, group, dtype,
         attention_kernels.attention_kernel, constants, tiles.warps, tiles.stages,
@@ -168,75 +159,68 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
 
 
 def others(size: int, group: int, dtype: str) -> Iterator[Build]:
-    """Everything but attention."""
-    geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    """Everything but attention, for codecs without tables."""
+    page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
-    warps = gather_warps(geometry.k_pad, geometry.v_pad)
     yield Build(
         "merge", "-", *same, attention_kernels.merge_kernel,
-        {"HEADS": 8 * group, "SIZE": size, "PAD": geometry.v_pad, "MOST": MOST_SPLITS}
+        {"HEADS": KV_HEADS * group, "SIZE": size, "PAD": page.v_pad, "MOST": MOST_SPLITS}
         | {"TILE": MERGE_TILE, "VALUES": True},
         1, 3,
     )  # fmt: skip
-    yield Build("store", "raw", *same, store_kernels.store_kernel, {"T": 4, "G": geometry}, 2, 3)
-    scratch = {"key": "*fp32", "value": "*fp32"}
-    constants = {"T": 32, "VALUES": True, "POSITIONS": True, "G": geometry}
-    for codec in PLAIN:
-        yield Build(
-            "gather", codec, *same, compaction_kernels.gather_kernel,
-            constants | {"CODEC": CODECS[codec].number}, warps, 3, scratch,
-        )  # fmt: skip
-    tokens, encode_warps = encode_tiles(geometry.k_pad, geometry.v_pad)
-    constants = {"T": 64, "V": tokens, "POSITIONS": True, "G": geometry}
+    yield Build("store", "raw", *same, store_kernels.store_kernel, {"T": 4, "G": page}, 2, 3)
+    yield from _tokens(PLAIN, *same)
+    tokens, encode_warps = encode_tiles(page.k_pad, page.v_pad)
     for codec in PLAIN:
         yield Build(
             "encode", codec, *same, compaction_kernels.encode_kernel,
-            constants | {"CODEC": CODECS[codec].number}, encode_warps, 3, scratch,
+            {"T": 64, "V": tokens, "POSITIONS": True, "G": page, "CODEC": RECORDS[codec]},
+            encode_warps, 3, {"key": "*fp32", "value": "*fp32"},
         )  # fmt: skip
-    constants = {"T": 64, "W": 32, "GROUP": group, "HEADS": 8 * group}
-    constants |= {"DTYPE": DTYPES[dtype], "G": geometry}
-    for codec in PLAIN:
+
+
+def _tokens(codecs: tuple[str, ...], size: int, group: int, dtype: str) -> Iterator[Build]:
+    """What reads single tokens of codecs."""
+    page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    same = (size, group, dtype)
+    for codec in codecs:
+        own = {"CODEC": RECORDS[codec], "DTYPE": DTYPES[dtype], "G": page}
+        yield Build(
+            "gather", codec, *same, compaction_kernels.gather_kernel,
+            {"T": SLOTS, "VALUES": True, "POSITIONS": True, **own},
+            gather_warps(page.k_pad, page.v_pad), 3, {"key": "*fp32", "value": "*fp32"},
+        )  # fmt: skip
+        slots, warps, stages = RECORDS[codec].scores_tiles(page)
         yield Build(
             "scores", codec, *same, scores_kernels.scores_kernel,
-            constants | {"TAIL": codec == "raw", "CODEC": CODECS[codec].number},
-            SCORES_WARPS, SCORES_STAGES, {"out": "*fp32", "tail_length": "i32"},
+            {"T": slots, "W": 32, "GROUP": group, "HEADS": KV_HEADS * group}
+            | {"TAIL": codec == "raw", **own},
+            warps, stages, {"out": "*fp32", "tail_length": "i32"},
         )  # fmt: skip
 
 
 def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
-    """Everything but attention that fitted codecs have kernels of their own for."""
-    geometry = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
+    """Everything but attention for fitted codecs."""
+    page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
-    for codec, loop in LOOPS.items():
-        warps = fitted_launch.warps(geometry)
-        pages = {"CODEC": CODECS[codec].number, "G": geometry}
-        keys = {"LOCAL": loop.local, "DTYPE": DTYPES[dtype]}
+    yield from _tokens(FITTED, *same)
+    for codec in FITTED:
+        variant, warps = RECORDS[codec].own, fitted_launch.warps(page)
+        pages = {"CODEC": RECORDS[codec].number, "G": page}
         yield Build(
-            "gather", codec, *same, fitted_kernels.fitted_gather_kernel,
-            {"T": fitted_launch.SLOTS, "BITS": loop.bits, **pages, **keys}
-            | {"VALUES": True, "POSITIONS": True},
-            warps, 3, {"key": "*fp32", "value": "*fp32"},
-        )  # fmt: skip
-        yield Build(
-            "scores", codec, *same, fitted_kernels.fitted_scores_kernel,
-            {"T": fitted_launch.SLOTS, "W": 32, "GROUP": group, "HEADS": 8 * group}
-            | {**pages, **keys},
-            *fitted_launch.scores_options(geometry), {"out": "*fp32"},
-        )  # fmt: skip
-        yield Build(
-            "encode: codes", codec, *same, fitted_kernels.fitted_components_kernel,
-            {"T": fitted_launch.TOKENS, "LOCAL": loop.local, **pages},
+            "encode: codes", codec, *same, fitted_encoding.fitted_components_kernel,
+            {"T": fitted_launch.TOKENS, "LOCAL": variant.local, **pages},
             warps, fitted_launch.STAGES, {"key": "*fp32"},
         )  # fmt: skip
         yield Build(
-            "encode: keys", codec, *same, fitted_kernels.fitted_keys_kernel,
+            "encode: keys", codec, *same, fitted_encoding.fitted_keys_kernel,
             {"T": fitted_launch.TOKENS, **pages}, fitted_launch.KEYS_WARPS, 3,
             {"key": "*fp32", "component": "*i32"},
         )  # fmt: skip
+        step = quantiser(variant.bits).step
         yield Build(
-            "encode: values", codec, *same, fitted_kernels.fitted_values_kernel,
-            {"T": fitted_launch.VALUES, "BITS": loop.bits, "STEP": quantiser(loop.bits).step}
-            | pages,
+            "encode: values", codec, *same, fitted_encoding.fitted_values_kernel,
+            {"T": fitted_launch.VALUES, "BITS": variant.bits, "STEP": step, **pages},
             warps, 3, {"value": "*fp32"},
         )  # fmt: skip
 

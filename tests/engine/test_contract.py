@@ -221,7 +221,8 @@ def test_what_a_client_may_not_ask_for(engine: Engine, ids: list[int]) -> None:
 
     refused = {
         "kvcrush(snapkv, ratio=0.25": "lacks ','",
-        "kvcrush(ratio=0.9)": "kvcrush.ratio is not for clients to set",
+        "kvcrush(ratio=0.9)": "kvcrush.ratio=0.9 is not from 0 to 0.5",
+        "kvcrush(anchor=mean)": "kvcrush.anchor is not for clients to set",
         "fair(none)": "choose one of",
         "a(b(c(d(e))))": "more than 4 deep",
         "snapkv@int2": "codec 'int2'",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,11 +126,18 @@ class Cache:
         self.write(page, content)
         return kept
 
-    def put(self, codecs: list[str], tail: int, counts: list[int] | None = None) -> None:
+    def put(
+        self,
+        codecs: list[str] | list[list[str]],
+        tail: int,
+        counts: list[int] | list[list[int]] | None = None,
+    ) -> None:
         """A sequence: for each head pages of the codecs, then `tail` raw tokens.
 
         Args:
-            counts: tokens of each page; None: full, partly filled and empty ones by chance.
+            codecs: of all heads' pages, or of each head's own.
+            counts: tokens of each page, or of each head's; None: full, partly filled and empty ones
+                by chance.
         """
         layer, step = self.layer, self.block_size
         blocks = [self.free.pop() for _ in range(-(-tail // step))]
@@ -139,11 +147,13 @@ class Cache:
             begin.append(len(self.entries))
             k_parts, v_parts, p_parts = [], [], []
             at = self.draw.randrange(1000)
-            order = list(enumerate(codecs))
+            own: list[Any] = [codecs, counts or []]
+            own = [x[head] if x and isinstance(x[0], list) else x for x in own]
+            order = list(enumerate(own[0]))
             for i, codec in order if head % 2 == 0 else order[::-1]:
                 full = layer.capacity(codec, head)
                 some = [full, self.draw.randrange(full + 1), min(full, 5), 0]
-                count = min(full, counts[i]) if counts else self.draw.choice(some)
+                count = min(full, own[1][i]) if own[1] else self.draw.choice(some)
                 key, value = self.content(count)
                 where = (at + torch.randint(1, 9, (count,)).cumsum(0)).int()
                 at += 9 * count
@@ -183,21 +193,28 @@ class Cache:
         page, count, codec = (torch.tensor(list(x), dtype=torch.int32) for x in columns)
         return page, count.to(torch.uint16), codec.to(torch.uint8)
 
-    def directory(self, bias: bool = False) -> Directory:
-        page, count, codec = self._entries()
+    def _draw_biases(self, bias: bool) -> tuple[Tensor | None, Tensor | None]:
         offsets = log_bias = None
         if bias:
             # Every third page has none.
             total, starts = 0, []
-            for i, n in enumerate(count.tolist()):
+            for i, (_, n, _) in enumerate(self.entries):
                 starts.append(-1 if i % 3 == 2 else total)
                 total += 0 if i % 3 == 2 else n
             offsets, log_bias = torch.tensor(starts), torch.randn(total + 1)
         self.log_bias = (offsets, log_bias)
+        return self.log_bias
+
+    def directory(self, bias: bool = False) -> Directory:
+        page, count, codec = self._entries()
+        offsets, log_bias = self._draw_biases(bias)
         begin, end = (torch.tensor(x, dtype=torch.int32) for x in (self.begin, self.end))
         return Directory.of(begin, end, page, count, codec, offsets, log_bias, self.device)
 
-    def source(self, seq: int) -> Source:
+    def source(self, seq: int, bias: bool = False) -> Source:
+        offsets, log_bias = (
+            None if x is None else x.to(self.device) for x in self._draw_biases(bias)
+        )
         page, count, codec = (x.to(self.device) for x in self._entries())
         first, last = self.begin[seq][0], self.end[seq][-1]
         begin, end = (
@@ -209,10 +226,11 @@ class Cache:
             begin, end, page[own], count[own], codec[own],
             torch.tensor(self.tails[seq], dtype=torch.int32, device=self.device),
             self.lengths[seq], self.starts[seq], runs_of(codec[own].cpu()),
+            None if offsets is None else offsets[own], log_bias,
         )  # fmt: skip
 
     def biases(self, seq: int) -> list[Tensor]:
-        """What `directory(bias=True)` adds to each token's logit, by KV head."""
+        """What the last `directory` or `source` with biases adds to logits: by head and token."""
         offsets, log_bias = self.log_bias
         assert offsets is not None and log_bias is not None
         result = []

@@ -11,7 +11,8 @@ from vllm_kvcrush.codecs.layout import GROUP, STRIP
 from vllm_kvcrush.codecs.transform.bits import pieces
 from vllm_kvcrush.codecs.transform.reference import Page, decode_page, encode_page
 from vllm_kvcrush.codecs.transform.tables import Tables
-from vllm_kvcrush.ops.triton.layout import NEVER, STEPS, FittedSection, Geometry, Section
+from vllm_kvcrush.ops.triton.codecs.fitted.layout import FittedSection
+from vllm_kvcrush.ops.triton.layout import NEVER, STEPS, Geometry, Section
 
 
 def grid_dtype(dtype: torch.dtype) -> torch.dtype:

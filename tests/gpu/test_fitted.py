@@ -15,7 +15,6 @@ from vllm_kvcrush.codecs.transform.reference import encode_page, origins
 from vllm_kvcrush.ops import reference as plain
 from vllm_kvcrush.ops.triton import attention, compaction
 from vllm_kvcrush.ops.triton.cache import Source
-from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
 from vllm_kvcrush.ops.triton.scores import window_scores
 
 SHAPES = [(64, 64), (80, 24), (96, 128), (256, 80)]
@@ -39,7 +38,8 @@ def test_gather(draw: random.Random, device: str, codec: str, k_size: int, v_siz
     key = torch.full((2, count, k_size), torch.nan, device=device)
     value = torch.full((2, count, v_size), torch.nan, device=device)
     where = torch.full((2, count), -77, dtype=torch.int32, device=device)
-    fitted_launch.gather(cache.layer, codec, source, slots.to(device), key, value, where)
+    for variant in cache.layer.variants(codec):
+        compaction.gather_pages(cache.layer, variant, source, slots.to(device), key, value, where)
     seen = 0
     for head in range(2):
         mine = slots[head][slots[head] >= 0]
@@ -84,8 +84,8 @@ def test_pages_keep_what_their_codec_says(
         *(torch.tensor(x, device=device) for x in (counts, [CODECS[codec].number] * 4, [0])),
         0, 0,
     )  # fmt: skip
-    fitted_launch.encode(
-        layer, codec, target, *(torch.stack(x).to(device) for x in (key, value)), where.to(device)
+    compaction.encode(
+        layer, target, *(torch.stack(x).to(device) for x in (key, value)), where.to(device)
     )
     for i, (page, count) in enumerate(zip(pages, counts, strict=True)):
         head = i // 2

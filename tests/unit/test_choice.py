@@ -219,6 +219,19 @@ def test_a_dry_run_finds_what_is_wrong(how: str, says: str) -> None:
         dry_run(Wrong(how))
 
 
+def test_a_dry_run_of_who_shares_pages_out_has_unequal_heads() -> None:
+    @dataclass
+    class Even(Sharing):
+        def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
+            return ops.top_mask(scores, int(keep[0]))
+
+    dry_run(Sharing())
+    with pytest.raises(PolicyFailure, match="did not choose as many slots"):
+        dry_run(Even())
+    with pytest.raises(PolicyFailure, match="shares that are negative"):
+        dry_run(Sharing("negative"))
+
+
 def test_a_sound_choice_is_the_policys() -> None:
     view = view_of(40)
     for how in ("", "half", "merge"):
@@ -494,6 +507,10 @@ def test_choices_stay_on_the_device(text: str) -> None:
         if policy.merges:  # which finds the slots that it merges
             continue
         given_ = given_[0].to("meta"), {name: x.to("meta") for name, x in given_[1].items()}
+        if policy.allocates:
+            room = Room(12, torch.full((1, 3), 8), view.sizes.unsqueeze(0))
+            demand = policy.demand(view, given_[0], room)
+            assert demand is not None and demand.device.type == "meta"
         choice = choose(policy, view, keep, finer, demoted, given_)
         assert choice.kept.device.type == "meta" and choice.kept.shape == (3, 48)
         assert choice.sound.device.type == "meta"

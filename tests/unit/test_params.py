@@ -29,7 +29,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_kvcrush import server
+from vllm_kvcrush import compat, server
 from vllm_kvcrush.server import metrics, params, usage, wrap
 from vllm_kvcrush.stats import COMPACTION_BUCKETS, Stats
 
@@ -331,7 +331,7 @@ def test_vllms_classes_are_wrapped_once() -> None:
         ),
         (OpenAIServingResponses.responses_full_generator, {"context"}),
         (OpenAIServingChat.chat_completion_full_generator, {"result_generator"}),
-        (OpenAIServingChat.chat_completion_stream_generator, {"result_generator"}),
+        (getattr(OpenAIServingChat, compat.CHAT_STREAM), {"result_generator"}),
         (OpenAIServingChatBatch.chat_completion_full_generator_batch, {"generators"}),
         (OpenAIServingCompletion.completion_stream_generator, {"result_generator"}),
         (OpenAIServingCompletion.request_output_to_completion_response, {"final_res_batch"}),
@@ -728,6 +728,30 @@ def test_streamed_chats_at_the_same_time_do_not_mix() -> None:
     for held, text in zip((10, 20, 30), asyncio.run(many()), strict=True):
         *_, last = events(text)
         assert last["usage"]["kv_tokens_details"]["held"] == held
+
+
+def test_chunks_that_are_no_events_yet_tell_it_too() -> None:
+    """As vLLM 0.33 streams chats."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
+    from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+    class Source:
+        async def stream(self, result_generator: Any) -> AsyncIterator[Any]:
+            async for _ in result_generator:
+                yield chunk(choices=[{"index": 0, "delta": {"content": "x"}}])
+            yield chunk(choices=[])
+            yield create_error_response("of another kind")
+
+    def chunk(**fields: Any) -> ChatCompletionStreamResponse:
+        return ChatCompletionStreamResponse(model=MODEL, usage=UsageInfo(), **fields)
+
+    wrap(Source, "stream", usage._stream)
+    found = asyncio.run(collect(Source().stream(stream_of(finished(10), finished(12)))))
+    assert found[-1].error.message == "of another kind"
+    dumped = [json.loads(c.model_dump_json(exclude_unset=True))["usage"] for c in found[:-1]]
+    assert [d.get("kv_tokens_details", {}).get("held") for d in dumped] == [None, None, 12]
+    silent = asyncio.run(collect(Source().stream(stream_of())))
+    assert "kv_tokens_details" not in silent[0].usage.model_dump()
 
 
 def test_a_stream_that_is_left_closes_its_source() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.ops.triton.cache import DTYPES, RUNS, Batch, Layer
+from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Layer
+from vllm_kvcrush.ops.triton.codecs import RUNS
+from vllm_kvcrush.ops.triton.codecs.traits import Loop, Traits
 from vllm_kvcrush.ops.triton.config import (
     MERGE_TILE,
     MOST_SPLITS,
@@ -19,17 +21,37 @@ from vllm_kvcrush.ops.triton.config import (
 from vllm_kvcrush.ops.triton.kernels.attention import attention_kernel, merge_kernel
 
 
-def tiles_for(layer: Layer, longest: int, fitted: bool = False) -> tuple[Tiles, bool]:
+def tiles_for(layer: Layer, longest: int, tables: bool = False) -> tuple[Tiles, bool]:
     """The tiles of a step whose sequences have up to `longest` query rows, and perhaps pages of
-    fitted codecs; and whether they are those of decode, in which a program has a whole sequence.
-    Only these two kinds are ever compiled, whatever `longest` is."""
+    codecs with tables; and whether they are those of decode, in which a program has a whole
+    sequence. Only these two kinds are ever compiled, whatever `longest` is."""
     geometry = layer.geometry
-    room = (layer.capacity("raw"), layer.capacity("int8"), layer.capacity("int4"))
-    shape = (layer.group, geometry.k_pad, geometry.v_pad, geometry.itemsize, room)
-    tiles = attention_tiles(*shape, True, layer.wave, fitted)
+    shape = (layer.group, geometry.k_pad, geometry.v_pad, geometry.itemsize, layer.block_size)
+    tiles = attention_tiles(*shape, True, layer.wave, tables)
     if longest <= tiles.queries:
         return tiles, True
-    return attention_tiles(*shape, False, layer.wave, fitted), False
+    return attention_tiles(*shape, False, layer.wave, tables), False
+
+
+@functools.lru_cache(maxsize=1024)
+def loops_of(
+    variants: tuple[tuple[Traits, ...], ...], capacities: tuple[int, ...], most: int
+) -> dict[str, tuple[Loop, ...]]:
+    """The kernel's FOUR, TWO and ONE.
+
+    Args:
+        variants: of each of RUNS those that there may be.
+        capacities: of pages of each of RUNS.
+        most: of `Tiles`.
+    """
+    found: dict[int, list[Loop]] = {4: [], 2: [], 1: []}
+    for run, (codecs, capacity) in enumerate(zip(variants, capacities, strict=True)):
+        for i, codec in enumerate(codecs):
+            tokens = codec.tile(capacity, most)
+            for attend, planes, every in codec.loops:
+                if every or i == 0:
+                    found[planes].append(Loop(codec, attend, run, tokens))
+    return {name: tuple(found[planes]) for name, planes in (("FOUR", 4), ("TWO", 2), ("ONE", 1))}
 
 
 def attention(
@@ -64,9 +86,12 @@ def attention(
     device, directory = query.device, batch.directory
     present = (False,) * len(RUNS) if directory is None else directory.present
     there = {run for run, any_pages in zip(RUNS, present, strict=True) if any_pages}
-    fitted = layer.fitted
-    loops = [] if fitted is None else [fitted.loops[c] for c in fitted.codecs if c in there]
-    tiles, uniform = tiles_for(layer, batch.longest, bool(loops))
+    variants = tuple(layer.variants(run) if run in there else () for run in RUNS)
+    tables = any(codec.needs_tables for codecs in variants for codec in codecs)
+    tiles, uniform = tiles_for(layer, batch.longest, tables)
+    capacities = tuple(
+        layer.most(run) if codecs else 0 for run, codecs in zip(RUNS, variants, strict=True)
+    )
     blocks = batch.seqs if uniform else rows // tiles.queries + batch.seqs
     if parts is None:
         parts = splits(blocks, layer.kv_heads, _processors(query.device))
@@ -83,12 +108,7 @@ def attention(
         to if to is not None else lse,
         sums,
         query,
-        layer.raw,
-        layer.grid,
-        layer.half,
-        layer.words,
-        layer.wide,
-        layer.pool,
+        *layer.views(),
         batch.query_start,
         batch.tail_length,
         batch.tail_table,
@@ -98,7 +118,7 @@ def attention(
         batch.query_start if directory is None else directory.count,
         batch.query_start if bias is None else bias,
         lse if directory is None or directory.log_bias is None else directory.log_bias,
-        *(_no_tables(lse) if fitted is None else fitted.tables()),
+        *layer.tables(),
         layer.scale,
         parts,
         batch.seqs,
@@ -115,10 +135,8 @@ def attention(
         DTYPE=DTYPES[layer.dtype],
         UNIFORM=uniform,
         SPLIT=parts > 1,
-        LOOPS=tuple(itertools.chain(*loops)),
-        INT4="int4" in there,
-        INT8="int8" in there,
-        RAW="raw" in there,
+        RUNS=len(RUNS),
+        **loops_of(variants, capacities, tiles.most),
         BIAS=bias is not None,
         VALUES=out is not None,
         PTX=layer.ptx,
@@ -144,10 +162,6 @@ def attention(
             VALUES=out is not None,
             num_warps=1,
         )
-
-
-def _no_tables(anything: Tensor) -> tuple[object, ...]:
-    return (*(anything,) * 6, 0)
 
 
 def _processors(device: torch.device) -> int:

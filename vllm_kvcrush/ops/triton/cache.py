@@ -17,18 +17,17 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from vllm_kvcrush.codecs import CODECS as NUMBERS
-from vllm_kvcrush.codecs import FITTED
-from vllm_kvcrush.ops.triton.codecs.fitted.tables import Fitted, LayerTable
-from vllm_kvcrush.ops.triton.layout import CODECS, Geometry
+from vllm_kvcrush.codecs import CODECS
+from vllm_kvcrush.ops.triton.codecs import RUNS, TRAITS
+from vllm_kvcrush.ops.triton.codecs.fitted.tables import Fitted, LayerTable, Variant
+from vllm_kvcrush.ops.triton.codecs.traits import Traits
+from vllm_kvcrush.ops.triton.layout import Geometry
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-# Codecs that kernels tell apart, in the order in which attention reads their pages; exact pages are
-# read as raw ones.
-RUNS = (*FITTED, "int4", "int8", "raw")
+# By codec number, the place among RUNS of the codec that reads such pages.
 _RANK = torch.zeros(256, dtype=torch.int64)
-for _codec in (*FITTED, *CODECS):
-    _RANK[NUMBERS[_codec].number] = RUNS.index("raw" if _codec == "exact" else _codec)
+for _i, _traits in enumerate(TRAITS):
+    _RANK[[CODECS[name].number for name in _traits.pages]] = _i
 
 
 def runs_of(codecs: Tensor) -> tuple[str, ...]:
@@ -85,9 +84,19 @@ class Layer:
         self.num_blocks = len(storage) // block_bytes
         self.grid_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         self._view(storage)
+        own: Mapping[str, tuple[Variant, ...]] = {}
         if tables:
             self.fitted = Fitted(tables, dtype, self.geometry.k_pad, storage.device)
-        self.most = max(self.capacity(codec) for codec in CODECS)
+            own = self.fitted.variants
+        self._variants = {
+            codec.name: tuple(codec.with_own(variant) for variant in own.get(codec.name, ()))
+            if codec.needs_tables
+            else (codec,)
+            for codec in TRAITS
+        }
+        names = [name for codec in TRAITS for name in codec.pages if self.variants(codec.name)]
+        heads_of = range(kv_heads)
+        self._most = {name: max(self.capacity(name, h) for h in heads_of) for name in names}
         self.wave = 64 if torch.version.hip else 32
         # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.
         self.ptx = bool(
@@ -110,15 +119,29 @@ class Layer:
         other._view(pages.view(-1))
         return other
 
-    def reads(self, run: str) -> bool:
-        """Whether pages of one of RUNS can be read: fitted ones need tables."""
-        return run not in FITTED or (self.fitted is not None and run in self.fitted.codecs)
+    def views(self) -> tuple[Tensor, ...]:
+        """The pool as kernels take it: `kernels.views.Pool`."""
+        return self.raw, self.grid, self.half, self.words, self.wide, self.pool
+
+    def tables(self) -> tuple[object, ...]:
+        """What kernels take as `kernels.views.Tables`."""
+        # Arguments that a variant does not read still need an address.
+        return (*(self.wide,) * 6, 0) if self.fitted is None else self.fitted.tables()
+
+    def variants(self, run: str) -> tuple[Traits, ...]:
+        """The records for pages of one of RUNS, each of which some heads may need; none if the
+        layer lacks the tables for them."""
+        return self._variants[run]
 
     def capacity(self, codec: str, head: int = 0) -> int:
         """Tokens that a page of a KV head holds, whichever it is."""
-        if self.fitted is not None and codec in FITTED:
+        if self.fitted is not None and codec in self.fitted.sections:
             return self.fitted.sections[codec][head].capacity
         return self.geometry.section(codec).capacity
+
+    def most(self, codec: str) -> int:
+        """Tokens that a page of any KV head holds."""
+        return self._most[codec]
 
 
 @dataclass
@@ -129,7 +152,8 @@ class Directory:
         runs: int32 [rows, kv_heads, len(RUNS) + 1]: where the entries of a head begin that are in
             each of RUNS, and where its last ones end.
         page, count: int32 [entries].
-        bias, log_bias: int64 [entries] and float32, as in `cpu.Directory`, or both None.
+        bias, log_bias: int64 [entries], where in `log_bias`, float32, an entry's tokens start, or
+            -1 if they have none; what is added to their logits. Or both None.
         present: for each of RUNS whether any head may have such pages. What is absent here is
             compiled out, so a captured graph needs a directory that allows all that may come.
     """
@@ -194,6 +218,8 @@ class Directory:
             runs.unsqueeze(0),
             F.pad(source.page[order], (0, 1)),
             F.pad(source.count[order], (0, 1)),
+            None if source.bias is None else F.pad(source.bias[order], (0, 1)),
+            source.log_bias,
             present=tuple(run in source.runs for run in RUNS),
         )
 
@@ -235,6 +261,7 @@ class Source:
         tail_table: int32 [blocks].
         tail_length, tail_position: tokens in the tail, and position of its first.
         runs: of RUNS those that entries may be of. For the others nothing is launched.
+        bias, log_bias: int64 [entries] and float32, as in `Directory`, or both None.
     """
 
     begin: Tensor
@@ -249,6 +276,8 @@ class Source:
     tail_length: int
     tail_position: int
     runs: tuple[str, ...] = RUNS
+    bias: Tensor | None = None
+    log_bias: Tensor | None = None
 
     @classmethod
     def of(
@@ -262,6 +291,8 @@ class Source:
         tail_length: int,
         tail_position: int,
         runs: tuple[str, ...] = RUNS,
+        bias: Tensor | None = None,
+        log_bias: Tensor | None = None,
     ) -> Source:
         """From a directory's first row (begin and end [1, kv_heads] or [kv_heads]), on the tensors'
         device and without waiting for it."""
@@ -287,4 +318,6 @@ class Source:
             tail_length,
             tail_position,
             runs,
+            bias,
+            log_bias,
         )

@@ -14,7 +14,7 @@ SCORES_WARPS, SCORES_STAGES = 8, 2
 # step, layer to layer or request to request is kept from it, or it would compile while serving.
 ANY_ADDRESS = (
     *("query_start", "tail_length", "tail_table", "tail_slot", "slots", "runs", "begins", "ends"),
-    *("heads", "pages", "counts", "codecs", "firsts", "bias", "log_bias", "info"),
+    *("heads", "pages", "counts", "codecs", "firsts", "candidates", "bias", "log_bias", "info"),
 )
 MOST_SPLITS = 64
 MERGE_TILE = 8  # splits that are merged at a time: with 64 at once, heads of 128 spill
@@ -37,17 +37,15 @@ class Tiles:
     Attributes:
         rows: query rows times query heads of a KV head in a program, a power of two.
         queries: query rows in a program.
-        raw, int8, int4: tokens of a tile of each codec; fitted: of all fitted ones, whose tiles are
-            whole strips.
+        most: tokens of a codec's tile, if its pages hold as many.
+        tail: tokens of a tile of the tail.
         warps, stages: of the compiled kernel.
     """
 
     rows: int
     queries: int
-    raw: int
-    int8: int
-    int4: int
-    fitted: int
+    most: int
+    tail: int
     warps: int
     stages: int
 
@@ -57,10 +55,10 @@ def attention_tiles(
     k_pad: int,
     v_pad: int,
     itemsize: int,
-    capacities: tuple[int, int, int],
+    block_size: int,
     decode: bool,
     wave: int = 32,
-    fitted: bool = False,
+    tables: bool = False,
 ) -> Tiles:
     """Tiles of the attention kernel: of a layer one choice for decode and one for prefill, however
     long a chunk is.
@@ -69,36 +67,33 @@ def attention_tiles(
         group: query heads of a KV head.
         k_pad, v_pad: padded head sizes.
         itemsize: bytes of the model's dtype.
-        capacities: tokens of raw, int8 and int4 pages.
+        block_size: tokens of a raw page.
         decode: every sequence has one query row, or as few as fit the same tiles; else prefill.
         wave: threads of a warp; 64 on AMD.
-        fitted: there may be pages of fitted codecs, whose loop needs most registers.
+        tables: there may be pages of codecs with tables, whose loop needs most registers.
     """
     size = max(k_pad, v_pad)
     rows = max(16, 1 << (group - 1).bit_length())
     prefill = not decode or rows > 64
     if prefill:
         least = 32 if size * itemsize > 256 else 64
-        rows = max(rows, least // 2 if fitted and size > 64 else least)
+        rows = max(rows, least // 2 if tables and size > 64 else least)
     warps = 8 if rows * size > 64 * 128 else 4
     columns = v_pad // 4
     if rows == 16 and (wave == 64 or columns == 16):
         # Products of 16 rows are divided by columns, 16 to a warp: more warps than int4's planes
         # have would all do the same.
         warps = min(4, columns // 16)
-    if fitted:
+    if tables:
         warps = max(warps, 4)  # keys are made by all of them
     # What a program adds up, [rows, v_pad], and a tile's weights share the registers of its warps:
     # larger tiles than these spill.
     most = 32 if warps == 1 or size * itemsize > (128 if prefill else 256) else 64
-    raw, int8, int4 = (tile_tokens(c, most) for c in capacities)
     return Tiles(
         rows=rows,
         queries=rows // group,
-        raw=raw,
-        int8=int8,
-        int4=min(int4, GROUP),
-        fitted=16 if size * itemsize > (128 if prefill else 256) else 32,
+        most=most,
+        tail=tile_tokens(block_size, most),
         warps=warps,
         stages=2 if prefill or size * itemsize > 256 else 3,
     )

@@ -1,54 +1,17 @@
-"""What a page looks like inside on a GPU. Defined here once.
+"""What a page looks like inside on a GPU; imports no Triton. The codecs' modules have pictures.
 
 A page has the size and holds the number of tokens that `vllm_kvcrush.codecs.layout` says, so plans
 and directories are the same on every device. Only the order of the bytes differs: csrc/layout.h is
 made for CPU vectors, this for loads of 128 bits and tensor cores. Everything is token-major.
 
-    raw     [K row | V row] of token 0, of token 1, ...          what vLLM's own GPU backends store
-            in a block-outermost cache (KVCacheLayout.BLHNC): one token of one head is k_size, then
-            v_size elements of the model's dtype, the tokens of a (block, head) are one run
-    exact   the same for fewer tokens, then positions
-
-    int8    | K codes     | V codes     | K scales | V scales | positions |     | header |
-            | cap x k_size| cap x v_size| cap f16  | cap f16  | cap u16   |     | 32 B   |
-    int4    | K codes       | V codes       | V scales | K grids | positions |  | header |
-            | cap x k_size/2| cap x v_size/2| cap f16  | below   | cap u16   |  | 32 B   |
-            K grids: half scales of group 0, of group 1, ..., then middles; k_size x 2 B each
-
-Codes are those of csrc/layout.h: int8 has one scale per token and side, code in -127..127; int4
-keys are zero + scale * code per channel and group of 64 tokens, code in 0..15; int4 values are
-rotated (R = Hadamard blocks times signs), R v = scale * (code - 7.5) with one scale per token.
-int4's keys are read as middle + half scale * (2 code - 15), so scale / 2 and zero + 7.5 scale are
-what is stored, in bfloat16 for bfloat16 models and float16 for others: no conversion in the loop.
-
-Kernels read 16-bit words, whose codes are unpacked as planes: word i of an int8 row holds channels
-2i (low byte) and 2i + 1, of an int4 row 4i (lowest bits) to 4i + 3, and plane s is the channels
-2i + s or 4i + s. One shift and a few logical and float operations turn two words into two 16-bit
-floats. A group's half scales (and middles) are stored plane by plane. A Hadamard transform over 2^n
-channels is one of 4 between the planes and one of 2^(n-2) within each.
-
-    tc4, tc6, tc8 (fitted to a model; what is in them differs by head)
-            | K codes         | V codes              | V high         | V scales |
-            | cap x words x 4 | cap x v_size/4 or /2 | cap x v_size/8 | cap x u8 |
-            | exceptions' K | exceptions' V | their scales     | exception bits | positions   |
-            | n x k_size    | n x v_size    | K, V f16 of each | u16 a strip    | u16 a strip |
-            and the header
-
-Keys of fitted codecs are words of fields (`kvc_piece` of csrc/kvcrush.h), in byte j component j of
-a quad. Values are rotated, R v = scale * (code - (2^bits - 1) / 2) with scale = 2^((byte - 128) /
-16), 0 of byte 0. Of 4 bits they lie as int4's do. Of 2, a 16-bit word j of a row holds channels 4j
-to 4j + 3 in its low byte and 4 (j + v_size / 8) to the third after it in its high byte; of 3, these
-are the low bits, and byte j of "V high" holds the high bits of the same channels, in its low and
-its high half. Exceptions are int8 as in int8 pages; a token that is one has its bit, and in place
-of its value's scale the number of its row.
-
-positions and header are those of csrc/layout.h, where index i is a strip's in fitted pages:
-position(i) = base + low[i] + 65536 * #{j : first[j] <= i}.
+Positions and the header at a page's end are those of csrc/layout.h, where index i is a strip's in
+fitted pages: position(i) = base + low[i] + 65536 * #{j : first[j] <= i}.
 Every section starts at a multiple of 16 bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllm_kvcrush import codecs
@@ -57,18 +20,6 @@ from vllm_kvcrush.codecs import layout
 STEPS = 14  # of the high bits of positions, in a page's header
 NEVER = 65535  # a step that a page does not reach
 PLANES = 4  # codes of int4 in a word
-CODECS = ("raw", "exact", "int8", "int4")  # whose pages are alike in all heads
-
-# Of fitted codecs:
-CHUNK = 16  # pieces that are multiplied together
-WORD_FIELDS = 8  # most fields of a word
-# What kernels are told of a head's pages and tables: offsets in bytes as in FittedSection, then
-# chunks of pieces, and where the head's rows are among all.
-FIELDS = (
-    *("capacity", "exceptions", "words", "v_bits"),
-    *("v", "v_high", "v_scale", "x_k", "x_v", "x_scale", "bits", "positions"),
-    *("chunks", "decode", "inverse", "encode", "slots"),
-)
 
 
 @dataclass(frozen=True)
@@ -91,78 +42,42 @@ class Section:
         assert all(start % 16 == 0 for start in starts), self
 
 
-def _section(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
-    if codec in ("raw", "exact"):
-        row = (k_size + v_size) * itemsize
-        end = capacity * row
-        kept = 0 if codec == "raw" else 2 * capacity
-        return Section(capacity, 0, row, k_size * itemsize, row, 0, 0, 0, end, end + kept)
-    halves = 2 if codec == "int8" else 1  # half bytes of a code
-    k_row, v_row = k_size * halves // 2, v_size * halves // 2
-    v = capacity * k_row
-    scales = v + capacity * v_row
-    if codec == "int8":
-        end = scales + 4 * capacity
-        return Section(
-            capacity, 0, k_row, v, v_row, scales, 0, scales + 2 * capacity, end, end + 2 * capacity
-        )
-    grids = 2 * k_size * -(-capacity // layout.GROUP)
-    k_scale = scales + 2 * capacity
-    end = k_scale + 2 * grids
+def _plain(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
+    row = (k_size + v_size) * itemsize
+    end = capacity * row
+    kept = 0 if codec == "raw" else 2 * capacity
+    return Section(capacity, 0, row, k_size * itemsize, row, 0, 0, 0, end, end + kept)
+
+
+def _int8(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
+    v = capacity * k_size
+    scales = v + capacity * v_size
+    end = scales + 4 * capacity
     return Section(
-        capacity, 0, k_row, v, v_row, k_scale, k_scale + grids, scales, end, end + 2 * capacity
+        *(capacity, 0, k_size, v, v_size, scales, 0, scales + 2 * capacity),
+        *(end, end + 2 * capacity),
     )
 
 
-@dataclass(frozen=True)
-class FittedSection:
-    """Where a head's pages of a fitted codec keep things: byte offsets in a page.
+def _int4(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
+    v = capacity * k_size // 2
+    scales = v + capacity * v_size // 2
+    k_scale = scales + 2 * capacity
+    grids = 2 * k_size * -(-capacity // layout.GROUP)
+    end = k_scale + 2 * grids
+    return Section(
+        *(capacity, 0, k_size // 2, v, v_size // 2, k_scale, k_scale + grids, scales),
+        *(end, end + 2 * capacity),
+    )
 
-    Attributes:
-        capacity, exceptions: tokens, and how many of them are int8.
-        words: 32-bit words of a key's codes, which come first.
-        v_bits: of a value's channel.
-        v, v_high, v_scale: codes of values, their highest bits if there are 3, and scales.
-        x_k, x_v, x_scale: exceptions' keys, values and scales.
-        bits: which tokens are exceptions.
-        end: of all but the header.
-    """
 
-    capacity: int
-    exceptions: int
-    words: int
-    v_bits: int
-    v: int
-    v_high: int
-    v_scale: int
-    x_k: int
-    x_v: int
-    x_scale: int
-    bits: int
-    positions: int
-    end: int
-
-    @classmethod
-    def of(
-        cls, capacity: int, exceptions: int, words: int, v_bits: int, k_size: int, v_size: int
-    ) -> FittedSection:
-        """Sections for as many tokens as `layout.fitted_capacity` says."""
-        strips = capacity // layout.STRIP
-        v = 4 * words * capacity
-        v_high = v + capacity * v_size * (4 if v_bits == 4 else 2) // 8
-        v_scale = v_high + (capacity * v_size // 8 if v_bits == 3 else 0)
-        x_k = v_scale + capacity
-        x_v = x_k + exceptions * k_size
-        x_scale = x_v + exceptions * v_size
-        bits = x_scale + 4 * exceptions
-        positions = bits + 2 * strips
-        end = positions + 2 * strips
-        most = layout.fitted_layout(capacity, exceptions, words, v_bits, k_size, v_size)
-        assert end <= most.end and not (v | v_high | v_scale | x_k) % 16
-        return cls(
-            *(capacity, exceptions, words, v_bits, v, v_high, v_scale),
-            *(x_k, x_v, x_scale, bits, positions, end),
-        )
+# Of the codecs whose pages are alike in all heads; of (codec, capacity, k_size, v_size, itemsize).
+SECTIONS: dict[str, Callable[[str, int, int, int, int], Section]] = {
+    "raw": _plain,
+    "exact": _plain,
+    "int8": _int8,
+    "int4": _int4,
+}
 
 
 @dataclass(frozen=True)
@@ -177,8 +92,8 @@ class Geometry:
         header: byte offset of the header.
         k_pad, v_pad: head sizes rounded up to what a tile can have.
         half: the same of half a key, whose channels turn with those of the other.
-        rotation: channels of one Hadamard transform of int4's values.
-        raw, exact, int8, int4: the codecs' sections.
+        rotation: channels of one Hadamard transform of rotated values.
+        sections: of the codecs whose pages are alike in all heads, by name.
     """
 
     block_size: int
@@ -191,10 +106,7 @@ class Geometry:
     v_pad: int
     half: int
     rotation: int
-    raw: Section
-    exact: Section
-    int8: Section
-    int4: Section
+    sections: tuple[tuple[str, Section], ...]
 
     @classmethod
     def of(cls, block_size: int, k_size: int, v_size: int, itemsize: int) -> Geometry:
@@ -203,12 +115,12 @@ class Geometry:
             raise ValueError(f"block size {block_size} is not a multiple of 16")
         page_bytes = block_size * (k_size + v_size) * itemsize
         header = page_bytes - layout.HEADER
-        sections = {}
-        for codec in CODECS:
+        found = []
+        for codec, section_of in SECTIONS.items():
             capacity = codecs.CODECS[codec].capacity(page_bytes, k_size, v_size, itemsize)
-            section = _section(codec, capacity, k_size, v_size, itemsize)
+            section = section_of(codec, capacity, k_size, v_size, itemsize)
             assert section.end <= (page_bytes if codec == "raw" else header)
-            sections[codec] = section
+            found.append((codec, section))
         return cls(
             block_size,
             k_size,
@@ -220,13 +132,12 @@ class Geometry:
             _pad(v_size),
             half_pad(k_size),
             v_size & -v_size,
-            **sections,
+            tuple(found),
         )
 
     def section(self, codec: str) -> Section:
-        """The section of a codec, by its name in CODECS."""
-        found: Section = getattr(self, codec)
-        return found
+        """The section of a codec, by its name."""
+        return dict(self.sections)[codec]
 
 
 def _pad(size: int) -> int:
@@ -241,7 +152,8 @@ def half_pad(k_size: int) -> int:
 
 # Pages of 128 tokens of two heads of 64, as in csrc/layout.h.
 _example = Geometry.of(128, 64, 64, 2)
-assert (_example.page_bytes, _example.raw.capacity, _example.raw.end) == (32768, 128, 32768)
-assert (_example.exact.capacity, _example.exact.end) == (112, 112 * (256 + 2))
-assert (_example.int8.capacity, _example.int8.end) == (240, 240 * (128 + 4 + 2))
-assert (_example.int4.capacity, _example.int4.end) == (448, 448 * (64 + 2 + 2) + 7 * 64 * 4)
+_of = _example.section
+assert (_example.page_bytes, _of("raw").capacity, _of("raw").end) == (32768, 128, 32768)
+assert (_of("exact").capacity, _of("exact").end) == (112, 112 * (256 + 2))
+assert (_of("int8").capacity, _of("int8").end) == (240, 240 * (128 + 4 + 2))
+assert (_of("int4").capacity, _of("int4").end) == (448, 448 * (64 + 2 + 2) + 7 * 64 * 4)

@@ -7,19 +7,18 @@ by sorting, for which torch has kernels; none of them waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Source
-from vllm_kvcrush.ops.triton.codecs.fitted import launch as fitted_launch
-from vllm_kvcrush.ops.triton.config import SCORES_STAGES, SCORES_WARPS, product_options
+from vllm_kvcrush.ops.triton.config import product_options
 from vllm_kvcrush.ops.triton.kernels.scores import scores_kernel
 
-SLOTS = 64  # of a program
 ROWS = 64  # query rows of a product
 
 
@@ -27,7 +26,7 @@ def window_scores(
     layer: Layer,
     source: Source,
     queries: Tensor,
-    candidates: int,
+    candidates: int | Sequence[int],
     *,
     mean: bool = True,
     pool: int = 1,
@@ -40,10 +39,15 @@ def window_scores(
     Args:
         queries: [heads, w, k_size], unscaled; row i is the query of the tail's token
             tail_length - w + i, and w <= tail_length.
-        candidates: m; scores are wanted, and pooled, for slots [0, m).
+        candidates: m, or as many as each KV head has: scores are wanted, and pooled, for slots
+            [0, m). Log biases of the source count.
+        mean: the mean over the window instead of the sum.
+        pool, pool_kind: width of the pooling window, 1 for none; "avg" or "max".
+        reduce: "mean" or "max" over the query heads of a KV head, or None.
 
     Returns:
-        float32 [kv_heads, m], or [heads, m] without reduction.
+        float32 [kv_heads, m], or [heads, m] without reduction; m is the largest, and scores past a
+        head's own are -inf.
     """
     window = queries.shape[1]
     if queries.shape != (layer.heads, window, layer.k_size) or window > source.tail_length:
@@ -56,32 +60,58 @@ def window_scores(
     batch = Batch(start, length, table, Directory.ordered(source), window)
     lse = torch.empty(window, layer.heads, dtype=torch.float32, device=device)
     attention(layer, batch, rows, None, lse)
-    out = torch.zeros(layer.heads, candidates, dtype=torch.float32, device=device)
-    # The tail's slots, then the pages' of each codec.
-    launches = [(True, "raw", (triton.cdiv(source.tail_length, SLOTS), layer.kv_heads))]
+    own = [candidates] * layer.kv_heads if isinstance(candidates, int) else list(candidates)
+    if len(own) != layer.kv_heads:
+        raise ValueError(f"candidates of {len(own)} heads for {layer.kv_heads} KV heads")
+    most = max(own)
+    limits = torch.tensor(own, dtype=torch.int32).to(device, non_blocking=True)
+    out = torch.zeros(layer.heads, most, dtype=torch.float32, device=device)
+    biased = source.bias is not None and source.log_bias is not None
     width = min(ROWS, max(16, triton.next_power_of_2(window)))
+    # The tail's slots, then the pages' of each codec. Keys are the same in all variants of a codec.
+    launches = [(True, "raw", codec) for codec in layer.variants("raw")]
     for run in source.runs if len(source.page) else ():
-        if run in FITTED:
-            if layer.reads(run):
-                fitted_launch.scores(layer, run, source, rows, lse, out, width)
-            continue
-        launches.append((False, run, (len(source.page), triton.cdiv(layer.capacity(run), SLOTS))))
-    for tail, run, grid in launches:
+        launches += [(False, run, codec) for codec in layer.variants(run)[:1]]
+    for tail, run, codec in launches:
+        tokens, warps, stages = codec.scores_tiles(geometry)
+        if tail:
+            grid = (triton.cdiv(source.tail_length, tokens), layer.kv_heads)
+        else:
+            grid = (len(source.page), triton.cdiv(layer.most(run), tokens))
         scores_kernel[grid](
-            out, rows, lse, layer.raw, layer.grid, layer.half, layer.words,
+            out, rows, lse, *layer.views(),
             source.head, source.page, source.count, source.codec, source.first,
-            source.tail_slot, source.tail_table, source.tail_length, candidates, layer.scale,
-            window, layer.block_pages, layer.first_page,
-            T=SLOTS, W=width, GROUP=layer.group, HEADS=layer.heads, TAIL=tail,
-            CODEC=CODECS[run].number, DTYPE=DTYPES[layer.dtype], G=geometry,
-            num_warps=SCORES_WARPS, num_stages=SCORES_STAGES, **product_options(layer.wave),
+            source.tail_slot, source.tail_table, limits,
+            source.bias if biased else limits, source.log_bias if biased else lse,
+            *layer.tables(), most, source.tail_length, layer.scale, window, layer.block_pages,
+            layer.first_page, T=tokens, W=width, GROUP=layer.group, HEADS=layer.heads, TAIL=tail,
+            CODEC=codec, BIAS=biased, DTYPE=DTYPES[layer.dtype], G=geometry,
+            num_warps=warps, num_stages=stages, **product_options(layer.wave),
         )  # fmt: skip
     if mean:
         out /= window
-    if pool > 1:
-        if pool_kind == "max":
-            out = F.max_pool1d(out, pool, stride=1, padding=pool // 2)
-        else:
-            out = F.avg_pool1d(out, pool, stride=1, padding=pool // 2, count_include_pad=False)
-    groups = out.view(layer.kv_heads, layer.group, candidates)
+    # None where all heads have equally many.
+    past = None
+    if min(own) < most:
+        past = torch.arange(most, device=device) >= limits.unsqueeze(1)
+        past = past.repeat_interleave(layer.group, 0)
+    out = _pooled(out, pool, pool_kind, past)
+    if past is not None:
+        out = out.masked_fill(past, -torch.inf)
+    groups = out.view(layer.kv_heads, layer.group, most)
     return groups.mean(1) if reduce == "mean" else groups.amax(1) if reduce == "max" else out
+
+
+def _pooled(scores: Tensor, size: int, kind: str, past: Tensor | None) -> Tensor:
+    """Scores [heads, m] pooled along the slots as `reference.pool_scores` does, without those of
+    `past`."""
+    if size == 1 or not scores.shape[1]:
+        return scores
+    pad = size // 2
+    if kind == "max":
+        scores = scores if past is None else scores.masked_fill(past, -torch.inf)
+        return F.max_pool1d(scores, size, 1, pad)
+    if past is None:
+        return F.avg_pool1d(scores, size, 1, pad, count_include_pad=False)
+    there = (~past).to(scores.dtype)
+    return F.avg_pool1d(scores * there, size, 1, pad) / F.avg_pool1d(there, size, 1, pad)

@@ -1,8 +1,7 @@
 """Attention over mixed pages: one program for a block of query rows, a KV head and a split.
 
-A program walks over its sequence's pages by codec, then over the raw tail; each codec has a loop of
-its own, since loads under a run-time branch are not made asynchronous. Tiles are dealt out to the
-splits in turn. Everything that depends on lengths is read on the device.
+A program walks over its sequence's pages by codec, then over the raw tail. Tiles are dealt out to
+the splits in turn. Everything that depends on lengths is read on the device.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
@@ -10,28 +9,17 @@ splits in turn. Everything that depends on lengths is read on the device.
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.ops.triton.codecs.fitted.attention import exceptions_run, fitted_run
+from vllm_kvcrush.ops.triton.codecs.raw import tile_keys, tile_values
 from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
-from vllm_kvcrush.ops.triton.kernels.pages import (
-    int4_key_plane,
-    int4_key_words,
-    int4_value_words,
-    int8_key_words,
-    int8_value_words,
-    plane_signs,
-    raw_keys,
-    raw_values,
-    token_scales,
-)
+from vllm_kvcrush.ops.triton.kernels.pages import plane_signs, query_row
 from vllm_kvcrush.ops.triton.kernels.tiles import (
     LOG2E,
-    codes8,
     dot,
-    half_steps,
     interleave,
     planes_hadamard,
     softmax_step,
 )
+from vllm_kvcrush.ops.triton.kernels.views import Entries, Pool, Rows, Tables
 
 
 @triton.jit
@@ -49,154 +37,30 @@ def find_sequence(query_start, block, seqs, QUERIES: tl.constexpr):
 
 
 @triton.jit
-def _bias(logits, bias, log_bias, entry, first, n, T: tl.constexpr, BIAS: tl.constexpr):
-    """Adds the log bias of T tokens of a directory entry, from `first`, to logits [M, T]."""
-    if BIAS:
-        t = tl.arange(0, T)
-        start = tl.load(bias + entry)
-        biased = tl.where(start >= 0, n, 0)
-        added = tl.load(log_bias + start + first + t, mask=t < biased, other=0.0)
-        logits += added[None, :] * LOG2E
-    return logits
-
-
-@triton.jit
-def _query_planes4(query, at, mask, G: tl.constexpr, DTYPE: tl.constexpr):
-    """The query's channels 4i + s for s = 0 .. 3: each DTYPE [M, k_pad / 4]."""
-    c = tl.arange(0, G.k_pad // 4) * 4
-    inside = mask[:, None] & (c < G.k_size)[None, :]
-    at = query + at[:, None] + c[None, :]
-    a = tl.load(at, mask=inside, other=0.0).to(DTYPE)
-    b = tl.load(at + 1, mask=inside, other=0.0).to(DTYPE)
-    d = tl.load(at + 2, mask=inside, other=0.0).to(DTYPE)
-    e = tl.load(at + 3, mask=inside, other=0.0).to(DTYPE)
-    return a, b, d, e
-
-
-@triton.jit
-def _query_planes2(query, at, mask, G: tl.constexpr, DTYPE: tl.constexpr):
-    """The query's even and odd channels: each DTYPE [M, k_pad / 2]."""
-    c = tl.arange(0, G.k_pad // 2) * 2
-    inside = mask[:, None] & (c < G.k_size)[None, :]
-    at = query + at[:, None] + c[None, :]
-    even = tl.load(at, mask=inside, other=0.0).to(DTYPE)
-    odd = tl.load(at + 1, mask=inside, other=0.0).to(DTYPE)
-    return even, odd
-
-
-@triton.jit
-def _int4_run(
-    query, query_at, row_mask, words, grid, half, begin, end, pages, counts, bias, log_bias, scale,
-    split, splits, a0, a1, a2, a3, peak, total,
-    G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+def attend(
+    rows, pool, tables, entries, head, scale, split, splits, acc, peak, total,
+    LOOPS: tl.constexpr, INDEX: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr,
+    DTYPE: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    M: tl.constexpr = TILES.rows
-    T: tl.constexpr = TILES.int4
-    PER: tl.constexpr = (G.int4.capacity + T - 1) // T
-    t = tl.arange(0, T)
-    q0, q1, q2, q3 = _query_planes4(query, query_at, row_mask, G, DTYPE)
-    for i in range(begin * PER + split, end * PER, splits):
-        entry = i // PER
-        first = i % PER * T
-        page = tl.load(pages + entry).to(tl.int64)
-        n = tl.load(counts + entry) - first
-        # Two bytes a token are no asynchronous copy: asked for early, they arrive in time.
-        steps = token_scales(half, page, first, n, G.int4.v_scale, T, G)
-        k = int4_key_words(words, page, first, n, T, G)
-        logits = tl.zeros([M, T], tl.float32)
-        logits = dot(q0, tl.trans(int4_key_plane(k, grid, page, first, 0, G, DTYPE, PTX)), logits)
-        logits = dot(q1, tl.trans(int4_key_plane(k, grid, page, first, 1, G, DTYPE, PTX)), logits)
-        logits = dot(q2, tl.trans(int4_key_plane(k, grid, page, first, 2, G, DTYPE, PTX)), logits)
-        logits = dot(q3, tl.trans(int4_key_plane(k, grid, page, first, 3, G, DTYPE, PTX)), logits)
-        logits = _bias(logits * scale, bias, log_bias, entry, first, n, T, BIAS)
-        logits = tl.where((t < n)[None, :], logits, float("-inf"))
-        weights, factor, peak, total = softmax_step(logits, peak, total)
-        if VALUES:
-            v = int4_value_words(words, page, first, n, T, G)
-            # Half steps of scale / 2, times 8: about the largest value, so that what is rounded to
-            # float16 is as far from its least number as a raw page's weights are.
-            weights = (weights * (4.0 * steps)[None, :]).to(DTYPE)
-            a0 = dot(weights, half_steps(v, 0, DTYPE, PTX), a0 * factor[:, None])
-            a1 = dot(weights, half_steps(v, 1, DTYPE, PTX), a1 * factor[:, None])
-            a2 = dot(weights, half_steps(v, 2, DTYPE, PTX), a2 * factor[:, None])
-            a3 = dot(weights, half_steps(v, 3, DTYPE, PTX), a3 * factor[:, None])
-    return a0, a1, a2, a3, peak, total
+    """Runs the loop LOOPS[INDEX]: arguments of `pages.page_loop`."""
+    LOOP: tl.constexpr = LOOPS[INDEX]
+    acc, peak, total = LOOP.attend(
+        rows, pool, tables, entries, head, scale, split, splits, acc, peak, total,
+        LOOP, G, TILES, DTYPE, BIAS, VALUES, PTX,
+    )  # fmt: skip
+    return acc, peak, total
 
 
 @triton.jit
-def _rotated_back(a0, a1, a2, a3, M: tl.constexpr, G: tl.constexpr):
+def _rotated_back(four, M: tl.constexpr, G: tl.constexpr):
     """Sums of values [M, v_pad] from those in the rotated space, in planes and times 8."""
     C: tl.constexpr = G.v_pad // 4
-    a0, a1, a2, a3 = planes_hadamard(a0, a1, a2, a3, M, C, G.rotation)
+    a0, a1, a2, a3 = planes_hadamard(four[0], four[1], four[2], four[3], M, C, G.rotation)
     a0 *= 0.125 * plane_signs(0, G)[None, :]
     a1 *= 0.125 * plane_signs(1, G)[None, :]
     a2 *= 0.125 * plane_signs(2, G)[None, :]
     a3 *= 0.125 * plane_signs(3, G)[None, :]
     return interleave(a0, a1, a2, a3, M, C)
-
-
-@triton.jit
-def _int8_run(
-    query, query_at, row_mask, words, half, begin, end, pages, counts, bias, log_bias, scale,
-    split, splits, acc, peak, total,
-    G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    M: tl.constexpr = TILES.rows
-    T: tl.constexpr = TILES.int8
-    PER: tl.constexpr = (G.int8.capacity + T - 1) // T
-    C: tl.constexpr = G.v_pad // 2
-    t = tl.arange(0, T)
-    q0, q1 = _query_planes2(query, query_at, row_mask, G, DTYPE)
-    # What was added up before goes on in planes: beside them it would not fit the registers.
-    a0, a1 = tl.split(tl.reshape(acc * 128.0, [M, C, 2]))
-    for i in range(begin * PER + split, end * PER, splits):
-        entry = i // PER
-        first = i % PER * T
-        page = tl.load(pages + entry).to(tl.int64)
-        n = tl.load(counts + entry) - first
-        k_steps = token_scales(half, page, first, n, G.int8.k_scale, T, G) * scale
-        v_steps = token_scales(half, page, first, n, G.int8.v_scale, T, G)
-        k = int8_key_words(words, page, first, n, T, G)
-        logits = dot(q0, tl.trans(codes8(k, 0, DTYPE, PTX)), tl.zeros([M, T], tl.float32))
-        logits = dot(q1, tl.trans(codes8(k, 1, DTYPE, PTX)), logits)
-        logits = _bias(logits * k_steps[None, :], bias, log_bias, entry, first, n, T, BIAS)
-        logits = tl.where((t < n)[None, :], logits, float("-inf"))
-        weights, factor, peak, total = softmax_step(logits, peak, total)
-        if VALUES:
-            v = int8_value_words(words, page, first, n, T, G)
-            # Times 128 for the same reason as int4's.
-            weights = (weights * (128.0 * v_steps)[None, :]).to(DTYPE)
-            a0 = dot(weights, codes8(v, 0, DTYPE, PTX), a0 * factor[:, None])
-            a1 = dot(weights, codes8(v, 1, DTYPE, PTX), a1 * factor[:, None])
-    return tl.reshape(tl.join(a0, a1), [M, 2 * C]) * 0.0078125, peak, total
-
-
-@triton.jit
-def _raw_run(
-    q, raw, begin, end, pages, counts, bias, log_bias, scale, split, splits, acc, peak, total,
-    G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
-    BIAS: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
-    M: tl.constexpr = TILES.rows
-    T: tl.constexpr = TILES.raw
-    PER: tl.constexpr = (G.block_size + T - 1) // T
-    t = tl.arange(0, T)
-    for i in range(begin * PER + split, end * PER, splits):
-        entry = i // PER
-        first = i % PER * T
-        page = tl.load(pages + entry).to(tl.int64)
-        n = tl.load(counts + entry) - first
-        k = raw_keys(raw, page, first, n, T, G)
-        logits = dot(q, tl.trans(k), tl.zeros([M, T], tl.float32)) * scale
-        logits = _bias(logits, bias, log_bias, entry, first, n, T, BIAS)
-        logits = tl.where((t < n)[None, :], logits, float("-inf"))
-        weights, factor, peak, total = softmax_step(logits, peak, total)
-        if VALUES:
-            v = raw_values(raw, page, first, n, T, G)
-            acc = dot(weights.to(DTYPE), v, acc * factor[:, None])
-    return acc, peak, total
 
 
 @triton.jit
@@ -206,7 +70,7 @@ def _tail_run(
 ):  # fmt: skip
     """`length`: tokens that any row sees; `seen`: int32 [M], tokens that each row sees."""
     M: tl.constexpr = TILES.rows
-    T: tl.constexpr = TILES.raw
+    T: tl.constexpr = TILES.tail
     PER: tl.constexpr = (G.block_size + T - 1) // T
     t = tl.arange(0, T)
     blocks = (length + G.block_size - 1) // G.block_size
@@ -216,13 +80,13 @@ def _tail_run(
         start = i // PER * G.block_size + first
         page = tl.load(table + i // PER).to(tl.int64) * block_pages + first_page
         n = tl.minimum(length - start, G.block_size - first)
-        k = raw_keys(raw, page, first, n, T, G)
+        k = tile_keys(raw, page, first, n, T, G)
         logits = dot(q, tl.trans(k), tl.zeros([M, T], tl.float32)) * scale
         mask = (t < n)[None, :] & ((start + t)[None, :] < seen[:, None])
         logits = tl.where(mask, logits, float("-inf"))
         weights, factor, peak, total = softmax_step(logits, peak, total)
         if VALUES:
-            v = raw_values(raw, page, first, n, T, G)
+            v = tile_values(raw, page, first, n, T, G)
             acc = dot(weights.to(DTYPE), v, acc * factor[:, None])
     return acc, peak, total
 
@@ -242,7 +106,7 @@ def attention_kernel(
     query_stride, out_stride, table_stride, runs_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr,
     DTYPE: tl.constexpr, UNIFORM: tl.constexpr, SPLIT: tl.constexpr,
-    LOOPS: tl.constexpr, INT4: tl.constexpr, INT8: tl.constexpr, RAW: tl.constexpr,
+    RUNS: tl.constexpr, FOUR: tl.constexpr, TWO: tl.constexpr, ONE: tl.constexpr,
     BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of query rows, KV heads, splits).
@@ -251,16 +115,17 @@ def attention_kernel(
         out: [rows, HEADS, v_size], or with SPLIT float32 [rows, HEADS, splits, v_size].
         lse: float32 [rows, HEADS], or with SPLIT [rows, HEADS, splits] in powers of two; -inf of
             no tokens.
-        runs: int32 [seqs, KV heads, 7]: where the entries of a head begin that are in each of
-            RUNS, and where the last end; `runs_stride` from one sequence to the next.
+        runs: int32 [seqs, KV heads, RUNS + 1]: where the entries of a head begin that are in each
+            of RUNS codecs, and where the last end; `runs_stride` from one sequence to the next.
         pages, counts: int32 [entries].
         bias: int64 [entries], where an entry's tokens start in log_bias, or -1.
         info to limit: of `Fitted`.
         scale: of q·k.
         UNIFORM: every sequence has at most TILES.queries query rows: block i is sequence i.
         SPLIT: several programs, `splits`, share the context of a row.
-        LOOPS: a `fitted.Loop` for each kind of fitted pages that there may be.
-        INT4, INT8, RAW: there may be such pages. VALUES: else only lse is written.
+        FOUR, TWO, ONE: a `codecs.traits.Loop` for each kind of pages that there may be, by the
+            planes in which it adds up values: in four, rotated and times 8; in two, times 128.
+        VALUES: else only lse is written.
     """
     M: tl.constexpr = TILES.rows
     block, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -283,53 +148,40 @@ def attention_kernel(
     factor = scale * LOG2E
     peak = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
+    pool = Pool(raw, grid, half, words, wide, codes)
+    tables = Tables(info, fields, inverse, base, coarse, fine, limit)
+    at = runs + seq * runs_stride + head * (RUNS + 1)
+    entries = Entries(at, pages, counts, bias, log_bias)
+    query_rows = Rows(query, query_at, row_mask)
     acc = tl.full([M, G.v_pad], 0.0, tl.float32)
-    at = runs + seq * runs_stride + head * 7
-    if INT4 or len(LOOPS) > 0:
+    if len(FOUR) > 0:
         C: tl.constexpr = G.v_pad // 4
-        a0 = tl.zeros([M, C], tl.float32)
-        a1 = tl.zeros([M, C], tl.float32)
-        a2 = tl.zeros([M, C], tl.float32)
-        a3 = tl.zeros([M, C], tl.float32)
-        for i in tl.static_range(len(LOOPS)):
-            a0, a1, a2, a3, peak, total = fitted_run(
-                query, query_at, row_mask, words, wide, codes, info, fields, inverse, base,
-                coarse, fine, limit, head, at, pages, counts, bias, log_bias, factor, split, splits,
-                a0, a1, a2, a3, peak, total,
-                LOOPS, i, HEADS // GROUP, G, TILES, DTYPE, BIAS, VALUES, PTX,
-            )  # fmt: skip
-        if INT4:
-            a0, a1, a2, a3, peak, total = _int4_run(
-                query, query_at, row_mask, words, grid, half, tl.load(at + 3), tl.load(at + 4),
-                pages, counts, bias, log_bias, factor, split, splits, a0, a1, a2, a3, peak, total,
-                G, TILES, DTYPE, BIAS, VALUES, PTX,
+        zeros = tl.zeros([M, C], tl.float32)
+        four = (zeros, zeros, zeros, zeros)
+        for i in tl.static_range(len(FOUR)):
+            four, peak, total = attend(
+                query_rows, pool, tables, entries, head, factor, split, splits, four, peak, total,
+                FOUR, i, G, TILES, DTYPE, BIAS, VALUES, PTX,
             )  # fmt: skip
         if VALUES:
-            acc = _rotated_back(a0, a1, a2, a3, M, G)
-    if len(LOOPS) > 0:
-        q0, q1 = _query_planes2(query, query_at, row_mask, G, DTYPE)
-        a0, a1 = tl.split(tl.reshape(acc * 128.0, [M, G.v_pad // 2, 2]))
-        for i in tl.static_range(len(LOOPS)):
-            a0, a1, peak, total = exceptions_run(
-                q0, q1, words, half, info, head, at, pages, counts, bias, log_bias, factor, split,
-                splits, a0, a1, peak, total,
-                LOOPS, i, HEADS // GROUP, G, TILES, DTYPE, BIAS, VALUES, PTX,
+            acc = _rotated_back(four, M, G)
+    if len(TWO) > 0:
+        # What was added up before goes on in planes: beside them it would not fit the registers.
+        two = tl.split(tl.reshape(acc * 128.0, [M, G.v_pad // 2, 2]))
+        for i in tl.static_range(len(TWO)):
+            two, peak, total = attend(
+                query_rows, pool, tables, entries, head, factor, split, splits, two, peak, total,
+                TWO, i, G, TILES, DTYPE, BIAS, VALUES, PTX,
             )  # fmt: skip
-        acc = tl.reshape(tl.join(a0, a1), [M, G.v_pad]) * 0.0078125
-    if INT8:
-        acc, peak, total = _int8_run(
-            query, query_at, row_mask, words, half, tl.load(at + 4), tl.load(at + 5), pages,
-            counts, bias, log_bias, factor, split, splits, acc, peak, total,
-            G, TILES, DTYPE, BIAS, VALUES, PTX,
+        acc = tl.reshape(tl.join(two[0], two[1]), [M, G.v_pad]) * 0.0078125
+    one = (acc,)
+    for i in tl.static_range(len(ONE)):
+        one, peak, total = attend(
+            query_rows, pool, tables, entries, head, factor, split, splits, one, peak, total,
+            ONE, i, G, TILES, DTYPE, BIAS, VALUES, PTX,
         )  # fmt: skip
-    channel = tl.arange(0, G.k_pad)
-    q_mask = row_mask[:, None] & (channel < G.k_size)[None, :]
-    q = tl.load(query + query_at[:, None] + channel[None, :], mask=q_mask, other=0.0).to(DTYPE)
-    if RAW:
-        acc, peak, total = _raw_run(
-            q, raw, tl.load(at + 5), tl.load(at + 6), pages, counts, bias, log_bias,
-            factor, split, splits, acc, peak, total, G, TILES, DTYPE, BIAS, VALUES,
-        )  # fmt: skip
+    acc = one[0]
+    q = query_row(query_rows, G, DTYPE)
     length = tl.load(tail_length + seq)
     seen = tl.maximum(length - rows + row + 1, 0)
     length = tl.minimum(length, tl.maximum(length - rows + first_row + TILES.queries, 0))

@@ -1,8 +1,7 @@
-"""Reading tiles of pages: K and V of T tokens of one page, by codec.
+"""Attention's loop over the pages of a codec, and what codecs share in reading tiles of pages.
 
-`raw`, `grid`, `half` and `words` are one storage as the model's dtype, that of int4's grids,
-float16 and int16; `page` is a page index as int64, `first` the tile's first token and `n` how many
-of the page's tokens are left from there. What lies past `n` is read as zero.
+A tile is T tokens of one page. `page` is a page index as int64, `first` the tile's first token and
+`n` how many of the page's tokens are left from there. What lies past `n` is read as zero.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
@@ -10,7 +9,60 @@ of the page's tokens are left from there. What lies past `n` is read as zero.
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.ops.triton.kernels.tiles import grid_plane, rotation_sign
+from vllm_kvcrush.ops.triton.kernels.tiles import LOG2E, rotation_sign, softmax_step
+
+
+@triton.jit
+def page_loop(
+    rows, pool, tables, entries, head, scale, split, splits, acc, peak, total,
+    LOOP: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
+    BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Adds a head's pages of one codec to the sums; `entries.runs` points to the head's runs.
+
+    Args:
+        scale: of q·k, times log2(e).
+        acc: the sums of weighted values, a tuple of as many planes as the codec says.
+        peak, total: of the online softmax.
+        LOOP: a `codecs.traits.Loop`.
+    """
+    T: tl.constexpr = LOOP.tokens
+    tables = LOOP.codec.head(tables, head, LOOP.codec, G)
+    begin = tl.load(entries.runs + LOOP.run)
+    end = tl.load(entries.runs + LOOP.run + 1)
+    end = tl.where(LOOP.codec.serves(tables, LOOP.codec), end, begin)
+    q = LOOP.codec.query(rows, tables, LOOP.codec, G, DTYPE)
+    # A loop for each codec, since loads under a run-time branch are not made asynchronous.
+    each = (LOOP.codec.capacity(tables, LOOP.codec, G) + T - 1) // T
+    for i in range(begin * each + split, end * each, splits):
+        entry = i // each
+        first = i % each * T
+        page = tl.load(entries.pages + entry).to(tl.int64)
+        n = tl.load(entries.counts + entry) - first
+        seen, tile = LOOP.codec.prepare(
+            q, pool, tables, page, first, n, scale, T, VALUES, LOOP.codec, G, DTYPE
+        )
+        logits = LOOP.codec.scores(
+            q, tile, pool, page, first, n, scale, TILES.rows, T, LOOP.codec, G, DTYPE, PTX
+        )
+        if BIAS:
+            logits += entry_bias(entries, entry, first, n, T)[None, :] * LOG2E
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        weights, factor, peak, total = softmax_step(logits, peak, total)
+        if VALUES:
+            acc = LOOP.codec.values(
+                acc, weights, factor, tile, pool, page, first, n, T, LOOP.codec, G, DTYPE, PTX
+            )
+    return acc, peak, total
+
+
+@triton.jit
+def entry_bias(entries, entry, first, n, T: tl.constexpr):
+    """float32 [T], what is added to the logits of an entry's tokens from `first`."""
+    t = tl.arange(0, T)
+    start = tl.load(entries.bias + entry)
+    biased = tl.where(start >= 0, n, 0)
+    return tl.load(entries.log_bias + start + first + t, mask=t < biased, other=0.0)
 
 
 @triton.jit
@@ -20,24 +72,6 @@ def token_mask(n, T: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr):
     if SIZE != PAD:
         mask = mask & (tl.arange(0, PAD) < SIZE)[None, :]
     return mask
-
-
-@triton.jit
-def raw_keys(raw, page, first, n, T: tl.constexpr, G: tl.constexpr):
-    """[T, k_pad] of a raw or exact page."""
-    row: tl.constexpr = G.k_size + G.v_size
-    base = raw + page * (G.page_bytes // G.itemsize) + first * row
-    at = tl.arange(0, T)[:, None] * row + tl.arange(0, G.k_pad)[None, :]
-    return tl.load(base + at, mask=token_mask(n, T, G.k_size, G.k_pad), other=0.0)
-
-
-@triton.jit
-def raw_values(raw, page, first, n, T: tl.constexpr, G: tl.constexpr):
-    """[T, v_pad] of a raw or exact page."""
-    row: tl.constexpr = G.k_size + G.v_size
-    base = raw + page * (G.page_bytes // G.itemsize) + first * row + G.k_size
-    at = tl.arange(0, T)[:, None] * row + tl.arange(0, G.v_pad)[None, :]
-    return tl.load(base + at, mask=token_mask(n, T, G.v_size, G.v_pad), other=0.0)
 
 
 @triton.jit
@@ -60,42 +94,22 @@ def code_words(
 
 
 @triton.jit
-def int8_key_words(words, page, first, n, T: tl.constexpr, G: tl.constexpr):
-    """int16 [T, k_pad / 2]."""
-    return code_words(words, page, first, n, G.int8.k, G.k_size // 2, G.k_pad // 2, T, G)
+def query_row(rows, G: tl.constexpr, DTYPE: tl.constexpr):
+    """The query: DTYPE [M, k_pad]."""
+    c = tl.arange(0, G.k_pad)
+    inside = rows.mask[:, None] & (c < G.k_size)[None, :]
+    return tl.load(rows.query + rows.at[:, None] + c[None, :], mask=inside, other=0.0).to(DTYPE)
 
 
 @triton.jit
-def int8_value_words(words, page, first, n, T: tl.constexpr, G: tl.constexpr):
-    """int16 [T, v_pad / 2]."""
-    return code_words(words, page, first, n, G.int8.v, G.v_size // 2, G.v_pad // 2, T, G)
-
-
-@triton.jit
-def int4_key_words(words, page, first, n, T: tl.constexpr, G: tl.constexpr):
-    """int16 [T, k_pad / 4]."""
-    return code_words(words, page, first, n, G.int4.k, G.k_size // 4, G.k_pad // 4, T, G)
-
-
-@triton.jit
-def int4_value_words(words, page, first, n, T: tl.constexpr, G: tl.constexpr):
-    """int16 [T, v_pad / 4]."""
-    return code_words(words, page, first, n, G.int4.v, G.v_size // 4, G.v_pad // 4, T, G)
-
-
-@triton.jit
-def int4_key_plane(
-    words, grid, page, first, S: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr,
-    PTX: tl.constexpr,
-):  # fmt: skip
-    """Plane S of the keys in `words`: DTYPE [T, k_pad / 4]. `grid` is the pool in the grids'
-    dtype."""
-    row: tl.constexpr = G.k_size // 4
-    c = tl.arange(0, G.k_pad // 4)
-    base = grid + page * (G.page_bytes // 2) + first // 64 * G.k_size + S * row
-    half_scale = tl.load(base + G.int4.k_scale // 2 + c, mask=c < row, other=0.0)
-    middle = tl.load(base + G.int4.k_middle // 2 + c, mask=c < row, other=0.0)
-    return grid_plane(words, half_scale, middle, S, DTYPE, PTX)
+def query_pairs(rows, G: tl.constexpr, DTYPE: tl.constexpr):
+    """The query's even and odd channels: each DTYPE [M, k_pad / 2]."""
+    c = tl.arange(0, G.k_pad // 2) * 2
+    inside = rows.mask[:, None] & (c < G.k_size)[None, :]
+    at = rows.query + rows.at[:, None] + c[None, :]
+    even = tl.load(at, mask=inside, other=0.0).to(DTYPE)
+    odd = tl.load(at + 1, mask=inside, other=0.0).to(DTYPE)
+    return even, odd
 
 
 @triton.jit

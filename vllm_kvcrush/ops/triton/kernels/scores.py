@@ -1,30 +1,41 @@
 """How much attention a window of queries pays to each slot."""
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type,assignment"
 
 import triton
 import triton.language as tl
 
 from vllm_kvcrush.ops.triton.config import ANY_ADDRESS
 from vllm_kvcrush.ops.triton.kernels.tiles import LOG2E, dot
-from vllm_kvcrush.ops.triton.kernels.tokens import keys_of, reads
+from vllm_kvcrush.ops.triton.kernels.views import Pool, Tables
+
+
+@triton.jit
+def _transposed(parts, DTYPE: tl.constexpr):
+    turned = (tl.trans(parts[0].to(DTYPE)),)
+    for part in tl.static_range(1, len(parts)):
+        turned = turned + (tl.trans(parts[part].to(DTYPE)),)  # noqa: RUF005 (Triton has no *)
+    return turned
 
 
 @triton.jit(
-    do_not_specialize=("candidates", "tail_length", "window", "block_pages", "first_page"),
+    do_not_specialize=("width", "tail_length", "window", "block_pages", "first_page", "limit"),
     do_not_specialize_on_alignment=ANY_ADDRESS,
 )
 def scores_kernel(
-    out, query, lse, raw, grid, half, words,
-    heads, pages, counts, codecs, firsts, tail_slot, tail_table,
-    tail_length, candidates, scale, window, block_pages, first_page,
+    out, query, lse, raw, grid, half, words, wide, codes,
+    heads, pages, counts, codecs, firsts, tail_slot, tail_table, candidates, bias, log_bias,
+    info, fields, inverse, base, coarse, fine, limit,
+    width, tail_length, scale, window, block_pages, first_page,
     T: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr,
-    TAIL: tl.constexpr, CODEC: tl.constexpr, DTYPE: tl.constexpr, G: tl.constexpr,
+    TAIL: tl.constexpr, CODEC: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
+    G: tl.constexpr,
 ):  # fmt: skip
     """Grid (entries, tiles of CODEC's pages), or with TAIL (tiles of the tail, KV heads).
 
     Args:
-        out: float32 [HEADS, candidates], receives the sum over the window of softmax weights.
+        out: float32 [HEADS, width], receives the sum over the window of softmax weights.
+        candidates: int32 [KV heads], how many of a head's slots are wanted.
         query: [window, HEADS, k_size], rows of the newest tokens. lse: float32 [window, HEADS].
         heads, pages, counts, codecs, firsts: int32 [entries]. W: query rows of a product.
     """
@@ -40,26 +51,44 @@ def scores_kernel(
     else:
         entry = tl.program_id(0)
         n = tl.load(counts + entry) - tl.program_id(1) * T
-        if (n <= 0) | (reads(tl.load(codecs + entry), CODEC) == 0):
+        if (n <= 0) | (CODEC.reads(tl.load(codecs + entry), CODEC) == 0):
             return
         head = tl.load(heads + entry)
         index = tl.program_id(1) * T + t
         slot = tl.load(firsts + entry) + index
-        place = tl.zeros([T], tl.int32) - 1
         page = tl.zeros([T], tl.int64) + tl.load(pages + entry)
-    mask = (t < n) & (slot < candidates)
-    k = tl.trans(keys_of(raw, grid, half, words, page, index, mask, T, CODEC, G).to(DTYPE))
-    c = tl.arange(0, G.k_pad)[None, :]
+    mask = (t < n) & (slot < tl.load(candidates + head))
+    added = tl.zeros([T], tl.float32)
+    if BIAS and not TAIL:
+        start = tl.load(bias + entry)
+        added = tl.load(log_bias + start + index, mask=mask & (start >= 0), other=0.0) * LOG2E
+    pool = Pool(raw, grid, half, words, wide, codes)
+    tables = Tables(info, fields, inverse, base, coarse, fine, limit)
+    tables = CODEC.head(tables, head, CODEC, G)
+    k = _transposed(
+        CODEC.expand_keys(pool, tables, page, index, mask, T, False, CODEC, G, DTYPE), DTYPE
+    )
+    PARTS: tl.constexpr = len(k)
+    SIZE: tl.constexpr = G.k_size // PARTS
     for g in range(GROUP):
         q_head = head * GROUP + g
         sums = tl.zeros([T], tl.float32)
         for start in range(0, window, W):
             row = start + tl.arange(0, W)
-            at = (row * HEADS + q_head)[:, None] * G.k_size + c
             inside = row < window
-            q = tl.load(query + at, mask=inside[:, None] & (c < G.k_size), other=0.0).to(DTYPE)
-            logits = dot(q, k, tl.zeros([W, T], tl.float32)) * (scale * LOG2E)
+            logits = tl.zeros([W, T], tl.float32)
+            for part in tl.static_range(PARTS):
+                c = tl.arange(0, k[part].shape[0])[None, :]
+                at = query + (row * HEADS + q_head)[:, None] * G.k_size + (c + part * SIZE)
+                q = tl.load(at, mask=inside[:, None] & (c < SIZE), other=0.0).to(DTYPE)
+                logits = dot(q, k[part], logits)
             total = tl.load(lse + row * HEADS + q_head, mask=inside, other=float("inf")) * LOG2E
-            seen = place[None, :] <= (tail_length - window + row)[:, None]
-            sums += tl.sum(tl.where(seen, tl.exp2(logits - total[:, None]), 0.0), 0)
-        tl.store(out + q_head.to(tl.int64) * candidates + slot, sums, mask=mask)
+            logits = logits * (scale * LOG2E)
+            if BIAS and not TAIL:
+                logits += added[None, :]
+            weights = tl.exp2(logits - total[:, None])
+            if TAIL:
+                seen = place[None, :] <= (tail_length - window + row)[:, None]
+                weights = tl.where(seen, weights, 0.0)
+            sums += tl.sum(weights, 0)
+        tl.store(out + q_head.to(tl.int64) * width + slot, sums, mask=mask)

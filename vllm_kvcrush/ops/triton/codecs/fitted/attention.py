@@ -1,4 +1,5 @@
-"""Attention's loops over the pages of one fitted codec: its tokens, then its exceptions."""
+"""Attention over fitted pages: those functions of a `codecs.traits.Traits`, and a loop over the
+exceptions."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
 
@@ -7,120 +8,143 @@ import triton.language as tl
 
 from vllm_kvcrush.ops.triton.codecs.fitted import tiles
 from vllm_kvcrush.ops.triton.codecs.fitted.tiles import CAPACITY, EXCEPTIONS, ROW, V_BITS, WORDS
+from vllm_kvcrush.ops.triton.kernels.pages import query_pairs
 from vllm_kvcrush.ops.triton.kernels.tiles import LOG2E, codes8, dot, softmax_step
+from vllm_kvcrush.ops.triton.kernels.views import Tables
 
 
 @triton.jit
-def fitted_run(
-    query, query_at, row_mask, words, wide, codes, info, fields, inverse, base, coarse, fine,
-    limit, head, runs, pages, counts, bias, log_bias, scale, split, splits,
-    a0, a1, a2, a3, peak, total,
-    LOOPS: tl.constexpr, INDEX: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
-    TILES: tl.constexpr, DTYPE: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr,
-    PTX: tl.constexpr,
-):  # fmt: skip
-    """Adds the tokens that are no exceptions; values in the rotated space, in planes a0 to a3,
-    times 8 as int4's are. `runs` points to those of a sequence and head."""
-    # Here, since Triton 3.6 takes no element of a tuple of dataclasses for a constant.
-    LOOP: tl.constexpr = LOOPS[INDEX]
-    M: tl.constexpr = TILES.rows
-    T: tl.constexpr = TILES.fitted
-    H: tl.constexpr = G.half
-    t, c = tl.arange(0, T), tl.arange(0, H)
-    own = head + LOOP.place * KV_HEADS
-    info += own * ROW
-    base += own * (4 * H)
-    begin, end = tl.load(runs + LOOP.run), tl.load(runs + LOOP.run + 1)
-    if LOOP.shared:
-        end = tl.where(tl.load(info + V_BITS) == LOOP.bits, end, begin)
-    # In the order of `fitted_keys`.
-    column = tl.arange(0, 2 * H)
-    at = query + query_at[:, None] + (column // 2 + column % 2 * (G.k_size // 2))[None, :]
-    inside = row_mask[:, None] & (column < G.k_size)[None, :]
+def head(tables, head, CODEC: tl.constexpr, G: tl.constexpr):
+    """A head's rows of its codec's tables."""
+    own = head + CODEC.own.place * CODEC.own.kv_heads
+    return Tables(
+        tables.info + own * ROW, tables.fields, tables.inverse, tables.base + own * (4 * G.half),
+        tables.coarse, tables.fine, tables.limit,
+    )  # fmt: skip
+
+
+@triton.jit
+def serves(tables, CODEC: tl.constexpr):
+    """Whether the head's values have the variant's bits."""
+    alone: tl.constexpr = not CODEC.own.shared
+    mine = alone
+    if CODEC.own.shared:
+        mine = tl.load(tables.info + V_BITS) == CODEC.own.bits
+    return mine
+
+
+@triton.jit
+def capacity(tables, CODEC: tl.constexpr, G: tl.constexpr):
+    """Tokens of the head's pages."""
+    return tl.load(tables.info + CAPACITY)
+
+
+@triton.jit
+def query(rows, tables, CODEC: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr):
+    """The query in the order of `fitted_keys`, DTYPE [M, 2 H], and words of a token's key."""
+    column = tl.arange(0, 2 * G.half)
+    at = rows.query + rows.at[:, None] + (column // 2 + column % 2 * (G.k_size // 2))[None, :]
+    inside = rows.mask[:, None] & (column < G.k_size)[None, :]
     q = tl.load(at, mask=inside, other=0.0).to(DTYPE)
-    held = tl.load(info + WORDS)
-    tiles_of_page = (tl.load(info + CAPACITY) + T - 1) // T
-    for i in range(begin * tiles_of_page + split, end * tiles_of_page, splits):
-        entry = i // tiles_of_page
-        first = i % tiles_of_page * T
-        page = tl.load(pages + entry).to(tl.int64)
-        n = tl.load(counts + entry) - first
-        mask = t < n
-        plain = mask & (tiles.exceptional(words, page, first + t, mask, info, G) == 0)
-        if VALUES:
-            byte = tiles.value_bytes(codes, page, first + t, mask, info, G)
-            v = tiles.value_words(words, codes, page, first + t, mask, info, LOOP.bits, G)
-        rows = wide + page * (G.page_bytes // 4) + (first + t) * held
-        k = tiles.fitted_keys(rows, mask, info, fields, inverse, base, T, 0, G, DTYPE)
-        if LOOP.local:
-            strip = first // 16 + tl.arange(0, T // 16)
-            position = tiles.strip_positions(
-                words, wide, page, strip, 16 * strip < first + n, info, G
-            )
-            cos, sin = tiles.angles(position, c, coarse, fine, limit, G)
-            low, high = tiles.halves(k, T, G)
-            low, high = tiles.turn(low, high, cos, sin, T, T // 16, H)
-            k = tl.reshape(tl.join(low, high), [T, 2 * H])
-        logits = dot(q, tl.trans(k.to(DTYPE)), tl.zeros([M, T], tl.float32)) * scale
-        if BIAS:
-            where = tl.load(bias + entry)
-            added = tl.load(
-                log_bias + where + first + t, mask=t < tl.where(where >= 0, n, 0), other=0.0
-            )
-            logits += added[None, :] * LOG2E
-        logits = tl.where(plain[None, :], logits, float("-inf"))
-        weights, factor, peak, total = softmax_step(logits, peak, total)
-        if VALUES:
-            weights = (weights * (4.0 * tiles.value_scales(byte))[None, :]).to(DTYPE)
-            a0 = dot(weights, tiles.value_plane(v, 0, LOOP.bits, DTYPE, PTX), a0 * factor[:, None])
-            a1 = dot(weights, tiles.value_plane(v, 1, LOOP.bits, DTYPE, PTX), a1 * factor[:, None])
-            a2 = dot(weights, tiles.value_plane(v, 2, LOOP.bits, DTYPE, PTX), a2 * factor[:, None])
-            a3 = dot(weights, tiles.value_plane(v, 3, LOOP.bits, DTYPE, PTX), a3 * factor[:, None])
-    return a0, a1, a2, a3, peak, total
+    return q, tl.load(tables.info + WORDS)
 
 
 @triton.jit
-def exceptions_run(
-    q0, q1, words, half, info, head, runs, pages, counts, bias, log_bias, scale, split, splits,
-    a0, a1, peak, total,
-    LOOPS: tl.constexpr, INDEX: tl.constexpr, KV_HEADS: tl.constexpr, G: tl.constexpr,
-    TILES: tl.constexpr, DTYPE: tl.constexpr,
+def prepare(
+    q, pool, tables, page, first, n, scale, T: tl.constexpr, VALUES: tl.constexpr,
+    CODEC: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Exceptions do not count here. The tile: keys float32 [T, 2 H]; value bytes and words."""
+    info = tables.info
+    t, c = tl.arange(0, T), tl.arange(0, G.half)
+    mask = t < n
+    plain = mask & (tiles.exceptional(pool.words, page, first + t, mask, info, G) == 0)
+    byte = plain
+    v = plain
+    if VALUES:
+        byte = tiles.value_bytes(pool.codes, page, first + t, mask, info, G)
+        v = tiles.value_words(
+            pool.words, pool.codes, page, first + t, mask, info, CODEC.own.bits, G
+        )
+    rows = pool.wide + page * (G.page_bytes // 4) + (first + t) * q[1]
+    k = tiles.fitted_keys(
+        rows, mask, info, tables.fields, tables.inverse, tables.base, T, 0, G, DTYPE
+    )
+    if CODEC.own.local:
+        strip = first // 16 + tl.arange(0, T // 16)
+        position = tiles.strip_positions(
+            pool.words, pool.wide, page, strip, 16 * strip < first + n, info, G
+        )
+        cos, sin = tiles.angles(position, c, tables.coarse, tables.fine, tables.limit, G)
+        low, high = tiles.halves(k, T, G)
+        low, high = tiles.turn(low, high, cos, sin, T, T // 16, G.half)
+        k = tl.reshape(tl.join(low, high), [T, 2 * G.half])
+    return plain, (k, byte, v)
+
+
+@triton.jit
+def scores(
+    q, tile, pool, page, first, n, scale, M: tl.constexpr, T: tl.constexpr, CODEC: tl.constexpr,
+    G: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """See `Traits`, as for all of these."""
+    return dot(q[0], tl.trans(tile[0].to(DTYPE)), tl.zeros([M, T], tl.float32)) * scale
+
+
+@triton.jit
+def values(
+    acc, weights, factor, tile, pool, page, first, n, T: tl.constexpr, CODEC: tl.constexpr,
+    G: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    BITS: tl.constexpr = CODEC.own.bits
+    v = tile[2]
+    weights = (weights * (4.0 * tiles.value_scales(tile[1]))[None, :]).to(DTYPE)
+    a0 = dot(weights, tiles.value_plane(v, 0, BITS, DTYPE, PTX), acc[0] * factor[:, None])
+    a1 = dot(weights, tiles.value_plane(v, 1, BITS, DTYPE, PTX), acc[1] * factor[:, None])
+    a2 = dot(weights, tiles.value_plane(v, 2, BITS, DTYPE, PTX), acc[2] * factor[:, None])
+    a3 = dot(weights, tiles.value_plane(v, 3, BITS, DTYPE, PTX), acc[3] * factor[:, None])
+    return a0, a1, a2, a3
+
+
+@triton.jit
+def exceptions_loop(
+    rows, pool, tables, entries, head, scale, split, splits, acc, peak, total,
+    LOOP: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr,
     BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Adds the exceptions, those of several pages in one tile; `q0`, `q1`: the query's even and odd
-    channels, a0 and a1 the sums of such channels of values, times 128 as int8's are."""
-    LOOP: tl.constexpr = LOOPS[INDEX]
+    """What `page_loop` does, with the exceptions, those of several pages in one tile."""
     M: tl.constexpr = TILES.rows
-    T: tl.constexpr = TILES.fitted
+    T: tl.constexpr = LOOP.tokens
     t = tl.arange(0, T)
-    info += (head + LOOP.place * KV_HEADS) * ROW
-    begin = tl.load(runs + LOOP.run)
-    # Another of the codec's loops would add the same.
-    end = tl.load(runs + LOOP.run + 1) if LOOP.first else begin
+    info = LOOP.codec.head(tables, head, LOOP.codec, G).info
+    q0, q1 = query_pairs(rows, G, DTYPE)
+    begin = tl.load(entries.runs + LOOP.run)
+    end = tl.load(entries.runs + LOOP.run + 1)
     most = tl.maximum(tl.load(info + EXCEPTIONS), 1)
     for i in range(split, ((end - begin) * most + T - 1) // T, splits):
         entry = begin + (i * T + t) // most
         number = (i * T + t) % most
-        mask = number < tl.load(counts + entry, mask=entry < end, other=0)
-        page = tl.load(pages + entry, mask=mask, other=0).to(tl.int64)
+        mask = number < tl.load(entries.counts + entry, mask=entry < end, other=0)
+        page = tl.load(entries.pages + entry, mask=mask, other=0).to(tl.int64)
         k, k_scale = tiles.exception_rows(
-            words, half, page, number, mask, info, 0, G.k_size, G.k_pad, G
+            pool.words, pool.half, page, number, mask, info, 0, G.k_size, G.k_pad, G
         )
         logits = dot(q0, tl.trans(codes8(k, 0, DTYPE, PTX)), tl.zeros([M, T], tl.float32))
         logits = dot(q1, tl.trans(codes8(k, 1, DTYPE, PTX)), logits)
         logits *= (k_scale * scale)[None, :]
         if BIAS:
-            where = tl.load(bias + entry, mask=mask, other=-1)
-            token = tiles.exception_tokens(words, page, number, mask, info, T, G)
-            added = tl.load(log_bias + where + token, mask=mask & (where >= 0), other=0.0)
+            where = tl.load(entries.bias + entry, mask=mask, other=-1)
+            token = tiles.exception_tokens(pool.words, page, number, mask, info, T, G)
+            added = tl.load(entries.log_bias + where + token, mask=mask & (where >= 0), other=0.0)
             logits += added[None, :] * LOG2E
         logits = tl.where(mask[None, :], logits, float("-inf"))
         weights, factor, peak, total = softmax_step(logits, peak, total)
         if VALUES:
             v, v_scale = tiles.exception_rows(
-                words, half, page, number, mask, info, 1, G.v_size, G.v_pad, G
+                pool.words, pool.half, page, number, mask, info, 1, G.v_size, G.v_pad, G
             )
             weights = (weights * (128.0 * v_scale)[None, :]).to(DTYPE)
-            a0 = dot(weights, codes8(v, 0, DTYPE, PTX), a0 * factor[:, None])
-            a1 = dot(weights, codes8(v, 1, DTYPE, PTX), a1 * factor[:, None])
-    return a0, a1, peak, total
+            a0 = dot(weights, codes8(v, 0, DTYPE, PTX), acc[0] * factor[:, None])
+            a1 = dot(weights, codes8(v, 1, DTYPE, PTX), acc[1] * factor[:, None])
+            acc = (a0, a1)
+    return acc, peak, total

@@ -18,7 +18,13 @@ from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.codecs.transform.bits import QUAD, Piece, pieces
 from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops.angles import Angles
-from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, WORD_FIELDS, FittedSection, half_pad
+from vllm_kvcrush.ops.triton.codecs.fitted.layout import (
+    CHUNK,
+    FIELDS,
+    WORD_FIELDS,
+    FittedSection,
+)
+from vllm_kvcrush.ops.triton.layout import half_pad
 
 
 @dataclass(frozen=True)
@@ -44,21 +50,21 @@ class LayerTable:
 
 
 @dataclass(frozen=True)
-class Loop:
-    """Attention's loop over one kind of fitted pages: a compile-time constant.
+class Variant:
+    """Pages that one compiled kernel reads: those of heads whose values have equally many bits.
 
     Attributes:
-        place: of the codec among a layer's. run: of the codec among `cache.RUNS`.
+        place: of the codec among a layer's.
+        kv_heads: of the layer.
         local: whether keys are coded as seen from their strip's first token.
         bits: of values.
-        first: of this codec. shared: the codec has loops for other bits as well.
+        shared: there are heads whose values have other bits.
     """
 
     place: int
-    run: int
+    kv_heads: int
     local: bool
     bits: int
-    first: bool = True
     shared: bool = False
 
 
@@ -68,7 +74,7 @@ class Fitted:
     Attributes:
         codecs: names of the fitted codecs that there are, in the order of `FITTED`.
         sections: by codec, of each head.
-        loops: by codec, one for each number of bits that values have.
+        variants: by codec, one for each number of bits that values have.
         info: int32 [codecs, heads, len(FIELDS)].
         exceptions: int32 [codecs, heads], of a full page; a part of `info`.
         fields: int32, rows that `info` points to: word, first bit and mask of each piece; quad,
@@ -93,7 +99,7 @@ class Fitted:
     ):
         self.codecs = tuple(codec for codec in FITTED if codec in tables)
         self.sections = {codec: tables[codec].sections for codec in self.codecs}
-        self.loops: dict[str, tuple[Loop, ...]] = {}
+        self.variants: dict[str, tuple[Variant, ...]] = {}
         self._dtype, self._k_pad = dtype, k_pad
         self._fields: list[Tensor] = []
         self._inverse: list[Tensor] = []
@@ -102,9 +108,8 @@ class Fitted:
         for i, codec in enumerate(self.codecs):
             own = tables[codec]
             bits = sorted({section.v_bits for section in self.sections[codec]})
-            run, local = FITTED.index(codec), own.tables.point.local
-            self.loops[codec] = tuple(
-                Loop(i, run, local, b, b == bits[0], len(bits) > 1) for b in bits
+            self.variants[codec] = tuple(
+                Variant(i, len(own.heads), own.tables.point.local, b, len(bits) > 1) for b in bits
             )
             for head, section in zip(own.heads, self.sections[codec], strict=True):
                 heads.append(self._head(own.tables, own.layer, head, section))
@@ -120,11 +125,10 @@ class Fitted:
         self.inverse = torch.cat(self._inverse).to(device)
         del self._fields, self._inverse
 
-    def tables(self, place: int | slice = slice(None)) -> tuple[object, ...]:
-        """What kernels take as `info`, `fields`, `inverse`, `base`, `coarse`, `fine`, `limit`: of
-        one codec or of all."""
+    def tables(self) -> tuple[object, ...]:
+        """What kernels take as `info`, `fields`, `inverse`, `base`, `coarse`, `fine`, `limit`."""
         return (
-            *(self.info[place], self.fields, self.inverse, self.base[place]),
+            *(self.info, self.fields, self.inverse, self.base),
             *(self.coarse, self.fine, self.positions),
         )
 

@@ -1,7 +1,7 @@
 """What kernels do with the tiles of fitted pages: components of keys, turns, values, exceptions.
 
 Shapes use T tokens, S strips, P pieces, C planes' columns and H channels of half a key. Pointers
-are those of `pages`; `info` points to the FIELDS of one head, the other tables to its rows.
+are those of a `Pool`; `info` points to the FIELDS of one head, the other tables to its rows.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc,valid-type"
@@ -9,8 +9,9 @@ are those of `pages`; `info` points to the FIELDS of one head, the other tables 
 import triton
 import triton.language as tl
 
+from vllm_kvcrush.ops.triton.codecs.fitted.layout import CHUNK, FIELDS
 from vllm_kvcrush.ops.triton.kernels.tiles import code_steps, dot, exact, interleave
-from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, STEPS
+from vllm_kvcrush.ops.triton.kernels.tokens import STEP_COUNT
 
 (
     CAPACITY,
@@ -31,7 +32,7 @@ from vllm_kvcrush.ops.triton.layout import CHUNK, FIELDS, STEPS
     ENCODE,
     SLOTS,
 ) = (tl.constexpr(i) for i in range(len(FIELDS)))
-ROW, PIECES, STEP_COUNT = (tl.constexpr(x) for x in (len(FIELDS), CHUNK, STEPS))
+ROW, PIECES = tl.constexpr(len(FIELDS)), tl.constexpr(CHUNK)
 
 
 @triton.jit
