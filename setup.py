@@ -18,8 +18,9 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCE = pathlib.Path("csrc")
+KERNELS = SOURCE / "kernels.cpp"
 FLAGS = [
-    *("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", f"-I{SOURCE}"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-tree-reassoc", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Wno-psabi"),
 ]
@@ -48,10 +49,10 @@ def target() -> str:
 def units() -> list[tuple[pathlib.Path, str, list[str]]]:
     """Translation units: source, name of the object file, flags of its own."""
     isas = {"baseline": ("kBaseline", ""), **ISAS.get(target(), {})}
-    plain = [(SOURCE / f"{name}.cpp", name, []) for name in ("api", "select", "threads")]
+    plain = [(path, path.stem, []) for path in sorted(SOURCE.glob("*.cpp")) if path != KERNELS]
     return plain + [
         (
-            SOURCE / "kernels.cpp",
+            KERNELS,
             f"kernels-{isa}",
             [f"-DKVC_NAMESPACE={isa}", f"-DKVC_TABLE={table}", *flags.split()],
         )
@@ -112,7 +113,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 sources = [str(path) for path in sorted(SOURCE.glob("*.cpp"))]
-headers = [str(path) for path in sorted(SOURCE.glob("*.h"))]
+headers = [str(path) for path in sorted(SOURCE.rglob("*.h"))]
 setup(
     ext_modules=[Extension("vllm_kvcrush._kernels", sources, depends=headers)],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},

@@ -82,9 +82,9 @@ def row(metric: str, value: float | None, unit: str, n: int = 1, **where: Any) -
 
 def codec(policy: str) -> str:
     """What a policy stores the tokens in that it compresses, for the column of that name."""
-    from vllm_kvcrush import policies
+    from vllm_kvcrush import spec
 
-    return "raw" if policy == "none" else "+".join(policies.codecs(policy)) or "raw"
+    return "raw" if policy == "none" else "+".join(spec.storage(spec.parse(policy)).codecs) or "raw"
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:

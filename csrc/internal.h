@@ -14,33 +14,33 @@ struct Layer : kvc_layer {
     int group;     // query heads of a KV head
     int v_padded;  // v_size up to a multiple of 16
     // Of codecs that need no tables.
-    int64_t flat_capacity[KVC_FIRST_FITTED];
-    PageLayout flat[KVC_FIRST_FITTED];
+    int64_t flat_capacity[KVC_CODECS];
+    PageLayout flat[KVC_CODECS];
 
     const uint8_t *page(int64_t index) const {
         return pool + index * page_bytes;
     }
     // Null: a codec without tables here.
     KVC_OWN const kvc_table *table(int codec) const {
-        return tables != nullptr ? tables[codec - KVC_FIRST_FITTED] : nullptr;
+        return tables != nullptr ? tables[codec] : nullptr;
     }
     // Whether some pages may round positions.
     KVC_OWN bool has_tables() const {
-        for (int codec = KVC_FIRST_FITTED; codec < KVC_CODECS; ++codec)
-            if (table(codec) != nullptr) return true;
+        for (const Format &format : kFormats)
+            if (format.tables && table(format.codec) != nullptr) return true;
         return false;
     }
     KVC_OWN int64_t capacity(int codec, int head) const {
-        if (!fitted(codec)) return flat_capacity[codec];
+        if (!kFormats[codec].tables) return flat_capacity[codec];
         return table(codec) != nullptr ? table(codec)->heads[head].capacity : 0;
     }
     KVC_OWN PageLayout layout(int codec, int head) const {
-        if (!fitted(codec)) return flat[codec];
+        if (!kFormats[codec].tables) return flat[codec];
         return fitted_layout(table(codec)->heads[head], k_size, v_size);
     }
     // Of the first `count` tokens of a page, those that are int8.
     KVC_OWN int exceptions(int codec, int head, int count, const uint8_t *page) const {
-        if (!fitted(codec)) return 0;
+        if (!kFormats[codec].tables) return 0;
         const int most = table(codec)->heads[head].exceptions;
         if (count == table(codec)->heads[head].capacity) return most;
         const uint8_t *scales = page + layout(codec, head).scales;
@@ -127,16 +127,11 @@ extern const Kernels kAvx512;
 extern const Kernels kNeon;
 #endif
 
-// Tokens that share a stored position.
-KVC_OWN int position_step(int codec) {
-    return fitted(codec) ? kStrip : 1;
-}
-
-// Positions of tokens first ... first + count of a page. Of fitted pages those of the tokens that
-// follow a strip's first one are taken to be its neighbours'.
+// Positions of tokens first ... first + count of a page. Where several share one, those that
+// follow are taken to be its neighbours'.
 KVC_OWN void get_positions(const PageLayout &at, int codec, int64_t page_bytes, const uint8_t *page,
                            int first, int count, int32_t *positions) {
-    const int each = position_step(codec);
+    const int each = kFormats[codec].position_step;
     PageHeader header;
     std::memcpy(&header, page + page_bytes - sizeof header, sizeof header);
     int steps = 0;

@@ -1,8 +1,8 @@
 // All kernels of one instruction set. Compiled once for each, with its flags and its namespace.
-#include "attention.h"
-#include "encode.h"
 #include "internal.h"
-#include "scores.h"
+#include "kernels/attention.h"
+#include "kernels/pages.h"
+#include "kernels/scores.h"
 
 #define KVC_TEXT_(x) #x
 #define KVC_TEXT(x) KVC_TEXT_(x)

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KVC_VERSION 5
+#define KVC_VERSION 6
 
 enum { KVC_F32 = 0, KVC_BF16 = 1, KVC_F16 = 2 };
 
@@ -36,8 +36,6 @@ enum {
     KVC_TC8 = 6
 };
 #define KVC_CODECS 7
-/* Codecs from here on are fitted to a model and need tables. */
-#define KVC_FIRST_FITTED KVC_TC4
 
 /* Four components of a key that share a field of bits in every token's codes. */
 typedef struct {
@@ -98,7 +96,7 @@ typedef struct {
     int32_t dtype; /* of raw pages */
     float scale;   /* of q.k */
     int32_t reserved;
-    const kvc_table *const *tables; /* of fitted codecs, KVC_FIRST_FITTED first; each may be null */
+    const kvc_table *const *tables; /* by codec, KVC_CODECS of them; null for those without */
 } kvc_layer;
 
 /* Which pages a (sequence, KV head) owns: entries [begin, end) of page, count and codec, where
@@ -127,6 +125,9 @@ typedef struct {
 } kvc_batch;
 
 int kvc_version(void);
+/* How this library lays out the structures above, for whoever mirrors them: a line for each,
+ * "name size: field offset size, field offset size, ...". */
+const char *kvc_structs(void);
 const char *kvc_error(void);
 /* "baseline", "avx2", "avx512" or "neon": the best that this CPU runs, or what KVCRUSH_ISA names.
  */
@@ -177,7 +178,7 @@ typedef struct {
     const int32_t *tail_table;
     int32_t tail_length;
     int32_t tail_position; /* position of the tail's first token */
-} kvc_request;
+} kvc_source;
 
 /* Compaction of one layer: head h's slots slots[slot_start[h]] ... slots[slot_start[h + 1] - 1] are
  * decoded and encoded into the pages of `target`, each taking as many as its count says. Those of a
@@ -186,12 +187,27 @@ typedef struct {
  * since what their pages keep is rounded down: of a head's slots, page after page, those that tie
  * are moved to the next free position. A source page whose tokens fill a page of the same codec is
  * copied. Targets may be sources. */
-int kvc_compact(const kvc_layer *layer, const kvc_request *source, const int64_t *slots,
+int kvc_compact(const kvc_layer *layer, const kvc_source *source, const int64_t *slots,
                 const int64_t *slot_start, const kvc_directory *target);
+
+/* Reads chosen slots of every KV head: head h's slots[slot_start[h]] ... slots[slot_start[h + 1] -
+ * 1], in any order, become the first rows of key [num_kv_heads, rows, k_size], value [num_kv_heads,
+ * rows, v_size] and positions [num_kv_heads, rows], whose other rows become 0; each output may be
+ * null. */
+int kvc_gather(const kvc_layer *layer, const kvc_source *source, const int64_t *slots,
+               const int64_t *slot_start, int64_t rows, float *key, float *value,
+               int32_t *positions);
+
+/* The other half of a compaction: head h's first counts[h] rows of key, value and positions, shaped
+ * as kvc_gather gives them, are encoded into the pages of `target`, each taking as many as its
+ * count says. Positions as in kvc_compact; may be null if no target keeps them. All is checked
+ * before anything is written. */
+int kvc_fill(const kvc_layer *layer, int64_t rows, const int64_t *counts, const float *key,
+             const float *value, const int32_t *positions, const kvc_directory *target);
 
 /* Reads a request's slots in order as float K [n, k_size] and V [n, v_size] and positions of one
  * head, n tokens from slot `first`; each output may be null. */
-int kvc_read(const kvc_layer *layer, const kvc_request *source, int32_t head, int64_t first,
+int kvc_read(const kvc_layer *layer, const kvc_source *source, int32_t head, int64_t first,
              int64_t n, float *key, float *value, int32_t *positions);
 
 /* How scores come from the attention of a window of queries. */
@@ -203,18 +219,19 @@ typedef struct {
     float factor;     /* of the sum over the window: 1 / window for its mean */
 } kvc_scoring;
 
-/* Scores of a request's slots [0, candidates): softmax attention of the newest `window` queries
- * over all its slots (row i belongs to the tail's token tail_length - window + i and sees nothing
- * later), summed over the window, then pooled over the candidates and reduced as asked.
- * query: [num_heads, window, k_size], strides of head and row; out: float, a row of `candidates`
- * for each query head, or each KV head if reduced. Every KV head must hold that many slots. */
-int kvc_window_scores(const kvc_layer *layer, const kvc_request *source, const void *query,
+/* Scores of slots [0, candidates[h]) of each KV head h: softmax attention of the newest `window`
+ * queries over all its slots (row i belongs to the tail's token tail_length - window + i and sees
+ * nothing later; log biases count), summed over the window, then pooled over the candidates and
+ * reduced as asked. query: [num_heads, window, k_size], strides of head and row; out: float, for
+ * each query head, or each KV head if reduced, a row of the most candidates that any head has,
+ * which is -infinity past the head's own. A head must hold as many slots as it has candidates. */
+int kvc_window_scores(const kvc_layer *layer, const kvc_source *source, const void *query,
                       int32_t query_dtype, int64_t head_stride, int64_t row_stride,
-                      const kvc_scoring *scoring, int64_t candidates, float *out);
+                      const kvc_scoring *scoring, const int64_t *candidates, float *out);
 
-/* Marks the `keep` best of each row of scores [rows, n], the lower slot first among equals; NaN is
+/* Marks the keep[i] best of row i of scores [rows, n], the lower slot first among equals; NaN is
  * the worst. mask: [rows, n] of 0 and 1. */
-int kvc_top_mask(int64_t rows, int64_t n, const float *scores, int64_t keep, uint8_t *mask);
+int kvc_top_mask(int64_t rows, int64_t n, const float *scores, const int64_t *keep, uint8_t *mask);
 
 /* KVCrush's representatives. Units of `unit` tokens are described by the bits of their tokens,
  * head after head: bits [bit_heads, units * unit]. Each of the `heads` rows of mask [heads, units]
@@ -224,8 +241,10 @@ int kvc_top_mask(int64_t rows, int64_t n, const float *scores, int64_t keep, uin
 int kvc_represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bits,
                   const uint8_t *anchor, int64_t heads, uint8_t *mask, int64_t count);
 
-/* Indices of the ones of each row of mask [rows, n], of which there must be `count`. */
-int kvc_mask_slots(int64_t rows, int64_t n, const uint8_t *mask, int64_t count, int64_t *slots);
+/* Indices of the ones of each row i of mask [rows, n], of which there must be count[i]: rows of the
+ * largest count, -1 past their own. */
+int kvc_mask_slots(int64_t rows, int64_t n, const uint8_t *mask, const int64_t *count,
+                   int64_t *slots);
 
 /* Asks the system to back memory with huge pages, now if it can: address translation costs a
  * scattered cache up to a third of its speed. Nothing depends on whether it does. */

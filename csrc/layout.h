@@ -1,5 +1,5 @@
-// What a page looks like inside. Defined here once; vllm_kvcrush/codecs/layout.py mirrors the sizes and a
-// test asks the library whether the two agree.
+// What a page looks like inside. Defined here once; vllm_kvcrush/codecs/layout.py mirrors the sizes
+// and a test asks the library whether the two agree.
 //
 // The unit of every page is a *strip* of 16 tokens, and the unit of a strip a *panel*: 16 lanes
 // wide, so that one reading order serves both products of attention without horizontal sums.
@@ -37,6 +37,7 @@
 //              and j + 12, from the low bits up; in 3 bits the low two so, then the high ones of
 //              lanes l and l + 8 in word l: byte j holds rows j, j + 4, j + 8 and j + 12 of lane l
 //              and then of l + 8, a bit each. H S v = scale * (code - (2^bits - 1) / 2)
+//           A page is one group without a header; each strip has scales of its own.
 //           exceptions: tokens that are int8 instead: [K scale, V scale float16] of each, then
 //              their K rows, then their V rows; in the order of the bits in TokenScales
 //
@@ -73,24 +74,48 @@ struct TokenScales {
 };
 static_assert(sizeof(TokenScales) == 18);
 
-constexpr bool fitted(int codec) {
-    return codec >= KVC_FIRST_FITTED;
-}
-
 constexpr int dtype_bytes(int dtype) {
     return dtype == KVC_F32 ? 4 : 2;
 }
 
-constexpr bool positions_kept(int codec) {
-    return codec != KVC_RAW;
+// What a codec says of its pages, whatever the instruction set.
+struct Format {
+    int32_t codec;
+    const char *name;
+    bool tables;            // fitted to a model: kvc_layer::tables has it, and its layout
+    bool positions;         // pages keep them
+    int32_t position_step;  // tokens that share a stored position
+    bool rotated;           // V is stored rotated
+    int32_t strips;         // the codec whose kernels read its strips
+    // The layout of codecs without tables.
+    int32_t bits;            // of a code; 0: elements of the layer's dtype
+    int32_t group_strips;    // strips whose scales lie together
+    int32_t token_scales;    // of each token
+    int32_t channel_scales;  // of each channel of K in a group
+};
+constexpr Format kFormats[] = {
+    {KVC_RAW, "raw", false, false, 1, false, KVC_RAW, 0, 1, 0, 0},
+    {KVC_EXACT, "exact", false, true, 1, false, KVC_RAW, 0, 1, 0, 0},
+    {KVC_INT8, "int8", false, true, 1, false, KVC_INT8, 8, 1, 2, 0},
+    {KVC_INT4, "int4", false, true, 1, true, KVC_INT4, 4, 4, 1, 2},
+    {KVC_TC4, "tc4", true, true, kStrip, true, KVC_TC4, 0, 0, 0, 0},
+    {KVC_TC6, "tc6", true, true, kStrip, true, KVC_TC6, 0, 0, 0, 0},
+    {KVC_TC8, "tc8", true, true, kStrip, true, KVC_TC8, 0, 0, 0, 0},
+};
+constexpr bool formats_are_in_order() {
+    for (int i = 0; i < KVC_CODECS; ++i)
+        if (kFormats[i].codec != i) return false;
+    return sizeof kFormats == KVC_CODECS * sizeof(Format);
 }
+static_assert(formats_are_in_order());
 
 struct PageLayout {
     int32_t group_strips;  // strips of a group
     int64_t header;        // bytes of a group before its strips
     int64_t v;             // of a strip before its V
     int64_t strip;         // bytes
-    int64_t scales;        // of a page before its TokenScales
+    int64_t scales;        // of a page before its TokenScales, where strips have their own
+    int64_t strip_scales;  // bytes between them; 0: scales are in the groups' headers
     int64_t exceptions;    // of a page before them
     int64_t positions;     // of a page before them
     int64_t end;           // bytes of everything but the PageHeader
@@ -104,19 +129,24 @@ struct PageLayout {
     constexpr int64_t strip_at(int64_t index) const {
         return group_at(index) + header + index % group_strips * strip;
     }
+    constexpr int64_t scales_at(int64_t index) const {
+        return strip_scales != 0 ? scales + index * strip_scales : group_at(index);
+    }
 };
 
 constexpr PageLayout page_layout(int codec, int64_t capacity, int k_size, int v_size, int dtype) {
     PageLayout at{};
-    const int bits = codec == KVC_INT8 ? 8 : codec == KVC_INT4 ? 4 : 8 * dtype_bytes(dtype);
-    at.group_strips = codec == KVC_INT4 ? 4 : 1;
-    if (codec == KVC_INT8) at.header = 2 * 2 * kStrip;
-    if (codec == KVC_INT4) at.header = (int64_t{2} * 2 * k_size + 2 * 4 * kStrip + 63) / 64 * 64;
+    const Format &format = kFormats[codec];
+    const int bits = format.bits != 0 ? format.bits : 8 * dtype_bytes(dtype);
+    at.group_strips = format.group_strips;
+    const int64_t scales = int64_t{format.token_scales} * format.group_strips * kStrip +
+                           int64_t{format.channel_scales} * k_size;
+    at.header = (2 * scales + 63) / 64 * 64;
     at.v = int64_t{kStrip} * k_size * bits / 8;
     at.strip = at.v + int64_t{kStrip} * v_size * bits / 8;
     const int64_t strips = capacity / kStrip;
     at.positions = strips != 0 ? at.strip_at(strips - 1) + at.strip : 0;
-    at.end = at.positions + (positions_kept(codec) ? 2 * capacity : 0);
+    at.end = at.positions + (format.positions ? 2 * capacity : 0);
     return at;
 }
 
@@ -129,24 +159,25 @@ constexpr int code_bytes(int bits, int v_size) {
     return v_size / 16 * code_panel_bytes(bits, 16) + v_size % 16 / 8 * code_panel_bytes(bits, 8);
 }
 
-// A page of a fitted codec.
+// A page of a codec with tables.
 KVC_OWN PageLayout fitted_layout(const kvc_head_table &head, int k_size, int v_size) {
     PageLayout at{};
-    at.group_strips = 1;
+    const int32_t strips = head.capacity / kStrip;
+    at.group_strips = strips != 0 ? strips : 1;
     at.v = int64_t{kStrip} * 4 * head.words;
     at.strip = at.v + code_bytes(head.v_bits, v_size);
-    const int64_t strips = head.capacity / kStrip;
     at.scales = strips * at.strip;
-    at.exceptions = at.scales + strips * int64_t{sizeof(TokenScales)};
+    at.strip_scales = sizeof(TokenScales);
+    at.exceptions = at.scales + strips * at.strip_scales;
     at.positions = at.exceptions + int64_t{head.exceptions} * (k_size + v_size + 4);
-    at.end = at.positions + 2 * strips;
+    at.end = at.positions + int64_t{2} * strips;
     return at;
 }
 
 // The most tokens, a multiple of 16, that fit.
 constexpr int64_t page_capacity(int codec, int64_t page_bytes, int k_size, int v_size, int dtype) {
     const int64_t room =
-        page_bytes - (positions_kept(codec) ? int64_t{sizeof(PageHeader)} : int64_t{0});
+        page_bytes - (kFormats[codec].positions ? int64_t{sizeof(PageHeader)} : int64_t{0});
     int64_t low = 0, high = 65520 / kStrip;  // counts are 16 bits wide
     while (low < high) {
         const int64_t middle = (low + high + 1) / 2;

@@ -9,7 +9,9 @@ die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 venv=.venv
 stamp=$venv/.setup-stamp
-want=$(cat requirements.lock pyproject.toml setup.py csrc/* scripts/vllm-alias/pyproject.toml scripts/setup.sh | sha256sum)
+sources=$(find csrc -type f \( -name '*.h' -o -name '*.cpp' \) | LC_ALL=C sort)
+# shellcheck disable=SC2086
+want=$(cat requirements.lock pyproject.toml setup.py $sources scripts/vllm-alias/pyproject.toml scripts/setup.sh | sha256sum)
 # The path is part of the stamp because a moved .venv still points at its old place.
 want="${want%% *} $PWD"
 up_to_date() { [[ -x $venv/bin/python && -f vllm_kvcrush/_kernels.so && -f $stamp && $(<"$stamp") == "$want" ]]; }

@@ -7,7 +7,9 @@ fitted ones.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ class Ledger:
         self.failures: Counter[str] = Counter()
         self.drift = 0
         self.unequal = False
+        self._filled = False
         self._compact, self._on_select = runner._compact, runner.on_select
         runner._compact, runner.on_select = self._watched, self._selected
 
@@ -61,11 +64,12 @@ class Ledger:
         first = state.blocks == 0
         for gone in self._true.keys() - runner._requests.keys():
             del self._true[gone], self._said[gone]
-        self._chosen = {}
+        self._chosen, self._filled = {}, False
         new = (len(command.source) - command.compressed) * size
         held = 0 if first else max(len(own) for own in self._true[name][0])
         parts = state.plan.parts(len(command.target), held + new)
-        self._compact(command)
+        with self._watched_fills():
+            self._compact(command)
         self.failures[state.label] += len(runner._failures) > failed
         self.compactions[state.label, tuple(part.codec for part in parts)] += 1
         if command.same_as is not None:
@@ -93,6 +97,8 @@ class Ledger:
                 theirs.append(torch.cat((old[1], fresh))[slots])
             true.append(mine)
             said.append(theirs)
+        if state.merges and self._filled:
+            said = true  # what is merged is encoded anew, at true positions
         self._check_counts(command, state, parts, true, held + new)
         self._check_order(command, state, parts, true)
         if state.positions:
@@ -106,6 +112,22 @@ class Ledger:
                     if len(own) and int(own.min()) >= 0:
                         self.drift = max(self.drift, int((exact - own).abs().max()))
         self._true[name], self._said[name] = true, said
+
+    @contextlib.contextmanager
+    def _watched_fills(self) -> Iterator[None]:
+        """Notes whether tokens were encoded from what a policy made of them."""
+        layer = type(self._runner._layers[0])
+        fill = layer.fill
+
+        def noted(*args: Any) -> None:
+            self._filled = True
+            fill(*args)
+
+        layer.fill = noted
+        try:
+            yield
+        finally:
+            layer.fill = fill
 
     def _check_counts(
         self, command: Any, state: Any, parts: Any, true: list[list[Tensor]], candidates: int
@@ -163,7 +185,9 @@ class Ledger:
             counts = [len(own) for own in said[i]]
             assert region.tokens[i].tolist() == counts
             source = layer.source(region, nothing, 0, command.computed)
-            read = layer.positions(source, counts).long().cpu()
+            read = torch.full((len(counts), max(counts)), -1)
+            if not bool((region.codec == CODECS["raw"].number).all()):
+                read = layer.positions(source, counts).long().cpu()
             heads = []
             for head in range(layer.heads):
                 asked = said[i][head]

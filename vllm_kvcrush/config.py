@@ -165,7 +165,7 @@ def parse_spans(value: Any, key: str, max_model_len: int) -> Spans:
             raise bad
         numbers = []
         for number in pair:
-            if isinstance(number, str) and number.strip().isdigit() and len(number) < 12:
+            if isinstance(number, str) and number.strip().isdecimal() and len(number) < 12:
                 number = int(number)
             if isinstance(number, bool) or not isinstance(number, int):
                 raise bad
@@ -450,9 +450,11 @@ class Settings:
             for option, given in own.options:
                 allowed = (self.clients.get(own.name) or {}).get(option)
                 if allowed is None:
-                    raise refuse(f"{own.name}.{option} is not for clients to set")
+                    named = _shortened(f"{own.name}.{option}")
+                    raise refuse(f"{named} is not for clients to set")
                 if not _is_among(given, allowed):
-                    raise refuse(f"{own.name}.{option}={given!r} is not {_described(allowed)}")
+                    said = _shortened(f"{own.name}.{option}={given!r}")
+                    raise refuse(f"{said} is not {_described(allowed)}")
         stored = {c for name in self.allow if name != NONE for c in self.storage(name).codecs}
         for codec in spec.codecs or ():
             if codec not in stored:

@@ -745,6 +745,13 @@ def _endpoints() -> Iterator[Hook]:
         "wrap",
         "OpenAIServingChat.chat_completion_stream_generator(*, result_generator, ...)",
         usage,
+        until=(0, 32),
+    )
+    yield at(
+        "wrap",
+        "OpenAIServingChat.chat_completion_stream_generator_raw(*, result_generator, ...)",
+        usage,
+        since=(0, 33),
     )
     at = _In("vllm.entrypoints.openai.chat_completion.batch_serving")
     yield at("import", "OpenAIServingChatBatch", usage)

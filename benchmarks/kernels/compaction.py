@@ -13,6 +13,7 @@ from benchmarks.kernels.timing import Parts, now, since, turns
 from vllm_kvcrush import policies
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.plan import Plan
+from vllm_kvcrush.policies import choice
 from vllm_kvcrush.policies.base import View
 
 BUDGET = 0.25
@@ -54,7 +55,7 @@ class Layers:
             )
             for index in range(self.sets)
         ]
-        self._request = cpu.Source(None, table, held, 0, PAGE)
+        self._source = cpu.Source(None, table, held, 0, PAGE)
         for layer, contents in zip(self._layers, case.contents(self.sets), strict=True):
             rows = case.tokens(case.keys, contents[0], held).transpose(0, 1).contiguous()
             cpu.store(layer, rows, rows, torch.arange(held))
@@ -64,16 +65,16 @@ class Layers:
     def view(self, index: int, needs: frozenset[str]) -> View:
         """What a policy with these needs sees of layer `index`."""
         layer = self._layers[index]
-        assert needs <= {"queries", "running"}
-        running = torch.zeros(layer.kv_heads, self.candidates) if "running" in needs else None
+        assert needs <= {"queries", "state"}
+        attention = torch.zeros(layer.kv_heads, self.candidates)
         return View(
-            held=cpu.LayerKV(layer, self._request, self._held),
+            held=cpu.LayerKV(layer, self._source, self._held),
             queries=self._queries if "queries" in needs else None,
             scale=layer.scale,
             candidates=self.candidates,
             sinks=self._plan.sinks,
             page_size=PAGE,
-            running=running,
+            state={"attention": attention} if "state" in needs else {},
             layer=index,
             all_heads=lambda x: x,
         )
@@ -81,9 +82,9 @@ class Layers:
     def compact(self, policy: policies.Policy, index: int, spent: Parts) -> torch.Tensor:
         """The slots of layer `index` that stay; adds the seconds of each stage to `spent`."""
         view, began = self.view(index, policy.needs), now()
-        scores = policy.score(view)
+        scores, _ = choice.scored(policy, view)
         scored, middle = since(began), now()
-        kept = policy.select(view, scores, self.keep)
+        kept = policy.select(view, scores, torch.full((view.num_kv_heads,), self.keep))
         selected, total = since(middle), since(began)
         for stage, seconds in zip(STAGES, (scored, selected, total), strict=True):
             wall, cpu = spent.get(stage, (0.0, 0.0))

@@ -143,13 +143,12 @@ class Bench:
 
     def _make_tables(self) -> None:
         """Makes the model's transform tables where a policy needs them and there are none."""
-        from vllm_kvcrush import policies
+        from vllm_kvcrush import spec
         from vllm_kvcrush.codecs import FITTED
         from vllm_kvcrush.codecs.transform import calibrate
 
-        codecs = {
-            c for policy in self.args.policies if policy != FULL for c in policies.codecs(policy)
-        }
+        chosen = [spec.parse(policy) for policy in self.args.policies if policy != FULL]
+        codecs = {codec for own in chosen for codec in spec.storage(own).codecs}
         path = calibrate.output_path(self.model)
         if codecs & set(FITTED) and not path.exists() and not self.args.no_tables:
             say("making the model's transform tables, once …")

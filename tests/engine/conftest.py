@@ -1,4 +1,5 @@
-"""One engine with a policy and one plain vLLM for all end-to-end tests."""
+"""Engines with a policy, of the demo model and of a tiny one, and one plain vLLM: each is started
+once for all end-to-end tests."""
 
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 
+from tests import tiny
+
 HERE = pathlib.Path(__file__).parent
 BLOCK = 32
 POOL_BLOCKS = 60
 MAX_MODEL_LEN = 2048
 PREFILL_INTERVAL, DECODE_INTERVAL = 256, 32
+TINY = tiny.Shape(3, 4, 64, vocabulary=49152, positions=MAX_MODEL_LEN)
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -26,13 +30,21 @@ ENVIRONMENT = {
 
 
 class Engine:
-    """vLLM in this process, with its scheduler, block pool and runner in reach."""
+    """vLLM in this process, with its scheduler, block pool and runner in reach.
 
-    def __init__(self, model_path: str):
+    Attributes:
+        layers, heads, head_size: sizes of the model; heads are those of its queries.
+    """
+
+    def __init__(self, model_path: str, **config: Any):
         from vllm import LLM
 
-        layers, kv_heads, head_size, itemsize = 30, 3, 64, 4
-        block_bytes = layers * BLOCK * kv_heads * 2 * head_size * itemsize
+        os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        model = json.loads(pathlib.Path(model_path, "config.json").read_text())
+        self.layers, self.heads = model["num_hidden_layers"], model["num_attention_heads"]
+        self.head_size = model.get("head_dim") or model["hidden_size"] // self.heads
+        kv_heads, itemsize = model["num_key_value_heads"], 4
+        block_bytes = self.layers * BLOCK * kv_heads * 2 * self.head_size * itemsize
         self.llm = LLM(
             model_path,
             dtype="float32",
@@ -56,6 +68,7 @@ class Engine:
                             "keepkv": {"threshold": [-1, 1]},
                             "kvcrush": {"ratio": [0, 0.5]},
                         },
+                        **config,
                     },
                 }
             },
@@ -175,24 +188,47 @@ def plain(model_path: str) -> Iterator[Plain]:
 
 
 @pytest.fixture(scope="session")
-def _engine(
-    model_path: str, plain: Plain, tables: dict[str, Any]
-) -> Engine:  # plain starts meanwhile
-    os.environ.update(ENVIRONMENT)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    return Engine(model_path)
+def tiny_model(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small random Llama with the demo model's tokenizer, and with 4 KV heads, so that two ranks
+    own two each. It takes a tenth of the demo model's time."""
+    from transformers import AutoTokenizer
 
-
-@pytest.fixture
-def engine(_engine: Engine) -> Iterator[Engine]:
-    """The engine with a cold prefix cache; afterwards every block must be back."""
-    _engine.reset()
-    _engine.runner.on_select = None
-    yield _engine
-    _engine.assert_idle()
+    path = str(tmp_path_factory.mktemp("tiny"))
+    tiny.save_model(path, TINY)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")
-def ids(_engine: Engine, text: str) -> list[int]:
+def demo_engine(model_path: str, plain: Plain, tables: dict[str, Any]) -> Engine:
+    return Engine(model_path)  # plain starts meanwhile
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_model: str) -> Engine:
+    tables = tiny_model + ".safetensors"
+    tiny.save_tables(tiny_model, tables, TINY)
+    return Engine(tiny_model, tables=tables)
+
+
+# For tests of what happens to blocks and requests, whatever the model says.
+on_tiny_model = pytest.mark.parametrize("engine", ["tiny_engine"], indirect=True)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """The demo model's engine, or the tiny one's in tests `on_tiny_model`, with a cold prefix
+    cache; afterwards every block must be back."""
+    engine: Engine = request.getfixturevalue(getattr(request, "param", "demo_engine"))
+    engine.reset()
+    engine.runner.on_select = None
+    yield engine
+    engine.assert_idle()
+
+
+@pytest.fixture(scope="session")
+def ids(model_path: str, text: str) -> list[int]:
     """Some ten thousand tokens of real text."""
-    return _engine.llm.get_tokenizer().encode(text[:60000])
+    from transformers import AutoTokenizer
+
+    return list(AutoTokenizer.from_pretrained(model_path).encode(text[:60000]))

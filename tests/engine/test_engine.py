@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.conftest import BLOCK, DECODE_INTERVAL, MAX_MODEL_LEN, PREFILL_INTERVAL, Engine
+from tests.engine.conftest import (
+    BLOCK,
+    DECODE_INTERVAL,
+    MAX_MODEL_LEN,
+    PREFILL_INTERVAL,
+    Engine,
+    on_tiny_model,
+)
 from vllm_kvcrush import policies
 from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.codecs.transform import calibrate
@@ -42,6 +49,7 @@ def internal(engine: Engine, name: str) -> str:
 # -- blocks really freed ------------------------------------------------------------------------
 
 
+@on_tiny_model
 def test_blocks_come_free_when_the_prompt_ends(engine: Engine, ids: list[int]) -> None:
     prompt = ids[:320]  # 10 blocks; a quarter is 80 tokens: the floor of 3 blocks holds
     with engine.watch() as steps:
@@ -53,6 +61,7 @@ def test_blocks_come_free_when_the_prompt_ends(engine: Engine, ids: list[int]) -
     assert len(result.outputs[0].token_ids) == 4
 
 
+@on_tiny_model
 def test_compaction_repeats_while_decoding(engine: Engine, ids: list[int]) -> None:
     with engine.watch() as steps:
         engine.tokens(ids[:320], 3 * DECODE_INTERVAL)
@@ -62,6 +71,7 @@ def test_compaction_repeats_while_decoding(engine: Engine, ids: list[int]) -> No
     assert all(max(s["held"].values()) <= bound for s in steps[1:] if s["held"])
 
 
+@on_tiny_model
 def test_a_prompt_larger_than_the_whole_pool_is_served(engine: Engine, ids: list[int]) -> None:
     usable = engine.pool.num_gpu_blocks - 1
     prompt = ids[:1952]
@@ -76,6 +86,7 @@ def test_a_prompt_larger_than_the_whole_pool_is_served(engine: Engine, ids: list
     assert [c.computed for s in steps for c in s["compactions"]][-1] == 1952
 
 
+@on_tiny_model
 def test_freed_blocks_admit_waiting_requests(engine: Engine, ids: list[int]) -> None:
     prompts = [ids[i * 330 : i * 330 + 320] for i in range(12)]
 
@@ -335,6 +346,7 @@ def test_result_does_not_depend_on_the_cache(engine: Engine, ids: list[int], pol
     assert engine.tokens(prompt, 20, kv_policy=policy) == cold
 
 
+@on_tiny_model
 def test_compaction_in_place_when_the_pool_is_empty(engine: Engine, ids: list[int]) -> None:
     prompt = ids[3000:3320]
     expected = engine.tokens(prompt, 16)
@@ -382,6 +394,7 @@ def test_uncompressed_requests_equal_plain_vllm_beside_compressed_ones(
     assert len(compacted) == 3
 
 
+@on_tiny_model
 def test_a_request_that_can_never_fit_is_refused(engine: Engine, ids: list[int]) -> None:
     from vllm.exceptions import VLLMValidationError
 
@@ -394,6 +407,7 @@ def test_a_request_that_can_never_fit_is_refused(engine: Engine, ids: list[int])
 # -- what happens to requests -------------------------------------------------------------------
 
 
+@on_tiny_model
 def test_preempted_requests_resume_with_the_same_tokens(engine: Engine, ids: list[int]) -> None:
     prompt = ids[4000:4300]
     alone = engine.tokens(prompt, 100)
@@ -411,6 +425,7 @@ def test_preempted_requests_resume_with_the_same_tokens(engine: Engine, ids: lis
     assert list(results[-1].outputs[0].token_ids) == alone
 
 
+@on_tiny_model
 @pytest.mark.parametrize("phase", ["waiting", "reading", "compacted", "decoding"])
 def test_abort_gives_every_block_back(engine: Engine, ids: list[int], phase: str) -> None:
     core = engine.llm.llm_engine
@@ -450,6 +465,7 @@ def test_stop_strings_and_several_choices(engine: Engine, ids: list[int]) -> Non
     assert any(s["compactions"] for s in steps)
 
 
+@on_tiny_model
 def test_copies_of_one_prompt_never_cost_blocks(engine: Engine, ids: list[int]) -> None:
     """Their blocks are shared: compacting one of them alone would cost blocks."""
     total = engine.pool.num_gpu_blocks - 1

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from tests.engine.conftest import BLOCK, ENVIRONMENT, HERE, Engine
+from tests.engine.conftest import BLOCK, ENVIRONMENT, HERE
 
 pytestmark = pytest.mark.engine
 
 POLICIES = ("streaming", "snapkv", "h2o", "kvcrush")
 MEASURED = ("tc6", "auto", "mikv")  # with tables from statistics at start-up
+NAMES = (*POLICIES, *MEASURED, "none", "lopsided")
 
 
 def run(tmp_path: pathlib.Path, job: dict[str, Any], *flags: str, **environment: str) -> Any:
@@ -54,51 +55,6 @@ def engine_arguments(model: str, **more: Any) -> dict[str, Any]:
         },
         **more,
     }
-
-
-def test_asynchronous_scheduling_gives_the_same_tokens(
-    engine: Engine, ids: list[int], model_path: str, tmp_path: pathlib.Path
-) -> None:
-    prompts = [ids[300:800], ids[900:1100], ids[1200:1520]]
-    extra: list[dict[str, Any]] = [{"kv_budget": 160}, {"kv_policy": "none"}, {"kv_policy": "h2o"}]
-    expected = [
-        list(r.outputs[0].token_ids)
-        for r in engine.generate(prompts, [engine.params(70, **e) for e in extra])
-    ]
-    job = {"prompts": prompts, "max_tokens": 70, "extra": extra}
-    result = run(
-        tmp_path,
-        {"engine": engine_arguments(model_path), "jobs": [job]},
-        "--async",
-        VLLM_ENABLE_V1_MULTIPROCESSING="1",
-    )
-    assert result["async"] and "KVCrushAsyncScheduler" in result["scheduler"]
-    (answers,) = result["jobs"]
-    assert [a["tokens"] for a in answers] == expected
-    assert [a["details"]["compactions"] for a in answers] == [4, 0, 3]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> str:
-    """A small random Llama with 4 KV heads, so that two ranks own two each."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    path = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    AutoTokenizer.from_pretrained(model_path).save_pretrained(path)
-    return str(path)
 
 
 LOPSIDED = """
@@ -154,34 +110,41 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def tiny_job(ids: list[int]) -> dict[str, Any]:
-    names = (*POLICIES, *MEASURED, "none", "lopsided")
-    prompts = [ids[i * 50 : i * 50 + 400] for i in range(len(names))]
-    extra = [{"kv_policy": name} for name in names]
+    prompts = [ids[i * 50 : i * 50 + 400] for i in range(len(NAMES))]
+    extra = [{"kv_policy": name} for name in NAMES]
     return {"prompts": prompts, "max_tokens": 40, "extra": extra}
 
 
 def run_tiny(
-    tiny: str, job: dict[str, Any], tmp_path: pathlib.Path, ranks: int = 1, **arguments: Any
-) -> list[dict[str, Any]]:
+    tiny_model: str,
+    jobs: list[dict[str, Any]],
+    tmp_path: pathlib.Path,
+    *flags: str,
+    ranks: int = 1,
+    **arguments: Any,
+) -> dict[str, Any]:
     cores = [str(core) for core in sorted(os.sched_getaffinity(0)) * 2]
-    engine = engine_arguments(tiny, tensor_parallel_size=ranks, **arguments)
+    engine = engine_arguments(tiny_model, tensor_parallel_size=ranks, **arguments)
     engine["additional_config"]["kvcrush"]["policy"] = "auto"
-    answers: list[dict[str, Any]] = run(
+    result: dict[str, Any] = run(
         tmp_path,
-        {"engine": engine, "jobs": [job]},
+        {"engine": engine, "jobs": jobs},
+        *flags,
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
         # One memory node holds both ranks here, which vLLM does not bind by itself.
-        VLLM_CPU_OMP_THREADS_BIND="|".join(cores[:ranks]),
-    )["jobs"][0]
-    return answers
+        VLLM_CPU_OMP_THREADS_BIND="|".join(cores[:ranks]) if ranks > 1 else "nobind",
+    )
+    return result
 
 
 @pytest.fixture(scope="module")
 def alone(
-    tiny: str, tiny_job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    tiny_model: str, tiny_job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """One rank, eager."""
-    answers = run_tiny(tiny, tiny_job, tmp_path_factory.mktemp("alone"))
+    """What one rank answers, eager and with synchronous scheduling."""
+    result = run_tiny(tiny_model, [tiny_job], tmp_path_factory.mktemp("alone"))
+    assert not result["async"] and "KVCrushScheduler" in result["scheduler"]
+    answers: list[dict[str, Any]] = result["jobs"][0]
     assert all(a["details"]["compactions"] >= 1 for a in answers[:-2])
     assert "policy_failures" not in answers[-1]["details"]
     assert len({tuple(a["tokens"]) for a in answers}) > 1
@@ -189,10 +152,10 @@ def alone(
 
 
 def test_tensor_parallel_ranks_agree(
-    tiny: str, tiny_job: dict[str, Any], alone: list[dict[str, Any]], tmp_path: pathlib.Path
+    tiny_model: str, tiny_job: dict[str, Any], alone: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
-    both = run_tiny(tiny, tiny_job, tmp_path, ranks=2)
-    for policy, a, b in zip((*POLICIES, *MEASURED, "none"), alone[:-1], both[:-1], strict=True):
+    both = run_tiny(tiny_model, [tiny_job], tmp_path, ranks=2)["jobs"][0]
+    for policy, a, b in zip(NAMES[:-1], alone[:-1], both[:-1], strict=True):
         assert a["tokens"] == b["tokens"], policy
         assert a["details"] == b["details"]
     # A policy that fails on one of them hangs none.
@@ -202,48 +165,52 @@ def test_tensor_parallel_ranks_agree(
 
 
 def test_a_compiled_model_gives_the_same_tokens(
-    tiny: str, tiny_job: dict[str, Any], alone: list[dict[str, Any]], tmp_path: pathlib.Path
+    tiny_model: str, tiny_job: dict[str, Any], alone: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
     """What a server without --enforce-eager does."""
-    compiled = run_tiny(tiny, tiny_job, tmp_path, enforce_eager=False)
-    for policy, a, b in zip(
-        (*POLICIES, *MEASURED, "none", "lopsided"), alone, compiled, strict=True
-    ):
+    compiled = run_tiny(tiny_model, [tiny_job], tmp_path, enforce_eager=False)["jobs"][0]
+    for policy, a, b in zip(NAMES, alone, compiled, strict=True):
         assert a["tokens"] == b["tokens"], policy
         assert a["details"] == b["details"]
 
 
-def test_lora_requests_are_compacted(
-    tiny: str, ids: list[int], tmp_path: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+def test_asynchronous_scheduling_and_lora(
+    tiny_model: str,
+    tiny_job: dict[str, Any],
+    alone: list[dict[str, Any]],
+    ids: list[int],
+    tmp_path: pathlib.Path,
 ) -> None:
+    """One engine with both: requests without an adapter get the tokens of synchronous scheduling,
+    those with one are compacted too."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    adapter = tmp_path_factory.mktemp("adapter")
+    adapter = tmp_path / "adapter"
     torch.manual_seed(1)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(tiny),
+        AutoModelForCausalLM.from_pretrained(tiny_model),
         LoraConfig(
             r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], init_lora_weights=False
         ),
     )
     model.save_pretrained(adapter)
-    prompt = ids[300:700]
-    part = {"prompts": [prompt], "max_tokens": 30}
-    result = run(
+    part = {"prompts": [ids[300:700]], "max_tokens": 30, "extra": [{}]}
+    with_adapter = {**part, "lora": str(adapter)}
+    result = run_tiny(
+        tiny_model,
+        [tiny_job, with_adapter, part, with_adapter],
         tmp_path,
-        {
-            "engine": engine_arguments(tiny, enable_lora=True, max_lora_rank=8),
-            "jobs": [
-                {**part, "extra": [{}], "lora": str(adapter)},
-                {**part, "extra": [{}]},
-                {**part, "extra": [{}], "lora": str(adapter)},
-            ],
-        },
-        VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        "--async",
+        enable_lora=True,
+        max_lora_rank=8,
     )
-    with_lora, without, again = (job[0] for job in result["jobs"])
+    assert result["async"] and "KVCrushAsyncScheduler" in result["scheduler"]
+    answers, (with_lora,), (without,), (again,) = result["jobs"]
+    for policy, a, b in zip(NAMES, alone, answers, strict=True):
+        assert a["tokens"] == b["tokens"], policy
+        assert a["details"] == b["details"]
     assert with_lora["details"]["compactions"] >= 1 and without["details"]["compactions"] >= 1
     # The prefix cache keeps adapters apart, and the same adapter repeats itself.
     assert with_lora["tokens"] == again["tokens"] != without["tokens"]

@@ -203,7 +203,7 @@ namespace {
 // the cache
 
 bool fitted(int codec) {
-    return codec >= KVC_FIRST_FITTED;
+    return codec >= KVC_TC4 && codec <= KVC_TC8;
 }
 
 // Angles of a rotary embedding as kvc_table wants them, the same in every case.
@@ -247,9 +247,10 @@ struct Tables {
     std::vector<const kvc_table *> pointers;
 
     void make(Random &random, const kvc_layer &layer) {
-        codecs.resize(KVC_CODECS - KVC_FIRST_FITTED);
-        for (Codec &codec : codecs) {
-            const bool there = random.chance(85);
+        codecs.resize(KVC_CODECS);
+        for (int i = 0; i < KVC_CODECS; ++i) {
+            Codec &codec = codecs[static_cast<size_t>(i)];
+            const bool there = fitted(i) && random.chance(85);
             if (there) fill(random, layer, codec);
             pointers.push_back(there ? &codec.table : nullptr);
         }
@@ -526,11 +527,17 @@ class Case {
         fill_tail();
         fill_pages();
         for (int i = static_cast<int>(random_.in(3, 8)); i > 0; --i) {
-            switch (random_.in(0, 7)) {
+            switch (random_.in(0, 9)) {
                 case 0:
                 case 1:
                 case 2:
                     attention();
+                    break;
+                case 8:
+                    gather();
+                    break;
+                case 9:
+                    fill();
                     break;
                 case 3:
                     read();
@@ -724,8 +731,7 @@ class Case {
                     kvc_capacity(codec, layer.page_bytes, layer.k_size, layer.v_size, layer.dtype);
                 continue;
             }
-            const kvc_table *table =
-                layer.tables == nullptr ? nullptr : layer.tables[codec - KVC_FIRST_FITTED];
+            const kvc_table *table = layer.tables == nullptr ? nullptr : layer.tables[codec];
             cache_.capacity[codec] = table == nullptr ? 0 : table->heads[0].capacity;
         }
         cache_.content.resize(static_cast<size_t>(cache_.pages()));
@@ -1187,7 +1193,7 @@ class Case {
               int head) {
         const kvc_layer &layer = cache_.layer;
         Held x;
-        kvc_request request{};
+        kvc_source request{};
         request.directory = d.view();
         if (!d.begin.empty()) {
             request.directory.begin += row * d.stride;
@@ -1428,7 +1434,7 @@ class Case {
     struct Asked {
         Directory d;
         std::vector<int32_t> table;
-        kvc_request request{};
+        kvc_source request{};
         bool spoiled = false;
         std::set<int64_t> allowed;
     };
@@ -1546,11 +1552,17 @@ class Case {
         const kvc_layer &layer = cache_.layer;
         Asked asked;
         make_request(asked);
-        int64_t least = INT64_MAX;
-        for (int h = 0; h < layer.num_kv_heads && !asked.spoiled; ++h)
-            least = std::min(least, asked.d.tokens(0, h) + asked.request.tail_length);
-        if (asked.spoiled) least = 8;
         if (asked.request.tail_length == 0) return;
+        const size_t heads = static_cast<size_t>(layer.num_kv_heads);
+        std::vector<int64_t> candidates(heads);
+        for (size_t h = 0; h < heads; ++h) {
+            const int64_t most =
+                asked.spoiled ? 8
+                              : asked.d.tokens(0, static_cast<int>(h)) + asked.request.tail_length;
+            candidates[h] = random_.chance(50) ? most : random_.in(0, most);
+        }
+        if (random_.chance(40))  // equally many of each
+            candidates.assign(heads, *std::min_element(candidates.begin(), candidates.end()));
         kvc_scoring scoring{};
         const int64_t tail = asked.spoiled ? 4 : asked.request.tail_length;
         scoring.window = static_cast<int32_t>(
@@ -1559,7 +1571,7 @@ class Case {
         scoring.pool_max = random_.chance(50);
         scoring.reduce = static_cast<int32_t>(random_.in(0, 2));
         scoring.factor = random_.chance(80) ? 1.0f / static_cast<float>(scoring.window) : 1.0f;
-        int64_t candidates = random_.chance(50) ? least : random_.in(0, least);
+        const int64_t width = *std::max_element(candidates.begin(), candidates.end());
         int32_t dtype = static_cast<int32_t>(random_.in(KVC_F32, KVC_F16));
         const int64_t window = scoring.window, row_stride = layer.k_size + random_.in(0, 5);
         const int64_t head_stride = window * row_stride + random_.in(0, 5);
@@ -1567,7 +1579,7 @@ class Case {
             dtype, 1,
             (layer.num_heads - 1) * head_stride + (window - 1) * row_stride + layer.k_size, 1);
         std::vector<float> out(static_cast<size_t>(
-            (scoring.reduce == 0 ? layer.num_heads : layer.num_kv_heads) * candidates));
+            (scoring.reduce == 0 ? layer.num_heads : layer.num_kv_heads) * width));
         kvc_layer used = layer;
         bool refuse = false;
         if (hostile(25)) {
@@ -1590,7 +1602,8 @@ class Case {
                     dtype = random_.of({-1, 3, INT32_MIN, INT32_MAX});
                     break;
                 default:
-                    candidates = random_.of({int64_t{-1}, kBelow, kAbove, int64_t{1} << 40});
+                    candidates[static_cast<size_t>(random_.in(0, layer.num_kv_heads - 1))] =
+                        random_.of({int64_t{-1}, kBelow, kAbove, int64_t{1} << 40});
             }
         }
         {
@@ -1598,7 +1611,7 @@ class Case {
             before("kvc_window_scores");
             const int status =
                 kvc_window_scores(&used, &asked.request, query.data(), dtype, head_stride,
-                                  row_stride, &scoring, candidates, out.data());
+                                  row_stride, &scoring, candidates.data(), out.data());
             if (refuse)
                 must_refuse(status);
             else if (asked.spoiled)
@@ -1607,8 +1620,19 @@ class Case {
                 must(status);
         }
         if (!tame_) return;
-        record(out.data(), static_cast<int64_t>(out.size()), 0.05);
-        if (scoring.pool != 1 || scoring.reduce != 0 || candidates == 0) return;
+        const int64_t rows = width == 0 ? 0 : static_cast<int64_t>(out.size()) / width;
+        std::vector<float> inside;
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t i = 0; i < width; ++i) {
+                const float got = out[static_cast<size_t>(r * width + i)];
+                if (i < candidates[static_cast<size_t>(r / (rows / layer.num_kv_heads))])
+                    inside.push_back(got);
+                else if (got != -INFINITY)
+                    die("slot %lld is no candidate, and scores %g", static_cast<long long>(i),
+                        double{got});
+            }
+        record(inside.data(), static_cast<int64_t>(inside.size()), 0.05);
+        if (scoring.pool != 1 || scoring.reduce != 0 || width == 0) return;
         const int h = static_cast<int>(random_.in(0, layer.num_heads - 1));
         const Held x = held(asked.d, 0, asked.table, asked.request.tail_length,
                             h / (layer.num_heads / layer.num_kv_heads));
@@ -1620,13 +1644,231 @@ class Case {
                 sums[t] += weight[t] / weight.back() * double{scoring.factor};
         }
         const double whole = double{scoring.factor} * static_cast<double>(window);
-        for (int64_t i = 0; i < candidates; ++i) {
-            const double got = out[static_cast<size_t>(h * candidates + i)];
+        const int kv = h / (layer.num_heads / layer.num_kv_heads);
+        for (int64_t i = 0; i < candidates[static_cast<size_t>(kv)]; ++i) {
+            const double got = out[static_cast<size_t>(h * width + i)];
             if (!(std::fabs(got - sums[static_cast<size_t>(i)]) <= 1e-3 * whole))
                 die("the score of slot %lld is %g, not %g", static_cast<long long>(i), got,
                     sums[static_cast<size_t>(i)]);
         }
         ++checked;
+    }
+
+    // Draws slots of each head, in any order, and where each head's start.
+    void draw_slots(const Asked &asked, std::vector<int64_t> &slots, std::vector<int64_t> &start) {
+        start = {0};
+        for (int h = 0; h < cache_.layer.num_kv_heads; ++h) {
+            const int64_t held =
+                asked.spoiled ? 20 : asked.d.tokens(0, h) + asked.request.tail_length;
+            const int keep = static_cast<int>(random_.of({0, 10, 50, 90, 100}));
+            const size_t first = slots.size();
+            for (int64_t i = 0; i < held; ++i)
+                if (random_.chance(keep)) slots.push_back(i);
+            if (random_.chance(20)) std::reverse(slots.begin() + first, slots.end());
+            start.push_back(static_cast<int64_t>(slots.size()));
+        }
+    }
+
+    void gather() {
+        const kvc_layer &layer = cache_.layer;
+        Asked asked;
+        make_request(asked);
+        std::vector<int64_t> slots, start;
+        draw_slots(asked, slots, start);
+        int64_t most = 0;
+        for (int h = 0; h < layer.num_kv_heads; ++h)
+            most =
+                std::max(most, start[static_cast<size_t>(h) + 1] - start[static_cast<size_t>(h)]);
+        const int64_t rows = most + random_.in(0, 3);
+        int64_t said = rows;
+        std::vector<float> key(static_cast<size_t>(layer.num_kv_heads * rows * layer.k_size), 7.0f);
+        std::vector<float> value(static_cast<size_t>(layer.num_kv_heads * rows * layer.v_size),
+                                 7.0f);
+        std::vector<int32_t> positions(static_cast<size_t>(layer.num_kv_heads * rows), 7);
+        kvc_layer used = layer;
+        bool refuse = false, spoiled = asked.spoiled;
+        if (hostile(30)) {
+            switch (random_.in(0, 2)) {
+                case 0:
+                    used = bad_layer();
+                    refuse = true;
+                    break;
+                case 1:
+                    if (slots.empty()) break;
+                    slots[static_cast<size_t>(
+                        random_.in(0, static_cast<int64_t>(slots.size()) - 1))] =
+                        random_.of({int64_t{-1}, kAbove, kBelow, int64_t{1} << 40});
+                    refuse = true;
+                    break;
+                default:
+                    said = random_.of({most - 1, int64_t{-1}, kBelow});
+                    refuse = true;
+            }
+        }
+        const bool want_positions = random_.chance(50) && !has_raw(asked.d);
+        const bool want_k = random_.chance(80), want_v = random_.chance(80);
+        {
+            const Only only(cache_, asked.allowed);
+            before("kvc_gather");
+            const int status =
+                kvc_gather(&used, &asked.request, slots.data(), start.data(), said,
+                           want_k ? key.data() : nullptr, want_v ? value.data() : nullptr,
+                           want_positions ? positions.data() : nullptr);
+            if (refuse)
+                must_refuse(status);
+            else if (spoiled)
+                after(status);
+            else
+                must(status);
+        }
+        if (!tame_) return;
+        for (int h = 0; h < layer.num_kv_heads; ++h) {
+            const int64_t first = start[static_cast<size_t>(h)];
+            const int64_t count = start[static_cast<size_t>(h) + 1] - first;
+            const Held x = held(asked.d, 0, asked.table, asked.request.tail_length, h);
+            const std::vector<int32_t> places = positions_of(asked, h);
+            for (int64_t i = 0; i < rows; ++i) {
+                const size_t slot =
+                    i < count ? static_cast<size_t>(slots[static_cast<size_t>(first + i)]) : 0;
+                const auto same = [&](const std::vector<float> &got, const std::vector<float> &all,
+                                      int64_t size) {
+                    for (int64_t c = 0; c < size; ++c) {
+                        const size_t at = static_cast<size_t>((h * rows + i) * size + c);
+                        const float wanted =
+                            i < count
+                                ? all[slot * static_cast<size_t>(size) + static_cast<size_t>(c)]
+                                : 0.0f;
+                        if (got[at] != wanted) die("kvc_gather gave another number");
+                    }
+                };
+                if (want_k) same(key, x.key, layer.k_size);
+                if (want_v) same(value, x.value, layer.v_size);
+                if (want_positions &&
+                    positions[static_cast<size_t>(h * rows + i)] != (i < count ? places[slot] : 0))
+                    die("kvc_gather gave another position");
+            }
+        }
+        ++checked;
+    }
+
+    void fill() {
+        const kvc_layer &layer = cache_.layer;
+        const int heads = layer.num_kv_heads;
+        Directory target;
+        target.stride = heads;
+        target.begin.resize(static_cast<size_t>(heads));
+        target.end = target.begin;
+        std::vector<int64_t> counts(static_cast<size_t>(heads), 0);
+        std::set<int64_t> taken;
+        bool wants_positions = false;
+        for (int h = 0; h < heads; ++h) {
+            target.begin[static_cast<size_t>(h)] = static_cast<int32_t>(target.page.size());
+            for (int64_t n = random_.in(0, 3); n > 0; --n) {
+                const int64_t page = compressed_page();
+                if (!taken.insert(page).second) continue;
+                const int codec = cache_.codec(random_);
+                const int64_t count = random_.in(0, cache_.capacity[codec]);
+                target.page.push_back(static_cast<int32_t>(page));
+                target.codec.push_back(static_cast<uint8_t>(codec));
+                target.count.push_back(static_cast<uint16_t>(count));
+                wants_positions |= has_positions(codec) && count > 0;
+                counts[static_cast<size_t>(h)] += count;
+            }
+            target.end[static_cast<size_t>(h)] = static_cast<int32_t>(target.page.size());
+        }
+        int64_t rows = *std::max_element(counts.begin(), counts.end()) + random_.in(0, 2);
+        std::vector<float> key, value;
+        floats(key, heads * rows, layer.k_size);
+        floats(value, heads * rows, layer.v_size);
+        // In order, close enough together for pages and tables of every codec.
+        std::vector<int32_t> positions(static_cast<size_t>(heads * rows));
+        const int32_t gap = static_cast<int32_t>(random_.of({1, 1, 3, 30}));
+        for (int h = 0; h < heads; ++h)
+            for (int64_t i = 0, at = random_.in(0, 1000); i < rows; ++i, at += random_.in(1, gap))
+                positions[static_cast<size_t>(h * rows + i)] =
+                    static_cast<int32_t>(std::min<int64_t>(at, INT32_MAX));
+        bool valid = true, refuse = false;
+        for (const int32_t position : positions) valid &= position < Angles::kPositions;
+        const std::vector<int32_t> given = positions;
+        kvc_layer used = layer;
+        kvc_directory view = target.view();
+        bool null_positions = !wants_positions && random_.chance(30);
+        if (hostile(50)) {
+            valid = false;
+            const size_t h = static_cast<size_t>(random_.in(0, heads - 1));
+            switch (random_.in(0, 6)) {
+                case 0:
+                    used = bad_layer();
+                    refuse = true;
+                    break;
+                case 1:
+                    view.begin = nullptr;
+                    refuse = true;
+                    break;
+                case 2:
+                    counts[h] = random_.of({counts[h] + 1, counts[h] - 1, kAbove, kBelow});
+                    refuse = true;
+                    break;
+                case 3:
+                    rows = random_.of({int64_t{-1}, kBelow});
+                    refuse = true;
+                    break;
+                case 4:
+                    null_positions = true;
+                    refuse = wants_positions;
+                    break;
+                case 5:
+                    if (positions.empty()) break;
+                    positions[static_cast<size_t>(
+                        random_.in(0, static_cast<int64_t>(positions.size()) - 1))] =
+                        random_.of({-1, 0, INT32_MAX, INT32_MIN});
+                    break;
+                default:
+                    spoil(target);
+                    view = target.view();
+            }
+        }
+        {
+            std::set<int64_t> allowed;
+            allow(allowed, target);
+            const Only only(cache_, allowed);
+            before("kvc_fill");
+            const int status = kvc_fill(&used, rows, counts.data(), key.data(), value.data(),
+                                        null_positions ? nullptr : positions.data(), &view);
+            if (refuse)
+                must_refuse(status);
+            else if (valid)
+                must(status);
+            else
+                after(status);
+        }
+        if (!tame_) return;
+        for (size_t e = 0; e < target.page.size(); ++e) {
+            Content &content = cache_.content[static_cast<size_t>(target.page[e])];
+            content.codec = target.codec[e];
+            content.count = valid ? target.count[e] : 0;
+            content.positions.assign(static_cast<size_t>(content.count), 0);
+        }
+        if (!valid) return;
+        for (int h = 0; h < heads; ++h) {
+            int64_t at = h * rows;
+            for (int32_t i = target.begin[static_cast<size_t>(h)];
+                 i < target.end[static_cast<size_t>(h)]; ++i) {
+                const size_t e = static_cast<size_t>(i);
+                const int codec = target.codec[e];
+                const int64_t page = target.page[e], count = target.count[e];
+                Content &content = cache_.content[static_cast<size_t>(page)];
+                content.head = h;
+                content.positions = as_kept(
+                    codec, std::vector<int32_t>(given.begin() + at, given.begin() + at + count));
+                const std::vector<float> want_k(key.begin() + at * layer.k_size,
+                                                key.begin() + (at + count) * layer.k_size);
+                const std::vector<float> want_v(value.begin() + at * layer.v_size,
+                                                value.begin() + (at + count) * layer.v_size);
+                decode_page(page, codec, h, count, &want_k, &want_v);
+                at += count;
+            }
+        }
     }
 
     void compact() {
@@ -1830,11 +2072,14 @@ class Case {
                             : random_.of({NAN, INFINITY, -INFINITY, 0.0f, -0.0f});
         std::vector<uint8_t> mask(scores.size(), 77);
         const bool refuse = random_.chance(20);
-        const int64_t keep =
-            refuse ? random_.of({int64_t{-1}, n + 1, kAbove, kBelow}) : random_.in(0, n);
+        std::vector<int64_t> keep(static_cast<size_t>(rows));
+        for (int64_t &own : keep) own = random_.in(0, n);
+        if (refuse && rows > 0)
+            keep[static_cast<size_t>(random_.in(0, rows - 1))] =
+                random_.of({int64_t{-1}, n + 1, kAbove, kBelow});
         before("kvc_top_mask");
-        const int status = kvc_top_mask(rows, n, scores.data(), keep, mask.data());
-        if (refuse) return must_refuse(status);
+        const int status = kvc_top_mask(rows, n, scores.data(), keep.data(), mask.data());
+        if (refuse && rows > 0) return must_refuse(status);
         must(status);
         const auto value = [&](int64_t i) {
             const float x = scores[static_cast<size_t>(i)];
@@ -1846,7 +2091,8 @@ class Case {
             std::stable_sort(order.begin(), order.end(),
                              [&](int64_t a, int64_t b) { return value(a) > value(b); });
             for (int64_t i = 0; i < n; ++i)
-                if (mask[static_cast<size_t>(order[static_cast<size_t>(i)])] != (i < keep))
+                if (mask[static_cast<size_t>(order[static_cast<size_t>(i)])] !=
+                    (i < keep[static_cast<size_t>(r)]))
                     die("kvc_top_mask chose other slots");
         }
         ++checked;
@@ -1900,27 +2146,43 @@ class Case {
     }
 
     void mask_slots() {
-        const int64_t rows = random_.in(0, 4), n = random_.in(0, 300), count = random_.in(0, n);
+        const int64_t rows = random_.in(0, 4), n = random_.in(0, 300);
         std::vector<uint8_t> mask(static_cast<size_t>(rows * n), 0);
-        for (int64_t r = 0; r < rows; ++r)
-            for (int64_t i = 0; i < count;) {
+        std::vector<int64_t> count(static_cast<size_t>(rows));
+        int64_t width = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+            int64_t &own = count[static_cast<size_t>(r)];
+            own = r > 0 && random_.chance(50) ? count[0] : random_.in(0, n);
+            width = std::max(width, own);
+            for (int64_t i = 0; i < own;) {
                 uint8_t &x = mask[static_cast<size_t>(r * n + random_.in(0, n - 1))];
                 if (x == 0) x = static_cast<uint8_t>(random_.in(1, 255)), ++i;
             }
+        }
         const bool refuse = rows > 0 && random_.chance(30);
-        const int64_t said = refuse ? random_.of({count + 1, count - 1, kAbove, kBelow}) : count;
-        // No larger than said: a refused call writes no more than it was promised.
-        std::vector<int64_t> slots(static_cast<size_t>(rows * count));
+        std::vector<int64_t> said = count;
+        if (refuse) {
+            int64_t &own = said[static_cast<size_t>(random_.in(0, rows - 1))];
+            own = random_.of({own + 1, own - 1, kAbove, kBelow});
+        }
+        // A refused call writes nothing.
+        std::vector<int64_t> slots(static_cast<size_t>(rows * width), -7);
         before("kvc_mask_slots");
-        const int status = kvc_mask_slots(rows, n, mask.data(), said, slots.data());
-        if (refuse) return must_refuse(status);
+        const int status = kvc_mask_slots(rows, n, mask.data(), said.data(), slots.data());
+        if (refuse) {
+            if (std::count(slots.begin(), slots.end(), -7) != rows * width)
+                die("kvc_mask_slots wrote before it refused");
+            return must_refuse(status);
+        }
         must(status);
-        int64_t at = 0;
-        for (int64_t r = 0; r < rows; ++r)
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t *at = slots.data() + r * width;
             for (int64_t i = 0; i < n; ++i)
-                if (mask[static_cast<size_t>(r * n + i)] != 0 &&
-                    slots[static_cast<size_t>(at++)] != i)
+                if (mask[static_cast<size_t>(r * n + i)] != 0 && *at++ != i)
                     die("kvc_mask_slots gave other slots");
+            while (at < slots.data() + (r + 1) * width)
+                if (*at++ != -1) die("kvc_mask_slots wrote beyond a row's own");
+        }
         ++checked;
     }
 
@@ -1932,7 +2194,7 @@ class Case {
             layer = bad_layer();
             return must_refuse(kvc_check_layer(&layer));
         }
-        const int at = static_cast<int>(random_.in(0, KVC_CODECS - KVC_FIRST_FITTED - 1));
+        const int at = static_cast<int>(random_.in(KVC_TC4, KVC_TC8));
         if (layer.tables == nullptr || layer.tables[at] == nullptr) return;
         std::vector<const kvc_table *> tables = cache_.tables.pointers;
         kvc_table table = *tables[static_cast<size_t>(at)];

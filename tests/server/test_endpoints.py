@@ -120,7 +120,8 @@ def test_what_takes_none_says_so(server: Server) -> None:
     status, text = post(server, "/v1/systemone", question | {"kv_budget": 0.5})
     assert status == 400 or status == 501  # the demo model may not have it at all
     if status == 400:
-        assert json.loads(text)["error"]["param"] == "kv_budget"
+        # From vLLM 0.33 on it refuses what it does not know itself.
+        assert json.loads(text)["error"]["param"].removeprefix("body.") == "kv_budget"
     for path, given in (("/tokenize", {"prompt": "Hi"}), ("/detokenize", {"tokens": [5]})):
         status, text = post(server, path, {"model": NAME, "kv_budget": 0.5, **given})
         assert status == 200, text

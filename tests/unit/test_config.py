@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
-from vllm_kvcrush import config, policies
+from vllm_kvcrush import config, policies, spec
 from vllm_kvcrush.codecs.transform import tables as transform_tables
 from vllm_kvcrush.config import (
     AdditionalConfig,
     ConfigError,
+    Demands,
     RequestParams,
     Settings,
     parse_budget,
+    parse_spans,
 )
 from vllm_kvcrush.plan import Packing
 
@@ -73,12 +75,13 @@ def test_bad_budgets_name_the_parameter(given: object) -> None:
 def test_defaults() -> None:
     made = settings()
     assert (made.policy, made.budget, made.budget_max) == ("kvcrush", 0.25, None)
-    evicting, packing = (
-        ("streaming", "snapkv", "h2o", "kvcrush"),
+    choosing, packing = (
+        ("streaming", "snapkv", "h2o", "kvcrush", "mikv", "adakv", "keepkv", "fair"),
         ("int8", "int4", "tc4", "tc6", "tc8"),
     )
-    assert made.allow == (*evicting, *packing, "auto", "mikv", "none")
+    assert made.allow == (*choosing, *packing, "auto", "none")
     assert (made.page, made.fitted, made.tables) == (None, {}, None)
+    assert (made.options, made.clients) == ({}, {})
 
 
 def test_round_trip_through_json() -> None:
@@ -87,12 +90,19 @@ def test_round_trip_through_json() -> None:
         budget_max=0.5,
         allow="snapkv, none",
         min_tokens="100",
-        config={"window": "8", "sinks": 0, "kvcrush": {}, "tables": "model.safetensors"},
+        config={
+            "window": "8",
+            "sinks": 0,
+            "kvcrush": {"base": {"policy": "snapkv", "pool": 3}},
+            "tables": "model.safetensors",
+            "clients": {"kvcrush": {"ratio": [0, 0.5], "anchor": ["mean", "random"]}},
+        },
         page=PAGE,
         fitted=FITTED,
     )
     again = Settings.from_dict(json.loads(json.dumps(made.to_dict())))
     assert again == made
+    assert made.clients == {"kvcrush": {"ratio": [0, 0.5], "anchor": ["mean", "random"]}}
     assert made.allow == ("kvcrush", "snapkv", "none")  # the default policy is always allowed
     assert (made.window, made.sinks, made.budget, made.min_tokens) == (8, 0, 512, 100)
     assert (made.tables, made.page) == ("model.safetensors", (64, 64, 4))
@@ -129,6 +139,26 @@ def test_round_trip_through_json() -> None:
         ({"config": {"kvcrush": 3}}, "--kv-policy-config.kvcrush"),
         ({"config": {"kvcrush": {"typo": 1}}}, "--kv-policy-config.kvcrush"),
         ({"config": {"h2o": {"typo": 1}}}, "--kv-policy-config.h2o"),
+        ({"config": {"kvcrush": {"base": "kvcrush"}}}, "--kv-policy-config.kvcrush"),
+        ({"config": {"fair": {"base": "nope"}}}, "--kv-policy-config.fair"),
+        ({"config": {"fair": {"base": "snapkv@int8"}}}, "--kv-policy-config.fair"),
+        ({"policy": "kvcrush(ratio=7)"}, "--kv-policy"),
+        ({"policy": "kvcrush(nope)"}, "--kv-policy"),
+        ({"policy": "kvcrush(none)"}, "--kv-policy"),
+        ({"policy": "snapkv(h2o)"}, "--kv-policy"),
+        ({"policy": "kvcrush(snapkv"}, "--kv-policy"),
+        ({"policy": "snapkv@int5"}, "--kv-policy"),
+        ({"allow": "kvcrush(nope)"}, "--kv-policy-allow"),
+        ({"allow": [{"policy": "fair", "base": "none"}]}, "--kv-policy-allow"),
+        ({"config": {"clients": 5}}, "--kv-policy-config.clients"),
+        ({"config": {"clients": {"kvcrush": 5}}}, "--kv-policy-config.clients"),
+        ({"config": {"clients": {"nope": {}}}}, "--kv-policy-config.clients"),
+        ({"config": {"clients": {"none": {}}}}, "--kv-policy-config.clients"),
+        ({"config": {"clients": {"kvcrush": {"ratios": [0, 1]}}}}, "--kv-policy-config.clients"),
+        ({"config": {"clients": {"kvcrush": {"base": ["h2o"]}}}}, "--kv-policy-config.clients"),
+        ({"config": {"clients": {"streaming": {"x": [0, 1]}}}}, "--kv-policy-config.clients"),
+        ({"config": {"clients": {"kvcrush": {"ratio": 0.5}}}}, "--kv-policy-config.clients"),
+        ({"config": {"clients": {"kvcrush": {"ratio": []}}}}, "--kv-policy-config.clients"),
     ],
 )
 def test_bad_settings_name_the_flag(raw: dict[str, object], key: str) -> None:
@@ -143,6 +173,32 @@ def test_bad_settings_name_the_flag(raw: dict[str, object], key: str) -> None:
 )
 def test_a_list_of_policies_in_any_form(allow: object) -> None:
     assert settings(allow=allow).allow == ("kvcrush", "int8", "int4")
+
+
+@pytest.mark.parametrize(
+    "allow",
+    [
+        "fair( kvcrush( ratio=0.5,anchor=mean ) ),int8",
+        ["fair(kvcrush(anchor=mean, ratio=0.5))", "int8"],
+        [{"policy": "fair", "base": {"policy": "kvcrush", "ratio": 0.5, "anchor": "mean"}}, "int8"],
+        '{"policy": "fair", "base": {"policy": "kvcrush(anchor=mean)", "ratio": 0.5}}, int8',
+        'fair(kvcrush(anchor="mean", ratio=0.5)), int8',
+    ],
+)
+def test_policies_with_parameters_in_any_form(allow: object) -> None:
+    made = settings(allow=allow)
+    assert made.allow == ("kvcrush", "fair(kvcrush(anchor=mean, ratio=0.5))", "int8")
+    assert Settings.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_a_comma_in_quotes_parts_nothing() -> None:
+    with pytest.raises(ConfigError, match=r"--kv-policy-allow='nope' is not a policy"):
+        settings(allow='kvcrush(anchor="a, (b"), nope')
+    # An anchor of that name fails where policies are built.
+    assert settings(allow='kvcrush(anchor="a, (b"), int8').allow[1:] == (
+        'kvcrush(anchor="a, (b")',
+        "int8",
+    )
 
 
 def test_policies_with_one_name_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +314,238 @@ def test_a_budget_without_a_policy_is_refused() -> None:
     assert not settings.validate_request({}, 32, 4096).active
 
 
+# -- policies with parameters, and what clients may set --------------------------------------------
+
+CLIENTS = {
+    "kvcrush": {"ratio": [0, 0.5], "anchor": ["mean", "random"]},
+    "snapkv": {"pool": [1, 3, 7]},
+    "fair": {"fairness": [0.5, 1]},
+}
+
+
+def served(made: Settings, policy: object, **more: object) -> RequestParams:
+    return made.validate_request({"kv_policy": policy, **more}, BLOCK, LONGEST)
+
+
+@pytest.mark.parametrize(
+    ("asked", "policy"),
+    [
+        ("kvcrush", "kvcrush"),
+        ("kvcrush()", "kvcrush"),
+        ("kvcrush(ratio=0.5)", "kvcrush(ratio=0.5)"),
+        ("kvcrush(ratio=0)", "kvcrush(ratio=0)"),
+        ("kvcrush(anchor=mean,ratio=0.1)", "kvcrush(anchor=mean, ratio=0.1)"),
+        ("fair(kvcrush(snapkv(pool=3)))", "fair(kvcrush(snapkv(pool=3)))"),
+        ("fair(base=kvcrush, fairness=0.75)", "fair(kvcrush, fairness=0.75)"),
+        ({"policy": "fair", "base": "kvcrush"}, "fair(kvcrush)"),
+        ('{"policy": "kvcrush", "ratio": 0.25}', "kvcrush(ratio=0.25)"),
+        # Allowed as it is written, whoever may set what.
+        ("kvcrush(h2o, level=page)", "kvcrush(h2o, level=page)"),
+        ("kvcrush(level=page,h2o)", None),
+        ("kvcrush( base = h2o , level=page)", "kvcrush(h2o, level=page)"),
+    ],
+)
+def test_what_clients_may_compose(asked: object, policy: str | None) -> None:
+    made = settings(
+        allow=["snapkv", "fair", "kvcrush(h2o, level=page)"], config={"clients": CLIENTS}
+    )
+    if policy is None:
+        assert refused(made, kv_policy=asked).key == "kv_policy"
+        return
+    params = served(made, asked)
+    assert params.policy == policy and params.active
+    # Counters have few labels, however many parameters clients vary.
+    assert params.label == policy.partition("(")[0]
+    assert made.plan(params, 1000, BLOCK).budget == 0.25
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("h2o", "choose one of kvcrush, snapkv, fair, int8"),
+        ("kvcrush(h2o)", "choose one of kvcrush"),
+        ("fair(kvcrush(h2o))", "choose one of kvcrush"),
+        ("none", "choose one of kvcrush"),
+        ("kvcrush(none)", "choose one of kvcrush"),
+        ("kvcrush(level=page)", "kvcrush.level is not for clients to set"),
+        ("kvcrush(seed=1)", "kvcrush.seed is not for clients to set"),
+        ("int8(ratio=0.1)", "int8.ratio is not for clients to set"),
+        ("fair(kvcrush(ratio=0.6))", "kvcrush.ratio=0.6 is not from 0 to 0.5"),
+        ("kvcrush(ratio=-1)", "kvcrush.ratio=-1 is not from 0 to 0.5"),
+        ("kvcrush(ratio=true)", "kvcrush.ratio=True is not from 0 to 0.5"),
+        ("kvcrush(ratio=mean)", "kvcrush.ratio='mean' is not from 0 to 0.5"),
+        ("kvcrush(ratio=null)", "kvcrush.ratio=None is not from 0 to 0.5"),
+        ("kvcrush(anchor=zeros)", "kvcrush.anchor='zeros' is not one of mean, random"),
+        ("kvcrush(anchor=3)", "kvcrush.anchor=3 is not one of mean, random"),
+        ("snapkv(pool=5)", "snapkv.pool=5 is not one of 1, 3, 7"),
+        ("snapkv(pool=3.0)", "snapkv.pool=3.0 is not one of 1, 3, 7"),
+        ("snapkv(pool=true)", "snapkv.pool=True is not one of 1, 3, 7"),
+        ("snapkv(kvcrush)", "snapkv wraps no other policy, so not kvcrush either"),
+        ("kvcrush@int4", "no policy that is stores tokens in int4"),
+        ("kvcrush@int8+tc4", "no policy that is stores tokens in tc4"),
+        ("kvcrush@int9", "it names the codec 'int9', which is not one of raw, int8"),
+        ("kvcrush(", "it lacks a policy's name; choose one of kvcrush"),
+        ("", "it lacks a policy's name; choose one of"),
+        ("kvcrush; snapkv", "it cannot be read from '; snapkv' on; choose one of"),
+        ("fair(" * 5 + "kvcrush" + ")" * 5, "it wraps policies more than 4 deep; choose one of"),
+        ("k" * 300, "it is longer than 256 characters; choose one of"),
+        ({"base": "kvcrush"}, 'it has no "policy" with a name; choose one of'),
+        (["kvcrush"], "it is not a policy's name; choose one of"),
+        (None, "it is not a policy's name; choose one of"),
+        pytest.param(10**5000, "it is not a policy's name; choose one of", id="digits"),
+    ],
+)
+def test_what_clients_may_not_compose(asked: object, why: str) -> None:
+    made = settings(allow=["snapkv", "fair", "int8"], config={"clients": CLIENTS})
+    error = refused(made, kv_policy=asked)
+    assert error.key == "kv_policy"
+    assert f" is not served here: {why}" in str(error)
+    assert str(error).endswith(".") and len(str(error)) < 300 and "\n" not in str(error)
+
+
+def test_clients_may_store_in_the_codecs_that_are_served() -> None:
+    made = settings(allow=["int8", "fair"], page=PAGE)
+    params = made.validate_request({"kv_policy": "fair(kvcrush)@int8"}, 128, LONGEST)
+    assert params.policy == "fair(kvcrush)@int8" and params.label == "fair"
+    assert [p.codec for p in made.plan(params, 1000, 128).packings] == ["int8"]
+    raw = made.validate_request({"kv_policy": "int8@raw"}, 128, LONGEST)
+    assert made.plan(raw, 1000, 128).packings == ()
+    # Only where regions may have pages of their own are they read.
+    plain = settings(allow=["fair", "streaming"])
+    assert not plain.owns_pages
+    assert refused(plain, kv_policy="fair@int8").key == "kv_policy"
+
+
+def test_servers_own_bases_are_what_is_stored() -> None:
+    """Where --kv-policy-config names a base, the name alone does not say what regions are."""
+    for base, pages in (("adakv", True), ("keepkv(h2o)", True), ("h2o", False)):
+        made = settings(allow="kvcrush", config={"kvcrush": {"base": base}})
+        assert made.owns_pages == made.demands("kvcrush").pages == pages
+    made = settings(policy="fair", allow="fair", config={"fair": {"base": "mikv"}}, page=PAGE)
+    assert made.storage("fair") == spec.Storage(("int8", "tc8"), tiers=True)
+    assert made.plan(RequestParams("fair", 0.25), 1000, 128).tiers
+    assert made.needs_tables and made.owns_pages
+    # Who names a base has that one.
+    assert made.storage("fair(snapkv)") == spec.Storage()
+    assert made.storage("fair@int4") == spec.Storage(("int4",), tiers=True)
+
+
+@pytest.mark.parametrize(
+    ("policy", "demands"),
+    [
+        ("streaming", Demands()),
+        ("snapkv", Demands(frozenset({"queries"}))),
+        ("h2o", Demands(frozenset({"queries", "state"}), always=True)),
+        ("fair(streaming)", Demands(frozenset({"positions"}), positions=True)),
+        ("int4", Demands(frozenset({"queries"}))),
+        ("adakv", Demands(frozenset({"queries"}), always=True, pages=True, positions=True)),
+        ("keepkv", Demands(frozenset({"queries"}), pages=True, positions=True, merges=True)),
+        (
+            "adakv(keepkv(h2o))",
+            Demands(frozenset({"queries", "state"}), *(True,) * 4),
+        ),
+    ],
+)
+def test_what_policies_ask_the_engine_for(policy: str, demands: Demands) -> None:
+    made = settings()
+    assert made.demands(policy) == demands
+    assert made._built(policy) is made._built(policy), "built once"
+
+
+def test_few_policies_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "_MOST_POLICIES", 4)
+    made = settings(config={"clients": {"kvcrush": {"seed": [0, 100]}}})
+    for seed in range(10):
+        assert served(made, f"kvcrush(seed={seed})").policy == f"kvcrush(seed={seed})"
+    assert list(made._policies) == [f"kvcrush(seed={seed})" for seed in range(6, 10)]
+
+
+# -- spans and protected tokens --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "spans"),
+    [
+        ([[0, 64], [128, 256]], ((0, 64), (128, 256))),
+        ([0, 64, 128, 256], ((0, 64), (128, 256))),
+        ("0:64,128:256", ((0, 64), (128, 256))),
+        (" 0 : 64 , 64:65", ((0, 64), (64, 65))),
+        ([("0", "64")], ((0, 64),)),
+        ([[0, LONGEST]], ((0, LONGEST),)),
+        ([[i, i + 1] for i in range(64)], tuple((i, i + 1) for i in range(64))),
+        ([], ()),
+        ("", ()),
+        ((), ()),
+    ],
+)
+def test_token_ranges(given: object, spans: tuple[tuple[int, int], ...]) -> None:
+    assert parse_spans(given, "kv_spans", LONGEST) == spans
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None, 5, {}, True, "x", "0-64", "0:64:128", "0:64,", "0:²", ":", "0:" + "9" * 20,
+        [0], [0, 1, 2], [[0]], [[0, 1, 2]], [[0, "x"]], [[0, 1.0]], [[False, True]], [None],
+        [[0, 0]], [[5, 4]], [[-1, 4]], [[0, 64], [63, 70]], [[64, 70], [0, 64]],
+        [[0, LONGEST + 1]], [[0, 10**5000]], [[0, "1" * 5000]], [[i, i + 1] for i in range(65)],
+        [[[0, 1], [2, 3]]], ["0:64"], "0:1," * 70, [object()], [[0, 1]] * 10**5,
+    ],
+)  # fmt: skip
+def test_bad_token_ranges_name_the_parameter(given: object) -> None:
+    for key in ("kv_spans", "kv_protect"):
+        with pytest.raises(ConfigError, match=rf"^{key}=.* is not a list of token ranges: give up"):
+            parse_spans(given, key, LONGEST)
+        error = refused(settings(policy="fair"), **{key: given})
+        assert error.key == key and len(str(error)) < 300 and "\n" not in str(error)
+
+
+def test_spans_and_protected_tokens_of_a_request() -> None:
+    made = settings(allow=["fair", "none"])
+    asked = {"kv_policy": "fair(kvcrush)", "kv_spans": "0:100,100:200", "kv_protect": [[10, 40]]}
+    params = made.validate_request(asked, BLOCK, LONGEST)
+    spans, protect = ((0, 100), (100, 200)), ((10, 40),)
+    assert params == RequestParams("fair(kvcrush)", 0.25, spans, protect)
+    assert params.protected == 30
+    assert made.plan(params, 1000, BLOCK).protected == 30
+    # Any policy keeps what is protected; spans are for those that look at them.
+    assert served(made, "kvcrush", kv_protect=[[0, 9], [20, 30]]).protected == 19
+    error = refused(made, kv_policy="kvcrush", kv_spans=[[0, 9]])
+    assert error.key == "kv_spans" and "such as fair(kvcrush)." in str(error)
+    assert served(made, "kvcrush", kv_spans=[]) == RequestParams("kvcrush", 0.25)
+    nested = settings(policy="fair", allow=["kvcrush", "fair"])
+    assert refused(nested, kv_policy="kvcrush(fair)", kv_spans=[[0, 9]]).key == "kv_spans"
+    for key, value in (("kv_spans", [[0, 9]]), ("kv_protect", [[0, 9]]), ("kv_budget", 0.5)):
+        error = refused(made, kv_policy="none", **{key: value})
+        assert error.key == key and "has no effect with kv_policy='none'" in str(error)
+    assert served(made, "none", kv_budget=1.0) == RequestParams("none", 1.0)
+
+
+def test_budgets_hold_what_is_protected() -> None:
+    made = settings()
+    # 4 sinks and 30 tokens: three blocks, beside two of the tail.
+    assert made.smallest_budget(BLOCK) == 48 and made.smallest_budget(BLOCK, 30) == 80
+    protect = [[100, 130]]
+    assert served(made, "kvcrush", kv_budget=80, kv_protect=protect).budget == 80
+    error = refused(made, kv_budget=79, kv_protect=protect)
+    assert error.key == "kv_budget"
+    assert "4 sinks, 30 protected tokens and a window of 16 the smallest budget is 80" in str(error)
+    # A share that is too small is raised to what must be kept, as far as the server's limit goes.
+    params = served(made, "kvcrush", kv_budget=0.01, kv_protect=[[0, 4000]])
+    plan = made.plan(params, 5000, BLOCK)
+    assert plan.blocks(5000) * BLOCK >= 4000 + 4 + 16
+    capped = settings(budget=0.1, budget_max=0.25)
+    least = capped.smallest_budget(BLOCK, 2000)
+    assert least <= LONGEST // 4
+    served(capped, "kvcrush", kv_protect=[[0, 2000]])
+    error = refused(capped, kv_protect=[[0, 3000]])
+    assert error.key == "kv_protect"
+    assert "keeps 3000 tokens, which is above this server's limit of 0.25" in str(error)
+    tokens = settings(budget=512, budget_max=1024)
+    assert refused(tokens, kv_protect=[[0, 1024]]).key in ("kv_protect", "kv_budget")
+    assert refused(tokens, kv_budget=1024, kv_protect=[[0, 1020]]).key == "kv_budget"
+
+
 # -- pages of the compressed region ---------------------------------------------------------------
 
 
@@ -266,10 +554,13 @@ def packings(policy: str, block: int = 128, **raw: object) -> tuple[Packing, ...
 
 
 def test_policies_say_the_same_codecs_as_plans_without_torch() -> None:
-    assert set(config._BUILT_IN_CODECS) == set(policies.names())
-    for name, codecs in config._BUILT_IN_CODECS.items():
-        assert policies.codecs(name) == codecs
-        assert policies.tiers(name) == config._BUILT_IN_TIERS[name]
+    assert set(spec._BUILT_IN) == set(policies.names())
+    for name, stored in spec._BUILT_IN.items():
+        policy = policies.get(name)
+        assert settings().storage(name) == stored
+        assert stored.tiers == policy.tiers
+        assert stored.pages == (policy.allocates or policy.merges)
+        assert stored.codecs == (spec.ALIASES.get(name) or policy.codecs)
     fitted = {name for name in (*policies.names(), "none") if settings(policy=name).needs_tables}
     assert fitted == {"tc4", "tc6", "tc8", "auto", "mikv"}
 

@@ -33,6 +33,7 @@ from tests.unit.test_params import vllm_config as bare_config
 from vllm_kvcrush import plugin, server
 from vllm_kvcrush.server import metrics, params, usage, wrap
 from vllm_kvcrush.server.several import Several
+from vllm_kvcrush.spec import parse
 
 ROOT = pathlib.Path(__file__).parents[2]
 OURS = "vllm_kvcrush.engine.scheduler.KVCrushScheduler"
@@ -155,11 +156,20 @@ def test_messages_take_the_fields_and_refuse_others() -> None:
         return translated(Chat(front), ChatCompletionRequest(**CHAT), Raw(body))
 
     assert ask(kv_policy="h2o", kv_budget=0.3).extra_args == {"kv_policy": "h2o", "kv_budget": 0.3}
+    more: dict[str, Any] = {
+        "kv_policy": {"policy": "kvcrush", "ratio": 0.5},
+        "kv_protect": [[0, 9]],
+    }
+    assert ask(**more).extra_args == more
     assert not ask(kv_policy=None, other=1, kv_transfer_params={}).extra_args
     for extra, says in (
         ({"kv_budget": 2.5}, "kv_budget=2.5"),
         ({"kv_budgte": 0.5}, "kv_budgte is not a parameter"),
-        ({"kv_policy": {"a": 1}}, "kv_policy=a JSON object"),
+        ({"kv_policy": {"a": 1}}, "kv_policy={'a': 1} is not served here"),
+        ({"kv_policy": "kvcrush(ratio=0.75)"}, "kvcrush.ratio=0.75 is not from 0 to 0.5"),
+        ({"kv_policy": ["h2o"]}, "kv_policy=a list is not a policy"),
+        ({"kv_spans": {"a": 1}}, "kv_spans=a JSON object is not a list of token ranges"),
+        ({"kv_protect": [[1, 0]]}, "kv_protect=[[1, 0]] is not a list of token ranges"),
     ):
         answer = ask(**extra)
         assert isinstance(answer, ErrorResponse) and answer.error.code == 400
@@ -420,7 +430,27 @@ NASTY = st.sampled_from(
      "KVCRUSH", {}, []]
 )  # fmt: skip
 VALUES = JSON | NASTY
-KEYS = st.sampled_from(["kv_budget", "kv_policy"]) | st.text(max_size=5).map("kv_".__add__)
+SPANS = st.lists(st.lists(st.integers(-1, 5000), min_size=1, max_size=3), max_size=70) | st.lists(
+    st.integers(-1, 5000), max_size=140
+)
+NAMES = st.sampled_from(
+    ["kvcrush", "h2o", "fair", "none", "kvcrush(ratio=0.5)", "int4", "", "x" * 90]
+)
+SPECS = st.recursive(
+    NAMES,
+    lambda inner: (
+        st.fixed_dictionaries(
+            {"policy": NAMES},
+            optional={"base": inner, "codecs": JSON, "ratio": JSON, "x" * 90: JSON, "a b": JSON},
+        )
+        | st.tuples(NAMES, inner.map(str)).map("{0[0]}({0[1]})".format)
+    ),
+    max_leaves=4,
+)
+VALUES |= SPANS | SPECS
+KEYS = st.sampled_from(["kv_budget", "kv_policy", "kv_policy", "kv_spans", "kv_protect"]) | st.text(
+    max_size=5
+).map("kv_".__add__)
 BAD = st.dictionaries(KEYS | st.just("kv_" + "y" * 1000), VALUES, max_size=3)
 FRONT = params.Front(vllm_config(ACTIVE, num_gpu_blocks=200))
 
@@ -436,8 +466,10 @@ def refused_or_fine(check: Any, at_http: bool = True) -> None:
         assert info.message.isprintable(), info.message
         info.model_dump_json()
     else:
-        assert kv is None or kv.policy in FRONT.settings.allow  # type: ignore[union-attr]
+        allowed: Any = FRONT.settings and FRONT.settings.allow
+        assert kv is None or all(own.name in allowed for own in parse(kv.policy).chain)
         assert kv is None or kv.budget > 0
+        assert kv is None or kv.label in ("kvcrush", "h2o", "none")
 
 
 @settings(max_examples=300, deadline=None)
@@ -467,5 +499,9 @@ def test_a_policy_may_have_a_long_name() -> None:
     front.settings = replace(front.settings, allow=(name, "none"))
     kv = front.check(SamplingParams(extra_args={"kv_policy": name}))
     assert kv is not None and kv.policy == name
-    with pytest.raises(VLLMValidationError, match="is not the name of a policy"):
+    with pytest.raises(
+        VLLMValidationError, match=r"kv_policy='mine_mine.* is not served here: choo"
+    ):
         front.check(SamplingParams(extra_args={"kv_policy": name + "x"}))
+    with pytest.raises(VLLMValidationError, match="is not a policy: give for example 'kvcrush'"):
+        front.check(SamplingParams(extra_args={"kv_policy": name * 2}))

@@ -87,6 +87,18 @@ def imported() -> dict[str, pathlib.Path]:
     return found
 
 
+def in_releases(name: ast.expr) -> Iterator[ast.expr]:
+    """What `compat.NAME` stands for, in each release; anything else stands for itself."""
+    if not isinstance(name, ast.Attribute) or ast.unparse(name.value) != "compat":
+        yield name
+        return
+    for module, file in FILES.items():
+        if module.startswith("vllm_kvcrush.compat.v"):
+            for node in file.tree.body:
+                if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name.attr:
+                    yield node.value
+
+
 def wrap_calls(
     node: ast.AST, loops: dict[str, list[ast.expr]]
 ) -> Iterator[tuple[ast.expr, ast.expr]]:
@@ -95,6 +107,7 @@ def wrap_calls(
         loops = {**loops, ast.unparse(node.target): node.iter.elts}
     if isinstance(node, ast.Call) and ast.unparse(node.func) in ("wrap", "server.wrap"):
         owners, names = (loops.get(ast.unparse(arg), [arg]) for arg in node.args[:2])
+        names = [each for name in names for each in in_releases(name)]
         yield from ((owner, name) for owner in owners for name in names)
     for child in ast.iter_child_nodes(node):
         yield from wrap_calls(child, loops)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.pairwise import pairwise
 from vllm_kvcrush import ops, policies
 from vllm_kvcrush.codecs import CODECS, FITTED, layout, reference
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
@@ -26,8 +27,10 @@ from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops import reference as oracle
 from vllm_kvcrush.ops.angles import Angles
+from vllm_kvcrush.ops.cpu import library
 from vllm_kvcrush.ops.cpu.library import LIBRARY
 from vllm_kvcrush.ops.cpu.tables import LayerTable
+from vllm_kvcrush.policies.choice import scored
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Query heads of a KV head, K and V head size.
@@ -60,6 +63,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert cpu.isa() == request.param
     yield request.param
     cpu.use_isa(ISAS[-1])
+
+
+def over_isas(**dimensions: Any) -> pytest.MarkDecorator:
+    """Runs a test for every pair of values, instruction sets among them: see `tests.pairwise`."""
+    dimensions = {"isa": ISAS, **dimensions}
+    return pytest.mark.parametrize(tuple(dimensions), pairwise(**dimensions), indirect=["isa"])
 
 
 @pytest.fixture(autouse=True)
@@ -317,11 +326,11 @@ class Cache:
             first += count
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("group", "k_size", "v_size"), SHAPES + ODD)
+@over_isas(dtype=DTYPES, shape=SHAPES + ODD)
 def test_raw_tails(
-    isa: str, draw: random.Random, group: int, k_size: int, v_size: int, dtype: torch.dtype
+    isa: str, draw: random.Random, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
+    group, k_size, v_size = shape
     block_size = draw.choice([16, 32, 128])
     cache = Cache(draw, group, k_size, v_size, dtype, block_size=block_size, blocks=24)
     longest = min(7 * block_size, 300)
@@ -331,11 +340,11 @@ def test_raw_tails(
     cache.check([1, draw.randrange(2, 9), 1, min(40, lengths[3])], TOLERANCE["raw"])
 
 
-@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6", "tc8", "mixed"])
-@pytest.mark.parametrize(("group", "k_size", "v_size"), SHAPES + ODD)
+@over_isas(codec=["exact", "int8", "int4", "tc4", "tc6", "tc8", "mixed"], shape=SHAPES + ODD)
 def test_compressed_pages(
-    isa: str, draw: random.Random, group: int, k_size: int, v_size: int, codec: str
+    isa: str, draw: random.Random, shape: tuple[int, int, int], codec: str
 ) -> None:
+    group, k_size, v_size = shape
     dtype = draw.choice(DTYPES)
     cache = Cache(draw, group, k_size, v_size, dtype, block_size=draw.choice([32, 64]))
     several = ["int8", "int4", "raw", "exact", "int4", "int8", "tc4", "tc6", "tc8"]
@@ -471,12 +480,11 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
 # -- what codecs keep -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec", list(CODECS))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("k_size", "v_size"), [(64, 64), (80, 112), (8, 24), (256, 128)])
+@over_isas(codec=CODECS, dtype=DTYPES, sizes=[(64, 64), (80, 112), (8, 24), (256, 128)])
 def test_pages_keep_what_their_codec_says(
-    isa: str, draw: random.Random, codec: str, dtype: torch.dtype, k_size: int, v_size: int
+    isa: str, draw: random.Random, codec: str, dtype: torch.dtype, sizes: tuple[int, int]
 ) -> None:
+    k_size, v_size = sizes
     cache = Cache(draw, 1, k_size, v_size, dtype, blocks=4, block_size=64)
     for count in (cache.capacity(codec), draw.randrange(1, cache.capacity(codec))):
         key, value = cache.content(count)
@@ -582,9 +590,9 @@ def test_store_takes_strided_rows(isa: str, draw: random.Random) -> None:
         assert torch.equal(got_v, both[:32, 3 + head].float())
 
 
-@pytest.mark.parametrize("target", ["exact", "int8", "int4", "tc4", "tc6", "tc8"])
-@pytest.mark.parametrize(
-    "codecs", [["exact", "int8"], ["int4", "tc8", "int8"], ["tc4"], ["tc6"], []]
+@over_isas(
+    target=["exact", "int8", "int4", "tc4", "tc6", "tc8"],
+    codecs=[["exact", "int8"], ["int4", "tc8", "int8"], ["tc4"], ["tc6"], []],
 )
 def test_compaction_keeps_the_chosen_tokens(
     isa: str, draw: random.Random, codecs: list[str], target: str
@@ -769,6 +777,229 @@ def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> Non
     assert 0 < cpu.scratch_peak() - kept <= most < moved / 2
 
 
+def source_of(cache: Cache, position: int, bias: bool = False) -> cpu.Source:
+    """The first sequence as kernels see it, with its tail at a position."""
+    return cpu.Source(
+        cache.directory(bias) if cache.entries else None,
+        torch.tensor(cache.tails[0], dtype=torch.int32),
+        cache.lengths[0],
+        position,
+        cache.block_size,
+    )
+
+
+def targets(cache: Cache, codec: str, counts: list[int]) -> tuple[cpu.Directory, list[list[int]]]:
+    """Fresh pages of a codec for so many tokens of each head, and their entries by head."""
+    page, count, begin, end = [], [], [], []
+    for head, left in enumerate(counts):
+        begin.append(len(page))
+        while left:
+            own = min(left, cache.capacity(codec, head), cache.draw.randrange(1, 150))
+            page.append(cache.page())
+            count.append(own)
+            left -= own
+        end.append(len(page))
+    directory = cpu.Directory(
+        torch.tensor([begin], dtype=torch.int32),
+        torch.tensor([end], dtype=torch.int32),
+        torch.tensor(page, dtype=torch.int32),
+        torch.tensor(count, dtype=torch.int32).to(torch.uint16),
+        torch.full((len(page),), CODECS[codec].number, dtype=torch.uint8),
+    )
+    return directory, [list(range(b, e)) for b, e in zip(begin, end, strict=True)]
+
+
+def held_in(cache: Cache, directory: cpu.Directory, codec: str) -> list[tuple[Tensor | None, ...]]:
+    """K, V and positions of every page of a directory."""
+    begin, end, page, count = directory._kept[:4]
+    found: list[tuple[Tensor | None, ...]] = []
+    for head, (first, last) in enumerate(zip(begin[0].tolist(), end[0].tolist(), strict=True)):
+        for e in range(first, last):
+            found.append(cpu.decode(cache.layer, codec, int(page[e]), int(count[e]), head))
+    return found
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+def test_gathered_tokens_fill_pages_as_a_compaction_does(
+    isa: str, draw: random.Random, codec: str
+) -> None:
+    """The two halves give what the whole gives, where heads keep unequally many, one none."""
+    cache = Cache(draw, 2, 64, 80, draw.choice(DTYPES), kv_heads=4, block_size=64, blocks=200)
+    several = ["exact", "int8", "int4", "tc4", "tc6", "tc8"]
+    cache.put(draw.sample(several, 4), 150)
+    layer, source = cache.layer, source_of(cache, 100_000)
+    sizes = [len(k) for k in cache.keys[0]]
+    slots = [torch.tensor(sorted(draw.sample(range(n), draw.randrange(1, n)))) for n in sizes]
+    nothing = draw.randrange(4)
+    slots[nothing] = torch.zeros(0, dtype=torch.int64)
+    counts = [len(s) for s in slots]
+    keys, values, where = cpu.gather(layer, source, slots)
+    assert where is not None and where.dtype == torch.int32
+    assert keys.shape == (4, max(counts), 64) and values.shape == (4, max(counts), 80)
+    places = cpu.positions(layer, source, sizes)
+    for head, (own, n) in enumerate(zip(slots, counts, strict=True)):
+        assert torch.equal(keys[head, :n].double(), cache.keys[0][head][own])
+        assert torch.equal(values[head, :n].double(), cache.values[0][head][own])
+        assert torch.equal(where[head, :n], places[head, own])
+        assert not (keys[head, n:].any() or values[head, n:].any() or where[head, n:].any())
+        assert not places[head, sizes[head] :].any()
+    # What lies past a head's own is not looked at.
+    for head, n in enumerate(counts):
+        keys[head, n:], values[head, n:], where[head, n:] = torch.nan, torch.nan, -7
+    whole, _ = targets(cache, codec, counts)
+    begin, end, page, count, codecs = whole._kept[:5]
+    pages = torch.tensor([cache.page() for _ in page], dtype=torch.int32)
+    halves = cpu.Directory(begin, end, pages, count, codecs)
+    view = cache.pool.view(-1, layer.page_bytes)
+    view[page.long()] = view[pages.long()] = 0
+    before = view.clone()
+    cpu.compact(layer, source, slots, whole)
+    cpu.fill(layer, keys, values, None if codec == "raw" else where, counts, halves)
+    changed = {int(i) for i in (view != before).any(1).nonzero()[:, 0]}
+    assert changed <= {*page.tolist(), *pages.tolist()}
+    copied = [
+        e for e, p in enumerate(page) if not torch.equal(view[p.long()], view[pages[e].long()])
+    ]
+    for e, (got, want) in enumerate(
+        zip(held_in(cache, halves, codec), held_in(cache, whole, codec), strict=True)
+    ):
+        # Bit for bit, save pages that a compaction copies instead of coding them anew.
+        assert e in copied or all(
+            torch.equal(a, b) for a, b in zip(got, want, strict=True) if a is not None
+        )
+        assert same_positions("exact", got[2], want[2]) if want[2] is not None else got[2] is None
+    assert len(copied) <= len(cache.entries)
+
+
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6", "tc8"])
+def test_what_was_changed_on_its_way_is_stored(isa: str, draw: random.Random, codec: str) -> None:
+    """Merged keys and values go into blocks that they were read from."""
+    cache = Cache(draw, 2, 64, 64, block_size=64)
+    cache.put([], 300)
+    layer, blocks = cache.layer, cache.tails[0]
+    sizes = [draw.randrange(49, 97) for _ in range(2)]
+    slots = [torch.arange(0, 300, 3)[:n] for n in sizes]
+    keys, values, where = cpu.gather(layer, source_of(cache, 0), slots)
+    assert where is not None
+    keys, values = keys * 1.5, values.flip(2)
+    # Head 0 fills pages that head 1 lay in, and the other way round.
+    pages = [[layer.page(block, 1 - head) for block in blocks[:4]] for head in range(2)]
+    counts = [[16, 16, 16, n - 48] for n in sizes]
+    directory = cpu.Directory(
+        torch.tensor([[0, 4]], dtype=torch.int32),
+        torch.tensor([[4, 8]], dtype=torch.int32),
+        torch.tensor(pages, dtype=torch.int32).flatten(),
+        torch.tensor(counts, dtype=torch.int32).flatten().to(torch.uint16),
+        torch.full((8,), CODECS[codec].number, dtype=torch.uint8),
+    )
+    cpu.fill(layer, keys, values, where, sizes, directory)
+    for head in range(2):
+        at = 0
+        for page, count in zip(pages[head], counts[head], strict=True):
+            here = slice(at, at + count)
+            at += count
+            own = keys[head, here], values[head, here], where[head, here]
+            found = cpu.decode(layer, codec, page, count, head)
+            assert same_positions(codec, found[2], own[2])
+            for got, want in zip(found[:2], cache.kept(codec, *own, head), strict=True):
+                close = (got - want).abs() <= 1e-5 * want.abs().amax()
+                assert close.all(-1).double().mean() > 0.7
+
+
+def test_filling_refuses_what_cannot_be(draw: random.Random) -> None:
+    """Before anything is written."""
+    cache = Cache(draw, 2, 64, 64)
+    cache.put([], 60)
+    layer = cache.layer
+    keys, values, where = cpu.gather(layer, source_of(cache, 0), torch.arange(24).expand(2, 24))
+    assert where is not None
+    target, entries = targets(cache, "int8", [24, 24])
+    before = cache.pool.clone()
+
+    def refused(
+        words: str, k: Tensor = keys, v: Tensor = values, p: Tensor | None = where,
+        counts: Any = 24, to: cpu.Directory = target,
+    ) -> None:  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            cpu.fill(layer, k, v, p, counts, to)
+        assert torch.equal(cache.pool, before)
+
+    refused("keys are", k=keys[:1])
+    refused("values are", v=values[..., :32])
+    refused("positions are", p=where[:, :3])
+    refused("some target pages keep positions", p=None)
+    refused("head 1 keeps 23 slots, its pages take 24", counts=[24, 23])
+    refused("-1 tokens of head 1 in 24 rows", counts=[24, -1])
+    refused("25 tokens of head 0 in 24 rows", counts=[25, 24])
+    refused("numbers for 2 rows", counts=[24])
+    at = draw.choice([i for i in range(1, 24) if i not in _firsts(target, entries[1])])
+    wrong = where.clone()
+    wrong[1, at] = 0
+    refused("slots of head 1 are not in position order: position 0 comes after", p=wrong)
+    wrong[1, at] = -3
+    refused(f"position -3 of token {at} of head 1 is negative", p=wrong)
+    untied = cpu.Layer(
+        cache.pool, index=layer.first_page // 2, layers=layer.block_pages // 2, heads=4, kv_heads=2,
+        k_size=64, v_size=64, block_size=cache.block_size, dtype=cache.dtype, scale=0.125,
+    )  # fmt: skip
+    wrong = where.clone()
+    wrong[0, 5] = wrong[0, 4]
+    with pytest.raises(ValueError, match="not distinct: position 4 comes twice"):
+        cpu.fill(untied, keys, values, wrong, 24, target)
+    assert torch.equal(cache.pool, before)
+    # Where codecs round positions, ties are moved on instead.
+    cpu.fill(layer, keys, values, wrong, 24, target)
+    found = [p for _, _, p in held_in(cache, target, "int8")][: len(entries[0])]
+    assert torch.cat([p for p in found if p is not None]).tolist() == list(range(24))
+
+
+def _firsts(target: cpu.Directory, entries: list[int]) -> set[int]:
+    """Which of a head's tokens come first in a page."""
+    firsts, at = set(), 0
+    for e in entries:
+        firsts.add(at)
+        at += int(target._kept[3][e])
+    return firsts
+
+
+def test_gathering_refuses_what_cannot_be(draw: random.Random) -> None:
+    cache = Cache(draw, 2, 64, 64)
+    cache.put(["raw"], 40)
+    source = source_of(cache, 0)
+    held = [len(k) for k in cache.keys[0]]
+    for slot in (-1, held[1]):
+        with pytest.raises(ValueError, match=f"slot {slot} of head 1"):
+            cpu.gather(cache.layer, source, [torch.tensor([0]), torch.tensor([slot])])
+    with pytest.raises(ValueError, match="slots of 1 heads for 2 KV heads"):
+        cpu.gather(cache.layer, source, [torch.tensor([0])])
+    slots = [torch.arange(n) for n in held]
+    if min(held) > 40:
+        with pytest.raises(ValueError, match="raw compressed pages have no positions"):
+            cpu.gather(cache.layer, source, slots)
+    keys, _, where = cpu.gather(cache.layer, source, slots, positions=False)
+    assert where is None
+    assert torch.equal(keys[0, : held[0]].double(), cache.keys[0][0])
+
+
+def test_a_layer_shows_heads_of_unequal_counts(isa: str, draw: random.Random) -> None:
+    cache = Cache(draw, 2, 64, 80)
+    cache.put(["int8", "int4", "exact"], 50)
+    counts = [len(k) for k in cache.keys[0]]
+    source = source_of(cache, 7_000)
+    held = cpu.LayerKV(cache.layer, source, counts)
+    assert held.counts == counts
+    assert held.keys.shape == (2, max(counts), 64) and held.values.shape == (2, max(counts), 80)
+    for head, n in enumerate(counts):
+        assert torch.equal(held.keys[head, :n].double(), cache.keys[0][head])
+        assert torch.equal(held.values[head, :n].double(), cache.values[0][head])
+        assert not (held.keys[head, n:].any() or held.values[head, n:].any())
+        places = cache.positions[0][head].clone()
+        places[-50:] = torch.arange(7_000, 7_050)
+        assert torch.equal(held.positions[head, :n], places)
+    fewer = cpu.LayerKV(cache.layer, source, 40)
+    assert fewer.counts == [40, 40] and torch.equal(fewer.keys, held.keys[:, :40])
+
+
 def test_reading_slots_across_pages(isa: str, draw: random.Random) -> None:
     cache = Cache(draw, 1, 64, 80, torch.float16)
     cache.put(["int8", "exact", "int4"], 70)
@@ -815,15 +1046,16 @@ def test_long_windows_take_little_memory(
     assert cpu.scratch_peak() - kept <= cpu.threads() * (16 << 20)  # what the threads keep
 
 
-@pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("window", [1, 8, 33])
-def test_window_scores(isa: str, draw: random.Random, group: int, window: int) -> None:
+@over_isas(window=[1, 8, 33], group=[1, 3, 8], bias=[False, True])
+def test_window_scores(isa: str, draw: random.Random, group: int, window: int, bias: bool) -> None:
     cache = Cache(draw, group, 64, 64, draw.choice(DTYPES))
     codecs = draw.choice([[], ["int8", "int4", "exact", "raw"]])
+    if bias:
+        codecs = draw.sample(list(CODECS), 6)
     cache.put(codecs, draw.randrange(60, 150))
     layer, tail = cache.layer, cache.lengths[0]
     request = cpu.Source(
-        cache.directory() if codecs else None,
+        cache.directory(bias) if codecs else None,
         torch.tensor(cache.tails[0], dtype=torch.int32),
         tail,
         0,
@@ -831,13 +1063,19 @@ def test_window_scores(isa: str, draw: random.Random, group: int, window: int) -
     )
     wide = torch.randn(window, layer.heads, 64).to(draw.choice(DTYPES))
     queries = wide.transpose(0, 1)  # as an observation window stores them
-    fewest = min(len(k) for k in cache.keys[0])
-    for candidates in (fewest, draw.randrange(1, fewest)):
-        weights = torch.zeros(layer.heads, candidates)
-        for head in range(layer.heads):
-            key = cache.keys[0][head // group].unsqueeze(0)
-            own = ops.window_attention(queries[head : head + 1], key, layer.scale)
-            weights[head] = own.sum(1)[0, :candidates]
+    biases = cache.biases(0) if bias else [None] * layer.kv_heads
+    held = [len(k) for k in cache.keys[0]]
+    # As many as every head has, and other numbers for each, none among them.
+    some = [draw.choice([0, n, draw.randrange(n)]) for n in held]
+    for candidates in (min(held), draw.randrange(1, min(held)), held, some):
+        own = [candidates] * len(held) if isinstance(candidates, int) else candidates
+        weights = []
+        for head, query in enumerate(queries.split(1)):
+            kv = head // group
+            key = cache.keys[0][kv].unsqueeze(0)
+            logits = None if biases[kv] is None else biases[kv].unsqueeze(0)
+            found = ops.window_attention(query, key, layer.scale, logits)
+            weights.append(found.sum(1)[:, : own[kv]])
         options: list[tuple[bool, int, str, str | None]] = [
             (False, 1, "max", None),
             (True, 7, "max", "mean"),
@@ -855,10 +1093,16 @@ def test_window_scores(isa: str, draw: random.Random, group: int, window: int) -
                 pool_kind=kind,
                 reduce=reduce,
             )
-            want = ops.pool_scores(weights / (window if mean else 1), pool, kind)
+            rows = [ops.pool_scores(w / (window if mean else 1), pool, kind) if w.numel() else w
+                    for w in weights]  # fmt: skip
             if reduce is not None:
-                want = ops.reduce_groups(want, layer.kv_heads, reduce)
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+                groups = [torch.cat(rows[h * group : (h + 1) * group]) for h in range(len(held))]
+                rows = [ops.reduce_groups(x, 1, reduce) for x in groups]
+            each = [n for n in own for _ in range(len(rows) // len(own))]
+            for row, want, n in zip(got, rows, each, strict=True):
+                torch.testing.assert_close(row[:n].double(), want[0].double(), rtol=1e-4, atol=1e-6)
+                assert (row[n:] == -torch.inf).all()
+            assert got.shape[1] == max(own)
 
 
 def coarse(rows: int, n: int, draw: random.Random) -> Tensor:
@@ -874,6 +1118,23 @@ def test_top_mask_chooses_as_the_reference(draw: random.Random, n: int) -> None:
             got = cpu.top_mask(scores, keep)
             assert torch.equal(got, oracle.top_mask(scores, keep))
             assert torch.equal(cpu.mask_slots(got, keep), oracle.mask_slots(got, keep))
+
+
+@pytest.mark.parametrize("n", [1, 7, 100, 3000])
+def test_rows_may_keep_unequally_many(draw: random.Random, n: int) -> None:
+    for scores in (coarse(4, n, draw), torch.randn(4, n)):
+        keep = torch.tensor([0, n, draw.randrange(n + 1), draw.randrange(n + 1)])
+        got = cpu.top_mask(scores, keep)
+        for row, own, mask in zip(scores, keep.tolist(), got, strict=True):
+            assert torch.equal(mask, oracle.top_mask(row.unsqueeze(0), own)[0])
+        assert torch.equal(got, cpu.top_mask(scores, keep.tolist()))
+        slots = cpu.mask_slots(got, keep)
+        assert slots.shape == (4, n)  # one row keeps all
+        for row, mask in zip(slots, got, strict=True):
+            marked = mask.nonzero()[:, 0]
+            assert row[: len(marked)].tolist() == marked.tolist()
+            assert (row[len(marked) :] == -1).all()
+        assert torch.equal(slots, oracle.mask_slots(got, keep))
 
 
 @pytest.mark.parametrize("anchor", ops.ANCHORS)
@@ -910,14 +1171,16 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
             candidates=m,
             sinks=4,
             page_size=page,
-            running=torch.rand(2, m, generator=generator),
+            state={"attention": torch.rand(2, m, generator=generator)},
             layer=0,
             all_heads=lambda x: x,
+            true_positions=torch.arange(m).expand(2, m).int(),
+            spans=((0, m // 3), (m // 3, m)),
         )
         for tokens, generator in ((t, torch.Generator().manual_seed(m)) for t in (paged, plain))
     ]
-    policy, keep = policies.get(name), m // page // 2 * page
-    scores = [policy.score(view) for view in views]
+    policy, keep = policies.get(name), torch.tensor([m // page // 2 * page] * 2)
+    scores = [scored(policy, view)[0] for view in views]
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-6)
     # Of the same scores exactly the same choice, ties among them too.
     for same in (scores[0], scores[0].half().float(), (9 * scores[0]).round()):
@@ -930,6 +1193,12 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
 def test_choosing_refuses_what_cannot_be(draw: random.Random) -> None:
     with pytest.raises(ValueError, match="cannot keep 4 of 3"):
         cpu.top_mask(torch.zeros(1, 3), 4)
+    with pytest.raises(ValueError, match="cannot keep -1 of 3"):
+        cpu.top_mask(torch.zeros(2, 3), [1, -1])
+    with pytest.raises(ValueError, match=r"\(3,\) numbers for 2 rows"):
+        cpu.top_mask(torch.zeros(2, 3), [1, 1, 1])
+    with pytest.raises(ValueError, match="marks 1 slots, not 2"):
+        cpu.mask_slots(torch.tensor([[True, True], [True, False]]), [2, 2])
     with pytest.raises(ValueError, match="marks 3 slots, not 2"):
         cpu.mask_slots(torch.ones(1, 3, dtype=torch.bool), 2)
     with pytest.raises(ValueError, match="cannot pick 2 representatives"):
@@ -940,8 +1209,11 @@ def test_choosing_refuses_what_cannot_be(draw: random.Random) -> None:
     request = cpu.Source(None, torch.tensor(cache.tails[0], dtype=torch.int32), 20, 0, 32)
     with pytest.raises(ValueError, match="a window of 21 queries"):
         cpu.window_scores(cache.layer, request, torch.zeros(2, 21, 64), 10)
-    with pytest.raises(ValueError, match="21 candidates among the 20 slots"):
-        cpu.window_scores(cache.layer, request, torch.zeros(2, 4, 64), 21)
+    for wrong in (21, [20, 21]):
+        with pytest.raises(ValueError, match="21 candidates among the 20 slots"):
+            cpu.window_scores(cache.layer, request, torch.zeros(2, 4, 64), wrong)
+    with pytest.raises(ValueError, match="-1 candidates"):
+        cpu.window_scores(cache.layer, request, torch.zeros(2, 4, 64), [4, -1])
 
 
 def test_huge_pages_keep_the_contents() -> None:
@@ -1001,6 +1273,17 @@ def test_bad_geometry_is_refused(draw: random.Random) -> None:
         cpu.attention(cache.layer, cache.batch([1]), torch.zeros(1, 4, 32), torch.zeros(1, 4, 64))
     with pytest.raises(ValueError, match="has no kernels named"):
         cpu.use_isa("mmx")
+
+
+def test_structures_that_differ_are_named() -> None:
+    described = LIBRARY.kvc_structs().decode()
+    assert library.differences(described) == []
+    moved = described.replace("scale 56 4", "scale 60 4").replace(
+        "kvc_scoring 20", "kvc_scoring 24"
+    )
+    assert library.differences(moved) == ["kvc_layer", "kvc_scoring"]
+    gone = "".join(x for x in described.splitlines(True) if not x.startswith("kvc_batch"))
+    assert library.differences(gone + "kvc_new 4: x 0 4\n") == ["kvc_batch", "kvc_new"]
 
 
 @pytest.mark.parametrize("name", ["baseline", "nonsense"])

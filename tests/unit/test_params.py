@@ -29,7 +29,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_kvcrush import server
+from vllm_kvcrush import compat, server
 from vllm_kvcrush.server import metrics, params, usage, wrap
 from vllm_kvcrush.stats import COMPACTION_BUCKETS, Stats
 
@@ -55,7 +55,13 @@ def vllm_config(kvcrush: dict[str, Any] | None = None, **cache: Any) -> Namespac
     )
 
 
-ACTIVE = {"policy": "kvcrush", "budget": 0.25, "budget_max": 0.5, "allow": ["kvcrush", "h2o"]}
+ACTIVE = {
+    "policy": "kvcrush",
+    "budget": 0.25,
+    "budget_max": 0.5,
+    "allow": ["kvcrush", "h2o"],
+    "config": {"clients": {"kvcrush": {"ratio": [0, 0.5]}}},
+}
 
 
 def sampled(cls: Any, body: dict[str, Any]) -> Any:
@@ -162,6 +168,13 @@ def test_known_fields_are_not_logged_as_ignored(
         ({"kv_policy": "nope"}, "policy", "kv_policy"),
         ({"kv_policy": "none"}, "policy", "kv_policy"),
         ({"kv_buget": 0.2}, "unknown_key", "kv_buget"),
+        ({"kv_policy": "kvcrush(ratio=0.9)"}, "policy", "kv_policy"),
+        ({"kv_policy": "kvcrush(h2o"}, "policy", "kv_policy"),
+        ({"kv_policy": "x" * 300}, "policy", "kv_policy"),
+        ({"kv_spans": "0:64"}, "spans", "kv_spans"),
+        ({"kv_spans": "64:0"}, "spans", "kv_spans"),
+        ({"kv_protect": [0, 64, 32, 90]}, "spans", "kv_protect"),
+        ({"kv_protect": [0, 4000]}, "cap", "kv_protect"),
     ],
 )
 def test_bad_parameters_become_openais_error(
@@ -193,10 +206,42 @@ def test_what_a_request_runs_with() -> None:
         ({"kv_policy": "none"}, "none"),
         ({"kv_budget": 1.0}, "none"),
         ({"kv_transfer_params": {}}, "kvcrush"),
+        ({"kv_policy": {"policy": "kvcrush"}}, "kvcrush"),
     ):
         kv = front.check(SamplingParams(extra_args=extra))
         assert kv is not None
-        assert front.runs_with(kv) == policy
+        assert kv.label == policy
+
+
+def test_counters_have_a_label_for_each_name_not_for_each_parameter() -> None:
+    kvcrush = {
+        "policy": "fair(kvcrush, fairness=0.75)",
+        "allow": ["kvcrush", "kvcrush(h2o)", "fair", "none"],
+        "config": {"clients": {"kvcrush": {"seed": [0, 1000]}}},
+    }
+    front = params.Front(vllm_config(kvcrush))
+    before = {name: value(metrics.requests(), MODEL, name) for name in ("fair", "kvcrush", "none")}
+    for extra, name in (
+        ({}, "fair"),
+        ({"kv_policy": "kvcrush(h2o)"}, "kvcrush"),
+        ({"kv_policy": "fair(kvcrush)", "kv_spans": "0:8,8:16"}, "fair"),
+        ({"kv_policy": "none"}, "none"),
+        *(({"kv_policy": f"kvcrush(seed={seed})"}, "kvcrush") for seed in range(20)),
+    ):
+        kv = front.check(SamplingParams(extra_args=extra))
+        assert kv is not None and kv.label == name
+        front.count(kv)
+    after = {name: value(metrics.requests(), MODEL, name) for name in before}
+    assert {name: after[name] - before[name] for name in before} == {
+        "fair": 2, "kvcrush": 21, "none": 1,
+    }  # fmt: skip
+    names = {sample.labels["policy"] for sample in metrics.requests().collect()[0].samples}
+    assert not any(set("(=@") & set(name) for name in names)
+    # So do the series that are there from the start.
+    logger = metrics.KVCrushStatLogger(vllm_config(kvcrush), 11)
+    assert logger.policies == {"fair", "kvcrush", "none"}
+    found = {labels for labels in scraped() if "('engine', '11')" in labels and "policy" in labels}
+    assert found and not any("kvcrush(" in labels or "fair(" in labels for labels in found)
 
 
 def test_an_inactive_server_says_how_to_start_it() -> None:
@@ -286,7 +331,7 @@ def test_vllms_classes_are_wrapped_once() -> None:
         ),
         (OpenAIServingResponses.responses_full_generator, {"context"}),
         (OpenAIServingChat.chat_completion_full_generator, {"result_generator"}),
-        (OpenAIServingChat.chat_completion_stream_generator, {"result_generator"}),
+        (getattr(OpenAIServingChat, compat.CHAT_STREAM), {"result_generator"}),
         (OpenAIServingChatBatch.chat_completion_full_generator_batch, {"generators"}),
         (OpenAIServingCompletion.completion_stream_generator, {"result_generator"}),
         (OpenAIServingCompletion.request_output_to_completion_response, {"final_res_batch"}),
@@ -685,6 +730,30 @@ def test_streamed_chats_at_the_same_time_do_not_mix() -> None:
         assert last["usage"]["kv_tokens_details"]["held"] == held
 
 
+def test_chunks_that_are_no_events_yet_tell_it_too() -> None:
+    """As vLLM 0.33 streams chats."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
+    from vllm.entrypoints.serve.engine.protocol import UsageInfo
+
+    class Source:
+        async def stream(self, result_generator: Any) -> AsyncIterator[Any]:
+            async for _ in result_generator:
+                yield chunk(choices=[{"index": 0, "delta": {"content": "x"}}])
+            yield chunk(choices=[])
+            yield create_error_response("of another kind")
+
+    def chunk(**fields: Any) -> ChatCompletionStreamResponse:
+        return ChatCompletionStreamResponse(model=MODEL, usage=UsageInfo(), **fields)
+
+    wrap(Source, "stream", usage._stream)
+    found = asyncio.run(collect(Source().stream(stream_of(finished(10), finished(12)))))
+    assert found[-1].error.message == "of another kind"
+    dumped = [json.loads(c.model_dump_json(exclude_unset=True))["usage"] for c in found[:-1]]
+    assert [d.get("kv_tokens_details", {}).get("held") for d in dumped] == [None, None, 12]
+    silent = asyncio.run(collect(Source().stream(stream_of())))
+    assert "kv_tokens_details" not in silent[0].usage.model_dump()
+
+
 def test_a_stream_that_is_left_closes_its_source() -> None:
     closed = []
 
@@ -742,12 +811,18 @@ def test_responses() -> None:
 
 def test_stats_are_increments() -> None:
     stats = Stats()
-    stats.record_compaction("h2o", tokens=100, blocks=6, seconds=0.002)
-    stats.record_compaction("h2o", tokens=50, blocks=-2)
-    stats.record_seconds("h2o", 0.2)
+    stats.record_compaction("h2o", blocks=6)
+    stats.record_compaction("h2o", blocks=-2)
+    stats.record_moved("h2o", evicted=100, seconds=0.002)
+    stats.record_moved("h2o", evicted=50, seconds=0.2)
+    # One whose compaction was counted before the last `take`, and that dropped nothing.
+    stats.record_moved("int8", evicted=0, seconds=0.1)
+    stats.record_moved("int8", evicted=-1, seconds=0.1)
     stats.record_deferral("shared")
     stats.record_policy_failure("h2o")
     stats.record_policy_failure("h2o")
+    stats.record_uncompressed()
+    stats.record_uncompressed()
     stats.worker_bytes["staging"] = 9
     stats.kv_bytes_held = {"h2o": 7}
     taken = stats.take()
@@ -757,25 +832,37 @@ def test_stats_are_increments() -> None:
             "tokens_evicted": 150,
             "blocks_freed": 6,
             "seconds": [0.002, 0.2],
-        }
+        },
+        "int8": {
+            "compactions": 0,
+            "tokens_evicted": 0,
+            "blocks_freed": 0,
+            "seconds": [0.1, 0.1],
+        },
     }
     assert taken["deferrals"] == {"shared": 1}
     assert (taken["policy_failures"], taken["worker_bytes"]) == ({"h2o": 2}, {"staging": 9})
+    assert taken["uncompressed"] == 2
     json.dumps(taken)  # crosses processes
     again = stats.take()
     assert (again["policies"], again["deferrals"], again["policy_failures"]) == ({}, {}, {})
+    assert again["uncompressed"] == 0
+    # Increments are the taker's: what is counted later is not added to them.
+    stats.record_compaction("h2o", 1)
+    assert taken["policies"]["h2o"]["compactions"] == 2
     # These are what is, not what was added.
     assert (again["kv_bytes_held"], again["worker_bytes"]) == ({"h2o": 7}, {"staging": 9})
 
 
 def test_samples_that_nobody_takes_are_bounded() -> None:
     stats = Stats()
-    for _ in range(5000):
-        stats.record_compaction("h2o", 1, 1, 0.1)
-    assert stats.take()["policies"]["h2o"]["compactions"] == 5000
-    for _ in range(5000):
-        stats.record_compaction("h2o", 1, 1, 0.1)
-    assert len(stats.take()["policies"]["h2o"]["seconds"]) < 5000
+    for _ in range(2):
+        for _ in range(5000):
+            stats.record_compaction("h2o", 1)
+            stats.record_moved("h2o", 3, 0.1)
+        taken = stats.take()["policies"]["h2o"]
+        assert (taken["compactions"], taken["tokens_evicted"]) == (5000, 15000)
+        assert 1000 < len(taken["seconds"]) < 5000
 
 
 def scraped() -> dict[str, float]:
@@ -794,7 +881,9 @@ def test_the_logger_adds_up_and_can_be_made_again() -> None:
     stats = Stats(kv_bytes_held={"snapkv": 10}, kv_bytes_raw_equivalent={"snapkv": 40})
     for engine in (0, 1, 0):
         logger = metrics.KVCrushStatLogger(config, engine)
-        stats.record_compaction("snapkv", 100, 6, 0.002)
+        stats.record_compaction("snapkv", 6)
+        stats.record_moved("snapkv", 100, 0.002)
+        stats.record_uncompressed()
         stats.record_deferral("no_room")
         stats.record_policy_failure("snapkv")
         stats.worker_bytes = {"scratch": 100 + engine}
@@ -814,6 +903,8 @@ def test_the_logger_adds_up_and_can_be_made_again() -> None:
     assert at("deferrals_total", 0, reason="no_room") == 2
     assert at("deferrals_total", 0, reason="shared") == 0
     assert at("policy_failures_total", 0, policy="snapkv") == 2
+    assert at("requests_uncompressed_total", 0) == 2
+    assert at("requests_uncompressed_total", 1) == 1
     assert at("worker_peak_bytes", 1, kind="scratch") == 101
     assert at("kv_bytes_held", 1, policy="snapkv") == 10
     assert at("kv_bytes_raw_equivalent", 1, policy="snapkv") == 40

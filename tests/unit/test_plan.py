@@ -55,8 +55,8 @@ def pages_of(parts: tuple[Part, ...], plan: Plan) -> int:
 def plans(draw: st.DrawFn) -> Plan:
     block_size = draw(st.sampled_from([1, 8, 16, 32, 128]))
     window = draw(st.integers(1, 64))
-    sinks = draw(st.integers(0, 40))
-    smallest = min_blocks(block_size, window, sinks) * block_size
+    sinks, protected = draw(st.integers(0, 40)), draw(st.sampled_from([0, 0, 1, 50, 700]))
+    smallest = min_blocks(block_size, window, sinks + protected) * block_size
     budget = draw(
         st.one_of(
             st.floats(0.01, 0.99),
@@ -75,6 +75,7 @@ def plans(draw: st.DrawFn) -> Plan:
         min_tokens=draw(st.sampled_from([0, 0, 1, 500, 2000])),
         packings=draw(st.one_of(st.just(()), packings(block_size))),
         tiers=draw(st.booleans()),
+        protected=protected,
     )
 
 
@@ -156,7 +157,7 @@ def simulate(plan: Plan, length: int, seed: int) -> tuple[list[tuple[int, int]],
             candidates = region_tokens + raw
             assert raw >= 0 and candidates <= n - shape.tail_tokens
             kept = check_parts(plan, shape.compressed, candidates)
-            assert kept >= min(candidates, max(1, plan.sinks))
+            assert kept >= min(candidates, max(1, plan.sinks + plan.protected))
             choices.append(plan.needs_scores(shape.compressed, candidates))
             planned.append(
                 PlannedCompaction(n, candidates, plan.parts(shape.compressed, candidates), shape)
@@ -208,7 +209,7 @@ def test_reading_again_compacts_at_the_same_places(
 def test_after_the_first_compaction_the_budget_holds(plan: Plan, output: int) -> None:
     length = plan.num_prompt_tokens + output
     compactions, _, held = simulate(plan, length, 0)
-    floor = min_blocks(plan.block_size, plan.window, plan.sinks)
+    floor = min_blocks(plan.block_size, plan.window, plan.sinks + plan.protected)
     for n, blocks in compactions:
         assert blocks <= max(floor, plan.tokens(n) // plan.block_size)
     if not compactions:
@@ -224,7 +225,7 @@ def test_after_the_first_compaction_the_budget_holds(plan: Plan, output: int) ->
 @given(plans(), st.integers(0, 600))
 def test_a_budget_never_exceeded_never_compacts(plan: Plan, output: int) -> None:
     length = plan.num_prompt_tokens + output
-    floor = min_blocks(plan.block_size, plan.window, plan.sinks)
+    floor = min_blocks(plan.block_size, plan.window, plan.sinks + plan.protected)
     enough = max(floor, cdiv(length, plan.block_size)) * plan.block_size
     for budget in (1.0, enough):
         roomy = replace(plan, budget=budget)

@@ -269,7 +269,10 @@ def test_flags_and_additional_config_come_together(monkeypatch: pytest.MonkeyPat
         (["--kv-policy=nope"], "--kv-policy='nope' is not a policy"),
         (["--kv-policy=int4", "--kv-min-tokens=few"], "--kv-min-tokens='few' is not allowed"),
         (["--kv-policy=int4", "--kv-policy-allow=nope,int8"], "--kv-policy-allow='nope' is not"),
-        (["--kv-policy=int4", "--kv-policy-allow="], "--kv-policy-allow='' is not"),
+        (
+            ["--kv-policy=int4", "--kv-policy-allow="],
+            "--kv-policy-allow='' lacks a policy's name: choose",
+        ),
         (['--additional-config={"kvcrush": 3}'], "configured without a policy"),
     ],
 )
@@ -294,13 +297,13 @@ def test_bad_flags_are_one_sentence(
 class Broken(SnapKV):
     name: ClassVar[str] = "broken"
 
-    def select(self, view: View, scores: Tensor, keep: int) -> Tensor:
-        return super().select(view, scores, keep).flip(1)
+    def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
+        return ~super().select(view, scores, keep - 1)
 
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(policies._BUILT_IN, "broken", Broken)
+    monkeypatch.setitem(policies._CLASSES, "broken", Broken)
 
 
 @pytest.mark.parametrize(
@@ -311,7 +314,7 @@ def test_a_policy_that_fails_its_dry_run_is_refused(
     broken: None, asked: dict[str, Any], key: str
 ) -> None:
     settings = Settings.from_dict({"policy": "snapkv", **asked})
-    with pytest.raises(ConfigError, match=f"{key}: the policy broken fails: .*not ascending"):
+    with pytest.raises(ConfigError, match=f"{key}: the policy broken fails: .*as many slots"):
         plugin._tried(settings, 32)
 
 

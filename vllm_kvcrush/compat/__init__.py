@@ -7,8 +7,8 @@ from __future__ import annotations
 from vllm_kvcrush import gate
 
 if (gate.release() or (0, 0)) < (0, 33):
-    from vllm_kvcrush.compat.v0_32 import prefix_hit
+    from vllm_kvcrush.compat.v0_32 import CHAT_STREAM, prefix_hit
 else:
-    from vllm_kvcrush.compat.v0_33 import prefix_hit
+    from vllm_kvcrush.compat.v0_33 import CHAT_STREAM, prefix_hit
 
-__all__ = ["prefix_hit"]
+__all__ = ["CHAT_STREAM", "prefix_hit"]

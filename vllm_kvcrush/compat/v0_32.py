@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+# The method of `OpenAIServingChat` that all streamed chats come from: it yields server-sent events.
+CHAT_STREAM = "chat_completion_stream_generator"
+
 
 def prefix_hit(
     find: Callable[..., tuple[Any, int, int, bool]],

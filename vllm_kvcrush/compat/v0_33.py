@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+# See `v0_32`. Here it yields chunks, of which OpenAI's events are made, and Anthropic's others.
+CHAT_STREAM = "chat_completion_stream_generator_raw"
+
 
 def prefix_hit(
     find: Callable[..., tuple[Any, int, int, bool]],

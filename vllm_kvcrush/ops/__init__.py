@@ -47,12 +47,11 @@ def top_mask(scores: Tensor, keep: int | Tensor) -> Tensor:
     Returns:
         bool [H, m] with exactly `keep` ones in each row.
     """
-    keep = _alike(keep)
-    if _in_cpp(scores) and scores.dtype != torch.float64 and isinstance(keep, int):
+    if _in_cpp(scores) and scores.dtype != torch.float64:
         from vllm_kvcrush.ops import cpu
 
         return cpu.top_mask(scores, keep)
-    return reference.top_mask(scores, keep)
+    return reference.top_mask(scores, _alike(keep))
 
 
 def mask_slots(mask: Tensor, count: int | Tensor) -> Tensor:
@@ -66,12 +65,11 @@ def mask_slots(mask: Tensor, count: int | Tensor) -> Tensor:
         int64 [H, count], ascending; where heads differ as many columns as the largest count, and
         -1 past a head's own.
     """
-    count = _alike(count)
-    if _in_cpp(mask) and isinstance(count, int):
+    if _in_cpp(mask):
         from vllm_kvcrush.ops import cpu
 
         return cpu.mask_slots(mask, count)
-    return reference.mask_slots(mask, count)
+    return reference.mask_slots(mask, _alike(count))
 
 
 def represent(

@@ -70,7 +70,8 @@ def reduce_groups(x: Tensor, num_kv_heads: int, how: str = "mean") -> Tensor:
     """
     if x.shape[0] % num_kv_heads:
         raise ValueError(f"{x.shape[0]} query heads do not divide over {num_kv_heads} KV heads")
-    groups = x.to(_wide(x)).reshape(num_kv_heads, -1, *x.shape[1:])
+    group = x.shape[0] // num_kv_heads  # named: -1 is ambiguous where a head has no slots
+    groups = x.to(_wide(x)).reshape(num_kv_heads, group, *x.shape[1:])
     if how == "mean":
         return groups.mean(1)
     if how == "max":

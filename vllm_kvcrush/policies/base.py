@@ -402,6 +402,16 @@ def newest_slots(view: View, count: Tensor) -> Tensor:
     return (at >= first) & (at < sizes.to(view.device).unsqueeze(1))
 
 
+def sinks_and_newest(view: View, keep: Tensor) -> Tensor:
+    """Returns the protected slots and then the newest candidates, int64 [H] → bool [H, m]."""
+    at = torch.arange(view.candidates, device=view.device)
+    if view.protected is not None:
+        return ops.top_mask(protect(view, at.float().repeat(view.num_kv_heads, 1)), keep)
+    # Without a search: sorted scores are its slow case.
+    sinks = keep.clamp(max=view.sinks)
+    return newest_slots(view, keep - sinks) | (at < sinks.to(view.device).unsqueeze(1))
+
+
 def is_whole(value: Any) -> bool:
     """Returns whether an option is an int; True and False, which JSON has too, are not."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_kvcrush import ops
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.policies.base import Merged, Policy, Room, View, protect
+from vllm_kvcrush.policies.base import Merged, Policy, Room, View, sinks_and_newest
 
 # What a choice is that is not `sound`.
 USELESS = "its scores have NaN, or it did not choose as many slots of each head as were to stay"
@@ -46,12 +46,8 @@ class Choice:
 def newest(view: View, keep: Tensor, finer: Tensor | None = None) -> Choice:
     """The choice that needs no policy: the protected slots and the newest candidates; of those the
     `finer` ones are again the protected and the newest. Arguments as `choose` takes them."""
-    age = torch.arange(view.candidates, dtype=torch.float32, device=view.device)
-    age = age.expand(view.num_kv_heads, -1)
-    kept = ops.top_mask(protect(view, age), keep)
-    fine = None
-    if finer is not None:
-        fine = ops.top_mask(protect(view, age).masked_fill(~kept, -torch.inf), finer)
+    kept = sinks_and_newest(view, keep)
+    fine = None if finer is None else sinks_and_newest(view, finer)
     sound = torch.ones((), dtype=torch.bool, device=view.device)
     return Choice(kept, fine, dict(view.state), None, sound)
 
@@ -240,14 +236,17 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
     m, keep = blocks * page_size, blocks // 2 * page_size
     draw = torch.Generator().manual_seed(0)
     n = m + window
-    counts = torch.full((heads,), keep)
     state: dict[str, Tensor] = {}
     positions = torch.arange(m, dtype=torch.int32).expand(heads, -1)
     for turn in range(2):
+        # Where a policy shares pages out, heads hold unequal numbers from then on.
+        fewer = page_size if turn and policy.allocates else 0
+        counts = torch.tensor([m, m - fewer])
         view = View(
             held=ops.LayerKV(
                 torch.randn(heads, n, size, generator=draw),
                 torch.randn(heads, n, size, generator=draw),
+                (counts + window).tolist() if fewer else None,
             ),
             queries=torch.randn(heads * group, window, size, generator=draw)
             if "queries" in policy.needs
@@ -258,6 +257,7 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
             page_size=page_size,
             layer=0,
             all_heads=lambda x: x,
+            counts=counts if fewer else None,
             state=state,
             known=(torch.arange(m) < turn * keep).expand(heads, -1),
             log_bias=torch.zeros(heads, m) if policy.merges else None,
@@ -268,18 +268,17 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
         given = scored(policy, view)
         if policy.allocates:
             room = Room(
-                heads * keep // page_size,
-                torch.full((1, heads), page_size),
-                torch.full((1, heads), m),
+                heads * keep // page_size, torch.full((1, heads), page_size), counts.unsqueeze(0)
             )
             demand = demanded(policy, view, given[0], room)
             allocated(policy, None if demand is None else demand.unsqueeze(0), room)
         demoted = torch.zeros(heads, m, dtype=torch.bool) if policy.tiers else None
-        finer = counts // 2 if policy.tiers else None
-        choice = choose(policy, view, counts, finer, demoted, given)
+        kept = counts - (m - keep)
+        finer = kept // 2 if policy.tiers else None
+        choice = choose(policy, view, kept, finer, demoted, given)
         if not choice.sound:
             raise PolicyFailure(USELESS)
-        slots = ops.mask_slots(choice.kept, keep)
+        slots = ops.mask_slots(choice.kept, kept).clamp_(min=0)
         state = {}
         for name, value in choice.state.items():
             state[name] = torch.zeros_like(value)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.policies.base import Policy, View, newest_slots
+from vllm_kvcrush.policies.base import Policy, View, sinks_and_newest
 
 
 @dataclass
@@ -27,10 +27,4 @@ class Streaming(Policy):
         return slots.expand(view.num_kv_heads, -1)
 
     def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
-        # What the base class would choose, without the search: sorted scores are its slow case.
-        if view.protected is not None:
-            return super().select(view, scores, keep)
-        sinks = keep.clamp(max=view.sinks)
-        mask = newest_slots(view, keep - sinks)
-        at = torch.arange(view.candidates, device=view.device)
-        return mask | (at < sinks.to(view.device).unsqueeze(1))
+        return sinks_and_newest(view, keep)  # what the base class would choose

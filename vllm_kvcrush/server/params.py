@@ -477,8 +477,6 @@ class Front:
             most = _QUOTED if key == BUDGET_KEY else MAX_LENGTH * (1 + 4 * (reason == "spans"))
             if key not in extra_args or (isinstance(value, kind) and _short(value, most)):
                 continue
-            if key == POLICY_KEY and isinstance(value, str) and value in self.settings.allow:
-                continue  # however long its author made it
             message = f"{key}={_quoted(value)} is not {what}: give for example {example}."
             raise self._refuse(reason, message, key, named_by)
 

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
 from typing import Any
 
+from vllm_kvcrush import compat
 from vllm_kvcrush.plan import cdiv
 from vllm_kvcrush.server import KEY, Method, wrap
 
@@ -48,7 +49,7 @@ def install(http: bool = True) -> None:
     from vllm.entrypoints.scale_out.token_in_token_out.serving import ServingTokens
 
     wrap(OpenAIServingChat, "chat_completion_full_generator", _full)
-    wrap(OpenAIServingChat, "chat_completion_stream_generator", _stream)
+    wrap(OpenAIServingChat, compat.CHAT_STREAM, _stream)
     wrap(OpenAIServingChatBatch, "chat_completion_full_generator_batch", _batch)
     wrap(OpenAIServingCompletion, "request_output_to_completion_response", _completion)
     wrap(OpenAIServingCompletion, "completion_stream_generator", _stream)
@@ -248,7 +249,7 @@ def _batch(original: Method) -> Method:
 def _stream(original: Method) -> Method:
     signature = inspect.signature(original)
 
-    async def stream_generator(*args: Any, **kwargs: Any) -> AsyncIterator[str]:
+    async def stream_generator(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         bound = signature.bind(*args, **kwargs)
         tap = _Tap(bound.arguments["result_generator"])
         bound.arguments["result_generator"] = tap
@@ -259,9 +260,12 @@ def _stream(original: Method) -> Method:
     return stream_generator
 
 
-def _in_event(event: str, tap: _Tap) -> str:
-    """Returns the event, with the details added if it carries the usage of the whole response,
-    which OpenAI's protocol marks by an empty list of choices."""
+def _in_event(event: Any, tap: _Tap) -> Any:
+    """Returns a server-sent event, or the chunk that one is made of, with the details added if it
+    carries the usage of the whole response, which OpenAI's protocol marks by an empty list of
+    choices."""
+    if not isinstance(event, str):
+        return event if getattr(event, "choices", True) else _add(event, total(tap.seen.values()))
     # Inside a JSON string the quotes would be escaped, so generated text cannot match.
     if '"choices":[]' not in event or not tap.seen:
         return event

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs import CODECS, FITTED
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops.cpu.library import (
     DTYPES,
     LIBRARY,
@@ -65,8 +65,8 @@ class Layer:
         self.block_size, self.first_page, self.scale = block_size, index * kv_heads, scale
         self.block_pages, self.num_blocks = layers * kv_heads, size // block_bytes
         self.tables = dict(tables or {})
-        addresses = [self.tables[c].address if c in self.tables else None for c in FITTED]
-        self._tables = (ctypes.c_void_p * len(FITTED))(*addresses)
+        addresses = [self.tables[c].address if c in self.tables else None for c in CODECS]
+        self._tables = (ctypes.c_void_p * len(CODECS))(*addresses)
         self._struct = LayerStruct(
             address(pool),
             self.num_blocks,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops.cpu.cache import Batch, Directory, Layer, Source
-from vllm_kvcrush.ops.cpu.library import DTYPES, LIBRARY, address, check
+from vllm_kvcrush.ops.cpu.library import DTYPES, LIBRARY, address, check, per_row
 
 
 def _rows(tensor: Tensor, heads: int, size: int, what: str) -> int:
@@ -144,6 +144,17 @@ def decode(
     return key, value, positions
 
 
+def _flat(layer: Layer, slots: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
+    """Slots of all heads one after the other, and where each head's start."""
+    if len(slots) != layer.kv_heads:
+        raise ValueError(f"slots of {len(slots)} heads for {layer.kv_heads} KV heads")
+    if isinstance(slots, Tensor):
+        flat = slots.to(torch.int64).reshape(-1).contiguous()
+        return flat, torch.arange(layer.kv_heads + 1) * slots.shape[1]
+    flat = torch.cat([s.to(torch.int64) for s in slots]).contiguous()
+    return flat, torch.tensor([0, *(len(s) for s in slots)]).cumsum(0)
+
+
 def compact(
     layer: Layer,
     source: Source,
@@ -165,21 +176,93 @@ def compact(
         ValueError: slots of a page are not in position order, or one comes twice; nothing was
             written.
     """
-    if len(slots) != layer.kv_heads:
-        raise ValueError(f"slots of {len(slots)} heads for {layer.kv_heads} KV heads")
-    if isinstance(slots, Tensor):
-        flat = slots.to(torch.int64).reshape(-1).contiguous()
-        start = torch.arange(layer.kv_heads + 1) * slots.shape[1]
-    else:
-        flat = torch.cat([s.to(torch.int64) for s in slots]).contiguous()
-        sizes = torch.tensor([0, *(len(s) for s in slots)])
-        start = sizes.cumsum(0)
+    flat, start = _flat(layer, slots)
     check(
         LIBRARY.kvc_compact(
             layer._pointer,
             source._pointer,
             flat.data_ptr(),
             start.data_ptr(),
+            ctypes.addressof(target.struct),
+        )
+    )
+
+
+def gather(
+    layer: Layer, source: Source, slots: Sequence[Tensor] | Tensor, positions: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Reads chosen slots of every KV head: what `fill` takes.
+
+    Args:
+        slots: for each KV head int64 [n_h], in any order, as `compact` takes them, or a tensor
+            [kv_heads, n].
+        positions: whether they are wanted; raw compressed pages have none.
+
+    Returns:
+        Float32 K [kv_heads, n, k_size] and V [kv_heads, n, v_size] and int32 positions
+        [kv_heads, n], or None if they are not wanted; n is the largest n_h, and rows past a head's
+        own are 0.
+    """
+    flat, start = _flat(layer, slots)
+    rows = int(start.diff().max())
+    key = torch.empty(layer.kv_heads, rows, layer.k_size)
+    value = torch.empty(layer.kv_heads, rows, layer.v_size)
+    where = torch.empty(layer.kv_heads, rows, dtype=torch.int32) if positions else None
+    check(
+        LIBRARY.kvc_gather(
+            layer._pointer,
+            source._pointer,
+            flat.data_ptr(),
+            start.data_ptr(),
+            rows,
+            key.data_ptr(),
+            value.data_ptr(),
+            address(where),
+        )
+    )
+    return key, value, where
+
+
+def fill(
+    layer: Layer,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor | None,
+    counts: int | Sequence[int] | Tensor,
+    target: Directory,
+) -> None:
+    """Fills pages with given tokens: the other half of a compaction, after `gather` and whatever
+    was done to its tokens.
+
+    Args:
+        keys, values: float32 [kv_heads, n, size].
+        positions: int32 [kv_heads, n], in order within each page that keeps them, as `compact`
+            wants them; None if no page keeps any.
+        counts: tokens of each head, the first ones of its n.
+        target: row 0 says which pages each head fills, each with as many as its count says.
+
+    Raises:
+        ValueError: counts and pages do not agree, or positions are not in order; nothing was
+            written.
+    """
+    heads, rows = layer.kv_heads, keys.shape[1]
+    for what, tensor, size in (("keys", keys, layer.k_size), ("values", values, layer.v_size)):
+        if tuple(tensor.shape) != (heads, rows, size):
+            raise ValueError(f"{what} are {tuple(tensor.shape)}; {(heads, rows, size)} are needed")
+    if positions is not None and tuple(positions.shape) != (heads, rows):
+        raise ValueError(f"positions are {tuple(positions.shape)}; {(heads, rows)} are needed")
+    own = per_row(counts, heads)
+    # Held here, so that they live as long as the call.
+    keys, values = keys.contiguous(), values.contiguous()
+    positions = None if positions is None else positions.contiguous()
+    check(
+        LIBRARY.kvc_fill(
+            layer._pointer,
+            rows,
+            own.data_ptr(),
+            address(keys, torch.float32),
+            address(values, torch.float32),
+            address(positions, torch.int32),
             ctypes.addressof(target.struct),
         )
     )
@@ -207,14 +290,16 @@ def read(
     return key, value, where
 
 
-def positions(layer: Layer, source: Source, tokens: int) -> Tensor:
-    """Where each head's first `tokens` slots stand, int32 [kv_heads, tokens]; in pages of fitted
-    codecs exactly only for the first of each strip."""
-    found = torch.empty(layer.kv_heads, tokens, dtype=torch.int32)
-    for head, row in enumerate(found):
+def positions(layer: Layer, source: Source, tokens: int | Sequence[int] | Tensor) -> Tensor:
+    """Returns where each head's first `tokens` slots stand, int32 [kv_heads, n]; n is the largest
+    number of them, and 0 stands past a head's own. In pages of fitted codecs they are exact only
+    for the first token of each strip."""
+    counts = per_row(tokens, layer.kv_heads).tolist()
+    found = torch.zeros(layer.kv_heads, max(counts), dtype=torch.int32)
+    for head, (row, count) in enumerate(zip(found, counts, strict=True)):
         check(
             LIBRARY.kvc_read(
-                layer._pointer, source._pointer, head, 0, tokens, None, None, row.data_ptr()
+                layer._pointer, source._pointer, head, 0, count, None, None, row.data_ptr()
             )
         )
     return found

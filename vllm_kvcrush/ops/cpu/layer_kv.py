@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush.ops.cpu.cache import Layer, Source
-from vllm_kvcrush.ops.cpu.kernels import read
+from vllm_kvcrush.ops.cpu.kernels import gather, positions
+from vllm_kvcrush.ops.cpu.library import per_row
 from vllm_kvcrush.ops.cpu.select import window_scores
 
 
@@ -19,11 +21,15 @@ class LayerKV:
 
     Args:
         layer, source: the layer, and the request's tokens in it.
-        tokens: n, held by every KV head.
+        tokens: n, held by every KV head, or by each.
+
+    Attributes:
+        counts: tokens of each KV head.
     """
 
-    def __init__(self, layer: Layer, source: Source, tokens: int):
-        self._layer, self._source, self._tokens = layer, source, tokens
+    def __init__(self, layer: Layer, source: Source, tokens: int | Sequence[int] | Tensor):
+        self._layer, self._source = layer, source
+        self.counts: list[int] = per_row(tokens, layer.kv_heads).tolist()
 
     @property
     def num_kv_heads(self) -> int:
@@ -37,25 +43,30 @@ class LayerKV:
 
     @cached_property
     def _read(self) -> tuple[Tensor, Tensor]:
-        layer = self._layer
-        parts = [
-            read(layer, self._source, head, 0, self._tokens)[:2] for head in range(layer.kv_heads)
-        ]
-        keys, values = zip(*parts, strict=True)
-        return torch.stack(keys), torch.stack(values)
+        slots = [torch.arange(n) for n in self.counts]
+        return gather(self._layer, self._source, slots, positions=False)[:2]
 
     @property
     def keys(self) -> Tensor:
-        """Float32 [H, n, D]."""
+        """Float32 [H, n, D]; n is the largest count, and rows past a head's own are 0."""
         return self._read[0]
 
     @property
     def values(self) -> Tensor:
-        """Float32 [H, n, D]."""
+        """Float32 [H, n, D], like `keys`."""
         return self._read[1]
 
+    @cached_property
+    def positions(self) -> Tensor:
+        """Where the tokens stand, int32 [H, n]: see `kernels.positions`."""
+        return positions(self._layer, self._source, self.counts)
+
     def window_scores(
-        self, queries: Tensor, scale: float, candidates: int, **options: Any
+        self,
+        queries: Tensor,
+        scale: float,
+        candidates: int | Sequence[int] | Tensor,
+        **options: Any,
     ) -> Tensor:
         """`window_scores` over these keys, without reading them."""
         if scale != self._layer.scale:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import ctypes
 import pathlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vllm_kvcrush.codecs import CODECS
 
-VERSION = 5
+VERSION = 6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _u8, _i32, _i64, _ptr = ctypes.c_uint8, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -106,6 +107,31 @@ class TableStruct(ctypes.Structure):
     ]
 
 
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "kvc_piece": PieceStruct,
+    "kvc_head_table": HeadTableStruct,
+    "kvc_table": TableStruct,
+    "kvc_layer": LayerStruct,
+    "kvc_directory": DirectoryStruct,
+    "kvc_batch": BatchStruct,
+    "kvc_source": SourceStruct,
+    "kvc_scoring": ScoringStruct,
+}
+
+
+def differences(described: str) -> list[str]:
+    """Returns the structures of which `described`, what kvc_structs says, tells other sizes or
+    offsets than the mirrors here, or that only one of the two has."""
+    found = dict(line.split(" ", 1) for line in described.splitlines())
+    own = {name: _described(struct) for name, struct in STRUCTS.items()}
+    return sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
+
+
+def _described(struct: type[ctypes.Structure]) -> str:
+    fields = [(name, getattr(struct, name)) for name, *_ in struct._fields_]
+    return f"{ctypes.sizeof(struct)}: " + ", ".join(f"{n} {f.offset} {f.size}" for n, f in fields)
+
+
 def _load() -> ctypes.CDLL:
     path = pathlib.Path(__file__).parents[2] / "_kernels.so"
     try:
@@ -121,6 +147,12 @@ def _load() -> ctypes.CDLL:
             f"{path.name} has version {found} of the kernels' interface and this package needs "
             f"{VERSION}; run `pip install -e .` in the project's directory again"
         )
+    library.kvc_structs.restype = ctypes.c_char_p
+    if differing := differences(library.kvc_structs().decode()):
+        raise ImportError(
+            f"{path.name} lays out {', '.join(differing)} otherwise than this package; run "
+            "`pip install -e .` in the project's directory again"
+        )
     pointers = {
         "kvc_attention": [_ptr, _ptr, _ptr, _i32, _i64, _ptr, _i32, _i64, _ptr],
         "kvc_store": [_ptr, _i64, _ptr, _i64, _ptr, _i64, _ptr],
@@ -128,11 +160,13 @@ def _load() -> ctypes.CDLL:
         "kvc_encode": [_ptr, _i32, _i32, _i64, _i32, _ptr, _ptr, _ptr],
         "kvc_decode": [_ptr, _i32, _i32, _i64, _i32, _ptr, _ptr, _ptr],
         "kvc_compact": [_ptr, _ptr, _ptr, _ptr, _ptr],
+        "kvc_gather": [_ptr, _ptr, _ptr, _ptr, _i64, _ptr, _ptr, _ptr],
+        "kvc_fill": [_ptr, _i64, _ptr, _ptr, _ptr, _ptr, _ptr],
         "kvc_read": [_ptr, _ptr, _i32, _i64, _i64, _ptr, _ptr, _ptr],
-        "kvc_window_scores": [_ptr, _ptr, _ptr, _i32, _i64, _i64, _ptr, _i64, _ptr],
-        "kvc_top_mask": [_i64, _i64, _ptr, _i64, _ptr],
+        "kvc_window_scores": [_ptr, _ptr, _ptr, _i32, _i64, _i64, _ptr, _ptr, _ptr],
+        "kvc_top_mask": [_i64, _i64, _ptr, _ptr, _ptr],
         "kvc_represent": [_i64, _i64, _i64, _ptr, _ptr, _i64, _ptr, _i64],
-        "kvc_mask_slots": [_i64, _i64, _ptr, _i64, _ptr],
+        "kvc_mask_slots": [_i64, _i64, _ptr, _ptr, _ptr],
         "kvc_huge_pages": [_ptr, _i64],
     }
     for name, arguments in pointers.items():
@@ -161,6 +195,16 @@ def address(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | No
     if dtype is not None and tensor.dtype != dtype:
         raise ValueError(f"a tensor has dtype {tensor.dtype} where {dtype} is needed")
     return tensor.data_ptr()
+
+
+def per_row(numbers: int | Sequence[int] | Tensor, rows: int) -> Tensor:
+    """Returns int64 [rows]: a number of each, of one for all or one for each."""
+    if isinstance(numbers, int):
+        return torch.full((rows,), numbers, dtype=torch.int64)
+    found = torch.as_tensor(numbers, dtype=torch.int64).contiguous()
+    if found.shape != (rows,):
+        raise ValueError(f"{tuple(found.shape)} numbers for {rows} rows")
+    return found
 
 
 def isa() -> str:

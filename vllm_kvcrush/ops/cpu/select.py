@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vllm_kvcrush.ops.cpu.cache import Layer, Source
-from vllm_kvcrush.ops.cpu.library import DTYPES, LIBRARY, ScoringStruct, address, check
+from vllm_kvcrush.ops.cpu.library import DTYPES, LIBRARY, ScoringStruct, address, check, per_row
 
 REDUCTIONS = {None: 0, "mean": 1, "max": 2}
 
@@ -17,7 +18,7 @@ def window_scores(
     layer: Layer,
     source: Source,
     queries: Tensor,
-    candidates: int,
+    candidates: int | Sequence[int] | Tensor,
     *,
     mean: bool = True,
     pool: int = 1,
@@ -31,13 +32,15 @@ def window_scores(
     Args:
         queries: [heads, w, k_size], unscaled, any dtype and strides of the first two dimensions;
             row i is the query of the tail's token tail_length - w + i, and w <= tail_length.
-        candidates: m; scores are wanted, and pooled, for slots [0, m).
+        candidates: m, or as many as each KV head has: scores are wanted, and pooled, for slots
+            [0, m). Log biases of the source count.
         mean: the mean over the window instead of the sum.
         pool, pool_kind: width of the pooling window, 1 for none; "avg" or "max".
         reduce: "mean" or "max" over the query heads of a KV head, or None.
 
     Returns:
-        float32 [kv_heads, m], or [heads, m] without reduction.
+        float32 [kv_heads, m], or [heads, m] without reduction; m is the largest, and scores past a
+        head's own are -inf.
     """
     window = queries.shape[1]
     if tuple(queries.shape) != (layer.heads, window, layer.k_size) or queries.stride(2) != 1:
@@ -49,7 +52,9 @@ def window_scores(
         raise ValueError(f"pool_kind={pool_kind!r} is not one of avg, max")
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce={reduce!r} is not one of mean, max, None")
-    out = torch.empty(layer.heads if reduce is None else layer.kv_heads, max(0, candidates))
+    own = per_row(candidates, layer.kv_heads)
+    rows = layer.heads if reduce is None else layer.kv_heads
+    out = torch.empty(rows, max(0, int(own.max())))
     factor = 1 / max(1, window) if mean else 1.0
     scoring = ScoringStruct(window, pool, pool_kind == "max", REDUCTIONS[reduce], factor)
     check(
@@ -61,26 +66,45 @@ def window_scores(
             queries.stride(0),
             queries.stride(1),
             ctypes.addressof(scoring),
-            candidates,
+            own.data_ptr(),
             out.data_ptr(),
         )
     )
     return out
 
 
-def top_mask(scores: Tensor, keep: int) -> Tensor:
-    """Marks each head's `keep` best slots, as `reference.top_mask` does: float32 [H, m] → bool."""
+def top_mask(scores: Tensor, keep: int | Sequence[int] | Tensor) -> Tensor:
+    """Marks the best slots of each row, as `reference.top_mask` does.
+
+    Args:
+        scores: [H, m] of any float dtype; NaN counts as the worst.
+        keep: 0 <= keep <= m, of every row or of each.
+
+    Returns:
+        bool [H, m].
+    """
     rows = scores.to(torch.float32).contiguous()
+    own = per_row(keep, len(rows))
     mask = torch.empty(rows.shape, dtype=torch.bool)
-    check(LIBRARY.kvc_top_mask(*rows.shape, rows.data_ptr(), keep, mask.data_ptr()))
+    check(LIBRARY.kvc_top_mask(*rows.shape, rows.data_ptr(), own.data_ptr(), mask.data_ptr()))
     return mask
 
 
-def mask_slots(mask: Tensor, count: int) -> Tensor:
-    """Slots that a bool mask [H, m] with `count` ones in each row marks: int64 [H, count]."""
+def mask_slots(mask: Tensor, count: int | Sequence[int] | Tensor) -> Tensor:
+    """Lists the slots that a mask marks.
+
+    Args:
+        mask: bool [H, m].
+        count: how many ones every row has, or each.
+
+    Returns:
+        int64 [H, count], ascending; where counts differ as many columns as the largest, and -1 past
+        a row's own.
+    """
     rows = mask.contiguous()
-    slots = torch.empty(rows.shape[0], max(0, count), dtype=torch.int64)
-    check(LIBRARY.kvc_mask_slots(*rows.shape, rows.data_ptr(), count, slots.data_ptr()))
+    own = per_row(count, len(rows))
+    slots = torch.empty(len(rows), max(0, int(own.max())), dtype=torch.int64)
+    check(LIBRARY.kvc_mask_slots(*rows.shape, rows.data_ptr(), own.data_ptr(), slots.data_ptr()))
     return slots
 
 

@@ -17,8 +17,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_kvcrush import gate, ops
-from vllm_kvcrush.codecs import CODECS
+from vllm_kvcrush import gate
 from vllm_kvcrush.codecs.layout import STRIP
 from vllm_kvcrush.engine.worker import region
 from vllm_kvcrush.engine.worker.region import Region
@@ -180,22 +179,10 @@ class CPUCacheLayer:
         return cpu.Source(directory, tail, tokens, position, self.block_size)
 
     def held(self, source: cpu.Source, tokens: Sequence[int]) -> LayerKV:
-        if len(set(tokens)) == 1:
-            return cpu.LayerKV(self.pages, source, tokens[0])
-        most = max(tokens)
-        keys = torch.zeros(self.heads, most, self.pages.k_size)
-        values = torch.zeros(self.heads, most, self.pages.v_size)
-        for head, n in enumerate(tokens):
-            keys[head, :n], values[head, :n], _ = cpu.read(self.pages, source, head, 0, n)
-        return ops.LayerKV(keys, values, tokens)
+        return cpu.LayerKV(self.pages, source, tokens)
 
     def positions(self, source: cpu.Source, tokens: Sequence[int]) -> Tensor:
-        where = torch.zeros(self.heads, max(tokens), dtype=torch.int32)
-        for head, n in enumerate(tokens):
-            found = cpu.read(self.pages, source, head, 0, n, positions=True)[2]
-            assert found is not None
-            where[head, :n] = found
-        return where
+        return cpu.positions(self.pages, source, tokens)
 
     def compact(
         self, source: cpu.Source, slots: Tensor, counts: Sequence[int], target: Region
@@ -213,16 +200,5 @@ class CPUCacheLayer:
         counts: Sequence[int],
         target: Region,
     ) -> None:
-        rows = target.begin[self.index].tolist(), target.end[self.index].tolist()
-        names = {codec.number: name for name, codec in CODECS.items()}
-        for head, (begin, end) in enumerate(zip(*rows, strict=True)):
-            at = 0
-            for entry in range(begin, end):
-                count = int(target.count[entry])
-                own = slice(at, at + count)
-                name = names[int(target.codec[entry])]
-                where = positions[head, own].contiguous() if name != "raw" else None
-                page = int(target.page[entry])
-                own_keys, own_values = keys[head, own].contiguous(), values[head, own].contiguous()
-                cpu.encode(self.pages, name, page, own_keys, own_values, where, head)
-                at += count
+        directory = target.directory(self.index)
+        cpu.fill(self.pages, keys, values, positions, counts, directory)

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "layout.h"
-#include "simd.h"
+#include "simd/simd.h"
 
 namespace kvc::KVC_NAMESPACE {
 

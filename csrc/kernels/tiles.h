@@ -1,19 +1,21 @@
-// A (sequence, KV head) as tiles: up to 128 tokens of one codec, gathered from as many pages as it
-// takes, since short tiles waste time on the softmax.
+// A (sequence, KV head) as tiles: up to 128 tokens whose strips are alike, gathered from as many
+// pages as it takes, since short tiles waste time on the softmax.
 #pragma once
 
 #include "internal.h"
-#include "panel.h"
+#include "kernels/panel.h"
 
 namespace kvc::KVC_NAMESPACE {
 
-// Tiles of exceptions: rows of int8 with scales of their own, outside any panel.
+// Kinds of strips: the codecs that read them, and exceptions, rows of int8 with scales of their own
+// outside any panel.
 constexpr int kExceptions = KVC_CODECS;
+constexpr int kKinds = KVC_CODECS + 1;
 
 struct Strip {
     const uint8_t *k, *v;   // exceptions: the first's scales, and null
     const uint8_t *scales;  // of its group, or its TokenScales
-    int place;              // in the group, or the page if fitted; exceptions: the first's number
+    int place;              // in the group; exceptions: the first's number
     int count;              // tokens; the other lanes of K are not to be trusted
     int hidden;             // lanes that are exceptions, a bit for each
     int tail;               // tail token of lane 0, -1 in the compressed region
@@ -24,7 +26,8 @@ struct Strip {
 };
 
 struct Tile {
-    int codec = KVC_RAW, strips = 0;
+    int kind = KVC_RAW, strips = 0;
+    int64_t scale_bytes = 0;  // from each strip's `scales` on
     bool bias = false;
     Strip strip[kTileStrips];
     const uint8_t *k[kTileStrips], *v[kTileStrips];
@@ -115,22 +118,25 @@ class Tiles {
                 if (!advance()) break;
                 continue;
             }
-            if (tile.strips == 0)
-                tile.codec = codec_;
-            else if (tile.codec != codec_ && (codec_ > KVC_EXACT || tile.codec > KVC_EXACT))
+            if (tile.strips == 0) {
+                tile.kind = kind_;
+                tile.scale_bytes = at_.strip_scales != 0 ? at_.strip_scales : at_.header;
+            } else if (tile.kind != kind_) {
                 break;
+            }
             Strip &strip = tile.strip[tile.strips];
             strip.k = k_;
-            strip.v = codec_ == kExceptions ? nullptr : k_ + at_.v;
+            strip.v = kind_ == kExceptions ? nullptr : k_ + at_.v;
             strip.scales = scales_;
             strip.place = place_;
             strip.count = tokens_ < kStrip ? tokens_ : kStrip;
-            strip.hidden = fitted(codec_) && codec_ != kExceptions ? exception_bits(scales_) : 0;
+            strip.hidden =
+                at_.strip_scales != 0 && kind_ != kExceptions ? exception_bits(scales_) : 0;
             strip.tail = tail_;
             strip.slot = slot_;
             strip.bias = bias_;
             strip.page = page_;
-            strip.codec = part_ == kTail ? int{KVC_RAW} : int{directory_.codec[entry_]};
+            strip.codec = codec_;
             strip.head = head_;
             tile.k[tile.strips] = strip.k;
             tile.v[tile.strips] = strip.v;
@@ -188,6 +194,7 @@ class Tiles {
 
     const uint8_t *open_entry() {
         codec_ = directory_.codec[entry_];
+        kind_ = kFormats[codec_].strips;
         page_ = layer_.page(directory_.page[entry_]);
         at_ = layer_.layout(codec_, head_);
         bias_ = nullptr;
@@ -208,7 +215,7 @@ class Tiles {
 
     // At token `token` of the tail, the first of a strip.
     void open_tail(int token) {
-        codec_ = KVC_RAW;
+        codec_ = kind_ = KVC_RAW;
         at_ = layer_.layout(codec_, head_);
         bias_ = nullptr;
         page_ = nullptr;
@@ -221,9 +228,8 @@ class Tiles {
 
     void open_strip(const uint8_t *page, int strip) {
         k_ = page + at_.strip_at(strip);
-        place_ = fitted(codec_) ? strip : strip % at_.group_strips;
-        scales_ = fitted(codec_) ? page + at_.scales + strip * int64_t{sizeof(TokenScales)}
-                                 : page + at_.group_at(strip);
+        place_ = strip % at_.group_strips;
+        scales_ = page + at_.scales_at(strip);
     }
 
     // At strip `first` of the entry's exceptions; they have no strips to step through.
@@ -231,7 +237,7 @@ class Tiles {
         open_entry();
         if (directory_.bias != nullptr && directory_.bias[entry_] >= 0)
             bias_ = directory_.log_bias + directory_.bias[entry_];
-        codec_ = kExceptions;
+        kind_ = kExceptions;
         k_ = scales_ = page_ + at_.exceptions;
         place_ = first * kStrip;
         tokens_ = exceptions(entry_) - place_;
@@ -239,7 +245,7 @@ class Tiles {
 
     void step() {
         tokens_ -= kStrip;
-        if (codec_ == kExceptions) {
+        if (kind_ == kExceptions) {
             place_ += kStrip;
             return;
         }
@@ -247,14 +253,11 @@ class Tiles {
         if (tail_ >= 0) tail_ += kStrip;
         if (bias_ != nullptr) bias_ += kStrip;
         k_ += at_.strip;
-        if (fitted(codec_)) {
-            scales_ += sizeof(TokenScales);
-            ++place_;
-        } else if (++place_ == at_.group_strips) {
-            place_ = 0;
-            scales_ = k_;
-            k_ += at_.header;
-        }
+        scales_ += at_.strip_scales;
+        if (++place_ != at_.group_strips) return;
+        place_ = 0;
+        if (at_.strip_scales == 0) scales_ = k_;
+        k_ += at_.header;
     }
 
     const Layer &layer_;
@@ -266,7 +269,7 @@ class Tiles {
     int32_t begin_ = 0, entry_ = 0, end_ = 0;
     Part part_ = kPages;
     // The next strip.
-    int codec_ = KVC_RAW, place_ = 0, tokens_ = 0, tail_ = -1;
+    int codec_ = KVC_RAW, kind_ = KVC_RAW, place_ = 0, tokens_ = 0, tail_ = -1;
     int64_t slot_ = 0, page_slot_ = 0;
     PageLayout at_{};
     const uint8_t *page_ = nullptr, *scales_ = nullptr, *k_ = nullptr;

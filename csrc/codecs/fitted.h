@@ -2,10 +2,8 @@
 // equal ones, a few tokens as int8.
 #pragma once
 
-#include "integer.h"
-#include "internal.h"
-#include "panel.h"
-#include "tiles.h"
+#include "codecs/int8.h"
+#include "kernels/codes.h"
 
 namespace kvc::KVC_NAMESPACE {
 
@@ -15,12 +13,6 @@ constexpr int kMostBlocks = (kMostPieces + kBlockPieces - 1) / kBlockPieces;
 
 KVC_INLINE const kvc_head_table &head_table(const Layer &layer, int codec, int head) {
     return layer.table(codec)->heads[head];
-}
-
-// The middle of the codes of a field, times its weight, sums over pieces to the middle of the codes
-// of a component.
-KVC_INLINE float middle(int bits) {
-    return 0.5f * static_cast<float>((1 << bits) - 1);
 }
 
 // Scales of values: 2^((i - 128) / 16), and 0. Made by the compiler: code that runs when the
@@ -217,7 +209,7 @@ inline void expand_exceptions(const Layer &layer, const Strip &strip, float *key
 
 // ------------------------------------------------------------------------------------ products
 
-#if defined(__AVX2__)
+#if defined(KVC_INTEGER_PRODUCTS)
 
 // What becomes of the query of one token: a weight for every field of the keys' codes, in bytes,
 // with a step for each block of fields.
@@ -227,14 +219,20 @@ struct FittedQuery {
     float *shift;  // [group]
     int codec, head;
     int32_t position;  // as seen from where; -1: keys are coded as they are
+    CodeWeights weights;
 
     static constexpr int kStride = kMostBlocks * kBlock;
 
     template <class Arena>
-    void take(Arena &arena, int64_t group) {
+    void take(Arena &arena, const Layer &layer) {
+        const int64_t group = layer.group;
         code = arena.template take<int8_t>(group * kStride + 64);
         step = arena.template take<float>(group * kMostBlocks);
         shift = arena.template take<float>(group);
+        weights.take(arena, group);
+    }
+    void begin() {
+        codec = -1;
     }
 };
 static_assert(kBlock == 4 * kBlockPieces);
@@ -311,8 +309,7 @@ inline void turn_query(const float *from, const float *angle, int half, float *t
 // At most this many query heads at a time.
 constexpr int kQueryRun = 4;
 
-inline void fitted_query(const Layer &layer, const Strip &strip, const float *q, int group,
-                         FittedQuery &to) {
+inline void fitted_query(const Layer &layer, const Strip &strip, const float *q, FittedQuery &to) {
     const kvc_table &table = *layer.table(strip.codec);
     const kvc_head_table &own = table.heads[strip.head];
     const int32_t position = table.local ? strip_position(layer, strip) : -1;
@@ -320,7 +317,7 @@ inline void fitted_query(const Layer &layer, const Strip &strip, const float *q,
     to.codec = strip.codec;
     to.head = strip.head;
     to.position = position;
-    const int k_size = layer.k_size;
+    const int k_size = layer.k_size, group = layer.group;
     alignas(64) float turned[kQueryRun * kMaxHead], field[kQueryRun * FittedQuery::kStride];
     float angle[kMaxHead + W];
     if (table.local) angles(table, k_size, position, angle);
@@ -360,22 +357,6 @@ inline void fitted_query(const Layer &layer, const Strip &strip, const float *q,
         }
     }
 }
-
-#if defined(__AVX512F__)
-template <int lanes>
-KVC_INLINE vi load_field(const uint8_t *p, int first, int bits) {
-    const vi x = lanes == W ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi32(0xff, p);
-    return _mm512_and_si512(_mm512_srl_epi16(x, _mm_cvtsi32_si128(first)),
-                            _mm512_set1_epi8(static_cast<char>((1 << bits) - 1)));
-}
-#else
-template <int lanes>
-KVC_INLINE vi load_field(const uint8_t *p, int first, int bits) {
-    const vi x = _mm256_loadu_si256(reinterpret_cast<const vi *>(p));
-    return _mm256_and_si256(_mm256_srl_epi16(x, _mm_cvtsi32_si128(first)),
-                            _mm256_set1_epi8(static_cast<char>((1 << bits) - 1)));
-}
-#endif
 
 // Scores of NP strips of keys.
 template <int G, int NP>
@@ -420,5 +401,233 @@ KVC_APART void fitted_k(const uint8_t *const *strip, const kvc_head_table &head,
 }
 
 #endif
+
+// ------------------------------------------------------------------------------------ encoding
+
+constexpr int kMostExceptions = 128;  // of a page; so many that their codes' loss says little
+
+// The tokens of a page that lose most, the first of equal ones: kept in order of their loss.
+struct Worst {
+    int count = 0, most;
+    float loss[kMostExceptions];
+    int32_t token[kMostExceptions];
+
+    explicit Worst(int limit) : most(limit) {}
+    void offer(float own, int32_t t) {
+        if (count == most && (most == 0 || !(own > loss[most - 1]))) return;
+        int i = count < most ? count++ : most - 1;
+        for (; i > 0 && own > loss[i - 1]; --i) loss[i] = loss[i - 1], token[i] = token[i - 1];
+        loss[i] = own;
+        token[i] = t;
+    }
+};
+
+// Codes of 16 keys, given as [channel][token] without what `table` takes off first; adds up what
+// each token loses.
+inline void encode_fitted_keys(const kvc_head_table &head, int k_size, float *keys, float *loss,
+                               uint8_t *k) {
+    alignas(64) float x[kMaxHead * kStrip];
+    for (int c = 0; c < k_size; ++c)
+        for (int l = 0; l < kStrip; l += W) {
+            float *at = keys + c * kStrip + l;
+            vstore(at, vsub(vload(at), vset(head.mean[c])));
+        }
+    multiply_rows(head.forward, k_size, nullptr, k_size, k_size, keys, x);
+    int bits[kMaxHead / 4] = {};
+    for (int i = 0; i < head.pieces; ++i) bits[head.piece[i].quad] += head.piece[i].bits;
+    alignas(64) int32_t code[kMaxHead * kStrip], words[kStrip * kMaxHead / 4] = {};
+    for (int c = 0; c < k_size; ++c) {
+        const float centre = middle(bits[c / 4]), top = 2 * centre;
+        for (int l = 0; l < kStrip; l += W) {
+            const vf own = vload(x + c * kStrip + l);
+            const vf level = vround(vclamp(vadd(own, vset(centre)), 0, top));
+            const vf error = vsub(own, vsub(level, vset(centre)));
+            vstore(loss + l, vfma(vmul(error, error), vset(head.cost[c]), vload(loss + l)));
+            vstore_words(code + c * kStrip + l, to_int(level));
+        }
+    }
+    for (int i = 0; i < head.pieces; ++i) {
+        const kvc_piece piece = head.piece[i];
+        for (int j = 0; j < 4; ++j)
+            for (int l = 0; l < kStrip; l += W) {
+                const uint8_t *from =
+                    reinterpret_cast<const uint8_t *>(code + (4 * piece.quad + j) * kStrip + l);
+                int32_t *to = words + piece.word * kStrip + l;
+                const vi field =
+                    vand(vright(vload_words<W>(from), piece.weight), (1 << piece.bits) - 1);
+                vstore_words(to, vor(vload_words<W>(reinterpret_cast<const uint8_t *>(to)),
+                                     vleft(field, 8 * j + piece.first)));
+            }
+    }
+    std::memcpy(k, words, size_t{4} * kStrip * head.words);
+}
+
+// V of 16 tokens with a scale each that loses least with the codes of a unit variance.
+inline void encode_fitted_values(const kvc_head_table &head, const float *const *value, int v_size,
+                                 TokenScales &scales, uint8_t *v) {
+    alignas(64) float turned[kMaxHead * kStrip];
+    alignas(64) float inverse[kStrip], dots[kStrip], norms[kStrip];
+    rotate_strip(value, v_size, turned);
+    const float centre = middle(head.v_bits), top = 2 * centre;
+    const auto level = [&](int c, int l) {
+        const vf y = vmul(vload(turned + c * kStrip + l), vload(inverse + l));
+        return vround(vclamp(vadd(y, vset(centre)), 0, top));
+    };
+    for (int l = 0; l < kStrip; l += W) {
+        vf square = vzero(), dot = vzero(), norm = vzero();
+        for (int c = 0; c < v_size; ++c) {
+            const vf y = vload(turned + c * kStrip + l);
+            square = vfma(y, y, square);
+        }
+        vstore(norms + l, square);
+        for (int t = l; t < l + W; ++t) {
+            const float rms = __builtin_sqrtf(norms[t] / static_cast<float>(v_size));
+            inverse[t] = rms > 1e-30f && rms < 1e30f ? 1 / (rms * head.v_step) : 0.0f;
+        }
+        for (int c = 0; c < v_size; ++c) {
+            const vf code = vsub(level(c, l), vset(centre));
+            dot = vfma(vload(turned + c * kStrip + l), code, dot);
+            norm = vfma(code, code, norm);
+        }
+        vstore(dots + l, dot);
+        vstore(norms + l, norm);
+    }
+    for (int t = 0; t < kStrip; ++t) {
+        const float scale = inverse[t] > 0 ? dots[t] / norms[t] : 0.0f;
+        const float byte = scale > 0 ? 128 + 16 * __builtin_log2f(scale) : 0.0f;
+        scales.v[t] = scale > 0 ? static_cast<uint8_t>(clamp(byte + 0.5f, 1, 255)) : 0;
+    }
+    if (head.v_bits == 4)
+        store_nibbles(v_size, v, level);
+    else if (head.v_bits == 3)
+        store_triples(v_size, v, level);
+    else
+        store_pairs(v_size, v, level);
+}
+// The first tokens of a request draw attention whatever the query.
+constexpr int kSinks = 4;
+
+inline void encode_fitted(const Layer &layer, int codec, int own, uint8_t *page, int count,
+                          const float *key, const float *value) {
+    const kvc_table &table = *layer.table(codec);
+    const kvc_head_table &head = table.heads[own];
+    const PageLayout at = layer.layout(codec, own);
+    const int k_size = layer.k_size, v_size = layer.v_size;
+    Worst worst(least(head.exceptions, count));
+    each_strip(layer, count, key, value,
+               [&](int strip, int n, const float *const *k_rows, const float *const *v_rows) {
+                   const int first = strip * kStrip;
+                   alignas(64) float turned[kMaxHead * kStrip], loss[kStrip] = {};
+                   turn_rows(k_rows, k_size, turned);
+                   int32_t position;
+                   get_positions(at, codec, layer.page_bytes, page, first, 1, &position);
+                   if (table.local) {
+                       float angle[kMaxHead];
+                       angles(table, k_size, position, angle);
+                       turn_strip(angle, k_size, true, turned);
+                   }
+                   uint8_t *k = page + at.strip_at(strip);
+                   encode_fitted_keys(head, k_size, turned, loss, k);
+                   TokenScales scales{};
+                   encode_fitted_values(head, v_rows, v_size, scales, k + at.v);
+                   std::memcpy(page + at.scales_at(strip), &scales, sizeof scales);
+                   for (int t = 0; t < n; ++t)
+                       worst.offer(position + t < kSinks ? __builtin_inff() : loss[t], first + t);
+               });
+    for (int i = 0; i < worst.count; ++i) {
+        const int32_t t = worst.token[i];
+        uint8_t *bits = page + at.scales_at(t / kStrip) + offsetof(TokenScales, exceptions);
+        uint16_t word;
+        std::memcpy(&word, bits, sizeof word);
+        word = static_cast<uint16_t>(word | 1u << t % kStrip);
+        std::memcpy(bits, &word, sizeof word);
+    }
+    uint8_t *scales = page + at.exceptions;
+    uint8_t *k = scales + int64_t{head.exceptions} * 4;
+    uint8_t *v = k + int64_t{head.exceptions} * k_size;
+    each_exception(at, page, count, worst.count, [&](int number, int token) {
+        uint16_t scale[2];
+        int8_row(key + int64_t{token} * k_size, k_size, scale[0], k + int64_t{number} * k_size);
+        int8_row(value + int64_t{token} * v_size, v_size, scale[1], v + int64_t{number} * v_size);
+        std::memcpy(scales + 4 * number, scale, sizeof scale);
+    });
+}
+
+// Puts the exceptions among the first `held` tokens of a page into what was read of tokens
+// places[0..n), or the first n if places is null.
+inline void decode_exceptions(const Layer &layer, int codec, int head, const uint8_t *page,
+                              int held, int n, const int32_t *places, float *key, float *value) {
+    const PageLayout at = layer.layout(codec, head);
+    const int k_size = layer.k_size, v_size = layer.v_size;
+    const int all = head_table(layer, codec, head).exceptions;
+    const auto place = [&](int i) { return places != nullptr ? places[i] : i; };
+    int i = 0;  // both go in the order of tokens
+    each_exception(
+        at, page, held, layer.exceptions(codec, head, held, page), [&](int number, int token) {
+            while (i < n && place(i) < token) ++i;
+            if (i == n || place(i) != token) return;
+            uint16_t scale[2];
+            std::memcpy(scale, page + at.exceptions + 4 * number, sizeof scale);
+            const int8_t *k =
+                reinterpret_cast<const int8_t *>(page + at.exceptions) + int64_t{4} * all;
+            const int8_t *v = k + int64_t{all} * k_size + int64_t{number} * v_size;
+            k += int64_t{number} * k_size;
+            for (int c = 0; c < k_size && key != nullptr; ++c)
+                key[int64_t{i} * k_size + c] = static_cast<float>(k[c]) * half_to_float(scale[0]);
+            for (int c = 0; c < v_size && value != nullptr; ++c)
+                value[int64_t{i} * v_size + c] = static_cast<float>(v[c]) * half_to_float(scale[1]);
+        });
+}
+
+struct Fitted : Expanded<Fitted> {
+    static void expand(const Layer &layer, const Strip &strip, float *keys, float *values) {
+        if (keys != nullptr) expand_fitted_keys(layer, strip, keys);
+        if (values != nullptr) expand_fitted_values(layer, strip, values);
+    }
+    static constexpr auto encode = encode_fitted;
+
+#if defined(KVC_INTEGER_PRODUCTS)
+    using Query = FittedQuery;
+
+    // All strips at once where keys are coded as they are, else one by one.
+    static void scores(const Pass &pass, Query &query, const float *q, float *s) {
+        const Tile &tile = pass.tile;
+        const kvc_table &table = *pass.layer.table(tile.kind);
+        const int step = table.local ? 1 : tile.strips;
+        for (int first = 0; first < tile.strips; first += step) {
+            fitted_query(pass.layer, tile.strip[first], q, query);
+            each_k_run(step, pass.layer.group, [&](auto heads, auto panels, int strip, int head) {
+                strip += first;
+                fitted_k<decltype(heads)::count, decltype(panels)::count>(
+                    tile.k + strip, table.heads[tile.strip[first].head],
+                    query.code + head * FittedQuery::kStride, query.step + head * kMostBlocks,
+                    query.shift + head, s + head * kTile + strip * kStrip, pass.ahead + strip);
+            });
+        }
+    }
+
+    static void values(const Pass &pass, Query &query, float *p, const float *decay, float *sums) {
+        const Tile &tile = pass.tile;
+        for (int i = 0; i < tile.strips; ++i)
+            token_scales(tile.strip[i].scales, tile.strip[i].count,
+                         query.weights.scale + i * kStrip);
+        switch (head_table(pass.layer, tile.kind, tile.strip[0].head).v_bits) {
+            case 4:
+                return code_values<4>(pass, query.weights, p, decay, sums);
+            case 3:
+                return code_values<3>(pass, query.weights, p, decay, sums);
+            default:
+                return code_values<2>(pass, query.weights, p, decay, sums);
+        }
+    }
+#endif
+};
+
+// Strips of exceptions; their pages are the codec's.
+struct Exceptions : Expanded<Exceptions> {
+    static constexpr auto expand = expand_exceptions;
+    static constexpr void (*encode)(const Layer &, int, int, uint8_t *, int, const float *,
+                                    const float *) = nullptr;
+};
 
 }  // namespace kvc::KVC_NAMESPACE

@@ -1,7 +1,7 @@
 // How much attention the newest queries pay to every token held: what policies score with.
 #pragma once
 
-#include "attention.h"
+#include "kernels/attention.h"
 
 namespace kvc::KVC_NAMESPACE {
 namespace {
@@ -93,7 +93,7 @@ void window_weights(const Layer &layer, const kvc_batch &batch, const WindowQuer
             const Strip &strip = tile.strip[i];
             for (int g = 0; g < heads; ++g) {
                 float *to = out + g * out_stride + strip.slot;
-                const bool apart = tile.codec == kExceptions;
+                const bool apart = tile.kind == kExceptions;
                 float lanes[kStrip] = {};
                 if (query.begin != 0 && apart)
                     each_lane(layer, strip, [&](int lane, int token) { lanes[lane] = to[token]; });

@@ -5,10 +5,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-#include "codecs.h"
-#include "internal.h"
-#include "panel.h"
-#include "tiles.h"
+#include "kernels/codecs.h"
 
 namespace kvc::KVC_NAMESPACE {
 namespace {
@@ -89,7 +86,7 @@ KVC_INLINE void bias_row(const Layer &layer, float *s, const Tile &tile) {
     for (int i = 0; i < tile.strips; ++i) {
         const Strip &strip = tile.strip[i];
         if (strip.bias == nullptr) continue;
-        if (tile.codec == kExceptions) {
+        if (tile.kind == kExceptions) {
             each_lane(layer, strip, [&](int lane, int token) {
                 s[i * kStrip + lane] += strip.bias[token] * kLog2e;
             });
@@ -107,24 +104,12 @@ bool has_partial_strip(const Tile &tile) {
     return false;
 }
 
-// V rows that nobody wrote may be NaN, which a weight of 0 does not silence.
-void complete_strips(const Layer &layer, Tile &tile, uint8_t *spare) {
-    const int64_t bytes = layer.flat[KVC_RAW].strip - layer.flat[KVC_RAW].v;
-    for (int i = 0; i < tile.strips; ++i) {
-        const Strip &strip = tile.strip[i];
-        if (strip.count == kStrip) continue;
-        copy_v_strip(strip.v, spare, strip.count, layer.v_size, layer.dtype);
-        tile.v[i] = spare;
-        spare += bytes;
-    }
-}
-
 // Scales are few, but waiting for them costs as much as for codes.
-KVC_INLINE void prefetch_scales(const Layer &layer, const Tile &tile) {
-    const int64_t bytes = fitted(tile.codec) ? 1 : layer.flat[tile.codec].header;
+KVC_INLINE void prefetch_scales(const Tile &tile) {
     for (int i = 0; i < tile.strips; ++i)
         if (i == 0 || tile.strip[i].scales != tile.strip[i - 1].scales)
-            for (int64_t at = 0; at < bytes; at += 64) prefetch(tile.strip[i].scales + at);
+            for (int64_t at = 0; at < tile.scale_bytes; at += 64)
+                prefetch(tile.strip[i].scales + at);
 }
 
 // Undoes the rotation of V in what was gathered from rotated codecs and adds it to the rest.
@@ -192,8 +177,7 @@ class Arena {
 struct Memory {
     Rows rows;
     float *query, *scores;
-    uint8_t *spare;  // strips completed, or expanded to floats
-    float *keys, *values;
+    float *keys, *values;  // of a tile
     Prepared prepared;
 
     // With a null base only the size counts.
@@ -207,7 +191,6 @@ struct Memory {
         m.rows.decay = arena.take<float>(padded);
         m.query = arena.take<float>(padded * kMaxHead);
         m.scores = arena.take<float>(padded * kTile);
-        m.spare = arena.take<uint8_t>(kTileStrips * layer.flat[KVC_RAW].strip);
         m.keys = arena.take<float>(int64_t{kTile} * layer.k_size);
         m.values = arena.take<float>(int64_t{kTile} * layer.v_padded + 16);
         m.prepared.take(arena, layer);
@@ -230,28 +213,24 @@ int64_t partial_floats(const Layer &layer) {
     return int64_t{layer.group} * (layer.v_padded + 2);
 }
 
-// Points the tile's K at floats: at the page itself where it holds float32.
+// Points the tile's K, or V, at floats: at the page itself where it holds float32.
 void expand_keys(const Layer &layer, Tile &tile, Memory &m) {
-    if (tile.codec <= KVC_EXACT && layer.dtype == KVC_F32) return;
+    const CodecTraits &traits = kTraits[tile.kind];
+    if (traits.plain && layer.dtype == KVC_F32) return;
     for (int i = 0; i < tile.strips; ++i) {
         float *keys = m.keys + i * kStrip * layer.k_size;
-        if (tile.codec <= KVC_EXACT)
-            expand_raw(tile.k[i], keys, kStrip, layer.k_size, layer.dtype);
-        else
-            expand_codec(layer, tile.codec, tile.strip[i], keys, nullptr);
+        traits.expand(layer, tile.strip[i], keys, nullptr);
         tile.k[i] = reinterpret_cast<const uint8_t *>(keys);
     }
 }
-
-// The same for V.
 void expand_values(const Layer &layer, Tile &tile, Memory &m) {
-    if (tile.codec <= KVC_EXACT && layer.dtype == KVC_F32) return;
+    const CodecTraits &traits = kTraits[tile.kind];
+    const bool floats = traits.plain && layer.dtype == KVC_F32;
     for (int i = 0; i < tile.strips; ++i) {
+        // V rows that nobody wrote may be NaN, which a weight of 0 does not silence.
+        if (floats && tile.strip[i].count == kStrip) continue;
         float *values = m.values + int64_t{i} * kStrip * layer.v_size;
-        if (tile.codec <= KVC_EXACT)
-            expand_raw_v(tile.v[i], values, layer.v_size, layer.dtype);
-        else
-            expand_codec(layer, tile.codec, tile.strip[i], nullptr, values);
+        traits.expand(layer, tile.strip[i], nullptr, values);
         tile.v[i] = reinterpret_cast<const uint8_t *>(values);
     }
 }
@@ -283,22 +262,27 @@ void attend_one(const Attention &call, int seq, int head, int64_t first, int64_t
         Tile &current = tile[now], &next = tile[now ^ 1];
         more = tiles.next(next);
         if (more)
-            prefetch_scales(layer, next);
+            prefetch_scales(next);
         else
             next.strips = 0;
         const bool partial = has_partial_strip(current);
-        if (partial && current.codec <= KVC_EXACT) complete_strips(layer, current, m.spare);
-        tile_scores(layer, current, next, m.prepared, m.query, group, m.scores, m.keys);
+        const CodecTraits &traits = kTraits[current.kind];
+        const uint8_t *ahead_k[kTileStrips], *ahead_v[kTileStrips];
+        for (int i = 0; i < current.strips; ++i) {
+            ahead_k[i] = i < next.strips ? next.k[i] : current.k[i];
+            ahead_v[i] = i < next.strips ? next.v[i] : current.v[i];
+        }
+        traits.scores({layer, current, ahead_k, m.keys}, m.prepared, m.query, m.scores);
         for (int g = 0; g < group; ++g) {
             float *s = m.scores + g * kTile;
             if (partial) mask_row(s, current, tail);
             if (current.bias) bias_row(layer, s, current);
             softmax_row(s, current.strips * kStrip, rows.top[g], rows.total[g], rows.decay[g]);
         }
-        const bool rotated = rotates_v(current.codec);
+        const bool rotated = traits.rotated;
         float *sums = rotated ? rows.rotated : rows.sums;
         float *other = rotated ? rows.sums : rows.rotated;
-        tile_values(layer, current, next, m.prepared, m.scores, rows.decay, group, sums, m.values);
+        traits.values({layer, current, ahead_v, m.values}, m.prepared, m.scores, rows.decay, sums);
         if (rotated || rows.any_rotated)
             for (int g = 0; g < group; ++g)
                 if (rows.decay[g] != 1)
@@ -386,7 +370,6 @@ void prefill_item(const Attention &call, int seq, int64_t item, int64_t blocks, 
     Tile tile;
     while (tiles.next(tile)) {
         const bool partial = has_partial_strip(tile);
-        if (partial && tile.codec <= KVC_EXACT) complete_strips(layer, tile, m.spare);
         expand_keys(layer, tile, m);
         expand_values(layer, tile, m);
         block_scores(tile, m.query, rows.count, layer.k_size, m.scores);
@@ -399,7 +382,7 @@ void prefill_item(const Attention &call, int seq, int64_t item, int64_t blocks, 
             softmax_row(s, tile.strips * kStrip, rows.top[i], rows.total[i], rows.decay[i]);
         }
         for (int i = count * group; i < rows.count; ++i) rows.decay[i] = 0;
-        const bool rotated = rotates_v(tile.codec);
+        const bool rotated = kTraits[tile.kind].rotated;
         float *sums = rotated ? rows.rotated : rows.sums;
         float *other = rotated ? rows.sums : rows.rotated;
         block_values(tile, m.scores, rows.count, layer.v_size, rows.decay, sums, layer.v_padded);

@@ -1,0 +1,58 @@
+// The list of codecs: what this instruction set does with the strips of each.
+#pragma once
+
+#include "codecs/fitted.h"
+#include "codecs/int4.h"
+#include "codecs/int8.h"
+#include "codecs/raw.h"
+
+namespace kvc::KVC_NAMESPACE {
+
+template <class... C>
+struct PreparedBy : C::Query... {
+    template <class Arena>
+    void take(Arena &arena, const Layer &layer) {
+        (C::Query::take(arena, layer), ...);
+    }
+    void begin() {
+        (C::Query::begin(), ...);
+    }
+};
+// Everything that reads strips, once.
+struct Prepared : PreparedBy<Raw, Int8, Int4, Fitted, Exceptions> {};
+
+template <class C>
+constexpr CodecTraits traits(int kind) {
+    return {
+        kind,
+        kind != kExceptions && kFormats[kind].rotated,
+        C::plain,
+        [](const Pass &pass, Prepared &prepared, const float *q, float *s) {
+            C::scores(pass, static_cast<typename C::Query &>(prepared), q, s);
+        },
+        [](const Pass &pass, Prepared &prepared, float *p, const float *decay, float *sums) {
+            C::values(pass, static_cast<typename C::Query &>(prepared), p, decay, sums);
+        },
+        C::expand,
+        C::encode,
+    };
+}
+
+constexpr CodecTraits kTraits[] = {
+    traits<Raw>(KVC_RAW),             //
+    traits<Raw>(KVC_EXACT),           //
+    traits<Int8>(KVC_INT8),           //
+    traits<Int4>(KVC_INT4),           //
+    traits<Fitted>(KVC_TC4),          //
+    traits<Fitted>(KVC_TC6),          //
+    traits<Fitted>(KVC_TC8),          //
+    traits<Exceptions>(kExceptions),  //
+};
+constexpr bool traits_are_in_order() {
+    for (int kind = 0; kind < kKinds; ++kind)
+        if (kTraits[kind].kind != kind) return false;
+    return sizeof kTraits == kKinds * sizeof(CodecTraits);
+}
+static_assert(traits_are_in_order());
+
+}  // namespace kvc::KVC_NAMESPACE
