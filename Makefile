@@ -1,6 +1,7 @@
 # make serve   set up, then serve the demo model with a quarter of the KV cache on 127.0.0.1:8000
 #              (make serve PORT=8001 ARGS="--kv-budget 0.5")
-# make test    set up, then run the tests (make test ARGS="-m 'not engine and not server'")
+# make test    set up, then run the tests, two at a time (make test ARGS="-m 'not engine and not
+#              server'"; make test WORKERS=0 ARGS="--pdb tests/blocks" in this process)
 # make test-all  the same with whole matrices where make test runs samples that have every pair of
 #              values, and with more random lives of the scheduler
 # make lint    set up, then check style and types
@@ -18,6 +19,8 @@
 
 PORT ?= 8000
 ARGS ?=
+# An engine takes a core and some 2 GB of memory.
+WORKERS ?= 2
 BIN := .venv/bin
 
 export VLLM_KVCRUSH_CACHE ?= $(CURDIR)/.cache
@@ -41,7 +44,7 @@ serve: model
 	@MODEL="$$($(BIN)/python -m vllm_kvcrush.tools.demo_model)" PORT=$(PORT) scripts/serve.sh $(ARGS)
 
 test: model
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 test-all: export KVCRUSH_FULL = 1
 test-all: test
