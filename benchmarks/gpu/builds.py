@@ -55,7 +55,7 @@ POINTERS = {
     **dict.fromkeys(("lse", "partial", "partial_lse", "log_bias"), "*fp32"),
     **dict.fromkeys(("query_start", "tail_length", "tail_table", "runs", "pages"), "*i32"),
     **dict.fromkeys(("counts", "begins", "ends", "codecs", "firsts", "heads"), "*i32"),
-    **dict.fromkeys(("tail_slot", "position", "wide"), "*i32"),
+    **dict.fromkeys(("tail_slot", "position", "wide", "candidates"), "*i32"),
     **dict.fromkeys(("bias", "slots"), "*i64"),
     **{"half": "*fp16", "words": "*i16", "codes": "*u8", "info": "*i32", "fields": "*i32"},
     **dict.fromkeys(("base", "mean", "forward", "cost", "top", "coarse", "fine", "loss"), "*fp32"),
@@ -194,7 +194,7 @@ def _tokens(codecs: tuple[str, ...], size: int, group: int, dtype: str) -> Itera
         yield Build(
             "scores", codec, *same, scores_kernels.scores_kernel,
             {"T": slots, "W": 32, "GROUP": group, "HEADS": KV_HEADS * group}
-            | {"TAIL": codec == "raw", **own},
+            | {"TAIL": codec == "raw", "BIAS": False, **own},
             warps, stages, {"out": "*fp32", "tail_length": "i32"},
         )  # fmt: skip
 

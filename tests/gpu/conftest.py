@@ -6,6 +6,7 @@ whether kernels are interpreted: tests/unit/test_gpu.py starts it. On a machine 
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import types
@@ -53,8 +54,9 @@ def interpreter() -> None:
 
 
 def mend_interpreter() -> None:
-    """Its bfloat16 products, and its slow launches."""
+    """Its bfloat16 products, and what is slow in it: launches, types, and looking for overflows."""
     import triton.language as tl
+    from triton.language import semantic
     from triton.runtime import interpreter
 
     # It holds bfloat16 as uint16 and would multiply those. Conversions from and to float32 are
@@ -71,6 +73,29 @@ def mend_interpreter() -> None:
         return plain_dot(self, wide(a), wide(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = dot
+
+    plain_type = functools.cache(interpreter._get_np_dtype)
+
+    def numpy_type(kind: Any) -> np.dtype[Any]:
+        kind = kind.scalar
+        return np.dtype(np.uint64) if kind.is_ptr() else plain_type(kind)
+
+    interpreter._get_np_dtype = numpy_type
+
+    # The same assertion as its own, on the numbers themselves instead of in ten of its operations.
+    operations = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+    def check_overflow(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
+        kind = lhs.type.scalar
+        if kind.int_bitwidth < 64:
+            a, b = (x.handle.data.astype(np.int64) for x in (lhs, rhs))
+            result = operations[binary_op.__name__](a, b)
+            least, most = kind.get_int_min_value(), kind.get_int_max_value()
+            assert result.min() >= least and result.max() <= most, (
+                f"int{kind.int_bitwidth} overflow detected for operation {binary_op.__name__}"
+            )
+
+    semantic.TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
 
     # It wraps the whole language anew whenever a kernel calls a function: once a launch will do.
     plain_patch, plain_launch = interpreter._patch_lang, interpreter.GridExecutor.__call__

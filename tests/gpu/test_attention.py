@@ -12,22 +12,33 @@ import torch
 
 from tests.gpu import oracle
 from tests.gpu.cache import Cache
+from tests.pairwise import parametrize
 from vllm_kvcrush.codecs import CODECS, reference
 from vllm_kvcrush.ops.triton import attention
 
-SIZES = [64, 80, 96, 128, 256]
-GROUPS = [1, 3, 4, 8]
 # Relative to the largest value held: weights and unpacked keys are rounded to the dtype.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
-@pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("codec", ["raw", "exact", "int8", "int4"])
-def test_decode(draw: random.Random, device: str, codec: str, size: int, group: int) -> None:
-    """Every codec x GQA x head size: full, partial and empty pages, tails of any length."""
-    dtype = (torch.bfloat16, torch.float16)[(GROUPS.index(group) + SIZES.index(size)) % 2]
-    cache = Cache(draw, device, group, size, size, dtype, kv_heads=2 if group == 3 else 1)
+@parametrize(
+    codec=["raw", "exact", "int8", "int4"],
+    size=[64, 80, 96, 128, 256],
+    group=[1, 3, 4, 8],
+    dtype=[torch.bfloat16, torch.float16],
+    block_size=[32, 64],
+)
+def test_decode(
+    draw: random.Random,
+    device: str,
+    codec: str,
+    size: int,
+    group: int,
+    dtype: torch.dtype,
+    block_size: int,
+) -> None:
+    """Full, partial and empty pages, tails of any length."""
+    heads = 2 if group == 3 else 1
+    cache = Cache(draw, device, group, size, size, dtype, kv_heads=heads, block_size=block_size)
     full = cache.layer.capacity(codec)
     cache.put([codec] * 3, draw.randrange(1, 34), [full, draw.randrange(1, full), 0])
     cache.put([], draw.randrange(1, 50))

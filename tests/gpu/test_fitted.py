@@ -152,7 +152,8 @@ def test_pages_of_all_codecs(draw: random.Random, device: str, dtype: torch.dtyp
 def test_prefill_with_log_bias(draw: random.Random, device: str, group: int) -> None:
     """Exceptions, too, are added their own token's bias."""
     cache = Cache(draw, device, group, 64, 64, kv_heads=1, fitted_codecs=FITTED)
-    rows = [0, 1, draw.randrange(2, 60)]
+    # Up to three blocks of rows.
+    rows = [0, 1, draw.randrange(2, 100 // group)]
     for n in rows:
         codecs = [*draw.sample(FITTED, 2), draw.choice(["int8", "int4"])]
         cache.put(codecs, n + draw.randrange(30), [45, cache.layer.capacity(codecs[1]), 9])

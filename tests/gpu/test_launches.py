@@ -1,5 +1,6 @@
 """What an engine launches, compiled for sm_90 and not run: that it compiles, that nothing spills,
-and that no length, batch or request makes Triton compile anew while serving.
+and that no length, batch or request makes Triton compile anew while serving. And a sample of all
+builds.
 
 Not interpreted, so a process of its own: tests/unit/test_gpu.py starts it.
 """
@@ -7,9 +8,13 @@ Not interpreted, so a process of its own: tests/unit/test_gpu.py starts it.
 from __future__ import annotations
 
 import functools
+import json
+import pathlib
+import sys
 
 import pytest
 
+from benchmarks.gpu import __main__ as table
 from benchmarks.gpu import disassembly, launches
 from tests.gpu.cache import POSITIONS, tables_of
 from vllm_kvcrush.codecs import FITTED
@@ -90,3 +95,15 @@ def test_compactions(codec: str) -> None:
         layer.compact((codec,) * 40, (codec,), 1)
     check(found)
     assert {launch.hash for launch in found} == first
+
+
+def test_a_sample_of_all_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """`python -m benchmarks.gpu` fails where a kernel spills or has no tensor core instruction or
+    no wide load."""
+    result = tmp_path / "compiled.json"
+    targets = ["--targets", "sm_90,gfx942"]
+    monkeypatch.setattr(sys, "argv", ["gpu", "--quick", *targets, "--json", str(result)])
+    table.main()
+    rows = json.loads(result.read_text())["rows"]
+    assert {r["target"] for r in rows} == {"sm_90", "gfx942"} and len(rows) == 28
+    assert all(r["spills"] == 0 for r in rows)

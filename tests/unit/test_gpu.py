@@ -4,11 +4,13 @@ vLLM's CPU build must not find it."""
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 
@@ -21,70 +23,79 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def triton() -> dict[str, str]:
-    """An environment in which Triton can be imported."""
+    """An environment in which Triton can be imported. What it compiles stays for the next time,
+    where the model and the like stay too."""
     done = subprocess.run([ROOT / "scripts" / "triton.sh"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = os.pathsep.join([done.stdout.strip(), str(ROOT)])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    kept = os.environ.get("VLLM_KVCRUSH_CACHE", str(ROOT / ".cache"))
+    cache = os.path.join(kept, "triton-compiled")
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": cache}
 
 
-def test_kernels_under_the_interpreter(
-    triton: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"],
-        env=triton | {"TRITON_INTERPRET": "1", "KVCRUSH_GPU_TESTS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+class Job:
+    """A process that runs beside the others from the first test on.
+
+    Args:
+        triton, more: its environment.
+        arguments: after `python -m`.
+    """
+
+    def __init__(self, triton: dict[str, str], arguments: list[str], **more: str):
+        # Files, since nobody reads pipes until the process is over.
+        self._out = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            env=triton | more,
+            cwd=ROOT,
+            stdout=self._out,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait(self) -> tuple[int, str]:
+        """Returns the exit status and what was printed."""
+        status = self._process.wait()
+        self._out.seek(0)
+        return status, self._out.read()
+
+    def end(self) -> None:
+        """Ends it, if it is still running."""
+        self._process.kill()
+        self._process.wait()
+        self._out.close()
+
+
+class Jobs(NamedTuple):
+    """The processes of these tests."""
+
+    interpreted: Job
+    compiled: Job
+
+
+@pytest.fixture(scope="module")
+def jobs(triton: dict[str, str]) -> Iterator[Jobs]:
+    """What interprets and what compiles use one core each, so they run at the same time."""
+    tests = ["pytest", "-q", "-p", "no:cacheprovider"]
+    known = {"KVCRUSH_GPU_TESTS": "1"}
+    started = Jobs(
+        Job(triton, [*tests, "tests/gpu", "--durations=20"], TRITON_INTERPRET="1", **known),
+        Job(triton, [*tests, "tests/gpu/test_launches.py", "--durations=20"], **known),
     )
+    yield started
+    for job in started:
+        job.end()
+
+
+@pytest.mark.parametrize("name", ["interpreted", "compiled"])
+def test_kernels(jobs: Jobs, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under the interpreter, against plain torch; and compiled, as an engine launches them and a
+    sample of `python -m benchmarks.gpu`."""
+    status, printed = getattr(jobs, name).wait()
     with capsys.disabled():
-        summary = (done.stdout.strip().splitlines() or ["no output"])[-1]
-        print(f"\ntests/gpu, interpreted: {summary}")
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_kernels_compile_for_nvidia_and_amd(
-    triton: dict[str, str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A sample of `python -m benchmarks.gpu`, which fails where a kernel spills or has no tensor
-    core instruction or no wide load."""
-    result = tmp_path / "compiled.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.gpu", "--quick"),
-            *("--targets", "sm_90,gfx942", "--json", str(result)),
-        ],
-        env=triton | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(result.read_text())["rows"]
-    assert {r["target"] for r in rows} == {"sm_90", "gfx942"} and len(rows) == 28
-    assert all(r["spills"] == 0 for r in rows)
-    with capsys.disabled():
-        print(f"\n{len(rows)} kernels compiled for sm_90 and gfx942, no spills")
-
-
-def test_what_an_engine_launches_compiles(
-    triton: dict[str, str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
-            "tests/gpu/test_launches.py",
-        ],
-        env=triton | {"KVCRUSH_GPU_TESTS": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    with capsys.disabled():
-        summary = (done.stdout.strip().splitlines() or ["no output"])[-1]
-        print(f"\ntests/gpu/test_launches.py, compiled: {summary}")
-    assert done.returncode == 0, done.stdout + done.stderr
+        summary = (printed.strip().splitlines() or ["no output"])[-1]
+        print(f"\ntests/gpu, {name}: {summary}")
+    assert status == 0, printed
 
 
 def test_the_device_benchmark_runs_dry(triton: dict[str, str], tmp_path: pathlib.Path) -> None:

@@ -98,10 +98,9 @@ def get(spec: Spec | str, defaults: Mapping[str, Mapping[str, Any]] | None = Non
         raise OptionError(
             f"{spec.name}.level", "='page' is not token, the only level of packed pages"
         )
-    if policy.tiers and policy.allocates:
-        raise OptionError(
-            spec.name, " shares pages out over heads, which tiers of two codecs do not do yet"
-        )
+    if policy.tiers and (policy.allocates or policy.merges):
+        what = "shares pages out over heads" if policy.allocates else "merges tokens"
+        raise OptionError(spec.name, f" {what}, which tiers of two codecs do not do yet")
     return policy
 
 

@@ -62,3 +62,8 @@ def tables(model: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def v1_fitted(model: str, tables: str) -> Engine:
     return Engine(model, v2=False, tables=tables)
+
+
+@pytest.fixture(scope="session")
+def v2_fitted(model: str, tables: str, v1_fitted: Engine) -> Engine:
+    return Engine(model, v2=True, tables=tables)

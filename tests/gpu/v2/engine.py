@@ -93,7 +93,7 @@ class Engine:
             add(request)
 
         def preempting(request: Any, *args: Any, **kwargs: Any) -> None:
-            gone = self.scheduler._manager.evicted.get(request.request_id, 0)
+            gone = self.scheduler._manager.slot_shift.get(request.request_id, 0)
             self.preempted.append((request.request_id, gone))
             preempt(request, *args, **kwargs)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.v2.engine import Engine
+from tests.gpu.v2.engine import BLOCK, Engine
 from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
 from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.ops import cpu
@@ -51,6 +51,14 @@ def test_raw_pages_under_vllms_own_backend(model: str, v1: Engine) -> None:
         assert_slots_follow(answer)
 
 
+def parts_of(engine: Engine, command: Any) -> Any:
+    """What the plan makes of a compaction: codecs, and tokens in them."""
+    state = engine.runner._requests[command.request_id]
+    held = 0 if state.region is None else int(state.region.tokens[0, 0])
+    new = (len(command.source) - command.compressed) * BLOCK
+    return state.plan.parts(len(command.target), held + new)
+
+
 def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
     """Of int8 as on a CPU, bit for bit but for the order of sums, and of int4 beside it."""
     engine = Engine(model, v2=True)
@@ -60,8 +68,8 @@ def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
     parts: dict[Engine, list[Any]] = {engine: [], v1: []}
     for e, seen in parts.items():
         # What was kept, by layer: codecs, tokens in them, slots.
-        e.runner.on_select = lambda c, layer, kept, seen=seen: seen.append(
-            (layer, c.parts, kept.tolist())
+        e.runner.on_select = lambda c, layer, kept, e=e, seen=seen: seen.append(
+            (layer, parts_of(e, c), kept.tolist())
         )
     got, want = engine.run(*job), v1.run(*job)
     v1.runner.on_select = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import types
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,18 +56,20 @@ def test_raw_pages_in_any_layout(order: str) -> None:
     before = cache.clone()
     source, held = [7, 2, 5, 8], 14
     tail = torch.tensor(source, dtype=torch.int32)
-    request = layer.request(None, tail, held, 0)
+    request = layer.source(None, tail, held, 0)
 
     def tokens(table: list[int], content: torch.Tensor) -> torch.Tensor:
         return torch.cat([content[block] for block in table], 1)  # [heads, slots, 2 * k_size]
 
     keys_values = tokens(source, before)[:, :held]
-    seen = layer.held(request, held)
+    seen = layer.held(request, [held] * heads)
     assert torch.equal(torch.cat([seen.keys, seen.values], -1), keys_values)
     # Six survivors of each head, into two blocks, one of them a source.
     kept = torch.stack([torch.randperm(12)[:6].sort().values for _ in range(heads)])
-    target, _ = Region.of([2, 4], [Part("raw", 6)], [layer.pages] * layers, source)
-    layer.compact(request, kept, target)
+    target, _ = Region.of(
+        [2, 4], ["raw"], np.full((1, layers, heads), 6), [layer.pages] * layers, source
+    )
+    layer.compact(request, kept, [6] * heads, target)
     want = keys_values.gather(1, kept.unsqueeze(-1).expand(-1, -1, 2 * k_size))
     assert torch.equal(tokens([2, 4], cache)[:, :6], want)
     untouched = [b for b in range(blocks) if b not in (2, 4)]
@@ -110,12 +113,15 @@ def test_compactions_on_triton_pages() -> None:
         choices: list[torch.Tensor],
     ) -> tuple[Region, list[list[int]]]:
         """`held`: positions by head, of all slots; `choices`: slots of each part, by head."""
-        new, order = Region.of(target, parts, [layer.pages for layer in layers], tail, region)
+        tokens = np.array([[[part.tokens] * HEADS] * LAYERS for part in parts])
+        codecs = [part.codec for part in parts]
+        pages = [layer.pages for layer in layers]
+        new, order = Region.of(target, codecs, tokens, pages, tail, region)
         table = torch.tensor(tail, dtype=torch.int32)
         for i in order:
             layer = layers[i]
-            request = layer.request(region, table, tail_tokens, n - tail_tokens)
-            slots = len(held[0])
+            request = layer.source(region, table, tail_tokens, n - tail_tokens)
+            slots = [len(own) for own in held]
             if region is not None:
                 assert layer.positions(request, slots).tolist() == held
             seen = layer.held(request, slots)
@@ -126,7 +132,8 @@ def test_compactions_on_triton_pages() -> None:
                 torch.testing.assert_close(
                     seen.values[head], value[i, head, held[head]], rtol=0, atol=0.7
                 )
-            layer.compact(request, torch.cat(choices, 1), new)
+            chosen = torch.cat(choices, 1)
+            layer.compact(request, chosen, [chosen.shape[1]] * HEADS, new)
         return new, [
             [held[head][s] for choice in choices for s in choice[head].tolist()]
             for head in range(HEADS)

@@ -216,7 +216,8 @@ class Move:
 
     def _guarded(self, ask: Callable[[Policy, Ranks | None], T]) -> T | None:
         """What the policy answers, or None where it failed, here or on another rank."""
-        ranks = Ranks(self._device) if get_tensor_model_parallel_world_size() > 1 else None
+        alone = get_tensor_model_parallel_world_size() == 1
+        ranks = None if alone else Ranks(self._device, self._state.allocates)
         try:
             if self._state.policy is None:
                 raise PolicyFailure("it cannot be built")

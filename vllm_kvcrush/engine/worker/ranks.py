@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.distributed import get_tp_group
 
@@ -15,18 +16,28 @@ class Ranks:
     """A policy's collectives.
 
     A policy may fail on one rank only: before each collective, and at the end, the ranks tell each
-    other where they are, so that none waits for one that gave up."""
+    other where they are, so that none waits for one that gave up.
+
+    Args:
+        device: of what is gathered.
+        ragged: whether heads may hold unequal numbers of tokens, so that ranks see other widths.
+    """
 
     _STATES: ClassVar[tuple[str, ...]] = ("failed", "gathers", "done")
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, ragged: bool = False):
+        self._device, self._ragged = device, ragged
         self._over = False
 
     def all_heads(self, x: Tensor) -> Tensor:
         """See `View.all_heads`. Raises PolicyFailure where another rank is elsewhere."""
         self.agree("gathers")
-        return _gather_heads(x)
+        if not self._ragged:
+            return _gather_heads(x)
+        # Padded to the widest; what is past a rank's own columns is of no use to it.
+        own = x.shape[1]
+        widths = _gather_heads(torch.full((1, 1), own, dtype=torch.float32, device=x.device))
+        return _gather_heads(F.pad(x, (0, int(widths.max()) - own)))[:, :own]
 
     def agree(self, state: str) -> None:
         """Raises PolicyFailure unless every rank is in this state."""

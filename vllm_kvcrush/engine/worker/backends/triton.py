@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -24,7 +25,7 @@ from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
-from vllm_kvcrush.ops.triton.compaction import compact, encode, gather
+from vllm_kvcrush.ops.triton.compaction import compact, fill, gather
 from vllm_kvcrush.ops.triton.scores import window_scores
 from vllm_kvcrush.ops.triton.store import store
 
@@ -217,21 +218,30 @@ class TritonCacheLayer:
         page, count, codec, begins, ends = (
             x.to(self.device, non_blocking=True) for x in (*parts, ends - counts, ends)
         )
-        runs = runs_of(parts[2])
-        return Source.of(begins, ends, page, count, codec, tail, tokens, position, runs)
+        runs, bias, log_bias = runs_of(parts[2]), None, None
+        if region is not None and region.bias is not None and region.log_bias is not None:
+            first = int(region.tokens[: self.index].sum())
+            log_bias = region.log_bias[first : first + int(region.tokens[self.index].sum())]
+            bias = (region.bias[own] - first).to(self.device, non_blocking=True)
+            # One more: an empty tensor has no address.
+            log_bias = F.pad(log_bias, (0, 1)).to(self.device, non_blocking=True)
+        return Source.of(
+            begins, ends, page, count, codec, tail, tokens, position, runs, bias, log_bias
+        )
 
     def held(self, source: Source, tokens: Sequence[int]) -> TritonKV:
         return TritonKV(self.pages, source, tokens)
 
     def positions(self, source: Source, tokens: Sequence[int]) -> Tensor:
-        where = gather(
-            self.pages, source, _slots(tokens, self.device), values=False, positions=True
-        )
-        assert where[2] is not None
-        return where[2]
+        slots = _slots(tokens, self.device)
+        where = gather(self.pages, source, slots, values=False)[2]
+        assert where is not None
+        return where
 
     def compact(self, source: Source, slots: Tensor, counts: Sequence[int], target: Region) -> None:
-        compact(self.pages, source, slots, self._target(target))
+        past = torch.arange(slots.shape[1], device=self.device)
+        past = past >= torch.tensor(counts, device=self.device).unsqueeze(1)
+        compact(self.pages, source, slots.masked_fill(past, -1), self._target(target))
 
     def fill(
         self,
@@ -241,7 +251,7 @@ class TritonCacheLayer:
         counts: Sequence[int],
         target: Region,
     ) -> None:
-        encode(self.pages, self._target(target), keys, values, positions)
+        fill(self.pages, keys, values, positions, counts, self._target(target))
 
     def _target(self, region: Region) -> Source:
         nothing = torch.zeros(0, dtype=torch.int32, device=self.device)
@@ -278,10 +288,9 @@ class TritonKV:
     @cached_property
     def _read(self) -> tuple[Tensor, Tensor]:
         slots = _slots(self._tokens, self.device)
-        key, value, _ = gather(self._layer, self._source, slots)
+        key, value, _ = gather(self._layer, self._source, slots, positions=False)
         assert value is not None
-        gone = (slots < 0).unsqueeze(2)
-        return key.masked_fill_(gone, 0), value.masked_fill_(gone, 0)
+        return key, value
 
     @property
     def keys(self) -> Tensor:
