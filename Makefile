@@ -44,7 +44,7 @@ serve: model
 	@MODEL="$$($(BIN)/python -m vllm_kvcrush.tools.demo_model)" PORT=$(PORT) scripts/serve.sh $(ARGS)
 
 test: model
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 test-all: export KVCRUSH_FULL = 1
 test-all: test

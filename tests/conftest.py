@@ -26,6 +26,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Seconds(), "seconds")
+    if getattr(config.option, "dist", "no") == "load":  # of `-n 2` alone
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
     # A seed of its own for each run, named in the header; --hypothesis-seed repeats one. Workers
     # of pytest-xdist take their controller's.
     if core.global_force_seed is None:
@@ -37,7 +39,7 @@ def pytest_report_header() -> str:
     return f"hypothesis: --hypothesis-seed={core.global_force_seed}"
 
 
-# What `make test` hands to its workers, longest first, so that they end at about the same time.
+# What pytest-xdist hands to its workers, longest first, so that they end at about the same time.
 # Engines and servers that several tests share are started once, so these tests stay together, and
 # so do those of a file; only those that run in processes of their own need not.
 SHARED = ("demo_engine", "tiny_engine", "plain", "servers", "server")
