@@ -35,7 +35,7 @@ class Answer:
 
 class Engine:
     """Attributes:
-    preempted: ids of requests that were preempted, with the tokens they had evicted by then.
+    preempted: ids of requests that were preempted, with their slot shift by then.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Engine:
             add(request)
 
         def preempting(request: Any, *args: Any, **kwargs: Any) -> None:
-            gone = self.scheduler._manager.evicted.get(request.request_id, 0)
+            gone = self.scheduler._manager.slot_shift.get(request.request_id, 0)
             self.preempted.append((request.request_id, gone))
             preempt(request, *args, **kwargs)
 

@@ -12,6 +12,7 @@ import torch
 
 from tests.gpu.v2.engine import Engine
 from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
+from tests.ledger import Ledger
 from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.ops import cpu
 
@@ -43,7 +44,7 @@ def test_raw_pages_under_vllms_own_backend(model: str, v1: Engine) -> None:
     cache = engine.llm.llm_engine.vllm_config.cache_config
     assert cache.get_resolved_kv_cache_layout().name == "LBNHC"
     extra: list[dict[str, Any]] = [{"kv_policy": "kvcrush"}, {"kv_policy": "none"}]
-    job = (prompts(180, 40, seed=4), 10, extra)
+    job = (prompts(180, 40, seed=4), 6, extra)
     got, want = engine.run(*job), v1.run(*job)
     assert [a.compactions > 0 for a in got] == [True, False]
     assert_equal(got, want)
@@ -57,17 +58,21 @@ def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
     assert type(engine.runner._layers[0]).__name__ == "TritonCacheLayer"
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none", "mikv")]
     job = (prompts(150, 40, 280, seed=5), 7, extra)
-    parts: dict[Engine, list[Any]] = {engine: [], v1: []}
-    for e, seen in parts.items():
-        # What was kept, by layer: codecs, tokens in them, slots.
-        e.runner.on_select = lambda c, layer, kept, seen=seen: seen.append(
-            (layer, c.parts, kept.tolist())
-        )
-    got, want = engine.run(*job), v1.run(*job)
-    v1.runner.on_select = None
+    kept: dict[Engine, list[Any]] = {engine: [], v1: []}
+    ledgers = []
+    for e, seen in kept.items():
+        e.runner.on_select = lambda c, layer, slots, seen=seen: seen.append((layer, slots.tolist()))
+        ledgers.append(Ledger(e.runner))
+    try:
+        got, want = engine.run(*job), v1.run(*job)
+    finally:
+        for ledger, e in zip(ledgers, kept, strict=True):
+            ledger.close()
+            e.runner.on_select = None
     assert [a.compactions > 0 for a in got] == [True, False, True]
-    assert parts[engine] == parts[v1]
-    assert {tuple(p.codec for p in c) for _, c, _ in parts[v1]} == {("int8",), ("int8", "int4")}
+    assert kept[engine] == kept[v1]
+    assert ledgers[0].compactions == ledgers[1].compactions
+    assert {codecs for _, codecs in ledgers[0].compactions} == {("int8",), ("int8", "int4")}
     assert_equal(got, want)
 
 

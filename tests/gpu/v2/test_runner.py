@@ -90,11 +90,11 @@ def test_pages_say_where_their_tokens_stand(v2: Engine) -> None:
 def test_a_request_state_is_clean_for_the_next(v2: Engine) -> None:
     """vLLM gives the state of a request that is over to the next one."""
     (first,) = v2.run(prompts(150), 2, [{"kv_policy": "streaming"}])
-    assert first.compactions > 0 and v2.runner._evicted.sum() > 0
+    assert first.compactions > 0 and v2.runner._slot_shift.sum() > 0
     (answer,) = v2.run(prompts(40), 2, [{"kv_policy": "none"}])
     assert [step.length for step in answer.steps] == [40, 41]
     assert_slots_follow(answer)
-    assert v2.runner._evicted.sum() == v2.runner._evicted_device.gpu.sum() == 0
+    assert v2.runner._slot_shift.sum() == v2.runner._shift_device.gpu.sum() == 0
 
 
 def test_a_batch_with_an_uncompressed_sibling(v1: Engine, v2: Engine) -> None:
