@@ -65,4 +65,13 @@ def parametrize(
     allowed: Callable[..., bool] | None = None, /, **dimensions: Iterable[Any]
 ) -> pytest.MarkDecorator:
     """Returns the decorator that runs a test for each combination of `pairwise`."""
-    return pytest.mark.parametrize(tuple(dimensions), pairwise(allowed, **dimensions))
+    return pytest.mark.parametrize(
+        tuple(dimensions), pairwise(allowed, **dimensions), ids=_name_in_ids
+    )
+
+
+def _name_in_ids(value: Any) -> str | None:
+    # pytest would call an object by its number, which says nothing.
+    if value is None or isinstance(value, str | int | float):
+        return None
+    return getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)

@@ -42,6 +42,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from tests.pairwise import FULL, parametrize
 from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushSpec
@@ -543,17 +544,17 @@ class AsyncSchedulerMachine(SchedulerMachine):
     ahead = 1
 
 
-both_machines = pytest.mark.parametrize("machine", [SchedulerMachine, AsyncSchedulerMachine])
+MACHINES = [SchedulerMachine, AsyncSchedulerMachine]
 
 
-@both_machines
+@pytest.mark.parametrize("machine", MACHINES)
 def test_random_lives(machine: type[SchedulerMachine]) -> None:
     # Other lives in each run; KVCRUSH_EXAMPLES=5000 searches for as long as you like.
-    examples = os.environ.get("KVCRUSH_EXAMPLES")
+    examples = os.environ.get("KVCRUSH_EXAMPLES") or (2000 if FULL else 200)
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=int(examples or 200),
+            max_examples=int(examples),
             stateful_step_count=40,
             deadline=None,
             database=None,
@@ -562,9 +563,7 @@ def test_random_lives(machine: type[SchedulerMachine]) -> None:
     )
 
 
-@both_machines
-@pytest.mark.parametrize("chunk", [16, 256])
-@pytest.mark.parametrize("num_blocks", [24, 26, 28, 31, 35])
+@parametrize(machine=MACHINES, num_blocks=[24, 26, 28, 31, 35], chunk=[16, 256])
 def test_copies_of_a_prompt_in_a_small_pool(
     machine: type[SchedulerMachine], num_blocks: int, chunk: int
 ) -> None:

@@ -105,7 +105,7 @@ def running(model: str, log: pathlib.Path, *flags: str) -> Iterator[Server]:
             process.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
     with running(model_path, log, "--enable-scale-out") as found:

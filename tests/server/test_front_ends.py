@@ -133,8 +133,10 @@ def test_a_batch_runner_takes_them_too(model_path: str, tmp_path: pathlib.Path, 
     vllm = str(pathlib.Path(sys.executable).parent / "vllm")
     flags = [flag for flag in FLAGS if not flag.startswith("--host")]
     command = [vllm, "run-batch", "-i", source, "-o", results, "--model", model_path, *flags]
+    # Its processes need not import vLLM anew, as those of the servers above do.
+    forking = environment() | {"VLLM_WORKER_MULTIPROCESSING_METHOD": "fork"}
     done = subprocess.run(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=forking, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:]
     answers = {a["custom_id"]: a for a in map(json.loads, results.read_text().splitlines())}

@@ -14,7 +14,7 @@ from tests.server.conftest import NAME, Server, details
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(server: Server) -> openai.OpenAI:
     return server.client()
 
@@ -22,7 +22,7 @@ def client(server: Server) -> openai.OpenAI:
 Ask = Callable[..., Any]
 
 
-@pytest.fixture(scope="session", params=["chat", "completions", "responses"])
+@pytest.fixture(scope="module", params=["chat", "completions", "responses"])
 def ask(request: pytest.FixtureRequest, client: openai.OpenAI) -> Ask:
     """One request through each endpoint; returns the response."""
 

@@ -24,6 +24,7 @@ from benchmarks.kernels.cases import PAGE, SHAPES, Case, Shape
 from benchmarks.kernels.check import WrongResult, attention, check, check_ragged, error
 from benchmarks.kernels.registry import BASELINE, CANDIDATES
 from benchmarks.report import Run
+from tests.pairwise import parametrize
 from vllm_kvcrush import policies
 
 SMALL = Shape(6, 2, 32)
@@ -54,9 +55,7 @@ def test_oracle_agrees_with_torch(count: int) -> None:
     torch.testing.assert_close(attention(queries, keys, values, 0.3), wanted)
 
 
-@pytest.mark.parametrize("query_len", [1, 512])
-@pytest.mark.parametrize("kind", CANDIDATES, ids=lambda c: c.name)
-@pytest.mark.parametrize("shape", [SMALL, *SHAPES.values()], ids=str)
+@parametrize(shape=[SMALL, *SHAPES.values()], kind=CANDIDATES, query_len=[1, 512])
 def test_candidates_are_right(kind: type[Candidate], shape: Shape, query_len: int) -> None:
     check_ragged(kind, shape, query_len, 0)
 
