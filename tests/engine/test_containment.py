@@ -34,7 +34,7 @@ def test_pages_say_where_their_tokens_stand(
     prompts = [ids[100:700], ids[800:864], ids[900:1300]]
     extra: list[dict[str, Any]] = [{"kv_budget": b} for b in (0.25, 160, 96)]
     engine.generate(prompts, [engine.params(130, kv_policy=policy, **e) for e in extra])
-    assert sum(ledger.compactions.values()) >= 10 and not ledger.failures.total()
+    assert sum(ledger.compactions.values()) >= 8 and not ledger.failures.total()
 
 
 @on_tiny_model

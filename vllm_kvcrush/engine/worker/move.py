@@ -348,7 +348,11 @@ class Move:
             layers=len(self._layers),
             all_heads=_identity if ranks is None else ranks.all_heads,
             counts=torch.from_numpy(self._counts[index]) if min(counts) < m else None,
-            state={name: self._widened(by[index], m) for name, by in state.kept_state.items()},
+            state={
+                name: self._widened(by[index], m)
+                for name, by in state.kept_state.items()
+                if index in by  # not where the policy failed
+            },
             known=known,
             log_bias=self._log_bias(index, m),
             true_positions=self._positions(index, known, columns - old),
