@@ -107,7 +107,7 @@ def test_policies_as_a_list_and_as_a_string(
     text: str, rest: tuple[str, ...], model_path: str, tmp_path: pathlib.Path
 ) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     path = tmp_path / "serve.yaml"
