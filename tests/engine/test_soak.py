@@ -7,6 +7,7 @@ import random
 import pytest
 
 from tests import soak
+from tests.pairwise import FULL
 
 pytestmark = pytest.mark.engine
 
@@ -19,6 +20,6 @@ def test_random_requests_end_no_engine(
     seed = random.randrange(2**31)
     with capsys.disabled():
         print(f"\nsoak of {configuration}: seed {seed}")
-    (figures,) = soak.run(minutes=0.4, seed=seed, only=configuration)
+    (figures,) = soak.run(minutes=2 if FULL else 0.2, seed=seed, only=configuration)
     assert figures["finished"] + figures["aborted"] + figures["refused"] == figures["requests"]
     assert figures["compactions"] > 100 and figures["preemptions"] > 0

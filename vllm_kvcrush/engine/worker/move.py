@@ -348,10 +348,11 @@ class Move:
             layers=len(self._layers),
             all_heads=_identity if ranks is None else ranks.all_heads,
             counts=torch.from_numpy(self._counts[index]) if min(counts) < m else None,
+            # A policy that failed in this layer has left none.
             state={
                 name: self._widened(by[index], m)
                 for name, by in state.kept_state.items()
-                if index in by  # not where the policy failed
+                if index in by
             },
             known=known,
             log_bias=self._log_bias(index, m),
