@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Puts Triton into .cache/triton-VERSION and prints that path. Its place is not .venv: vLLM's CPU
-# build warns about a Triton without a CPU backend in every process, and it is a gigabyte that only
-# the GPU kernels' tests and their compilation need. They name it in PYTHONPATH. The version is the one
-# that torch 2.13 for GPUs pins, which vLLM 0.32 pins: what users have.
+# scripts/triton.sh [VERSION]: puts Triton into .cache/triton-VERSION and prints that path. Its place
+# is not .venv: vLLM's CPU build warns about a Triton without a CPU backend in every process, and it
+# is a gigabyte that only the GPU kernels' tests and their compilation need. They name it in
+# PYTHONPATH. The usual version is the one that torch 2.13 for GPUs pins, which vLLM 0.32 pins: what
+# users have.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-version=3.7.1
+version=${1:-3.7.1}
 cache=${VLLM_KVCRUSH_CACHE:-$PWD/.cache}
 folder=$cache/triton-$version
 if [[ ! -f $folder/.complete ]]; then

@@ -372,11 +372,9 @@ class Settings:
         parameter; used before the engine sees the request."""
         args = extra_args or {}
         for key in args:
-            if (
-                isinstance(key, str)
-                and key.startswith("kv_")
-                and key not in FOREIGN_KEYS.union(KEYS)
-            ):
+            if not isinstance(key, str):
+                raise ConfigError(f"extra_args has the key {_quoted(key)}, which is no name.", "")
+            if key.startswith("kv_") and key not in FOREIGN_KEYS.union(KEYS):
                 raise ConfigError(
                     f"{_shortened(key)} is not a parameter: {', '.join(KEYS[:-1])} and "
                     f"{KEYS[-1]} are.",

@@ -342,6 +342,11 @@ def unverified(vllm_config: Any) -> list[str]:
     return warnings
 
 
+def _data_parallel(config: Any) -> bool:
+    ranks = _get(config, "parallel_config.data_parallel_size", 0)
+    return ranks > 1 and (release() or (0, 0)) >= (0, 33)
+
+
 def _v2_runner(config: Any) -> bool | str:
     if not _get(config, "use_v2_model_runner"):
         return False
@@ -404,6 +409,12 @@ REFUSED: tuple[Refusal, ...] = (
         "several batches are in flight, so a block could be freed while it is read",
         "use --pipeline-parallel-size 1",
         _above(1, "parallel_config.pipeline_parallel_size"),
+    ),
+    Refusal(
+        "data parallelism under vLLM 0.33",
+        "on CPUs it wants a NUMA node for each rank, and was not seen working",
+        "use --data-parallel-size 1, or vLLM 0.32",
+        _data_parallel,
     ),
     Refusal(
         "context parallelism",

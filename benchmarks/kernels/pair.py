@@ -2,9 +2,10 @@
 
 Each checkout, built in place, has a process of its own with one thread, and the two take turns
 burst by burst, the first to go drawn anew each time; a ratio is that of two neighbouring bursts, by
-the CPU's clock. Attention of every codec is measured as `python -m benchmarks.kernels` does it, and
-beside it what compactions do with pages: scoring with a window of queries, and moving a quarter of
-the tokens into pages of each codec.
+the CPU's clock. Where the data lie in memory makes some percent of difference, another one in each
+process: so everything is done again with fresh ones. Attention of every codec is measured as
+`python -m benchmarks.kernels` does it, and beside it what compactions do with pages: scoring with a
+window of queries, and moving a quarter of the tokens into pages of each codec.
 
     python -m benchmarks.kernels.pair --old DIRECTORY [--new DIRECTORY] [--json FILE]
 
@@ -22,11 +23,18 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-LENGTHS = {"smol": [8192] * 4, "llama": [8192]}  # of the sequences of a decode step, by shape
-PREFILL = (4096, 512)  # context and newest tokens
 WORKING_SET = 128 << 20
 KEEP = 4  # one token of so many stays
 BURST = 0.03  # seconds
+JOBS: list[tuple[str, str, dict[str, Any]]] = [
+    job
+    for shape, lengths in (("smol", [8192] * 4), ("llama", [8192]))
+    for job in (
+        ("decode", shape, {"shape": shape, "lengths": lengths, "query_len": 1}),
+        ("prefill", shape, {"shape": shape, "lengths": [4096], "query_len": 512}),
+        ("pages", shape, {"shape": shape}),
+    )
+]
 
 
 # -- the measured process, which imports the checkout that PYTHONPATH names ---------------------
@@ -153,39 +161,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--old", type=pathlib.Path, required=True)
     parser.add_argument("--new", type=pathlib.Path, default=ROOT)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--starts", type=int, default=5, help="fresh processes for everything")
+    parser.add_argument("--rounds", type=int, default=5, help="bursts of each in a process")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
-    draw, rows = random.Random(0), []
+    draw, ratio_of, seconds_of = random.Random(0), {}, {}
 
     def start(name: str, where: pathlib.Path) -> Child:
         environment = {**os.environ, "PYTHONPATH": str(where.resolve()), "OMP_NUM_THREADS": "1"}
         return Child(name, [sys.executable, __file__, "child"], environment)
 
-    with start("the old checkout", args.old) as old, start("the new checkout", args.new) as new:
-        for shape, lengths in LENGTHS.items():
-            jobs: dict[str, dict[str, Any]] = {
-                "decode": {"shape": shape, "lengths": lengths, "query_len": 1},
-                "prefill": {"shape": shape, "lengths": PREFILL[:1], "query_len": PREFILL[1]},
-                "pages": {"shape": shape},
-            }
-            for task, job in jobs.items():
+    for number in range(args.starts):
+        with start("the old checkout", args.old) as old, start("the new checkout", args.new) as new:
+            for task, shape, job in JOBS:
                 names = old.ask(**job)
                 assert new.ask(**job) == names
-                times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-                for _ in range(args.rounds):
-                    for name in names:
-                        first, second = draw.sample([old, new], 2)
-                        seconds = {id(c): c.ask(burst=name) for c in (first, second)}
-                        times[name].append((seconds[id(old)], seconds[id(new)]))
-                for name, both in times.items():
-                    ratio, low, high = quartiles([b / a for a, b in both])
-                    before = quartiles([a for a, _ in both])[0]
-                    rows.append(
-                        {"task": task, "shape": shape, "kernel": name, "old_seconds": before}
-                        | {"ratio": ratio, "low": low, "high": high, "n": args.rounds}
-                    )
-                    print(f"{task:8} {shape:6} {name:18} {ratio:.3f} ({low:.3f}-{high:.3f})")
+                for name in names * args.rounds:
+                    first, second = draw.sample([old, new], 2)
+                    seconds = {id(c): c.ask(burst=name) for c in (first, second)}
+                    key = (task, shape, name)
+                    seconds_of.setdefault(key, []).append(seconds[id(old)])
+                    ratio_of.setdefault(key, []).append(seconds[id(new)] / seconds[id(old)])
+        print(f"start {number + 1} of {args.starts} is done", file=sys.stderr)
+    rows = []
+    for (task, shape, name), ratios in ratio_of.items():
+        middle, low, high = quartiles(ratios)
+        before = quartiles(seconds_of[task, shape, name])[0]
+        where = {"task": task, "shape": shape, "kernel": name, "n": len(ratios)}
+        rows.append(where | {"ratio": middle, "low": low, "high": high, "old_seconds": before})
+        print(f"{task:8} {shape:6} {name:18} {middle:.3f} ({low:.3f}-{high:.3f})")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

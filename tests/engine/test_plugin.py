@@ -53,8 +53,8 @@ def test_with_a_policy_scheduler_and_worker_are_ours(configure: Any) -> None:
         ({"policy": "kvcrush", "budget": 2.5}, "--kv-budget=2.5"),
         (
             {"policy": "crush"},
-            "choose one of streaming, snapkv, h2o, kvcrush, int8, int4, tc4, tc6, tc8, auto, mikv, "
-            "none",
+            "choose one of streaming, snapkv, h2o, kvcrush, mikv, adakv, keepkv, fair, int8, int4, "
+            "tc4, tc6, tc8, auto, none",
         ),
         ({"budget": 0.5}, "add --kv-policy=kvcrush"),
         ({"policy": "kvcrush", "bugdet": 0.5}, "bugdet"),
@@ -107,7 +107,7 @@ def test_policies_as_a_list_and_as_a_string(
     text: str, rest: tuple[str, ...], model_path: str, tmp_path: pathlib.Path
 ) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     path = tmp_path / "serve.yaml"

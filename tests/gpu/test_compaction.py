@@ -14,6 +14,7 @@ from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops import reference
 from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.cache import Source
+from vllm_kvcrush.ops.triton.codecs import TRAITS
 from vllm_kvcrush.ops.triton.scores import window_scores
 from vllm_kvcrush.ops.triton.store import store
 
@@ -210,3 +211,10 @@ def test_window_scores(draw: random.Random, device: str, group: int, size: int) 
     got = window_scores(*run, pool=3, pool_kind="avg", reduce="max").cpu()
     averaged = averaged.view(2, group, -1).amax(1)
     torch.testing.assert_close(got.double(), averaged, rtol=1e-2, atol=1e-4)
+
+
+def test_every_codec_has_traits() -> None:
+    """Or its pages would be read as nobody's."""
+    assert sorted(name for traits in TRAITS for name in traits.pages) == sorted(CODECS)
+    planes = [max(planes for _, planes, _ in traits.loops) for traits in TRAITS]
+    assert planes == sorted(planes, reverse=True), "attention reads more planes before fewer"

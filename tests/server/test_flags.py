@@ -34,7 +34,7 @@ def test_wrong_flags_are_one_sentence(
 ) -> None:
     """In this process, by the calls that `vllm serve` makes before it starts an engine."""
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()

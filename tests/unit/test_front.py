@@ -101,8 +101,8 @@ def test_processes_that_parse_nothing_get_the_flags() -> None:
 
 def test_every_endpoint_of_vllm_is_decided() -> None:
     """A POST route that docs/usage.md does not list fails here until someone decides."""
+    from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = make_arg_parser(FlexibleArgumentParser())

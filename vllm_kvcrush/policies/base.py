@@ -65,7 +65,8 @@ class View:
         protected: bool [H, m]: slots that stay whatever a policy says, the sinks and the
             request's protected spans; None: the sinks.
         state: what `score` returned at the last compaction, by name, of the tokens that survived
-            it: float32 [H, m] or [H, m, c], 0 for newer ones (`known` tells).
+            it: float32 [H, m] or [H, m, c], 0 for newer ones (`known` tells). Names are missing at
+            the first compaction and after one in which the policy failed.
         known: bool [H, m]: slots that the last compaction left; the others are newer. None: none.
         log_bias: float32 [H, m]: what is added to the logits of a slot, by merging policies; None:
             nothing.

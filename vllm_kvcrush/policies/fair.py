@@ -100,6 +100,7 @@ def _whole(quota: Tensor, least: Tensor, most: Tensor, total: Tensor) -> Tensor:
     quota = quota - spare * over / spare.sum(1, keepdim=True).clamp(min=1e-9)
     down = quota.floor().maximum(least).minimum(most)
     left = total - down.sum(1, keepdim=True)
-    rest = (quota - down).masked_fill(down >= most, -torch.inf)
+    # Rounded, so that equal shares tie.
+    rest = ((quota - down) * 2**20).round().masked_fill(down >= most, -torch.inf)
     rank = rest.argsort(dim=1, descending=True, stable=True).argsort(1)
     return down + (rank < left)

@@ -12,7 +12,8 @@ from tests import tiny
 
 BLOCK = 32  # vLLM's CPU attention takes multiples
 LAYERS, KV_HEADS, HEAD_SIZE, VOCABULARY = 2, 2, 32, 256
-INTERVALS = {"prefill_interval": 64, "decode_interval": 16}
+INTERVALS: dict[str, Any] = {"prefill_interval": 64, "decode_interval": 16}
+CLIENTS = {"keepkv": {"threshold": [-1, 1]}}
 SHAPE = tiny.Shape(LAYERS, KV_HEADS, HEAD_SIZE, VOCABULARY, 512)
 
 
@@ -35,7 +36,7 @@ class Answer:
 
 class Engine:
     """Attributes:
-    preempted: ids of requests that were preempted, with the tokens they had evicted by then.
+    preempted: ids of requests that were preempted, with their slot shift by then.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Engine:
                 additional_config={
                     "kvcrush": {
                         "policy": "none",
-                        "config": INTERVALS | ({"tables": tables} if tables else {}),
+                        "config": INTERVALS
+                        | {"clients": CLIENTS}
+                        | ({"tables": tables} if tables else {}),
                         "budget": 96,
                         "min_tokens": 0,
                         **kvcrush,

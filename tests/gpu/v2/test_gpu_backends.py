@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.v2.engine import BLOCK, Engine
+from tests.gpu.v2.engine import Answer, Engine
 from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
+from tests.ledger import Ledger
 from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.policies.adakv import AdaKV
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +45,7 @@ def test_raw_pages_under_vllms_own_backend(model: str, v1: Engine) -> None:
     cache = engine.llm.llm_engine.vllm_config.cache_config
     assert cache.get_resolved_kv_cache_layout().name == "LBNHC"
     extra: list[dict[str, Any]] = [{"kv_policy": "kvcrush"}, {"kv_policy": "none"}]
-    job = (prompts(180, 40, seed=4), 10, extra)
+    job = (prompts(180, 40, seed=4), 6, extra)
     got, want = engine.run(*job), v1.run(*job)
     assert [a.compactions > 0 for a in got] == [True, False]
     assert_equal(got, want)
@@ -51,32 +53,53 @@ def test_raw_pages_under_vllms_own_backend(model: str, v1: Engine) -> None:
         assert_slots_follow(answer)
 
 
-def parts_of(engine: Engine, command: Any) -> Any:
-    """What the plan makes of a compaction: codecs, and tokens in them."""
-    state = engine.runner._requests[command.request_id]
-    held = 0 if state.region is None else int(state.region.tokens[0, 0])
-    new = (len(command.source) - command.compressed) * BLOCK
-    return state.plan.parts(len(command.target), held + new)
-
-
-def test_packed_pages_under_ours(model: str, v1: Engine) -> None:
-    """Of int8 as on a CPU, bit for bit but for the order of sums, and of int4 beside it."""
+@pytest.fixture(scope="module")
+def ours(model: str, triton_attention: None) -> Engine:
     engine = Engine(model, v2=True)
     assert type(engine.runner._layers[0]).__name__ == "TritonCacheLayer"
-    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none", "mikv")]
-    job = (prompts(150, 40, 280, seed=5), 7, extra)
-    parts: dict[Engine, list[Any]] = {engine: [], v1: []}
-    for e, seen in parts.items():
-        # What was kept, by layer: codecs, tokens in them, slots.
-        e.runner.on_select = lambda c, layer, kept, e=e, seen=seen: seen.append(
-            (layer, parts_of(e, c), kept.tolist())
-        )
-    got, want = engine.run(*job), v1.run(*job)
-    v1.runner.on_select = None
-    assert [a.compactions > 0 for a in got] == [True, False, True]
-    assert parts[engine] == parts[v1]
-    assert {tuple(p.codec for p in c) for _, c, _ in parts[v1]} == {("int8",), ("int8", "int4")}
+    return engine
+
+
+def compare(ours: Engine, v1: Engine, job: tuple[Any, ...]) -> tuple[list[Answer], Ledger]:
+    """Runs a job in both engines, which must keep the same slots and say the same; returns ours."""
+    kept: dict[Engine, list[Any]] = {ours: [], v1: []}
+    ledgers = []
+    for e, seen in kept.items():
+        e.runner.on_select = lambda c, layer, slots, seen=seen: seen.append((layer, slots.tolist()))
+        ledgers.append(Ledger(e.runner))
+    try:
+        got, want = ours.run(*job), v1.run(*job)
+    finally:
+        for ledger, e in zip(ledgers, kept, strict=True):
+            ledger.close()
+            e.runner.on_select = None
+    assert kept[ours] == kept[v1]
+    assert ledgers[0].compactions == ledgers[1].compactions
+    assert not ledgers[0].failures.total()
     assert_equal(got, want)
+    return got, ledgers[0]
+
+
+def test_packed_pages_under_ours(ours: Engine, v1: Engine) -> None:
+    """Of int8 as on a CPU, bit for bit but for the order of sums, and of int4 beside it."""
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none", "mikv")]
+    got, ledger = compare(ours, v1, (prompts(150, 40, 280, seed=5), 5, extra))
+    assert [a.compactions > 0 for a in got] == [True, False, True]
+    assert {codecs for _, codecs in ledger.compactions} == {("int8",), ("int8", "int4")}
+
+
+def test_unequal_heads_and_merges_under_ours(
+    ours: Engine, v1: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads that hold unequal numbers of tokens, and tokens that were merged and have biases, twice
+    in a row: what the second compaction scores has biases already."""
+    # So few pages would be shared out equally over a random model's heads.
+    shares = torch.tensor([0.7, 0.3]).repeat(2, 1)
+    monkeypatch.setattr(AdaKV, "allocate", lambda *_: shares)
+    policies = ("adakv", "keepkv(adakv, threshold=0.5)@int8")
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in policies]
+    got, ledger = compare(ours, v1, (prompts(150, 230, seed=7), 20, extra))
+    assert [a.compactions >= 2 for a in got] == [True, True] and ledger.unequal
 
 
 def test_pages_of_fitted_codecs_under_ours(

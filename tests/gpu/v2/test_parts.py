@@ -23,7 +23,7 @@ from vllm_kvcrush.plan import Part
 @pytest.mark.parametrize("rows", [[1, 1, 1], [5, 1, 1100], [7]])
 def test_shift(rows: list[int]) -> None:
     states = random.sample(range(6), len(rows))
-    evicted = torch.randint(0, 90, (6,), dtype=torch.int32)
+    slot_shift = torch.randint(0, 90, (6,), dtype=torch.int32)
     computed = torch.randint(100, 200, (len(rows),))
     start = torch.tensor([0, *rows]).cumsum(0).int()
     positions = torch.cat([c + torch.arange(n) for c, n in zip(computed, rows, strict=True)])
@@ -33,8 +33,8 @@ def test_shift(rows: list[int]) -> None:
     index = torch.tensor(states)
     if len(rows) == 3:
         index[1] = -1  # a row of nobody
-    shift(lengths, slots, seq_lens, positions, index, start, evicted)
-    gone = torch.where(index >= 0, evicted[index], 0)
+    shift(lengths, slots, seq_lens, positions, index, start, slot_shift)
+    gone = torch.where(index >= 0, slot_shift[index], 0)
     assert torch.equal(lengths[: len(rows)], seq_lens - gone)
     assert (lengths[len(rows) :] == 0).all()
     want = positions - gone.long().repeat_interleave(torch.tensor(rows))
@@ -56,20 +56,19 @@ def test_raw_pages_in_any_layout(order: str) -> None:
     before = cache.clone()
     source, held = [7, 2, 5, 8], 14
     tail = torch.tensor(source, dtype=torch.int32)
-    request = layer.source(None, tail, held, 0)
+    table = layer.source(None, tail, held, 0)
 
     def tokens(table: list[int], content: torch.Tensor) -> torch.Tensor:
         return torch.cat([content[block] for block in table], 1)  # [heads, slots, 2 * k_size]
 
     keys_values = tokens(source, before)[:, :held]
-    seen = layer.held(request, [held] * heads)
+    seen = layer.held(table, [held] * heads)
     assert torch.equal(torch.cat([seen.keys, seen.values], -1), keys_values)
     # Six survivors of each head, into two blocks, one of them a source.
     kept = torch.stack([torch.randperm(12)[:6].sort().values for _ in range(heads)])
-    target, _ = Region.of(
-        [2, 4], ["raw"], np.full((1, layers, heads), 6), [layer.pages] * layers, source
-    )
-    layer.compact(request, kept, [6] * heads, target)
+    counts = np.full((1, layers, heads), 6)
+    target, _ = Region.of([2, 4], ["raw"], counts, [layer.pages] * layers, source)
+    layer.compact(table, kept, [6] * heads, target)
     want = keys_values.gather(1, kept.unsqueeze(-1).expand(-1, -1, 2 * k_size))
     assert torch.equal(tokens([2, 4], cache)[:, :6], want)
     untouched = [b for b in range(blocks) if b not in (2, 4)]
@@ -113,18 +112,22 @@ def test_compactions_on_triton_pages() -> None:
         choices: list[torch.Tensor],
     ) -> tuple[Region, list[list[int]]]:
         """`held`: positions by head, of all slots; `choices`: slots of each part, by head."""
-        tokens = np.array([[[part.tokens] * HEADS] * LAYERS for part in parts])
-        codecs = [part.codec for part in parts]
-        pages = [layer.pages for layer in layers]
-        new, order = Region.of(target, codecs, tokens, pages, tail, region)
+        new, order = Region.of(
+            target,
+            [part.codec for part in parts],
+            np.array([[[part.tokens] * HEADS] * LAYERS for part in parts]),
+            [layer.pages for layer in layers],
+            tail,
+            region,
+        )
         table = torch.tensor(tail, dtype=torch.int32)
         for i in order:
             layer = layers[i]
-            request = layer.source(region, table, tail_tokens, n - tail_tokens)
+            source = layer.source(region, table, tail_tokens, n - tail_tokens)
             slots = [len(own) for own in held]
             if region is not None:
-                assert layer.positions(request, slots).tolist() == held
-            seen = layer.held(request, slots)
+                assert layer.positions(source, slots).tolist() == held
+            seen = layer.held(source, slots)
             for head in range(HEADS):
                 torch.testing.assert_close(
                     seen.keys[head], key[i, head, held[head]], rtol=0, atol=0.3
@@ -133,7 +136,7 @@ def test_compactions_on_triton_pages() -> None:
                     seen.values[head], value[i, head, held[head]], rtol=0, atol=0.7
                 )
             chosen = torch.cat(choices, 1)
-            layer.compact(request, chosen, [chosen.shape[1]] * HEADS, new)
+            layer.compact(source, chosen, [chosen.shape[1]] * HEADS, new)
         return new, [
             [held[head][s] for choice in choices for s in choice[head].tolist()]
             for head in range(HEADS)
@@ -161,6 +164,31 @@ def test_compactions_on_triton_pages() -> None:
         second, [a + rest for a in at], tail, len(rest), [8, 17, 18], parts, [finer, coarser]
     )
     check_attention(layers, third, [a + rest for a in at], tail, len(rest), key, value)
+
+
+def test_biases_reach_the_kernels() -> None:
+    """A layer's own part of a region's log biases, and scores that follow from them."""
+    _, layers = pool_of(12)
+    pages = [layer.pages for layer in layers]
+    region, _ = Region.of([1, 2, 3], ["int8"], np.full((1, LAYERS, HEADS), 30), pages, [4, 5])
+    region.open_biases()
+    assert region.log_bias is not None
+    region.log_bias.normal_()
+    tail = torch.tensor([4, 5], dtype=torch.int32)
+    for i, layer in enumerate(layers):
+        zero = torch.zeros(HEADS, 30, SIZE)
+        where = torch.arange(30, dtype=torch.int32).repeat(HEADS, 1)
+        layer.fill(zero, zero, where, [30] * HEADS, region)
+        for block in (4, 5):
+            layer.pages.raw.view(-1, LAYERS, HEADS, BLOCK, 2 * SIZE)[block, i] = 0
+        seen = layer.held(layer.source(region, tail, 20, 30), [50] * HEADS)
+        assert seen.counts == [50] * HEADS and not seen.keys.any()
+        # All keys are alike, so a query's weights are those of the biases.
+        queries = torch.randn(GROUP * HEADS, 1, SIZE)
+        got = seen.window_scores(queries, SIZE**-0.5, 50)
+        for head, own in enumerate(region.biases(i)):
+            want = torch.cat([own, torch.zeros(20)]).softmax(0)
+            torch.testing.assert_close(got[head], want, rtol=1e-3, atol=1e-5)
 
 
 def check_attention(

@@ -95,7 +95,7 @@ def test_pages_say_where_their_tokens_stand(v2: Engine) -> None:
     assert not ledger.failures.total()
 
 
-@pytest.mark.parametrize("policy", ["adakv", "keepkv(adakv)@int8"])
+@pytest.mark.parametrize("policy", ["adakv", "keepkv(adakv)"])
 def test_heads_that_keep_unequal_numbers(
     policy: str, v1: Engine, v2: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,9 +16,9 @@ def shift(
     positions: Tensor,
     states: Tensor,
     query_start: Tensor,
-    evicted: Tensor,
+    slot_shift: Tensor,
 ) -> None:
-    """Subtracts what each request has evicted from its length and from its tokens' positions.
+    """Subtracts each request's slot shift from its length and from its tokens' positions.
 
     Nothing waits for the device, and the grid depends on the number of requests alone.
 
@@ -27,11 +27,11 @@ def shift(
         slots: int64 [most tokens], receives the tokens' slots, counted within their request.
         seq_lens: int32 [requests or more], tokens with this step's.
         positions: int64 [tokens or more].
-        states: int64 [requests], index of each request in `evicted`; -1: nobody's.
+        states: int64 [requests], index of each request in `slot_shift`; -1: nobody's.
         query_start: int32 [requests + 1 or more], rows of `positions` of each request.
-        evicted: int32 [states].
+        slot_shift: int32 [states].
     """
     shift_kernel[(len(states) + 1,)](
-        slot_lens, slots, seq_lens, positions, states, query_start, evicted, len(slot_lens),
+        slot_lens, slots, seq_lens, positions, states, query_start, slot_shift, len(slot_lens),
         ROWS=ROWS,
     )  # fmt: skip

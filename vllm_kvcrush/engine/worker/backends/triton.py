@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -22,11 +20,11 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_kvcrush import gate
 from vllm_kvcrush.engine.worker.region import Region, joined
 from vllm_kvcrush.engine.worker.state import Backend
+from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
-from vllm_kvcrush.ops.triton.compaction import compact, fill, gather
-from vllm_kvcrush.ops.triton.scores import window_scores
+from vllm_kvcrush.ops.triton.layer_kv import LayerKV
 from vllm_kvcrush.ops.triton.store import store
 
 
@@ -209,39 +207,38 @@ class TritonCacheLayer:
         """See `state.CacheLayer`, as for all of these."""
         counts = torch.zeros(self.heads, dtype=torch.int32)
         parts = [torch.zeros(0, dtype=torch.int32)] * 3
+        bias = log_bias = None
         if region is not None:
             begin, end = region.begin[self.index], region.end[self.index]
             own = slice(int(begin[0]), int(end[-1]))  # a layer's heads follow each other
             counts = end - begin
             parts = [x[own] for x in (region.page, region.count.int(), region.codec)]
+            if region.bias is not None and region.log_bias is not None and len(parts[0]):
+                # A layer's tokens follow each other, too; pages without a bias have -1.
+                starts = region.bias[own]
+                first = int(torch.where(starts < 0, len(region.log_bias), starts).min())
+                bias = torch.where(starts < 0, -1, starts - first)
+                log_bias = region.log_bias[first : first + int(parts[1].sum())]
+                bias, log_bias = (x.to(self.device, non_blocking=True) for x in (bias, log_bias))
         ends = counts.cumsum(0)
         page, count, codec, begins, ends = (
             x.to(self.device, non_blocking=True) for x in (*parts, ends - counts, ends)
         )
-        runs, bias, log_bias = runs_of(parts[2]), None, None
-        if region is not None and region.bias is not None and region.log_bias is not None:
-            first = int(region.tokens[: self.index].sum())
-            log_bias = region.log_bias[first : first + int(region.tokens[self.index].sum())]
-            bias = (region.bias[own] - first).to(self.device, non_blocking=True)
-            # One more: an empty tensor has no address.
-            log_bias = F.pad(log_bias, (0, 1)).to(self.device, non_blocking=True)
+        runs = runs_of(parts[2])
         return Source.of(
-            begins, ends, page, count, codec, tail, tokens, position, runs, bias, log_bias
+            *(begins, ends, page, count, codec, tail, tokens, position, runs, bias, log_bias)
         )
 
-    def held(self, source: Source, tokens: Sequence[int]) -> TritonKV:
-        return TritonKV(self.pages, source, tokens)
+    def held(self, source: Source, tokens: Sequence[int]) -> LayerKV:
+        return LayerKV(self.pages, source, tokens)
 
     def positions(self, source: Source, tokens: Sequence[int]) -> Tensor:
-        slots = _slots(tokens, self.device)
-        where = gather(self.pages, source, slots, values=False)[2]
-        assert where is not None
-        return where
+        return compaction.positions(self.pages, source, tokens)
 
     def compact(self, source: Source, slots: Tensor, counts: Sequence[int], target: Region) -> None:
         past = torch.arange(slots.shape[1], device=self.device)
         past = past >= torch.tensor(counts, device=self.device).unsqueeze(1)
-        compact(self.pages, source, slots.masked_fill(past, -1), self._target(target))
+        compaction.compact(self.pages, source, slots.masked_fill(past, -1), self._target(target))
 
     def fill(
         self,
@@ -251,61 +248,8 @@ class TritonCacheLayer:
         counts: Sequence[int],
         target: Region,
     ) -> None:
-        fill(self.pages, keys, values, positions, counts, self._target(target))
+        compaction.fill(self.pages, keys, values, positions, counts, self._target(target))
 
     def _target(self, region: Region) -> Source:
         nothing = torch.zeros(0, dtype=torch.int32, device=self.device)
         return self.source(region, nothing, 0, 0)
-
-
-def _slots(tokens: Sequence[int], device: torch.device) -> Tensor:
-    """The first `tokens` slots of each head, int64 [H, most], -1 past a head's own."""
-    slots = torch.arange(max(tokens), device=device).repeat(len(tokens), 1)
-    return slots.masked_fill(slots >= torch.tensor(tokens, device=device).unsqueeze(1), -1)
-
-
-class TritonKV:
-    """What a request holds in one layer, on the cache itself: see `policies.base.LayerKV`.
-
-    Args:
-        layer, source: the layer, and the request's tokens in it.
-        tokens: held by each KV head.
-    """
-
-    def __init__(self, layer: Layer, source: Source, tokens: Sequence[int]):
-        self._layer, self._source, self._tokens = layer, source, tokens
-
-    @property
-    def num_kv_heads(self) -> int:
-        """H."""
-        return self._layer.kv_heads
-
-    @property
-    def device(self) -> torch.device:
-        """Where policies compute."""
-        return self._layer.pool.device
-
-    @cached_property
-    def _read(self) -> tuple[Tensor, Tensor]:
-        slots = _slots(self._tokens, self.device)
-        key, value, _ = gather(self._layer, self._source, slots, positions=False)
-        assert value is not None
-        return key, value
-
-    @property
-    def keys(self) -> Tensor:
-        """Float32 [H, n, D]."""
-        return self._read[0]
-
-    @property
-    def values(self) -> Tensor:
-        """Float32 [H, n, D]."""
-        return self._read[1]
-
-    def window_scores(
-        self, queries: Tensor, scale: float, candidates: Any, **options: Any
-    ) -> Tensor:
-        """`scores.window_scores` over these keys, without reading them."""
-        if scale != self._layer.scale:
-            raise ValueError(f"scale={scale!r} is not the layer's, {self._layer.scale!r}")
-        return window_scores(self._layer, self._source, queries, candidates, **options)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def shift_kernel(
-    slot_lens, slots, seq_lens, positions, states, query_start, evicted, most, ROWS: tl.constexpr
+    slot_lens, slots, seq_lens, positions, states, query_start, slot_shift, most, ROWS: tl.constexpr
 ):
     """Grid (requests + 1): a program a request, and one that clears the lengths of the rows after
     them, which full graphs read."""
@@ -19,10 +19,10 @@ def shift_kernel(
             tl.store(slot_lens + at, 0, mask=at < most)
         return
     state = tl.load(states + row)
-    gone = tl.load(evicted + state, mask=state >= 0, other=0)
-    tl.store(slot_lens + row, tl.load(seq_lens + row) - gone)
+    shift = tl.load(slot_shift + state, mask=state >= 0, other=0)
+    tl.store(slot_lens + row, tl.load(seq_lens + row) - shift)
     end = tl.load(query_start + row + 1)
     for i in tl.range(tl.load(query_start + row), end, ROWS):
         at = i + tl.arange(0, ROWS)
         position = tl.load(positions + at, mask=at < end)
-        tl.store(slots + at, position - gone, mask=at < end)
+        tl.store(slots + at, position - shift, mask=at < end)
