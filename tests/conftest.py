@@ -26,8 +26,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Seconds(), "seconds")
-    if getattr(config.option, "dist", "no") == "load":  # of `-n 2` alone
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
     # A seed of its own for each run, named in the header; --hypothesis-seed repeats one. Workers
     # of pytest-xdist take their controller's.
     if core.global_force_seed is None:
@@ -39,50 +37,61 @@ def pytest_report_header() -> str:
     return f"hypothesis: --hypothesis-seed={core.global_force_seed}"
 
 
-# What pytest-xdist hands to its workers, longest first, so that they end at about the same time.
-# Engines and servers that several tests share are started once, so these tests stay together, and
-# so do those of a file; only those that run in processes of their own need not.
-SHARED = ("demo_engine", "tiny_engine", "plain", "servers", "server")
+# What workers of pytest-xdist (`make test`) run as one piece: tests of one file, and all that share
+# an engine or a server, so that each is started once. Tests that run in processes of their own need
+# not wait for each other.
+SHARING = {
+    "tests/engine/test_containment.py": "demo engine",
+    "tests/engine/test_contract.py": "demo engine",
+    "tests/engine/test_engine.py": "demo engine",
+    "tests/server/test_endpoints.py": "server",
+    "tests/server/test_server.py": "server",
+}
 APART = ("tests/unit/test_gpu.py", "tests/engine/test_soak.py")
+# Longest first, so that the workers end at about the same time.
 LONGEST = (
-    "tests/unit/test_gpu.py::test_kernels_under_the_interpreter",
-    "demo_engine",
     "tests/engine/test_v2.py",
-    "servers",
-    "tests/engine/test_modes.py",
-    "server",
+    "demo engine",
     "tests/unit/test_gpu.py",
-    "tests/engine/test_benchmarks.py",
-    "tiny_engine",
+    "tests/engine/test_modes.py",
     "tests/server/test_front_ends.py",
+    "tests/engine/test_benchmarks.py",
+    "server",
+    "tiny engine",
     "tests/engine/test_soak.py",
     "tests/blocks",
 )
 
 
-def group(item: pytest.Item) -> str:
-    """Returns the name that a test shares with those that one worker must run with it."""
-    names: list[str] = getattr(item, "fixturenames", [])
-    if "engine" in names:
-        chosen = item.callspec.params if hasattr(item, "callspec") else {}
-        names = [chosen.get("engine", "demo_engine")]
-    path = item.nodeid.split("::")[0]
-    alone = item.nodeid if path in APART else path
-    return next((name for name in SHARED if name in names), alone)
+def group(nodeid: str) -> str:
+    """Returns the name of the piece that a test belongs to."""
+    path, _, name = nodeid.partition("::")
+    if "tiny_engine" in name:  # the parameter of `on_tiny_model`
+        return "tiny engine"
+    return nodeid if path in APART else SHARING.get(path, path)
 
 
-@pytest.hookimpl(tryfirst=True)
+def rank(item: pytest.Item) -> int:
+    """Returns when the piece that a test belongs to is handed out."""
+    piece = group(item.nodeid)
+    return next((i for i, start in enumerate(LONGEST) if piece.startswith(start)), len(LONGEST))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not hasattr(config, "workerinput"):
-        return
+    if hasattr(config, "workerinput"):
+        items.sort(key=rank)
 
-    def rank(item: pytest.Item) -> int:
-        of = group(item)
-        return next((i for i, start in enumerate(LONGEST) if of.startswith(start)), len(LONGEST))
 
-    items.sort(key=rank)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Pieces(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    config.option.loadscopereorder = False
+    return Pieces(config, log)
 
 
 @pytest.fixture(scope="session")
