@@ -1,4 +1,15 @@
 // The list of codecs: what this instruction set does with the strips of each.
+//
+// A new codec takes a number (kvcrush.h), a format (layout.h), a header beside the others with
+//
+//   struct Name : Expanded<Name> {
+//       static void expand(const Layer &, const Strip &, float *keys, float *values);
+//       static void encode(const Layer &, int codec, int head, uint8_t *page, int count,
+//                          const float *key, const float *value);
+//   };
+//
+// and, where it has products of its own, scores, values and the Query that they share (strips.h);
+// then a line in kTraits, and its name in Prepared.
 #pragma once
 
 #include "codecs/fitted.h"

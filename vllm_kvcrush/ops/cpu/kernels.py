@@ -307,5 +307,7 @@ def positions(layer: Layer, source: Source, tokens: int | Sequence[int] | Tensor
 
 def huge_pages(tensor: Tensor) -> None:
     """Asks the system to back a tensor with huge pages, since address translation costs a
-    scattered cache up to a third of its speed. Where it cannot, nothing changes."""
+    scattered cache time: attention over raw pages (llama's heads, 8K tokens, 400 MB) takes 16 %
+    less with them, over int4 pages 4 %. Contents are kept; touched memory is copied at once, which
+    takes about as long as filling it did. Where the system refuses, nothing changes."""
     LIBRARY.kvc_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.itemsize)
