@@ -40,7 +40,7 @@ class Both:
             },
         )  # fmt: skip
         # Tokens of one request, dealt out to the pages at random: as what was chosen by importance.
-        counts = [draw.randrange(17, 100) for _ in codecs]
+        counts = [draw.randrange(33, 100) for _ in codecs]  # three codecs: 96 tokens at least
         self.entries: list[tuple[int, int, int]] = []
         for head in range(HEADS):
             true = draw.randrange(40) + torch.randint(1, 4, (sum(counts),)).cumsum(0).int()
