@@ -26,8 +26,9 @@ from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Command, Compact, Compacted, StepCommands, WorkerReport
 from vllm_kvcrush.engine.worker import statistics
+from vllm_kvcrush.engine.worker.backends.base import Backend, CacheLayer
 from vllm_kvcrush.engine.worker.move import Move
-from vllm_kvcrush.engine.worker.state import Backend, CacheLayer, WorkerRequest
+from vllm_kvcrush.engine.worker.state import WorkerRequest
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.plan import cdiv

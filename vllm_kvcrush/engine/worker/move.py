@@ -15,9 +15,10 @@ from vllm_kvcrush import ops
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.engine.commands import Compact
 from vllm_kvcrush.engine.worker.allocation import page_counts
+from vllm_kvcrush.engine.worker.backends.base import CacheLayer
 from vllm_kvcrush.engine.worker.ranks import Ranks
 from vllm_kvcrush.engine.worker.region import Region
-from vllm_kvcrush.engine.worker.state import CacheLayer, WorkerRequest
+from vllm_kvcrush.engine.worker.state import WorkerRequest
 from vllm_kvcrush.policies.base import LayerKV, Policy, Room, View
 from vllm_kvcrush.policies.choice import (
     Choice,

@@ -10,8 +10,8 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_kvcrush.engine.worker.backends import cpu
+from vllm_kvcrush.engine.worker.backends.base import Backend
 from vllm_kvcrush.engine.worker.compaction import CompactionMixin
-from vllm_kvcrush.engine.worker.state import Backend
 
 
 class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):

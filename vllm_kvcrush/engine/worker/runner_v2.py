@@ -20,8 +20,8 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcrush.engine.commands import Command
+from vllm_kvcrush.engine.worker.backends.base import Backend
 from vllm_kvcrush.engine.worker.compaction import CompactionMixin
-from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops.triton.shift import shift
 
 

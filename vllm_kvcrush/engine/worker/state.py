@@ -1,88 +1,15 @@
-"""What a worker knows of its cache and of its requests."""
+"""What a worker knows of a request."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs.transform.tables import Tables
-from vllm_kvcrush.engine.worker.region import Pages, Region
-from vllm_kvcrush.ops.angles import Angles
-from vllm_kvcrush.ops.cpu.tables import LayerTable
+from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.plan import Plan
-from vllm_kvcrush.policies.base import LayerKV, Policy
+from vllm_kvcrush.policies.base import Policy
 from vllm_kvcrush.spec import parse
-
-
-class CacheLayer(Protocol):
-    """One layer's KV cache as compactions see it; `source` makes what the others take.
-
-    Attributes:
-        index: of the layer among those that share the cache's storage, in the order of its pages.
-        heads: KV heads of this rank.
-        scale: factor of q·k.
-        pages: what its pages are, for `Region.of`.
-        device: of its cache.
-    """
-
-    index: int
-    heads: int
-    scale: float
-
-    @property
-    def pages(self) -> Pages: ...
-    @property
-    def device(self) -> torch.device: ...
-    def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Any:
-        """Describes a request: its region, then `tokens` raw ones in the blocks `tail` (int32), the
-        first of which stands at `position`."""
-        ...
-
-    def held(self, source: Any, tokens: Sequence[int]) -> LayerKV:
-        """Returns the first `tokens` tokens of each head of a request."""
-        ...
-
-    def positions(self, source: Any, tokens: Sequence[int]) -> Tensor:
-        """Returns where each head's first `tokens` slots stand, int32 `[heads, most]`; in pages of
-        fitted codecs exactly only for the first of each strip."""
-        ...
-
-    def compact(self, source: Any, slots: Tensor, counts: Sequence[int], target: Region) -> None:
-        """Moves the first `counts` of each head's slots (int64 `[heads, k]`, each page's in
-        position order) into the pages of `target`, which may be among the request's own: all is
-        read before any is written."""
-        ...
-
-    def fill(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        counts: Sequence[int],
-        target: Region,
-    ) -> None:
-        """Encodes the first `counts` tokens of each head, float32 `[heads, k, size]` at ascending
-        positions int32 `[heads, k]`, into the pages of `target`."""
-        ...
-
-
-class Backend(NamedTuple):
-    """How a worker's attention and compactions are done.
-
-    Attributes:
-        layer: makes a CacheLayer of (vLLM's attention layer, number of layers, its tables).
-        builder: metadata builder that is told the regions of the requests in a batch, or None
-            where all pages are raw.
-        table: makes what `layer` wants for a fitted codec; arguments as `LayerTable`.
-    """
-
-    layer: Callable[[Any, int, Mapping[str, Any]], CacheLayer]
-    builder: Any
-    table: Callable[[Tables, int, range, int, int, Angles], Any] = LayerTable
 
 
 @dataclass

@@ -20,8 +20,8 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_kvcrush import gate
 from vllm_kvcrush.codecs.layout import STRIP
 from vllm_kvcrush.engine.worker import region
+from vllm_kvcrush.engine.worker.backends.base import Backend, pages_of
 from vllm_kvcrush.engine.worker.region import Region
-from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.cpu.tables import LayerTable
 from vllm_kvcrush.policies.base import LayerKV
@@ -133,7 +133,7 @@ def install(attention: Sequence[Any]) -> Backend:
 
 
 class CPUCacheLayer:
-    """One layer's KV cache as compactions see it: `state.CacheLayer` on the CPU kernels.
+    """One layer's KV cache as compactions see it: `base.CacheLayer` on the CPU kernels.
 
     Args:
         layer: vLLM's attention layer, whose cache is laid out block-outermost.
@@ -142,31 +142,9 @@ class CPUCacheLayer:
     """
 
     def __init__(self, layer: Any, layers: int, tables: Mapping[str, LayerTable]):
-        cache, impl = layer.kv_cache, layer.impl
-        _, self.heads, block_size, double = cache.shape
-        storage = torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage())
-        page_bytes = block_size * double * cache.itemsize
-        offset = cache.data_ptr() - storage.data_ptr()
-        index, odd = divmod(offset, self.heads * page_bytes)
-        block_bytes = layers * self.heads * page_bytes
-        assert not odd and index < layers, "a layer's pages do not lie where blocks are outermost"
-        assert cache.stride(0) * cache.itemsize == block_bytes, "blocks are not outermost"
-        self.block_size = block_size
-        self.scale: float = impl.scale
-        self.index = impl.index = index
-        self.pages = impl.cache = cpu.Layer(
-            storage[: len(storage) // block_bytes * block_bytes],
-            index=index,
-            layers=layers,
-            heads=impl.num_heads,
-            kv_heads=self.heads,
-            k_size=double // 2,
-            v_size=double // 2,
-            block_size=block_size,
-            dtype=cache.dtype,
-            scale=impl.scale,
-            tables=tables,
-        )
+        self.pages: cpu.Layer = pages_of(cpu.Layer, layer, layers, tables)
+        self.index, self.heads = layer.impl.index, self.pages.kv_heads
+        self.scale, self.block_size = self.pages.scale, self.pages.block_size
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +152,7 @@ class CPUCacheLayer:
         return self.pages.pool.device
 
     def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> cpu.Source:
-        """See `state.CacheLayer`, as for all of these."""
+        """See `base.CacheLayer`, as for all of these."""
         directory = None if region is None else region.directory(self.index)
         return cpu.Source(directory, tail, tokens, position, self.block_size)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from vllm_kvcrush import gate, ops
+from vllm_kvcrush.engine.worker.backends.base import Backend
 from vllm_kvcrush.engine.worker.region import Region
-from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops.cpu.tables import LayerTable
 
 
@@ -45,7 +45,7 @@ class StockPages:
 
 
 class StockCacheLayer:
-    """One layer's KV cache as compactions see it: `state.CacheLayer` in any layout that vLLM's
+    """One layer's KV cache as compactions see it: `base.CacheLayer` in any layout that vLLM's
     GPU backends use, [blocks, KV heads, block size, K then V] by whatever strides.
 
     Args:

@@ -1,4 +1,4 @@
-"""Attention through our own GPU kernels, over one pool of pages: what `backend.py` is on a CPU."""
+"""Attention through our own GPU kernels, over one pool of pages: what `cpu.py` is on a CPU."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, Trito
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvcrush import gate
+from vllm_kvcrush.engine.worker.backends.base import Backend, pages_of
 from vllm_kvcrush.engine.worker.region import Region, joined
-from vllm_kvcrush.engine.worker.state import Backend
 from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
@@ -164,7 +164,7 @@ def install(attention: Sequence[Any]) -> Backend:
 
 
 class TritonCacheLayer:
-    """One layer's KV cache as compactions see it: `state.CacheLayer` on the GPU kernels.
+    """One layer's KV cache as compactions see it: `base.CacheLayer` on the GPU kernels.
 
     Args:
         layer: vLLM's attention layer, whose cache is laid out block-outermost.
@@ -173,30 +173,9 @@ class TritonCacheLayer:
     """
 
     def __init__(self, layer: Any, layers: int, tables: Mapping[str, LayerTable]):
-        cache, impl = layer.kv_cache, layer.impl
-        _, self.heads, block_size, double = cache.shape
-        storage = torch.empty(0, dtype=torch.uint8, device=cache.device)
-        storage.set_(cache.untyped_storage())
-        page_bytes = block_size * double * cache.itemsize
-        index, odd = divmod(cache.data_ptr() - storage.data_ptr(), self.heads * page_bytes)
-        block_bytes = layers * self.heads * page_bytes
-        assert not odd and index < layers, "a layer's pages do not lie where blocks are outermost"
-        assert cache.stride(0) * cache.itemsize == block_bytes, "blocks are not outermost"
-        self.scale: float = impl.scale
-        self.index = impl.index = index
-        self.pages = impl.cache = Layer(
-            storage[: len(storage) // block_bytes * block_bytes],
-            index=index,
-            layers=layers,
-            heads=impl.num_heads,
-            kv_heads=self.heads,
-            k_size=impl.head_size,
-            v_size=double - impl.head_size,
-            block_size=block_size,
-            dtype=cache.dtype,
-            scale=impl.scale,
-            tables=tables,
-        )
+        self.pages: Layer = pages_of(Layer, layer, layers, tables)
+        self.index, self.heads = layer.impl.index, self.pages.kv_heads
+        self.scale = self.pages.scale
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +183,7 @@ class TritonCacheLayer:
         return self.pages.pool.device
 
     def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Source:
-        """See `state.CacheLayer`, as for all of these."""
+        """See `base.CacheLayer`, as for all of these."""
         counts = torch.zeros(self.heads, dtype=torch.int32)
         parts = [torch.zeros(0, dtype=torch.int32)] * 3
         bias = log_bias = None
