@@ -21,20 +21,24 @@ BATCHED = 2048  # tokens of a step
 TOKEN_BYTES = 30 * 3 * 2 * 64 * 4
 
 
-def start(name: str, plugin: bool) -> Child:
-    """Starts the process; the engine itself starts with the job "start"."""
-    environment = {
+def environment() -> dict[str, str]:
+    """Returns the environment of the process."""
+    own = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    environment.pop("VLLM_KVCRUSH_CACHE", None)  # vLLM warns about names that it does not know
-    if not plugin:
-        environment["VLLM_PLUGINS"] = ""
+    own.pop("VLLM_KVCRUSH_CACHE", None)  # vLLM warns about names that it does not know
+    return own
+
+
+def start(name: str, plugin: bool) -> Child:
+    """Starts the process; the engine itself starts with the job "start"."""
+    own = environment() if plugin else {**environment(), "VLLM_PLUGINS": ""}
     command = [sys.executable, "-m", "benchmarks.overhead.engine"]
-    return Child(f"the engine {name!r}", command, environment)
+    return Child(f"the engine {name!r}", command, own)
 
 
 def steps_to_read(batch: int, prompt: int) -> int:
@@ -86,7 +90,11 @@ class Engine:
         update = scheduler.update_from_output
 
         def watched(output: Any, result: Any) -> Any:
-            self._seconds += [s for _, s in getattr(result, "kvcrush_seconds", ())]
+            if (report := getattr(result, "kvcrush", None)) is not None:
+                # `pair` also asks older checkouts, whose reports have only the seconds.
+                done = getattr(report, "compacted", None)
+                own = report.seconds if done is None else [(c.policy, c.seconds) for c in done]
+                self._seconds += [seconds for _, seconds in own]
             return update(output, result)
 
         scheduler.update_from_output = watched
