@@ -78,6 +78,23 @@ def _whole(key: str, value: Any, low: int, high: int) -> int:
     return value
 
 
+def parse_pressure(value: Any) -> float | None:
+    """A share of the pool in (0, 1], or its string; None: budgets are kept to all the time."""
+    if value is None:
+        return None
+    share = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            share = float(value)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ConfigError(
+            f"--kv-pressure={_quoted(value)} is not a share of the pool: give a number in (0, 1] "
+            "such as 0.8.",
+            "--kv-pressure",
+        )
+    return float(share)
+
+
 def parse_min_tokens(value: Any) -> int:
     """The floor below which requests are left alone: tokens, or their string."""
     return _whole("--kv-min-tokens", value, 0, 2**24)
@@ -99,12 +116,14 @@ class RequestParams:
         budget: 1.0 means plain vLLM too.
         spans: (first, end) token positions that a policy may treat each on its own, ascending.
         protect: (first, end) token positions that stay whatever a policy says.
+        elastic: whether the budget is kept to only when the pool runs short.
     """
 
     policy: str
     budget: float | int
     spans: Spans = ()
     protect: Spans = ()
+    elastic: bool = False
 
     @property
     def active(self) -> bool:
@@ -115,6 +134,11 @@ class RequestParams:
     def label(self) -> str:
         """The outermost name of the policy, for counters: there are few of these."""
         return parse(self.policy).name if self.active else NONE
+
+    @property
+    def reason(self) -> str:
+        """Why it is compacted, if it is: "pressure" on the pool, or its "budget"."""
+        return "pressure" if self.elastic else "budget"
 
     @property
     def protected(self) -> int:
@@ -191,6 +215,8 @@ class Settings:
         allow: policies that clients may ask for, names and whole expressions; the default policy is
             always allowed. Clients may wrap allowed names in each other.
         min_tokens: requests shorter than this are left alone if their budget is a fraction.
+        pressure: share of the pool beyond which requests that state no budget of their own are
+            compacted; None: they keep to the default budget all the time.
         options: per-policy hyperparameters, `{"kvcrush": {"anchor": "mean"}, ...}`.
         clients: hyperparameters that clients may set, and to what: `{"kvcrush": {"ratio": [0, 0.5],
             "anchor": ["mean", "random"]}}`, two numbers for a range, words for a choice.
@@ -207,6 +233,7 @@ class Settings:
     budget_max: float | int | None = None
     allow: tuple[str, ...] = ()
     min_tokens: int = DEFAULT_MIN_TOKENS
+    pressure: float | None = None
     sinks: int = 4
     window: int = 16
     prefill_interval: int = 2048
@@ -220,11 +247,11 @@ class Settings:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Settings:
         """Builds and validates settings from `additional_config["kvcrush"]`: keys `policy`,
-        `budget`, `budget_max`, `allow`, `min_tokens`, `config`, and `page` and `fitted`, which the
-        plugin fills in. Raises ConfigError."""
+        `budget`, `budget_max`, `allow`, `min_tokens`, `pressure`, `config`, and `page` and
+        `fitted`, which the plugin fills in. Raises ConfigError."""
         from vllm_kvcrush import policies
 
-        keys = ("policy", "budget", "budget_max", "allow", "min_tokens", "config")
+        keys = ("policy", "budget", "budget_max", "allow", "min_tokens", "pressure", "config")
         known = {*keys, "page", "fitted"}
         for key in raw:
             if key not in known:
@@ -295,6 +322,7 @@ class Settings:
             budget_max=cap,
             allow=allow,
             min_tokens=parse_min_tokens(raw.get("min_tokens", DEFAULT_MIN_TOKENS)),
+            pressure=parse_pressure(raw.get("pressure")),
             sinks=whole("sinks", 4, 0, 4096),
             window=whole("window", 16, 1, 1024),
             prefill_interval=whole("prefill_interval", 2048, 16, 2**24),
@@ -324,6 +352,7 @@ class Settings:
             "budget_max": self.budget_max,
             "allow": list(self.allow),
             "min_tokens": self.min_tokens,
+            "pressure": self.pressure,
             "config": config,
             "page": None if self.page is None else list(self.page),
             "fitted": {
@@ -389,6 +418,7 @@ class Settings:
             self.budget if budget is None else parse_budget(budget, BUDGET_KEY),
             parse_spans(args.get(SPANS_KEY, ()), SPANS_KEY, max_model_len),
             parse_spans(args.get(PROTECT_KEY, ()), PROTECT_KEY, max_model_len),
+            elastic=budget is None and self.pressure is not None,
         )
         for key in (BUDGET_KEY, SPANS_KEY, PROTECT_KEY):
             if policy == NONE and key in args and (key != BUDGET_KEY or params.budget != 1.0):

@@ -217,11 +217,15 @@ class Plan:
             return True
         return self.tiers and len(self.parts(compressed, candidates)) > 1
 
+    def tail(self, held: int) -> int:
+        """The tokens of the raw tail after a compaction of a request that holds so many slots."""
+        return held - max(0, held - self.window) // self.block_size * self.block_size
+
     def shape(self, n: int, held: int) -> Shape:
         """Blocks and tail after a compaction at n of a request that holds `held` tokens' slots.
 
         The tail starts on a block boundary, so its blocks stay where they are."""
-        tail = held - max(0, held - self.window) // self.block_size * self.block_size
+        tail = self.tail(held)
         compressed = self.blocks(n) - cdiv(tail, self.block_size)
         if self.packings:
             # Blocks that all tokens together would not fill are not taken.
@@ -233,11 +237,13 @@ class Plan:
         shape = self.shape(n, held)
         return shape.compressed * self.block_size + shape.tail_tokens
 
+    def may_compact(self, n: int) -> bool:
+        """Whether a request at n may be compacted at all: it has a budget, and is long enough."""
+        return not (self.never or (self._spared and n < self.min_tokens))
+
     def due(self, n: int, held: int) -> bool:
         """Whether a request at n is over its budget, so that a compaction gives blocks back."""
-        if self.never or (self._spared and n < self.min_tokens):
-            return False
-        return cdiv(held, self.block_size) > self.blocks(n)
+        return self.may_compact(n) and cdiv(held, self.block_size) > self.blocks(n)
 
     def check_after(self, n: int) -> int:
         """The first compaction position > n: during prefill, whenever the tail has grown by

@@ -35,6 +35,7 @@ _FLAGS = {
     "kv_budget_max": "budget_max",
     "kv_policy_allow": "allow",
     "kv_min_tokens": "min_tokens",
+    "kv_pressure": "pressure",
     "kv_policy_config": "config",
 }
 _SCHEDULERS = {
@@ -237,6 +238,14 @@ def _add_flags(parser: Any) -> None:
         f"Default {DEFAULT_MIN_TOKENS}.",
     )
     add(
+        "--kv-pressure",
+        dest="kv_pressure",
+        metavar="SHARE",
+        help="Requests that state no budget of their own stay whole until this share of the KV "
+        "blocks is in use, such as 0.8; then they are compacted step by step, down to --kv-budget. "
+        "Default: they keep to --kv-budget all the time.",
+    )
+    add(
         "--kv-policy-config",
         dest="kv_policy_config",
         type=_json_object,
@@ -340,7 +349,8 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
         return  # one of several API servers: the process that started them has said it
     logger.info(
-        "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s clients may ask for %s; "
+        "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s pressure=%s "
+        "clients may ask for %s; "
         "min_tokens=%d sinks=%d window=%d prefill_interval=%d decode_interval=%d, "
         "blocks of %d tokens, "
         "transform tables: %s, read by our own CPU kernels (%s).",
@@ -348,6 +358,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         settings.policy,
         settings.budget,
         settings.budget_max,
+        settings.pressure,
         ",".join(settings.allow),
         settings.min_tokens,
         settings.sinks,

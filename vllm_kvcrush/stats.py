@@ -7,6 +7,8 @@ from typing import Any
 
 # Upper bounds of the compaction-time histogram, in seconds.
 COMPACTION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+# Why requests are compacted: they are over their budget, or the pool runs short.
+REASONS = ("budget", "pressure")
 # An engine that runs without stats never takes its samples; more than these are not kept.
 _MOST_SAMPLES = 4096
 
@@ -16,14 +18,14 @@ class PolicyStats:
     """Counts of the compactions by one policy.
 
     Attributes:
-        compactions: how many there were.
+        compactions: how many there were, by reason (`REASONS`).
         tokens_evicted: tokens whose KV they dropped.
         blocks_freed: blocks that returned to the pool; a block that another request still holds
             is not freed.
         seconds: the time that each took, at most _MOST_SAMPLES of them.
     """
 
-    compactions: int = 0
+    compactions: dict[str, int] = field(default_factory=dict)
     tokens_evicted: int = 0
     blocks_freed: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -36,7 +38,7 @@ class PolicyStats:
     def to_dict(self) -> dict[str, Any]:
         """Returns the counts as plain numbers and a list."""
         return {
-            "compactions": self.compactions,
+            "compactions": dict(self.compactions),
             "tokens_evicted": self.tokens_evicted,
             "blocks_freed": self.blocks_freed,
             "seconds": list(self.seconds),
@@ -59,6 +61,7 @@ class Stats:
         worker_bytes: the most bytes that a worker has held beside its KV cache, by their use:
             "gathered" (keys and values that a policy reads), "queries", "running" (state of
             policies), "scratch" (of kernels).
+        pressure: blocks in use, and those that the next step asks for, as a share of the pool.
         uncompressed: requests whose parameters could not be used where nobody could refuse them.
     """
 
@@ -68,12 +71,13 @@ class Stats:
     kv_bytes_held: dict[str, int] = field(default_factory=dict)
     kv_bytes_raw_equivalent: dict[str, int] = field(default_factory=dict)
     worker_bytes: dict[str, int] = field(default_factory=dict)
+    pressure: float = 0.0
     uncompressed: int = 0
 
-    def record_compaction(self, policy: str, blocks: int) -> None:
+    def record_compaction(self, policy: str, reason: str, blocks: int) -> None:
         """Counts one compaction and the blocks that it returned to the pool."""
         own = self.policies.setdefault(policy, PolicyStats())
-        own.compactions += 1
+        own.compactions[reason] = own.compactions.get(reason, 0) + 1
         # Blocks that stay shared can make a compaction cost some; a counter cannot go down.
         own.blocks_freed += max(0, blocks)
 
@@ -107,6 +111,7 @@ class Stats:
             "kv_bytes_held": self.kv_bytes_held,
             "kv_bytes_raw_equivalent": self.kv_bytes_raw_equivalent,
             "worker_bytes": dict(self.worker_bytes),
+            "pressure": self.pressure,
             "uncompressed": self.uncompressed,
         }
         self.uncompressed = 0

@@ -84,6 +84,7 @@ class Row:
     request_id: str
     admission: int
     plan: Plan
+    elastic: bool  # compacted under pressure only, not where its plan says
     needs: frozenset[str]
     tokens: list[int]
     chain: list[int]
@@ -199,6 +200,7 @@ class PagedWorker:
             request_id,
             admission=0,
             plan=plan,
+            elastic=params.elastic,
             needs=self.settings.build(params.policy).needs if params.active else frozenset(),
             tokens=list(tokens),
             chain=[],
@@ -304,7 +306,7 @@ class PagedWorker:
         # The prefix that attention reads, found in the cache or computed here.
         assert self.contents(row.blocks, start - row.shift) == row.held, row.request_id
         for n in range(start + 1, end):
-            due = row.plan.is_check(n) and row.plan.due(n, n - row.shift)
+            due = row.plan.is_check(n) and row.plan.due(n, n - row.shift) and not row.elastic
             assert not due, f"{row.request_id}: chunk {start}-{end} runs over {n}, which is due"
         row.late |= row.request_id in late
         count = commands.observe.get(row.request_id, 0)

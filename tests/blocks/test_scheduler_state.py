@@ -47,6 +47,7 @@ from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushSpec
 from vllm_kvcrush.engine.commands import Compact
+from vllm_kvcrush.engine.pressure import shape_at
 from vllm_kvcrush.engine.scheduler import KVCrushAsyncScheduler, KVCrushScheduler
 from vllm_kvcrush.plan import cdiv
 
@@ -157,6 +158,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.sampled_from([0.1, 0.25, 0.5, 0.9, 1.0, 112]),
         prefix_caching=st.sampled_from([True, True, True, False]),
         tables=st.sampled_from([True, True, True, False]),
+        pressure=st.sampled_from([None, None, 0.5, 0.8, 1.0]),
         seed=st.integers(0, 99),
     )
     def start(
@@ -171,6 +173,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: float | int,
         tables: bool = True,
         min_tokens: int = 0,
+        pressure: float | None = None,
         **config: int,
     ) -> None:
         # Without tables auto takes other codecs, and the fitted policies do not start.
@@ -180,6 +183,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "policy": policy,
                 "budget": budget,
                 "min_tokens": min_tokens,
+                "pressure": pressure,
                 "config": config,
                 "page": PAGE,
                 "fitted": fitted(block_size) if tables else {},
@@ -385,6 +389,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.failed = False
         return output.total_num_scheduled_tokens
 
+    def elastic(self, request_id: str) -> bool:
+        """Whether a request is compacted under pressure only."""
+        return request_id in self.scheduler._plans and (
+            self.scheduler._tracked[request_id].params.elastic
+        )
+
     def is_due(self, request_id: str) -> bool:
         plan, request = self.scheduler._plans[request_id], self.scheduler.requests[request_id]
         n = self.worker.rows[request_id].computed
@@ -397,6 +407,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             r.request_id
             for r in self.scheduler.running
             if (plan := self.scheduler._plans.get(r.request_id))
+            and not self.elastic(r.request_id)
             and plan.is_check(r.num_computed_tokens)
             and self.is_due(r.request_id)
         }
@@ -439,6 +450,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue
             plan, n = self.scheduler._plans[request_id], self.worker.rows[request_id].computed
             shape = plan.shape(n, n - self.worker.rows[request_id].shift)
+            if self.elastic(request_id):
+                shape = shape_at(self.scheduler._holder(request_id, n), tracked.level)
             end = len(blocks) - cdiv(shape.tail_tokens, self.block_size)
             released.update(b.block_id for b in blocks[:end])
             waiting, wanted = waiting + 1, wanted + shape.compressed
@@ -449,9 +462,17 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_command(self, command: Compact, due: set[str], twins: int) -> None:
         request_id = command.request_id
-        assert request_id in due or request_id in self.overdue, (
-            f"{request_id} was compacted at {command.computed}, which is no compaction position"
-        )
+        if self.elastic(request_id):
+            assert self.settings.pressure is not None
+            assert self.scheduler.kvcrush_stats.pressure > self.settings.pressure
+            plan = self.scheduler._plans[request_id]
+            left = len(command.target) + len(command.tail)
+            least = plan.packings[0].blocks(command.computed) if plan.packings else left
+            assert left >= min(plan.blocks(command.computed), least + len(command.tail))
+        else:
+            assert request_id in due or request_id in self.overdue, (
+                f"{request_id} was compacted at {command.computed}, which is no compaction position"
+            )
         for i in command.target:
             block = self.pool.blocks[i]
             assert block.ref_cnt == twins and block.block_hash is None, block
@@ -523,8 +544,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             request = self.scheduler.requests[request_id]
             assert row.tokens[: request.num_tokens] == list(request.all_token_ids)
             bound = row.plan.bound(row.computed)
-            if row.plan.never:
+            if row.plan.never or (self.elastic(request_id) and not row.compactions):
                 assert len(row.blocks) == cdiv(row.computed, self.block_size)
+            elif self.elastic(request_id):
+                assert len(row.blocks) < cdiv(row.computed, self.block_size)
             elif request_id not in self.overdue:
                 assert len(row.blocks) <= bound, f"{request_id}: {len(row.blocks)} > {bound}"
 

@@ -16,12 +16,17 @@ from vllm.v1.request import Request
 
 from vllm_kvcrush import compat
 from vllm_kvcrush.config import PLAIN, Demands, RequestParams, Settings
+from vllm_kvcrush.engine import pressure
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushManager, twins
 from vllm_kvcrush.engine.commands import Admitted, Compact, StepCommands, WorkerReport
+from vllm_kvcrush.engine.pressure import Holder
 from vllm_kvcrush.plan import Plan, cdiv
 from vllm_kvcrush.stats import Stats
 
 logger = init_logger(__name__)
+
+# Steps for which nobody looks for blocks again after none were found.
+_REST = 8
 
 
 @dataclass
@@ -54,6 +59,10 @@ class _Tracked:
         in_region: tokens of each layer and head in its compressed region, as the workers said; None
             until they have.
         deferred: why its compaction is overdue, or None.
+        first_compaction: tokens with KV when it was compacted first, or None.
+        level, pressed: of one that is compacted under pressure only: how far (`pressure.levels`),
+            and whether it is to be compacted that far now.
+        observed: likewise, positions [first, end) of the queries that were kept without a gap.
     """
 
     params: RequestParams
@@ -62,6 +71,10 @@ class _Tracked:
     policy_failures: int = 0
     in_region: float | None = None
     deferred: _Wait | None = None
+    first_compaction: int | None = None
+    level: int = 0
+    pressed: bool = False
+    observed: tuple[int, int] = (0, 0)
 
 
 # A mixin at run time; to the type checker it is a scheduler.
@@ -90,6 +103,8 @@ class KVCrushSchedulerMixin(_Base):
         # Of the step that is being scheduled: compactions, and the request that asks for blocks.
         self._commands: list[Compact] = []
         self._allocating: Request | None = None
+        # Before this step it is of no use to look for blocks again.
+        self._rest_until = 0
         self._manager.plans = self._plans
         self.kvcrush_stats = Stats()
         # Every rank holds its share of the heads; bytes are counted over all of them.
@@ -168,6 +183,8 @@ class KVCrushSchedulerMixin(_Base):
             "kv_block_bytes": self._block_bytes,
             "kv_side_bytes": self._side_bytes(request.request_id),
             "compactions": tracked.compactions,
+            "first_compaction": tracked.first_compaction,
+            "reason": tracked.params.reason,
             "policy_failures": tracked.policy_failures,
             "policy": tracked.params.policy if tracked.params.active else "none",
         }
@@ -244,10 +261,12 @@ class KVCrushSchedulerMixin(_Base):
             if request_id not in self._plans or tracked is None:
                 continue
             if "queries" in tracked.demands.needs:
-                start = computed[request_id]
-                wanted = self._window_from(request_id, tracked, start, start + count)
-                if wanted < start + count:
-                    observed[request_id] = start + count - max(start, wanted)
+                start, end = computed[request_id], computed[request_id] + count
+                wanted = max(start, self._window_from(request_id, tracked, start, end))
+                if wanted < end:
+                    observed[request_id] = end - wanted
+                    first, last = tracked.observed
+                    tracked.observed = (first if last == wanted else wanted, end)
         return observed
 
     def _window_from(self, request_id: str, tracked: _Tracked, start: int, end: int) -> int:
@@ -257,6 +276,10 @@ class KVCrushSchedulerMixin(_Base):
         shift = self._manager.slot_shift.get(request_id, 0)
         if tracked.deferred:
             return max(0, end - window)
+        if tracked.params.elastic:
+            near_by = self._under_pressure(pressure.NEAR)
+            wanted = near_by and pressure.may_score(self._holder(request_id, start))
+            return max(0, end - window) if wanted else end
         near = plan.next_compaction(start, start - shift, end + window)
         # If it is put off, others than itself may need scores.
         if near is None or not any(
@@ -276,9 +299,97 @@ class KVCrushSchedulerMixin(_Base):
         new = held - shape.tail_tokens - blocks * self._manager.block_size
         return plan.needs_scores(shape.compressed, tokens + new)
 
+    # -- pressure -------------------------------------------------------------------------------
+
+    def _under_pressure(self, share: float = 1.0) -> bool:
+        """Whether the pool is filled to that share of `--kv-pressure`."""
+        limit = self._settings.pressure
+        return limit is not None and self.kvcrush_stats.pressure > share * limit
+
+    def _press(self) -> None:
+        """Marks the requests that are to give blocks back now, if the pool is too full."""
+        pool = self.kv_cache_manager.block_pool
+        total, free = pool.num_gpu_blocks - 1, pool.get_num_free_blocks()
+        if (limit := self._settings.pressure) is None:
+            self.kvcrush_stats.pressure = (total - free) / total
+            return
+        growth = sum(self._blocks_wanted(request) for request in self.running)
+        head = self._head_wants() if growth <= free else 0
+        self.kvcrush_stats.pressure = (total - free + growth + head) / total
+        if not self._under_pressure():
+            for tracked in self._tracked.values():
+                if tracked.pressed:
+                    tracked.pressed, tracked.deferred = False, None
+            return
+        if self._step < self._rest_until and growth <= free:
+            return
+        holders = {
+            request.request_id: self._holder(request.request_id, request.num_computed_tokens)
+            for request in self.running
+            if request.request_id in self._plans
+            and self._tracked[request.request_id].params.elastic
+        }
+        over = total - free + growth - int(pressure.RELIEF * limit * total)
+        steps = pressure.relieve(holders, over)
+        if head:
+            # Worth its loss only where the request that waits then finds room.
+            more = pressure.relieve(holders, over + head)
+            if free + sum(step.freed for step in more.values()) >= growth + head:
+                steps = more
+        if growth > free + sum(step.freed for step in steps.values()):
+            # Somebody would be preempted.
+            steps = pressure.relieve(holders, over, small=True)
+        if not steps:
+            self._rest_until = self._step + _REST
+        for request_id, step in steps.items():
+            tracked = self._tracked[request_id]
+            tracked.level, tracked.pressed = step.level, True
+
+    def _blocks_wanted(self, request: Request) -> int:
+        """Blocks that a running request needs for the tokens of the next step."""
+        n = request.num_computed_tokens
+        new = request.num_tokens_with_spec + request.num_output_placeholders - n
+        threshold = self.scheduler_config.long_prefill_token_threshold
+        new = min(new, self.max_num_scheduled_tokens, threshold or new, self.max_model_len - n)
+        held = n + new - self._manager.slot_shift.get(request.request_id, 0)
+        return max(0, cdiv(held, self._manager.block_size) - self._num_blocks(request.request_id))
+
+    def _head_wants(self) -> int:
+        """Blocks that the request needs which waits to be admitted next, if there is one."""
+        if not self.waiting or len(self.running) >= self.max_num_active_reqs:
+            return 0
+        request = self.waiting.peek_request()
+        size, plan = self._manager.block_size, self._plans.get(request.request_id)
+        blocks = cdiv(request.num_tokens, size)
+        if plan is not None:
+            blocks = min(blocks, plan.bound(request.num_tokens))
+        hit = self._get_local_prefix_cache_hit(request)[0]
+        return max(0, blocks - sum(block.ref_cnt > 0 for group in hit.blocks for block in group))
+
+    def _holder(self, request_id: str, n: int) -> Holder:
+        """What a running request with n tokens holds, and may give back under pressure."""
+        tracked, plan = self._tracked[request_id], self._plans[request_id]
+        held = n - self._manager.slot_shift.get(request_id, 0)
+        before_tail = (held - plan.tail(held)) // plan.block_size
+        blocks = self._manager.req_to_blocks.get(request_id, ())[:before_tail]
+        first, end = tracked.observed
+        return Holder(
+            plan,
+            level=tracked.level,
+            n=n,
+            held=held,
+            region=self._manager.regions.get(request_id, (0, 0)),
+            own=sum(block.ref_cnt == 1 for block in blocks),
+            asks=tracked.demands.always,
+            ready="queries" not in tracked.demands.needs or (end == n and first <= n - plan.window),
+        )
+
+    # -- compactions ----------------------------------------------------------------------------
+
     def _compact_due(self) -> list[Compact]:
-        """Compacts every running request that its plan says is due."""
+        """Compacts every running request of which its plan, or pressure, says that it is due."""
         self._step += 1
+        self._press()
         jobs = [job for request in self.running if (job := self._due(request)) is not None]
         ready = [job for job in jobs if not self._waits(job)]
         done: list[Compact] = []
@@ -338,6 +449,8 @@ class KVCrushSchedulerMixin(_Base):
             return None
         tracked = self._tracked[request.request_id]
         n = request.num_computed_tokens
+        if tracked.params.elastic:
+            return self._due_under_pressure(request, plan, tracked)
         if not (tracked.deferred or plan.is_check(n)):
             return None
         held = n - self._manager.slot_shift.get(request.request_id, 0)
@@ -345,6 +458,17 @@ class KVCrushSchedulerMixin(_Base):
             tracked.deferred = None
             return None
         return Job(request.request_id, n, held, plan.shape(n, held), self._twin(request, plan, n))
+
+    def _due_under_pressure(self, request: Request, plan: Plan, tracked: _Tracked) -> Job | None:
+        if not tracked.pressed:
+            return None
+        n = request.num_computed_tokens
+        holder = self._holder(request.request_id, n)
+        shape = pressure.shape_at(holder, tracked.level)
+        if shape.compressed >= (holder.held - shape.tail_tokens) // plan.block_size:
+            tracked.pressed, tracked.deferred = False, None
+            return None
+        return Job(request.request_id, n, holder.held, shape, self._twin(request, plan, n))
 
     def _twin(self, request: Request, plan: Plan, n: int) -> Hashable:
         """What the result of a compaction at n follows from, where others may have the same: the
@@ -358,6 +482,7 @@ class KVCrushSchedulerMixin(_Base):
         blocks = self._manager.req_to_blocks[request.request_id][:compressed]
         return (
             self._tracked[request.request_id].params,
+            self._tracked[request.request_id].level,
             plan.num_prompt_tokens,
             n,
             tuple(block.block_id for block in blocks),
@@ -370,6 +495,7 @@ class KVCrushSchedulerMixin(_Base):
         if (tracked := self._tracked.get(request.request_id)) is not None:
             # It will be prefilled again, and compacted at its plan's positions.
             tracked.deferred = tracked.in_region = None
+            tracked.level, tracked.pressed, tracked.observed = 0, False, (0, 0)
             self._unreported.add(request.request_id)
         current = self._allocating
         if current is None or current is request or current.request_id not in self._tracked:
@@ -390,10 +516,13 @@ class KVCrushSchedulerMixin(_Base):
         for i, command in enumerate(result):
             tracked = self._tracked[command.request_id]
             tracked.deferred = tracked.in_region = None
+            tracked.pressed, tracked.observed = False, (0, 0)
             tracked.compactions += 1
+            if tracked.first_compaction is None:
+                tracked.first_compaction = command.computed
             self._unreported.add(command.request_id)
             self.kvcrush_stats.record_compaction(
-                tracked.params.label, blocks=freed if i == 0 else 0
+                tracked.params.label, tracked.params.reason, blocks=freed if i == 0 else 0
             )
         return result
 
@@ -410,6 +539,12 @@ class KVCrushSchedulerMixin(_Base):
         if plan is None or num_new_tokens <= 1:
             return num_new_tokens
         held = num_computed_tokens - self._manager.slot_shift.get(request.request_id, 0)
+        if self._tracked[request.request_id].params.elastic:
+            # Ends it where the pool does: then others, or this one, give blocks back.
+            pool, size = self.kv_cache_manager.block_pool, self._manager.block_size
+            known = max(self._num_blocks(request.request_id), cdiv(held, size))
+            room = (known + pool.get_num_free_blocks()) * size - held
+            return min(num_new_tokens, room) if room > 0 else num_new_tokens
         limit = num_computed_tokens + num_new_tokens
         stop = plan.next_compaction(num_computed_tokens, held, limit)
         return num_new_tokens if stop is None else stop - num_computed_tokens
@@ -420,7 +555,7 @@ class KVCrushSchedulerMixin(_Base):
         """Leaves the tokens before the first compaction to be computed here, so that the
         observation window never depends on what the cache held."""
         plan, cap = self._plans.get(request.request_id), None
-        if plan is not None:
+        if plan is not None and not self._tracked[request.request_id].params.elastic:
             # The last sampled token never has KV.
             last = min(request.num_prompt_tokens + request.max_tokens - 1, self.max_model_len)
             cap = self._exact_until(plan, self._tracked[request.request_id].demands, last)

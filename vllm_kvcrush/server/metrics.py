@@ -21,7 +21,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_kvcrush.server import KEY, Method, configured, wrap
 from vllm_kvcrush.spec import parse
-from vllm_kvcrush.stats import COMPACTION_BUCKETS
+from vllm_kvcrush.stats import COMPACTION_BUCKETS, REASONS
 
 _PREFIX = "vllm_kvcrush:"
 _ENGINE = ("model_name", "engine")
@@ -102,8 +102,9 @@ def refusals() -> Counter:
 
 
 def compactions() -> Counter:
-    """Counts compactions by policy."""
-    return _counter("compactions", "Compactions.", *_ENGINE, "policy")
+    """Counts compactions by policy and by reason."""
+    help_text = "Compactions, for a request's budget or for pressure on the pool."
+    return _counter("compactions", help_text, *_ENGINE, "policy", "reason")
 
 
 def tokens_evicted() -> Counter:
@@ -139,6 +140,18 @@ def kv_bytes_raw_equivalent() -> Gauge:
     """Shows the bytes that running requests would hold uncompressed, by policy."""
     help_text = "Bytes of KV that running requests would hold without compression."
     return _gauge("kv_bytes_raw_equivalent", help_text, *_ENGINE, "policy")
+
+
+def pressure() -> Gauge:
+    """Shows the blocks in use and wanted, as a share of the pool."""
+    help_text = "KV blocks in use and those that the next step asks for, as a share of the pool."
+    return _gauge("pressure", help_text, *_ENGINE)
+
+
+def pressure_limit() -> Gauge:
+    """Shows the pressure beyond which requests are compacted: 0 where that is not set."""
+    help_text = "Pressure beyond which requests are compacted (--kv-pressure); 0: not set."
+    return _gauge("pressure_limit", help_text, *_ENGINE)
 
 
 def policy_failures() -> Counter:
@@ -193,8 +206,12 @@ class KVCrushStatLogger(StatLoggerBase):
             kv_bytes_raw_equivalent().labels(*self.labels, allowed)
             if allowed != "none":
                 policy_failures().labels(*self.labels, allowed)
+        pressure().labels(*self.labels)
+        pressure_limit().labels(*self.labels).set(raw.get("pressure") or 0)
         if policy != "none":
-            for collector in (compactions(), tokens_evicted(), blocks_freed()):
+            for reason in REASONS if raw.get("pressure") else REASONS[:1]:
+                compactions().labels(*self.labels, policy, reason)
+            for collector in (tokens_evicted(), blocks_freed()):
                 collector.labels(*self.labels, policy)
             compaction_seconds().labels(*self.labels, policy)
         for reason in ("shared", "no_room"):
@@ -216,7 +233,8 @@ class KVCrushStatLogger(StatLoggerBase):
             return
         for policy, counts in stats["policies"].items():
             labels = (*self.labels, policy)
-            compactions().labels(*labels).inc(counts["compactions"])
+            for reason, count in counts["compactions"].items():
+                compactions().labels(*labels, reason).inc(count)
             tokens_evicted().labels(*labels).inc(counts["tokens_evicted"])
             blocks_freed().labels(*labels).inc(counts["blocks_freed"])
             for seconds in counts["seconds"]:
@@ -226,6 +244,7 @@ class KVCrushStatLogger(StatLoggerBase):
         for policy, count in stats["policy_failures"].items():
             policy_failures().labels(*self.labels, policy).inc(count)
         uncompressed().labels(*self.labels).inc(stats["uncompressed"])
+        pressure().labels(*self.labels).set(stats["pressure"])
         for kind, size in stats["worker_bytes"].items():
             worker_peak_bytes().labels(*self.labels, kind).set(size)
         held, raw = stats["kv_bytes_held"], stats["kv_bytes_raw_equivalent"]

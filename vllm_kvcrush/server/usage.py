@@ -74,11 +74,12 @@ def install(http: bool = True) -> None:
 _COUNTS = ("held", "raw", "compactions")
 _BYTES = ("kv_bytes_held", "kv_bytes_raw")
 _FAILURES = "policy_failures"
+_FIRST = "first_compaction"
 
 
 def total(parts: Iterable[Details]) -> Details | None:
     """Returns the details of a response with several choices or prompts: the sums of theirs.
-    `policy` is left out where they differ, and bytes where those of one are not known."""
+    `policy` and `reason` are left out where they differ, and bytes where those of one are not known."""
     parts = list(parts)
     if not parts:
         return None
@@ -86,9 +87,12 @@ def total(parts: Iterable[Details]) -> Details | None:
     result: Details = {name: sum(part[name] for part in parts) for name in names}
     if failures := sum(part.get(_FAILURES, 0) for part in parts):
         result[_FAILURES] = failures
-    policies = {part.get("policy") for part in parts}
-    if len(policies) == 1 and policies != {None}:
-        result["policy"] = policies.pop()
+    for name in ("policy", "reason"):
+        values = {part[name] for part in parts if name in part}
+        if len(values) == 1 and (name != "policy" or all(name in part for part in parts)):
+            result[name] = values.pop()
+    if first := [part[_FIRST] for part in parts if _FIRST in part]:
+        result[_FIRST] = min(first)
     return result
 
 
@@ -168,6 +172,8 @@ def _details(state: Any) -> Details:
         "kv_bytes_raw": cdiv(raw, size) * report["kv_block_bytes"],
         "policy": report["policy"],
     }
+    if report["compactions"]:
+        details["reason"], details[_FIRST] = report["reason"], report[_FIRST]
     if report.get(_FAILURES):
         details[_FAILURES] = report[_FAILURES]
     return details
