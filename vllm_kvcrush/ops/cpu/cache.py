@@ -94,7 +94,7 @@ class Layer:
         return block * self.block_pages + self.first_page + head
 
     def capacity(self, codec: str, head: int = 0) -> int:
-        """Tokens that a page of a KV head holds."""
+        """Returns the number of tokens that a page of a KV head holds."""
         if CODECS[codec].needs_tables:
             return self.tables[codec].capacity[head]
         return capacity(codec, self.page_bytes, self.k_size, self.v_size, self.dtype)

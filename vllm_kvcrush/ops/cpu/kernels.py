@@ -1,5 +1,5 @@
-"""The CPU kernels as plain functions over `Layer`, `Batch` and `Source`. These are prepared once, so
-that a call costs only a few microseconds.
+"""The CPU kernels as plain functions over `Layer`, `Batch` and `Source`. These are prepared once,
+so that a call costs only a few microseconds.
 
 The library checks lengths, counts, page indices and codecs; a ValueError says what was wrong.
 """
