@@ -314,7 +314,8 @@ class Settings:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`; JSON-serialisable."""
+        """Returns the settings as JSON-serialisable values, of which `from_dict` makes the same
+        settings."""
         config: dict[str, Any] = {
             f.name: getattr(self, f.name)
             for f in fields(self)

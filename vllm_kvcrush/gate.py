@@ -211,7 +211,7 @@ _HYBRID = (
 
 def _looks_hybrid(text: Mapping[str, Any]) -> bool:
     kinds = text.get("layer_types") or text.get("layers_block_type")
-    if isinstance(kinds, list):  # a hybrid type of model may still have attention layers alone
+    if isinstance(kinds, list):  # a model of a hybrid type may have attention layers alone
         return not all("attention" in str(kind) and "linear" not in str(kind) for kind in kinds)
     return any(str(key).startswith(_HYBRID) and value for key, value in text.items())
 
@@ -331,7 +331,7 @@ def _sinks(config: Any) -> bool:
 def _platform(config: Any) -> bool | str:
     device = str(_get(config, "device_config.device_type", "cpu"))
     if device == "cuda" and os.environ.get(UNVERIFIED_GPU) == "1":
-        # Only our part of the V2 model runner supports GPUs.
+        # Of our model runners only the V2 one supports GPUs.
         return False if _get(config, "use_v2_model_runner") else "cuda under the V1 model runner"
     return False if device == "cpu" else device
 

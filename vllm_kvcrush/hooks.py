@@ -16,7 +16,7 @@ Kind = Literal["import", "call", "wrap", "override", "subclass", "attribute"]
 
 
 class Hook(NamedTuple):
-    """One name.
+    """One name of vLLM that this package relies on.
 
     Attributes:
         kind: "import" for a class or value that we import; "call" for a function, method or
@@ -53,7 +53,7 @@ class Hook(NamedTuple):
 
 
 class _In:
-    """Makes hooks of one module."""
+    """Makes the hooks of one module."""
 
     def __init__(self, module: str):
         self._module = module

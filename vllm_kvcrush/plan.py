@@ -309,7 +309,7 @@ class Plan:
         while (check := self.next_compaction(n, held, limit)) is not None:
             held, n = held + check - n, check
             shape = self.shape(n, held)
-            # The old region's tokens, and raw ones up to the new tail.
+            # The old region's tokens, and the raw ones up to the new tail.
             candidates = region_tokens + held - shape.tail_tokens - region * self.block_size
             yield n, candidates, shape
             region, region_tokens = shape.compressed, self.kept(shape.compressed, candidates)

@@ -346,7 +346,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
             logger.warning("%s", warning)
     parallel = vllm_config.parallel_config
     if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
-        return  # one of several API servers: the process that started them has said it
+        return  # one of several API servers: the process that started them has logged it
     logger.info(
         "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s clients may ask for %s; "
         "min_tokens=%d sinks=%d window=%d prefill_interval=%d decode_interval=%d, "

@@ -46,9 +46,9 @@ class PolicyStats:
 
 @dataclass
 class Stats:
-    """Counts since the last `take`.
+    """Counts since the last `take`, and bytes, which `take` does not reset.
 
-    They are increments rather than totals, because vLLM hands each snapshot to one of several API
+    Counts are increments rather than totals, because vLLM hands each snapshot to one of several API
     servers and their counters are added up: a total would be counted once in each.
 
     Attributes:

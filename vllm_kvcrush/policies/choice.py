@@ -241,7 +241,7 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
     state: dict[str, Tensor] = {}
     positions = torch.arange(m, dtype=torch.int32).expand(heads, -1)
     for turn in range(2):
-        # Where a policy shares pages out, heads hold unequal numbers from then on.
+        # Where a policy divides pages, heads hold unequal numbers of tokens from then on.
         fewer = page_size if turn and policy.allocates else 0
         counts = torch.tensor([m, m - fewer])
         view = View(

@@ -93,7 +93,7 @@ def _whole(quota: Tensor, least: Tensor, most: Tensor, total: Tensor) -> Tensor:
     zero = torch.zeros_like(total)
     least = (
         least.cumsum(1).minimum(total).diff(dim=1, prepend=zero)
-    )  # where even these are too many
+    )  # fewer where even these are too many
     quota = quota.maximum(least)
     spare = quota - least
     over = quota.sum(1, keepdim=True) - total

@@ -15,8 +15,8 @@ class SnapKV(Policy):
     """SnapKV (arXiv 2404.14469 §4): pooled attention of an observation window.
 
     Scores are the attention weights of the last w queries, averaged over them, pooled along the
-    slots, then merged over the query heads of a KV head (the paper has no GQA models, and scores
-    for each query head).
+    slots, then merged over the query heads of a KV head (the paper predates GQA and has scores for
+    each query head).
 
     Attributes:
         pool: width of the pooling window, odd.

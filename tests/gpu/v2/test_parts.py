@@ -112,7 +112,12 @@ def test_compactions_on_triton_pages() -> None:
         parts: list[Part],
         choices: list[torch.Tensor],
     ) -> tuple[Region, list[list[int]]]:
-        """`held`: positions by head, of all slots; `choices`: slots of each part, by head."""
+        """Runs and checks one compaction.
+
+        Args:
+            held: positions of all slots, by head.
+            choices: slots of each part, by head.
+        """
         new, order = Region.of(
             target,
             [part.codec for part in parts],

@@ -77,7 +77,7 @@ class Piece(NamedTuple):
 
     Attributes:
         quad: index of the quad.
-        weight: power of two by which the field's value is multiplied.
+        weight: exponent: the field's value is multiplied by 2**weight.
         word: index of the 32-bit word that holds the field.
         first: the field's lowest bit in each byte of the word.
         bits: width of the field.

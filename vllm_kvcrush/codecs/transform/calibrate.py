@@ -26,7 +26,7 @@ from vllm_kvcrush.codecs.transform.points import POINTS, SINKS, OperatingPoint, 
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import ModelShape, model_config
 
-# Tokens of an excerpt's context, tokens that then look back at it, and how many excerpts.
+# Tokens of an excerpt's context, tokens that then attend to it, and number of excerpts.
 CONTEXT, QUESTION, EXCERPTS = 1536, 512, 4
 # More tokens than this change nothing that can be measured.
 MOST_TOKENS = 4096
@@ -57,7 +57,7 @@ SAMPLE_TOKENS = 112
 
 
 class Probe:
-    """A model in transformers that tells its queries, keys, values and gradients.
+    """A model in transformers, of which queries, keys, values and gradients can be read.
 
     Raises TablesError for a model that transform coding does not fit.
 

@@ -1,4 +1,4 @@
-"""Transform tables: what they hold, which model they belong to, the tokens that pages hold with
+"""Transform tables: their content, the model that they belong to, how many tokens pages hold with
 them, and their file."""
 
 from __future__ import annotations

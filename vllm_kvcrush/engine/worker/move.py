@@ -1,4 +1,4 @@
-"""One compaction on a worker: what is read, what of it stays, and where that goes."""
+"""One compaction on a worker: which tokens are read, which stay, and where these are written."""
 
 from __future__ import annotations
 

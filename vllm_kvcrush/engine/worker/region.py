@@ -96,7 +96,7 @@ class Region:
         )
         in_all = torch.from_numpy(tokens.sum(0))
         tokens = tokens.reshape(len(codecs), pairs).T
-        pages = -(-tokens // rooms)  # of each pair and part
+        pages = -(-tokens // rooms)  # pages of each pair and part
         sizes = pages.ravel()
         count = rooms.ravel().repeat(sizes)
         last = sizes.cumsum() - 1

@@ -19,7 +19,7 @@ from vllm_kvcrush.codecs.transform.rope import Rope
 
 # Packages that vLLM requires and whose descriptions are long: English with code and lists in it.
 TEXTS = ("openai", "torch")
-TOKENS = 4096  # to read
+TOKENS = 4096  # tokens to read in all
 # Tokens of one request: its first half is read twice in a row, because the second time queries
 # look for what they have seen before, as a question over a context does.
 PIECE = 512
