@@ -41,13 +41,14 @@ ISAS["arm64"] = ISAS["aarch64"]
 
 
 def target() -> str:
-    """Machine that the compiler makes code for, which need not be the one that it runs on."""
+    """Returns the machine that the compiler makes code for, which need not be the one that it runs
+    on."""
     asked = subprocess.run([*compiler(), "-dumpmachine"], capture_output=True, text=True)
     return asked.stdout.partition("-")[0] or platform.machine()
 
 
 def units() -> list[tuple[pathlib.Path, str, list[str]]]:
-    """Translation units: source, name of the object file, flags of its own."""
+    """Returns the translation units: source, name of the object file, and further flags."""
     isas = {"baseline": ("kBaseline", ""), **ISAS.get(target(), {})}
     plain = [(path, path.stem, []) for path in sorted(SOURCE.glob("*.cpp")) if path != KERNELS]
     return plain + [
@@ -61,7 +62,7 @@ def units() -> list[tuple[pathlib.Path, str, list[str]]]:
 
 
 def compiler() -> list[str]:
-    """CXX, or the first ordinary C++ compiler on PATH."""
+    """Returns the command CXX, or the first ordinary C++ compiler on PATH."""
     named = shlex.split(os.environ.get("CXX", ""))
     found = named or [c for c in ("g++", "clang++", "c++") if shutil.which(c)][:1]
     if not found or not shutil.which(found[0]):
@@ -94,7 +95,7 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_one, units()))
-        # Linked beside and renamed: a process that has the old library open keeps it.
+        # Linked under another name and renamed: a process that has the old library open keeps it.
         fresh = target.with_suffix(".so.new")
         self.run_compiler([*cxx, *extra, "-shared", *objects, "-ldl", "-o", str(fresh)])
         fresh.replace(target)

@@ -1,4 +1,5 @@
-"""What every test may use: the demo model and long real text."""
+"""Fixtures for all tests, such as the demo model and long real text, and how tests are shared out
+over processes."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Seconds(), "seconds")
-    # A seed of its own for each run, named in the header; --hypothesis-seed repeats one. Workers
-    # of pytest-xdist take their controller's.
+    # Each run has another seed, which the header names; --hypothesis-seed repeats it. Workers of
+    # pytest-xdist take their controller's.
     if core.global_force_seed is None:
         seed = os.environ.setdefault("KVCRUSH_HYPOTHESIS_SEED", str(random.randrange(2**31)))
         core.global_force_seed = int(seed)
@@ -72,7 +73,7 @@ def group(nodeid: str) -> str:
 
 
 def rank(item: pytest.Item) -> int:
-    """Returns when the piece that a test belongs to is handed out."""
+    """Returns the place of a test's piece in the order in which pieces are handed out."""
     piece = group(item.nodeid)
     return next((i for i, start in enumerate(LONGEST) if piece.startswith(start)), len(LONGEST))
 
@@ -103,14 +104,15 @@ def model_path() -> str:
 
 @pytest.fixture(scope="session")
 def text() -> str:
-    """Real English prose that every Python ships."""
+    """Returns real English prose that every Python ships."""
     topics = pydoc_data.topics.topics
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 @pytest.fixture(scope="session")
 def tables(model_path: str, text: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Transform tables of the demo model by codec, where the plugin looks for them. Made once."""
+    """Returns the transform tables of the demo model, by codec. They are made once, where the
+    plugin looks for them."""
     from vllm_kvcrush.codecs import FITTED
     from vllm_kvcrush.codecs.transform import calibrate
     from vllm_kvcrush.codecs.transform import tables as transform_tables

@@ -1,6 +1,6 @@
-"""Greedy decoding in Hugging Face transformers with a cache that is gathered, between tokens, to
-given tokens per layer and head, at true positions, and rounded as the codec of its pages rounds
-them: what a compacted request must reproduce."""
+"""Greedy decoding in Hugging Face transformers, which a compacted request must reproduce: between
+tokens, only given slots of each layer and head stay in the cache, at true positions, and they are
+rounded as the codec of their pages rounds them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# At n tokens: how many slots, from the first, lie in compressed pages.
+# By n, the number of tokens at a compaction: how many slots, from the first, lie in compressed
+# pages.
 Packed = Mapping[int, int]
-# Turns keys and values [k, D] of these slots of (layer, head), in place, into what pages give back.
+# Turns keys and values [k, D] of these slots of (layer, head), in place, into what is read back
+# from pages.
 Rounding = Callable[[int, int, Tensor, Tensor], None]
 
 
 class Kept(NamedTuple):
-    """What a compaction leaves of one layer, where more than slots must be said.
+    """What a compaction leaves of one layer, where slots alone do not describe it.
 
     Attributes:
         slots: int64 [heads, k], cache slots that stay, in order; padding is any slot.
-        extra: float32 [heads, k], added to the logits of these: -inf for padding, or a log bias.
-        keys, values: [heads, j, D], what the first j of them are changed to, or None.
+        extra: float32 [heads, k], what is added to the logits of these slots: -inf for padding, or
+            a log bias.
+        keys, values: [heads, j, D], new keys and values of the first j of these slots, or None.
     """
 
     slots: Tensor
@@ -68,9 +71,16 @@ class Reference:
         rounding: Rounding | None = None,
         packed: Packed | None = None,
     ) -> list[int]:
-        """Greedy tokens after `prompt`. `kept[n][layer]`, `[heads, k]`: cache slots that stay,
-        ascending, when n tokens have KV; every slot that it does not name is dropped. The first
-        `packed[n]` of them then are rounded."""
+        """Returns the greedy tokens after `prompt`.
+
+        Args:
+            prompt: token ids.
+            new_tokens: number of tokens to generate.
+            kept: by n and layer, the cache slots [heads, k] that stay, ascending, when n tokens
+                have KV; all others are dropped.
+            rounding: rounds the slots in compressed pages, or None.
+            packed: by n, how many of the slots that stay, from the first, are rounded.
+        """
         cache = DynamicCache()
         more = any(isinstance(own, Kept) for layers in kept.values() for own in layers)
         self.model.set_attn_implementation("with_extra" if more else "sdpa")

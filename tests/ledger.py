@@ -1,8 +1,8 @@
-"""What every compaction of a running engine must leave behind, checked as it happens.
+"""Checks what every compaction of a running engine leaves behind, when it has run.
 
-A ledger remembers the true position of every slot of every compressed region, and what its page
-must say of it: the same in pages of flat codecs, the position of the first of sixteen in pages of
-fitted ones.
+A ledger remembers the true position of every slot of every compressed region, and the position that
+is read back from its page: the true one in pages of flat codecs; in pages of fitted codecs, which
+keep the position of the first of each sixteen tokens, a guess.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ class Ledger:
     """Watches the compactions of a model runner in this process, of either kind.
 
     Attributes:
-        compactions: by (policy, codecs of the result).
-        failures: compactions in which a policy failed, by its name, as the runner counts them.
-        drift: the most by which a page's idea of a position was off the truth.
+        compactions: number of compactions by (policy, codecs of the result).
+        failures: number of compactions in which a policy failed, by its name, as the runner counts
+            them.
+        drift: the largest difference between a position read back from a page and the true one.
         unequal: whether heads held unequal numbers of tokens.
     """
 
     def __init__(self, runner: Any):
         self._runner = runner
-        # By request, layer and head: true positions of the slots and what pages say of them.
+        # By request, layer and head: true positions of the slots, and those read back from pages.
         self._true: dict[str, list[list[Tensor]]] = {}
         self._said: dict[str, list[list[Tensor]]] = {}
         self._chosen: dict[int, Tensor] = {}
@@ -47,7 +48,7 @@ class Ledger:
         runner._compact, runner.on_select = self._watched, self._selected
 
     def close(self) -> None:
-        """Watches no longer."""
+        """Stops watching."""
         self._runner.on_select = self._on_select
         self._runner._compact = self._compact
 
@@ -115,7 +116,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def _watched_fills(self) -> Iterator[None]:
-        """Notes whether tokens were encoded from what a policy made of them."""
+        """Notes whether tokens were encoded from keys and values that a policy merged."""
         layer = type(self._runner._layers[0])
         fill = layer.fill
 
@@ -132,7 +133,8 @@ class Ledger:
     def _check_counts(
         self, command: Any, state: Any, parts: Any, true: list[list[Tensor]], candidates: int
     ) -> None:
-        """Heads hold what the plan says, or, where a policy shares pages out, in all as much."""
+        """Asserts that heads hold as many tokens as the plan says, or, where a policy divides the
+        pages, that they fill the region's blocks."""
         counts = [len(own) for heads in true for own in heads]
         keep = sum(part.tokens for part in parts)
         if not state.allocates:
@@ -145,7 +147,8 @@ class Ledger:
         self.unequal |= len(set(counts)) > 1
 
     def _check_order(self, command: Any, state: Any, parts: Any, true: list[list[Tensor]]) -> None:
-        """Each part is in position order, and the sinks and protected tokens are there."""
+        """Asserts that each part is in position order, and that the sinks and protected tokens are
+        there."""
         for positions in (own for heads in true for own in heads):
             sinks = list(range(min(state.plan.sinks, len(positions))))
             assert positions.sort().values[: len(sinks)].tolist() == sinks, (
@@ -155,7 +158,7 @@ class Ledger:
             for begin, end in state.protect:
                 wanted = set(range(begin, min(end, tail)))
                 assert wanted <= set(positions.tolist()), "protected tokens are gone"
-            # Where pages have only an idea of positions, so has their order.
+            # Where positions are guesses, so is their order.
             if not self._guessed(state):
                 begin = 0
                 sizes = [part.tokens for part in parts]
@@ -171,8 +174,8 @@ class Ledger:
     def _check_pages(
         self, command: Any, state: Any, said: list[list[Tensor]]
     ) -> list[list[Tensor]]:
-        """Reads positions back from every page, and compares them with what they must be. Raw
-        pages say none: -1."""
+        """Reads positions back from every page, compares them with what they must be, and returns
+        them. Raw pages keep none: -1."""
         region = state.region
         nothing = torch.zeros(0, dtype=torch.int32)
         owners = Counter(region.page.tolist())
@@ -191,7 +194,7 @@ class Ledger:
             heads = []
             for head in range(layer.heads):
                 asked = said[i][head]
-                # Guesses may tie: then the later one moves on. Another part begins anew.
+                # Guesses may tie: then later ones are moved on. The next part begins anew.
                 back = torch.nn.functional.pad(asked[1:] < asked[:-1], (1, 0))
                 step = torch.arange(len(asked)) - back.cumsum(0) * 2**40
                 risen = (asked - step).cummax(0).values + step
@@ -205,7 +208,7 @@ class Ledger:
                     if int(region.codec[entry]) == CODECS["raw"].number:
                         found_at = torch.full_like(found_at, -1)
                     elif int(region.codec[entry]) in FITTED_NUMBERS:
-                        # None runs past what the tables know.
+                        # No position runs past those that the tables have angles for.
                         found_at = found_at.minimum(place - count + limit)
                         found_at = found_at[place // STRIP * STRIP] + place % STRIP
                     want[own] = found_at
@@ -215,7 +218,7 @@ class Ledger:
                 assert torch.equal(read[head, :at][~raw], want[~raw]), (
                     f"{command.request_id}: pages of layer {i}"
                 )
-                # What raw pages do not say is known beside them.
+                # The positions of raw pages are kept beside them.
                 heads.append(torch.where(raw, asked, want))
             found.append(heads)
         return found

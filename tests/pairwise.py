@@ -29,7 +29,8 @@ def pairwise(
     Args:
         allowed: called with a combination's values as keyword arguments; combinations for which it
             returns False are left out, and so are pairs that occur in no other combination.
-        **dimensions: values by name. They need not be hashable, only few: the product is built.
+        **dimensions: values by name. They need not be hashable, but must be few, because the whole
+            product is built.
 
     Returns:
         Tuples in the order of the keyword arguments, in the product's order. The whole product
@@ -71,7 +72,7 @@ def parametrize(
 
 
 def _name_in_ids(value: Any) -> str | None:
-    # pytest would call an object by its number, which says nothing.
+    # pytest would name an object by a number, which says nothing.
     if value is None or isinstance(value, str | int | float):
         return None
     return getattr(value, "name", None) or getattr(value, "__name__", None) or str(value)

@@ -1,4 +1,4 @@
-"""Where a test run's time went, by file, printed at its end.
+"""A pytest plugin that prints, at the end of a run, where its time went, by file.
 
 Wall time says how long a developer waits. CPU time (of the process and of those that it waited
 for) hardly depends on what else the machine does, so a regression shows there. Tests that run
@@ -74,7 +74,8 @@ class Seconds:
         return report
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Called in the process that prints, also for tests that ran in a worker."""
+        """Adds up a test's times. pytest calls it in the process that prints, also for tests that
+        ran in a worker."""
         cpu = getattr(report, "cpu_seconds", 0.0)
         name = report.nodeid.split("::")[0]
         self._files[name].add(Spent(report.duration, cpu, report.when == "call"))

@@ -2,10 +2,10 @@
 
     python -m tests.soak [--minutes 20] [--seed 7] [--only 32-bfloat16]
 
-One engine a configuration, each in a process of its own, on a tiny random model: block sizes 16, 32
+Each configuration has an engine in a process of its own, on a tiny random model: block sizes 16, 32
 and 128, float32 and bfloat16, synchronous and asynchronous scheduling. Every compaction is checked
 by `tests.ledger`; at the end the pool must be empty, and memory must not have grown. The last line
-is a JSON object of what happened.
+of the output is a JSON object of what happened.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def name_of(configuration: dict[str, Any]) -> str:
 
 
 def add_flaky_policy(draw: random.Random) -> Any:
-    """A third party's policy that goes wrong now and then, once its `awake` is set."""
+    """Registers a third party's policy that fails at random, once its `awake` is set, and returns
+    its class."""
     import torch
 
     from vllm_kvcrush import policies
@@ -96,13 +97,14 @@ class Figures:
 
 
 def rss() -> int:
-    """Bytes of memory that this process holds."""
+    """Returns the bytes of memory that this process holds."""
     pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def live(model: str, configuration: dict[str, Any], seed: int, seconds: float) -> Figures:
-    """Runs one engine; raises if it dies, or if anything is not as it must be."""
+    """Runs one engine and returns what happened. Raises if the engine dies, or if anything is not
+    as it must be."""
     import torch
     from vllm import LLM, SamplingParams
     from vllm.exceptions import VLLMValidationError
@@ -250,10 +252,12 @@ def live(model: str, configuration: dict[str, Any], seed: int, seconds: float) -
 def run(
     minutes: float, seed: int, only: str | None = None, say: Any = print
 ) -> list[dict[str, Any]]:
-    """Runs the configurations one after the other, `minutes` in all; their figures.
+    """Runs the configurations one after the other, for `minutes` in all, and returns what happened
+    in each.
 
     Raises:
-        RuntimeError: an engine died or was not as it must be; with its output and how to repeat it.
+        RuntimeError: an engine died or was not as it must be. The message has its output and says
+            how to repeat it.
     """
     chosen = [c for c in CONFIGURATIONS if only is None or name_of(c) == only]
     found = []

@@ -1,4 +1,4 @@
-"""Tiny random models, for engines whose words nobody reads."""
+"""Tiny random models, for tests in which the text does not matter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Shape(NamedTuple):
 
 
 def save_model(path: str, shape: Shape) -> None:
-    """A random Llama whose greedy text does not repeat itself at once."""
+    """Saves a random Llama whose greedy text does not repeat itself at once."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,8 +38,8 @@ def save_model(path: str, shape: Shape) -> None:
 
 
 def save_tables(model: str, path: str, shape: Shape) -> None:
-    """Transform tables of the model, of what is not its own: they need not be good. Not in the
-    model's folder, where vLLM takes all such files for weights."""
+    """Saves transform tables for a model. They are fitted to random keys, because they need not be
+    good. `path` must not be in the model's folder, where vLLM takes all such files for weights."""
     import torch
 
     from vllm_kvcrush.codecs.transform import tables as transform_tables

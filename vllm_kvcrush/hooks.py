@@ -1,7 +1,7 @@
-"""Every name of vLLM that this package relies on, and what for.
+"""Every name of vLLM that this package relies on, and the reason.
 
 vLLM has no public interface for what we do, so each of its releases may break us. This table is
-held against vLLM's source, without importing it: when a server is started with a policy (a
+compared with vLLM's source, without importing it: when a server is started with a policy (a
 mismatch refuses the start), by `vllm-kvcrush doctor --hooks [SOURCE]`, and by a test, which also
 fails if this package uses a name that is not in the table. What differs between the releases that
 we support is in `compat`.
@@ -16,21 +16,22 @@ Kind = Literal["import", "call", "wrap", "override", "subclass", "attribute"]
 
 
 class Hook(NamedTuple):
-    """One name.
+    """One name of vLLM that this package relies on.
 
     Attributes:
-        kind: "import": a class or value that we name. "call": a function, method or constructor
-            that we call. "wrap": a function or method that we put another one around. "override":
-            a method that a class of ours has instead. "subclass": a class that one of ours, or a
-            mixin, inherits from. "attribute": what we read or set, of objects and modules.
-        module: where we import it from, or where its class is.
-        name: in the module; of methods and attributes with their class.
-        parameters: of functions, without `self`, as in "a, b=, *, c, ...". Those before a `*` are
-            given or taken by position, so vLLM's begin with them; those after it by name. `=`: vLLM
-            may lack it. `...`: we pass on whatever else there is; without, a function that we call
-            needs no more than this, and one that we override has no more. None: any.
-        why: what for.
-        since, until: the releases in which we need it, such as (0, 33); None: any.
+        kind: "import" for a class or value that we import; "call" for a function, method or
+            constructor that we call; "wrap" for a function or method that we wrap in another one;
+            "override" for a method that our subclass overrides; "subclass" for a class that ours,
+            or a mixin, inherits from; "attribute" for an attribute that we read or set.
+        module: the module that we import it from, or that its class is in.
+        name: the name in the module, with the class before a method or attribute.
+        parameters: parameters of a function without `self`, as in "a, b=, *, c, ...", or None for
+            any. Those before `*` go by position, so vLLM's must begin with them; those after it go
+            by name. `=` marks one that vLLM may lack. With `...` there may be others, which we pass
+            on; without it, a function that we call must require no others, and one that we override
+            must have no others.
+        why: what we need it for.
+        since, until: first and last release in which we need it, such as (0, 33), or None.
     """
 
     kind: Kind
@@ -43,7 +44,7 @@ class Hook(NamedTuple):
 
     @property
     def private(self) -> bool:
-        """Whether vLLM says by its name that it may change at any time."""
+        """Returns whether an underscore in the name says that vLLM may change it at any time."""
         parts = [*self.module.split("."), *self.name.split(".")]
         return any(p.startswith("_") and not p.startswith("__") for p in parts)
 
@@ -52,7 +53,7 @@ class Hook(NamedTuple):
 
 
 class _In:
-    """Makes hooks of one module."""
+    """Makes the hooks of one module."""
 
     def __init__(self, module: str):
         self._module = module
@@ -70,7 +71,8 @@ class _In:
         return Hook(kind, self._module, name, given, why, since, until)
 
     def reads(self, owner: str, names: str, why: str) -> Iterator[Hook]:
-        """Hooks of several attributes of one class, or with "" of the module."""
+        """Yields hooks of several attributes of the class `owner`, or, if that is "", of the
+        module."""
         for name in names.split():
             yield Hook("attribute", self._module, f"{owner}.{name}".lstrip("."), None, why)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 def cdiv(a: int, b: int) -> int:
-    """Ceiling of a / b for non-negative a, positive b."""
+    """Returns the ceiling of a / b for non-negative a and positive b."""
     return -(-a // b)
 
 
@@ -34,16 +34,17 @@ class Packing:
     whichever layer and head needs them, so that heads whose tokens take more bits get more pages.
 
     Args:
-        codec: its name in `codecs.CODECS`.
-        pages: for each tensor-parallel rank, which has the same number of blocks: (tokens that a
-            page holds, how many pairs of layer and KV head have such pages), ...
+        codec: the codec's name in `codecs.CODECS`.
+        pages: for each tensor-parallel rank (all have the same number of blocks), pairs of the
+            tokens that a page holds and the number of (layer, KV head) pairs with such pages.
     """
 
     codec: str
     pages: tuple[tuple[tuple[int, int], ...], ...]
 
     def blocks(self, tokens: int, other: Packing | None = None, more: int = 0) -> int:
-        """Blocks that hold `tokens` tokens in this codec, and `more` in another one."""
+        """Returns the number of blocks that hold `tokens` tokens in this codec and `more` tokens in
+        the codec `other`."""
         most = 0
         for rank, pages in enumerate(self.pages):
             needed = sum(heads * cdiv(tokens, room) for room, heads in pages)
@@ -53,7 +54,7 @@ class Packing:
         return most
 
     def tokens(self, blocks: int) -> int:
-        """The most tokens that `blocks` blocks hold."""
+        """Returns the most tokens that `blocks` blocks hold."""
         # More tokens never take fewer blocks, so bisecting finds the last that fits.
         low, high = 0, blocks * min(max(room for room, _ in pages) for pages in self.pages)
         while low < high:
@@ -65,18 +66,19 @@ class Packing:
         return low
 
     def most_beside(self, other: Packing, tokens: int, blocks: int) -> int:
-        """How many of `tokens` tokens can be in the codec `other`, with the rest in this one, so
-        that `blocks` blocks hold them all. They must hold them if all are in this one.
+        """Returns how many of `tokens` tokens can be in the codec `other`, with the rest in this
+        one, so that `blocks` blocks hold them all. The blocks must be able to hold all of them in
+        this codec.
 
-        One more token in the other codec may open a page there, or empty one here, so whether so
-        many fit is not monotone. But it ends only where a page of the other codec is full; the
-        largest such number is found downwards from where pages could not suffice even if all of
-        them were full."""
+        Whether a number of tokens fits is not monotone: one more token in the other codec may open
+        a page there, or empty a page here. But with the largest number that fits, a page of the
+        other codec is full. The search goes downwards over such numbers, from where pages could not
+        suffice even if all of them were full."""
         if self.blocks(0, other, tokens) <= blocks:
             return tokens
         best = tokens
         for own, theirs in zip(self.pages, other.pages, strict=True):
-            # All in units of 1/whole pages, to count exactly.
+            # Everything is in units of 1 / whole pages, so that the count is exact.
             whole = math.lcm(*(room for room, _ in (*own, *theirs)))
             a_token = sum(heads * whole // room for room, heads in own)
             more = sum(heads * whole // room for room, heads in theirs) - a_token
@@ -100,8 +102,9 @@ class Part(NamedTuple):
 
 
 def min_blocks(block_size: int, window: int, sinks: int) -> int:
-    """Fewest blocks a compacted request can hold: the sinks' blocks (at least one compressed
-    block) and the longest tail that keeps `window` tokens and starts on a block boundary."""
+    """Returns the fewest blocks that a compacted request can hold: the sinks' blocks (at least one
+    compressed block) and the longest tail that keeps `window` tokens and starts on a block
+    boundary."""
     return max(1, cdiv(sinks, block_size)) + cdiv(window + block_size - 1, block_size)
 
 
@@ -109,10 +112,10 @@ class PlannedCompaction(NamedTuple):
     """One compaction of a request, before it runs.
 
     Attributes:
-        n: its position, in computed tokens.
-        candidates: tokens before the new tail, old compressed ones and raw ones together.
-        parts: what the new compressed region holds of them.
-        shape: blocks and tail after it.
+        n: the position of the compaction, in computed tokens.
+        candidates: number of tokens before the new tail, compressed and raw ones together.
+        parts: the tokens that the new compressed region holds.
+        shape: blocks and tail after the compaction.
     """
 
     n: int
@@ -126,8 +129,8 @@ class Plan:
     """Block counts and compaction positions of one request.
 
     Args:
-        budget: `float` in (0, 1]: share of the raw tokens; `int`: tokens. Tokens here are
-            raw-token equivalents: bytes a raw token of this model takes.
+        budget: a `float` in (0, 1] is a share of the raw tokens, an `int` a number of tokens.
+            Tokens here are raw-token equivalents: the bytes that a raw token of this model takes.
         num_prompt_tokens: length of the prompt, in tokens.
         block_size: tokens in a block.
         window: newest tokens that always stay raw (the observation window).
@@ -136,10 +139,10 @@ class Plan:
         decode_interval: decoded tokens between two compactions.
         min_tokens: a request shorter than this, prompt and output together, is left alone if its
             budget is a fraction. A budget in tokens is a promise and is kept whatever the length.
-        packings: codecs that the compressed region may have, those that lose least first; empty:
-            raw tokens.
-        tiers: whether the most important tokens get the finer of two codecs, not the newest.
-        protected: tokens beside the sinks and the window that always stay.
+        packings: packings of the codecs that the compressed region may have, those that lose least
+            first; empty for raw tokens.
+        tiers: whether the most important tokens get the finer of two codecs, instead of the newest.
+        protected: number of tokens that always stay, beside the sinks and the window.
 
     All positions are counts of computed tokens, `n`; "at n" means tokens [0, n) have KV.
     """
@@ -158,34 +161,36 @@ class Plan:
 
     @property
     def never(self) -> bool:
-        """A budget of 1.0 never compacts."""
+        """Returns whether the request is never compacted, which is what a budget of 1.0 means."""
         return isinstance(self.budget, float) and self.budget >= 1.0
 
     @property
     def _spared(self) -> bool:
-        """Whether the prompt alone is too short to be compacted. A longer one is compacted from
-        its first chunks on: its length is known."""
+        """Returns whether the prompt alone is too short to be compacted. A longer prompt is
+        compacted from its first chunks on, since its length is known."""
         return isinstance(self.budget, float) and self.num_prompt_tokens < self.min_tokens
 
     def tokens(self, n: int) -> int:
-        """Tokens' worth of KV that the budget allows at n. A fraction counts the whole prompt
-        from the start: its length is known, so early chunks need not be squeezed harder."""
+        """Returns the budget at n, in tokens. A fraction counts the whole prompt from the start:
+        its length is known, so early chunks need not be squeezed harder."""
         if isinstance(self.budget, float):
             return int(self.budget * max(n, self.num_prompt_tokens))
         return self.budget
 
     def blocks(self, n: int) -> int:
-        """Most blocks a request holds right after a compaction at n (compressed region and
-        tail)."""
+        """Returns the most blocks that a request holds right after a compaction at n, compressed
+        region and tail together."""
         floor = min_blocks(self.block_size, self.window, self.sinks + self.protected)
         return max(floor, self.tokens(n) // self.block_size)
 
     def parts(self, compressed: int, candidates: int) -> tuple[Part, ...]:
-        """What `compressed` blocks hold of `candidates` tokens before the tail, in slot order.
+        """Returns the parts of a compressed region of `compressed` blocks, given `candidates`
+        tokens before the tail. The parts are in slot order.
 
-        The first codec in which all of them fit; where that leaves room, as many as possible of
-        the newest in the codec before it. With `tiers`, of the most important ones, which come
-        first. If they fit in none, as many as the last one holds."""
+        The first codec in which all candidates fit holds them. If that leaves room, as many as
+        possible of the newest (with `tiers`, of the most important, which come first) are in the
+        codec before it, which loses less. If the candidates fit in no codec, the last codec holds
+        as many as it can."""
         if not self.packings:
             return (Part("raw", min(candidates, compressed * self.block_size)),)
         better: Packing | None = None
@@ -202,7 +207,8 @@ class Plan:
         return tuple(part for part in parts[:: -1 if self.tiers else 1] if part.tokens)
 
     def kept(self, compressed: int, candidates: int) -> int:
-        """How many of `candidates` tokens `compressed` blocks hold: the sum of their `parts`."""
+        """Returns how many of `candidates` tokens `compressed` blocks hold: the sum of their
+        `parts`."""
         if not self.packings:
             return min(candidates, compressed * self.block_size)
         if any(packing.blocks(candidates) <= compressed for packing in self.packings):
@@ -210,44 +216,49 @@ class Plan:
         return self.packings[-1].tokens(compressed)
 
     def needs_scores(self, compressed: int, candidates: int) -> bool:
-        """Whether a compaction of so many candidates into so many blocks chooses among them: to
-        drop some, or, with `tiers`, to say which get the finer codec. If it does not, scores are
-        of no use to it, unless the policy keeps running ones."""
+        """Returns whether a compaction of `candidates` tokens into `compressed` blocks chooses
+        among them: to drop some, or, with `tiers`, to say which get the finer codec. If it does
+        not, it has no use for scores, unless the policy keeps running ones."""
         if self.kept(compressed, candidates) < candidates:
             return True
         return self.tiers and len(self.parts(compressed, candidates)) > 1
 
     def tail(self, held: int) -> int:
-        """The tokens of the raw tail after a compaction of a request that holds so many slots."""
+        """Returns the tokens of the raw tail after a compaction of a request that holds `held`
+        slots."""
         return held - max(0, held - self.window) // self.block_size * self.block_size
 
     def shape(self, n: int, held: int) -> Shape:
-        """Blocks and tail after a compaction at n of a request that holds `held` tokens' slots.
+        """Returns the blocks and the tail after a compaction at n of a request that holds `held`
+        slots.
 
         The tail starts on a block boundary, so its blocks stay where they are."""
         tail = self.tail(held)
         compressed = self.blocks(n) - cdiv(tail, self.block_size)
         if self.packings:
-            # Blocks that all tokens together would not fill are not taken.
+            # No more blocks than all tokens fill in the codec that takes most room.
             compressed = min(compressed, self.packings[0].blocks(n - tail))
         return Shape(compressed, tail)
 
     def held_after(self, n: int, held: int) -> int:
-        """Slots held after a compaction at n."""
+        """Returns the number of slots held after a compaction at n."""
         shape = self.shape(n, held)
         return shape.compressed * self.block_size + shape.tail_tokens
 
     def may_compact(self, n: int) -> bool:
-        """Whether a request at n may be compacted at all: it has a budget, and is long enough."""
+        """Returns whether a request at n may be compacted at all: it has a budget, and is long
+        enough."""
         return not (self.never or (self._spared and n < self.min_tokens))
 
     def due(self, n: int, held: int) -> bool:
-        """Whether a request at n is over its budget, so that a compaction gives blocks back."""
+        """Returns whether a request at n is over its budget, so that a compaction gives blocks
+        back."""
         return self.may_compact(n) and cdiv(held, self.block_size) > self.blocks(n)
 
     def check_after(self, n: int) -> int:
-        """The first compaction position > n: during prefill, whenever the tail has grown by
-        `prefill_interval`; at its end; then every `decode_interval` tokens."""
+        """Returns the first compaction position after n. These positions are, during prefill, where
+        the tail has grown by `prefill_interval`; the end of the prompt; and then every
+        `decode_interval` tokens."""
         prompt = self.num_prompt_tokens
         if n >= prompt:
             return prompt + ((n - prompt) // self.decode_interval + 1) * self.decode_interval
@@ -261,15 +272,15 @@ class Plan:
         return max(1, self.prefill_interval // self.block_size) * self.block_size
 
     def is_check(self, n: int) -> bool:
-        """Whether n is a compaction position."""
+        """Returns whether n is a compaction position."""
         return n > 0 and self.check_after(n - 1) == n
 
     def next_compaction(self, n: int, held: int, limit: int) -> int | None:
-        """The first position in (n, limit] where a request that holds `held` slots at n will be
-        compacted, or None."""
+        """Returns the first position in (n, limit] at which a request that holds `held` slots at n
+        will be compacted, or None."""
         if self.never:
             return None
-        # Before the slots outgrow today's blocks no position can be due.
+        # No position can be due before the slots outgrow the blocks allowed at n.
         idle = n + max(0, self.blocks(n) * self.block_size - held)
         check = self.check_after(max(idle, self.min_tokens - 1) if self._spared else idle)
         while check <= limit:
@@ -279,22 +290,23 @@ class Plan:
         return None
 
     def first_compaction(self, limit: int) -> int | None:
-        """Where a request that reaches `limit` tokens is compacted first, or None. Tokens before
-        it have exact KV; blocks of later ones are never put into the prefix cache."""
+        """Returns where a request that reaches `limit` tokens is compacted first, or None. Tokens
+        before that position have exact KV; blocks of later ones are never put into the prefix
+        cache."""
         return self.next_compaction(0, 0, limit)
 
     def compactions(self, limit: int) -> Iterator[PlannedCompaction]:
-        """All compactions of a request that reaches `limit` tokens, in order.
+        """Yields all compactions of a request that reaches `limit` tokens, in order.
 
-        This is what happens if each runs where it is due. A scheduler may put one off, because
-        blocks are shared or there are none to write to; from there on a live request holds other
-        numbers of tokens, and `shape`, `parts` and `needs_scores` must be asked with those."""
+        This is what happens if each compaction runs where it is due. A scheduler may put one off,
+        because blocks are shared or there are none to write to; from there on the request holds
+        other numbers of tokens, which `shape`, `parts` and `needs_scores` must be given."""
         for n, candidates, shape in self._walk(limit):
             yield PlannedCompaction(n, candidates, self.parts(shape.compressed, candidates), shape)
 
     def first_scoring(self, limit: int) -> int | None:
-        """Where a request that reaches `limit` tokens has the first of its `compactions` that
-        `needs_scores`, or None. A prediction, as those are."""
+        """Returns the position of the first of the `compactions` of a request that reaches `limit`
+        tokens that `needs_scores`, or None. Like those, it is a prediction."""
         for n, candidates, shape in self._walk(limit):
             if self.needs_scores(shape.compressed, candidates):
                 return n
@@ -305,20 +317,21 @@ class Plan:
         while (check := self.next_compaction(n, held, limit)) is not None:
             held, n = held + check - n, check
             shape = self.shape(n, held)
-            # The old region's tokens, and raw ones up to the new tail.
+            # The old region's tokens, and the raw ones up to the new tail.
             candidates = region_tokens + held - shape.tail_tokens - region * self.block_size
             yield n, candidates, shape
             region, region_tokens = shape.compressed, self.kept(shape.compressed, candidates)
             held = region * self.block_size + shape.tail_tokens
 
     def bound(self, n: int) -> int:
-        """Most blocks held at any time by a request that grows to n tokens (design rule 5)."""
+        """Returns the most blocks that a request that grows to n tokens holds at any time (design
+        rule 5)."""
         raw = cdiv(n, self.block_size)
         if self.never:
             return raw
         prompt = cdiv(self.num_prompt_tokens, self.block_size)
         if self._spared:
-            # Raw up to the first compaction position that is long enough.
+            # Raw up to the first compaction position at which it has min_tokens.
             prefill = prompt = cdiv(self.check_after(self.min_tokens - 1), self.block_size)
         else:
             prefill = self.blocks(self.num_prompt_tokens) + self._prefill_step // self.block_size

@@ -1,7 +1,7 @@
-"""Entry point `vllm.general_plugins`: flags, checks, registration.
+"""The entry point `vllm.general_plugins`: flags, checks, registration.
 
-The only file that touches vLLM's globals. `register()` runs in every vLLM process, so it only
-wraps a few methods; each wrapper passes through untouched unless a policy was asked for.
+`register()` runs in every vLLM process, so it only wraps a few methods; each wrapper passes its
+arguments through unchanged unless a policy was asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vllm_kvcrush.config import (
     Settings,
 )
 
-# Under vLLM's name, so that its logging configuration shows the lines.
+# A child of vLLM's logger, so that vLLM's logging configuration shows the lines.
 logger = logging.getLogger("vllm.kvcrush")
 
 # Our flags and the keys of their values in `additional_config["kvcrush"]`.
@@ -47,13 +47,13 @@ _WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcrush.engine.worker.gpu_worker.KVCrushGPUWorker",
 }
 _registered = False
-# Why this vLLM has no place for us, if it has none; told to whoever asks.
+# Why `register` could not wrap this vLLM, or None; it is the answer to whoever asks for a policy.
 _problem: str | None = None
 
 
 def register() -> None:
-    """Called by vLLM in every process; idempotent. Never raises: a vLLM in which this plugin finds
-    no place must still serve whoever did not ask for it."""
+    """Adds the plugin to vLLM, which calls this in every process; it is idempotent. It never
+    raises: a vLLM that the plugin cannot extend must still serve whoever did not ask for it."""
     global _registered, _problem
     if _registered:
         return
@@ -77,8 +77,9 @@ def _stays_out(error: Exception) -> str:
 
 
 def _wrap(engine_args: Any) -> None:
-    """Wraps the methods of vLLM's `EngineArgs`: all of them, or, if one is not what it should be,
-    none but those that must refuse settings that nobody would follow."""
+    """Wraps the methods of vLLM's `EngineArgs`. If one is not what it should be, only the
+    constructor is wrapped, to refuse settings that nothing would follow, and the error is
+    raised."""
     try:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -104,8 +105,8 @@ def _takes(function: Any, arguments: int) -> None:
 
 
 def _wrap_refusal(engine_args: Any, why: str) -> None:
-    # Flags of ours were not added, so vLLM refuses those itself. Settings given as
-    # additional_config it would carry about and ignore.
+    # Our flags were not added, so vLLM refuses those itself, but it would accept and ignore our
+    # settings in additional_config.
     init = engine_args.__init__
 
     @functools.wraps(init)
@@ -132,7 +133,8 @@ def _wrap_flags(engine_args: Any, add_cli_args: Any, from_cli_args: Any) -> tupl
     def with_flags(cls: Any, args: argparse.Namespace) -> Any:
         _fold(args)
         if getattr(args, "launch_component", None) == "render" and gate.verdict()[0]:
-            # `vllm launch render` makes requests for engines elsewhere, and none of its own.
+            # `vllm launch render` prepares requests for other engines and starts none, so that no
+            # engine's constructor installs the checks.
             server.install(active=False)
         result = from_cli_args(cls, args)
         extra = result.additional_config
@@ -161,11 +163,12 @@ def _folding(original: Any) -> Any:
 
 
 def _fold(args: argparse.Namespace) -> None:
-    """Moves the flags into `--additional-config`, where they are as good as given there.
+    """Moves the values of our flags into `--additional-config`, with the same effect as if they had
+    been given there.
 
     When vLLM starts several API servers, or a server for each data-parallel rank, these get the
-    parsed arguments and read them before they load any plugin: of flags that only a plugin knows
-    they would hear nothing."""
+    parsed arguments and read them before they load any plugin: they would not look at flags that
+    only a plugin knows."""
     given = {
         key: getattr(args, name)
         for name, key in _FLAGS.items()
@@ -179,12 +182,12 @@ def _fold(args: argparse.Namespace) -> None:
 
 
 class FromCommandLine(dict[str, Any]):
-    """Settings that an operator gave by flags: what is wrong with them ends the command with one
-    sentence. They are marked themselves because vLLM's tools pass all that is in an `EngineArgs`
-    on to another one."""
+    """Settings that an operator gave on the command line: an error in them ends the command with
+    one sentence instead of a stack trace. The mark is on the settings themselves because vLLM's
+    tools copy the fields of one `EngineArgs` to another."""
 
 
-# Names of flags that this vLLM has itself, with a meaning of its own.
+# Names of our flags that this vLLM has too, with a meaning of its own.
 _not_ours: set[str] = set()
 
 
@@ -193,7 +196,7 @@ def _add_flags(parser: Any) -> None:
 
     try:
         known = ", ".join(policies.names())
-    except ValueError as error:  # told to whoever uses a flag
+    except ValueError as error:  # raised again for whoever uses a flag
         known = str(error)
     _not_ours.update(
         name for name in _FLAGS if f"--{name.replace('_', '-')}" in parser._option_string_actions
@@ -264,7 +267,7 @@ def _wrapped_config(create: Any) -> Any:
         try:
             settings = _settings(self.additional_config)
             if settings is not None:
-                # In full, so that every process reads the same and bad input fails here.
+                # All settings, so that every process reads the same and bad input fails here.
                 full = settings.to_dict()
                 self.additional_config = {
                     **self.additional_config,
@@ -310,7 +313,12 @@ def _settings(additional_config: Any) -> Settings | None:
 
 
 def configure(vllm_config: Any, settings: Settings) -> None:
-    """Activates the plugin on a finished `VllmConfig`, or raises with everything against it."""
+    """Activates the plugin on a finished `VllmConfig`.
+
+    Raises:
+        Refused: the configuration has something that was not verified; the message names all of it.
+        ConfigError: a policy fails, or a setting does not fit the engine's sizes or tables.
+    """
     settle_block_size(vllm_config)
     offenders = gate.refusals(vllm_config)
     runs, kernels = gate.kernels()
@@ -334,7 +342,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         page,
         vllm_config.cache_config.block_size,
         vllm_config.parallel_config.tensor_parallel_size,
-        # They are taken with text, which needs a tokenizer.
+        # Statistics are taken with text, which needs a tokenizer.
         statistics=not vllm_config.model_config.skip_tokenizer_init,
     )
     others = {k: v for k, v in vllm_config.additional_config.items() if k != "kvcrush"}
@@ -347,7 +355,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
             logger.warning("%s", warning)
     parallel = vllm_config.parallel_config
     if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
-        return  # one of several API servers: the process that started them has said it
+        return  # one of several API servers: the process that started them has logged it
     logger.info(
         "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s pressure=%s "
         "clients may ask for %s; "
@@ -380,11 +388,14 @@ def _tables(settings: Settings) -> str:
 
 
 def _tried(settings: Settings, block_size: int) -> tuple[Settings, list[str]]:
-    """Builds and dry-runs every policy that may be asked for. One that fails is refused if it was
-    named; if all are allowed, it is left out, with a warning.
+    """Builds and dry-runs every policy that may be asked for.
+
+    Returns:
+        The settings without the policies that fail, where all policies are allowed by default, and
+        a warning for each of them.
 
     Raises:
-        ConfigError: a policy that was named fails.
+        ConfigError: a policy that the operator named fails.
     """
     from vllm_kvcrush import policies
     from vllm_kvcrush.policies.choice import dry_run
@@ -421,7 +432,7 @@ def settle_block_size(vllm_config: Any) -> None:
 
 
 def choose_scheduler(vllm_config: Any) -> None:
-    """Ours in place of the one that vLLM would take."""
+    """Sets our scheduler in place of the one that vLLM would take."""
     asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
     vllm_config.scheduler_config.scheduler_cls = _SCHEDULERS[asynchronous]
 

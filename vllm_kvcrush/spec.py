@@ -5,10 +5,10 @@
     argument   := [ "base" "=" ] selection | option "=" value
     value      := number | "true" | "false" | "null" | word | quoted string
 
-A selection says which tokens stay, what follows "@" in which codecs the kept ones may be stored:
+A selection says which tokens stay, and the names after "@" say in which codecs these may be stored:
 `fair(kvcrush(snapkv, ratio=0.25))@int8`. The one argument without "=", the first, is the policy
 that a wrapper wraps. In JSON the same is `{"policy": "fair", "base": {"policy": "kvcrush",
-"base": "snapkv", "ratio": 0.25}, "codecs": ["int8"]}`. Pure: neither torch nor vLLM is imported.
+"base": "snapkv", "ratio": 0.25}, "codecs": ["int8"]}`. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Spec:
     """A policy by name.
 
     Attributes:
-        name: as the registry knows it.
+        name: the name in the registry.
         base: the policy that it wraps, or None.
-        options: (option, value) pairs, by option.
-        codecs: codecs after "@", those that lose least first; empty: raw pages; None: what the name
-            stands for.
+        options: (option, value) pairs, sorted by option.
+        codecs: codecs after "@", those that lose least first; empty for raw pages; None for those
+            that the name stands for.
     """
 
     name: str
@@ -67,14 +67,14 @@ class Spec:
 
     @property
     def chain(self) -> Iterator[Spec]:
-        """The policy and those that it wraps, from the outside in."""
+        """Yields the policy and those that it wraps, from the outside in."""
         yield self
         if self.base is not None:
             yield from self.base.chain
 
 
 def parse(value: Any) -> Spec:
-    """Reads a policy that was written as a string, as a JSON object, or as a string of one.
+    """Returns the policy that a string, a JSON object, or a string of a JSON object names.
 
     Raises:
         SpecError: it is neither, or is longer than MAX_LENGTH or deeper than MAX_DEPTH.
@@ -91,13 +91,13 @@ def _bounded(value: Any) -> Spec:
     return found
 
 
-@functools.lru_cache(512)  # asked for in every step
+@functools.lru_cache(512)  # called in every step
 def _parsed(text: str) -> Spec:
     return _bounded(text)
 
 
 def _of(value: Any, depth: int) -> Spec:
-    """A policy in any form, `depth` - 1 others around it."""
+    """Returns a policy that is written in any form, with `depth` - 1 others around it."""
     if isinstance(value, str):
         if len(value) > MAX_LENGTH:
             raise SpecError(_TOO_LONG)
@@ -194,7 +194,7 @@ class _Reader:
         self._at = 0
 
     def read(self, depth: int = 1) -> Spec:
-        """The whole text."""
+        """Returns the policy that the whole text names."""
         found = self._selection(depth)
         if self._take("@"):
             codecs = [self._expect("word", "a codec")]
@@ -266,7 +266,7 @@ class _Reader:
 
 # -- what the built-in names stand for ---------------------------------------------------------
 
-# Names of codecs that are policies' names too: that codec, chosen among by KVCrush.
+# Names that stand for the policy ALIASED with these codecs.
 ALIASES: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in ("int8", "int4", "tc4", "tc6", "tc8")},
     "auto": ("int8", "tc4", "tc6", "tc8"),
@@ -279,11 +279,11 @@ class Storage:
     """How a policy's compressed regions may be stored.
 
     Attributes:
-        codecs: of their pages, those that lose least first; empty: raw pages.
-        tiers: whether, where a region has pages of two codecs, the most important tokens get the
-            finer one; else the newest do.
-        pages: whether heads may own other pages than the block table says, which takes attention
-            kernels of ours even where all pages are raw.
+        codecs: codecs that their pages may have, those that lose least first; empty for raw pages.
+        tiers: whether the most important tokens get the finer codec where a region has pages of two
+            codecs; otherwise the newest do.
+        pages: whether heads may own other pages than the block table says, which needs our
+            attention kernels even where all pages are raw.
     """
 
     codecs: tuple[str, ...] = ()
@@ -291,7 +291,7 @@ class Storage:
     pages: bool = False
 
 
-# What the classes of the built-in policies say, for those who plan without loading torch.
+# What the classes of the built-in policies say, so that a plan can be made without loading torch.
 _BUILT_IN: dict[str, Storage] = {
     **dict.fromkeys(("streaming", "snapkv", "h2o", "kvcrush", "fair"), Storage()),
     **{name: Storage(codecs) for name, codecs in ALIASES.items()},
@@ -302,8 +302,9 @@ _BUILT_IN: dict[str, Storage] = {
 
 
 def storage(spec: Spec) -> Storage:
-    """How the compressed regions of a policy may be stored: as it says itself, or as what it wraps
-    says. Raises ValueError for a policy of another package that cannot be loaded."""
+    """Returns how the compressed regions of a policy may be stored, by the policy itself or else by
+    the one that it wraps. Raises ValueError for a policy of another package that cannot be
+    loaded."""
     own = _BUILT_IN.get(spec.name)
     if own is None:
         from vllm_kvcrush import policies
@@ -318,8 +319,8 @@ def storage(spec: Spec) -> Storage:
 
 
 def resolved(spec: Spec, defaults: Mapping[str, Mapping[str, Any]] | None, depth: int = 1) -> Spec:
-    """Returns the policy with the bases that the server's options, by policy, name where it names
-    none itself.
+    """Returns the policy with the bases that the server's options (`defaults`, by policy) name
+    where the policy names none itself.
 
     Raises:
         SpecError: such a base cannot be read, or policies would wrap each other without end.

@@ -1,4 +1,5 @@
-"""What the scheduler counts, in a form that crosses processes. Pure."""
+"""What the scheduler counts, in a form that can be sent between processes. Imports neither vLLM
+nor torch."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 COMPACTION_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 # Why requests are compacted: they are over their budget, or the pool runs short.
 REASONS = ("budget", "pressure")
-# An engine that runs without stats never takes its samples; more than these are not kept.
+# An engine that runs without stats never takes its samples, so their number is limited.
 _MOST_SAMPLES = 4096
 
 
@@ -47,9 +48,9 @@ class PolicyStats:
 
 @dataclass
 class Stats:
-    """Counts since the last `take`.
+    """Counts since the last `take`, and bytes, which `take` does not reset.
 
-    They are increments rather than totals, because vLLM hands each snapshot to one of several API
+    Counts are increments rather than totals, because vLLM hands each snapshot to one of several API
     servers and their counters are added up: a total would be counted once in each.
 
     Attributes:
@@ -59,8 +60,8 @@ class Stats:
         kv_bytes_held: bytes of KV that running requests hold now, by policy.
         kv_bytes_raw_equivalent: bytes that they would hold without compression, by policy.
         worker_bytes: the most bytes that a worker has held beside its KV cache, by their use:
-            "gathered" (keys and values that a policy reads), "queries", "running" (state of
-            policies), "scratch" (of kernels).
+            "gathered" (keys and values that a policy reads), "queries" (of the window), "running"
+            (state that policies keep), "scratch" (working memory of kernels).
         pressure: blocks in use, and those that the next step asks for, as a share of the pool.
         uncompressed: requests whose parameters could not be used where nobody could refuse them.
     """
@@ -89,8 +90,8 @@ class Stats:
         own.add_seconds(seconds)
 
     def record_uncompressed(self) -> None:
-        """Counts one request that asked for what is not served here and reached the scheduler by
-        another way than a front end, so that it runs uncompressed."""
+        """Counts one request that asked for what is not served here, but runs uncompressed because
+        it reached the scheduler without passing a front end that could refuse it."""
         self.uncompressed += 1
 
     def record_deferral(self, reason: str) -> None:

@@ -23,7 +23,7 @@ Page = tuple[int, tuple[Content, ...]]
 
 
 def next_token(tokens: Sequence[int]) -> int:
-    """The token that the absent model samples."""
+    """Returns the token that the absent model samples."""
     mixed = 7 * len(tokens) + 5 * tokens[-1] + 3 * tokens[len(tokens) // 2]
     return STOP_TOKEN if mixed % 61 == 0 else 2 + mixed % 17
 
@@ -35,7 +35,8 @@ class Prefixes:
         self._numbers: dict[tuple[int, int], int] = {}
 
     def chain(self, tokens: Iterable[int], after: int = 0) -> list[int]:
-        """The number of each prefix that ends in `tokens`, which follow prefix `after`."""
+        """Returns the number of each prefix that ends in `tokens`, which follow the prefix with the
+        number `after`."""
         chain = []
         for token in tokens:
             after = self._numbers.setdefault((after, token), len(self._numbers) + 1)
@@ -44,8 +45,8 @@ class Prefixes:
 
 
 def pack(tokens: Sequence[Content], parts: Sequence[Part], plan: Plan) -> list[list[Page]]:
-    """The pages of each rank: every pair of layer and head has all tokens, in slot order, in pages
-    of its own size."""
+    """Returns the pages of each rank: every pair of layer and head has all tokens, in slot order,
+    in pages of its own size."""
     by_codec = {packing.codec: packing for packing in plan.packings}
     ranks = []
     for rank in range(len(plan.packings[0].pages)):
@@ -66,7 +67,8 @@ def pack(tokens: Sequence[Content], parts: Sequence[Part], plan: Plan) -> list[l
 
 
 def unpack(blocks: Iterable[Any]) -> list[Content]:
-    """The tokens in blocks that `pack` filled; every pair on every rank has the same ones."""
+    """Returns the tokens in blocks that `pack` filled, and asserts that every pair on every rank
+    has the same ones."""
     found: dict[tuple[int, int], list[Content]] = {}
     for block in blocks:
         for rank, pages in enumerate(block):
@@ -100,19 +102,19 @@ class Row:
     # Positions whose queries are remembered. They may outlive a compaction: the next one may come
     # before a whole window of new tokens.
     queries: set[int] = field(default_factory=set)
-    # Whether a compaction of this admission was put off: then nobody could know which ones score.
+    # Whether a compaction of this admission was put off: then it was not known which ones score.
     late: bool = False
 
     def content(self, position: int) -> Content:
-        """What computing the token at this position writes."""
+        """Returns what computing the token at this position writes into its slot."""
         if self.compactions:
             return (self.request_id, self.admission, position)
         return self.chain[position]
 
 
 class PagedWorker:
-    """Does with a `SchedulerOutput` what `engine/worker/runner_v1.py` does, in its order, and
-    asserts that it may."""
+    """Does with a `SchedulerOutput` what `engine/worker/runner_v1.py` does, in the same order, and
+    asserts that all of it is allowed."""
 
     def __init__(self, num_blocks: int, block_size: int, settings: Settings, seed: int) -> None:
         self.block_size = block_size
@@ -170,11 +172,12 @@ class PagedWorker:
         }
 
     def contents(self, blocks: Sequence[int], count: int) -> list[Content]:
-        """What the first `count` slots of these blocks hold."""
+        """Returns what the first `count` slots of these blocks hold."""
         return [slot for block in blocks for slot in self.slots[block]][:count]
 
     def check_row(self, row: Row) -> None:
-        """Every slot of a request holds what it put there, and blocks follow from tokens."""
+        """Asserts that every slot of a request holds what the request put there, and that its
+        number of blocks follows from its tokens."""
         assert row.blocks is not None
         count = row.computed - row.shift
         assert len(row.held) == count

@@ -67,12 +67,13 @@ POLICIES = (
     "auto",
     "mikv",
 )
-# Head sizes and bytes of a channel, from which follows how many tokens a packed block holds.
+# Head sizes and bytes of a channel, which decide how many tokens a packed block holds.
 PAGE = [64, 64, 4]
 
 
 def fitted(block_size: int) -> dict[str, Any]:
-    """What the heads of two ranks, three on each, hold in pages of the codecs with tables."""
+    """Returns what the heads of two ranks, three on each, hold in pages of the codecs with tables,
+    as `Settings.fitted`."""
     tc4 = [[(24, 2), (40, 1)], [(32, 3)]]
     tc6 = [[(32, 1), (48, 2)], [(40, 2), (56, 1)]]
     tc8 = [[(48, 1), (57, 2)], [(48, 2), (96, 1)]]
@@ -87,7 +88,7 @@ init_none_hash(sha256)
 
 @functools.cache
 def base_config(asynchronous: bool) -> tuple[VllmConfig, StructuredOutputManager]:
-    """The configuration of a model that nobody builds."""
+    """Returns the configuration of a model that is never built."""
     model = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -120,7 +121,7 @@ def base_config(asynchronous: bool) -> tuple[VllmConfig, StructuredOutputManager
 
 
 def tree_prompt(path: Sequence[tuple[int, int]]) -> list[int]:
-    """A walk in a small tree of texts: (branch, tokens) by level."""
+    """Returns the prompt along a path in a small tree of texts, given (branch, tokens) by level."""
     tokens = []
     for level, (branch, length) in enumerate(path):
         tokens += [2 + (i * (3 + branch) + 5 * branch + level) % 17 for i in range(length)]
@@ -251,7 +252,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             policy = "auto"
         if policy is not None:
             extra["kv_policy"] = policy
-        # A budget without a policy to spend it on is a client's error, refused before the engine.
+        # A budget without a policy is a client's error, which is refused before the engine.
         if budget is not None and (policy or self.settings.policy) != "none":
             if isinstance(budget, int):
                 budget = self.settings.smallest_budget(self.block_size) + budget * self.block_size
@@ -294,7 +295,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy: str | None,
         budget: float | int | None,
     ) -> None:
-        """The same prompt, or the next turn of a conversation."""
+        """Admits the same prompt again, or the next turn of a conversation."""
         text = self.texts[-1 - which % len(self.texts)]
         self.admit(text + [3] * more, max_tokens, policy, budget, copies=1)
 
@@ -335,7 +336,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.since_drain > 40)
     @rule()
     def drain(self) -> None:
-        """Liveness: what was admitted comes to its end."""
+        """Asserts that every admitted request finishes (liveness)."""
         self.since_drain = 0
         requests = self.scheduler.requests.values()
         limit = 100 + sum(r.num_prompt_tokens + 4 * r.max_tokens for r in requests)
@@ -359,7 +360,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     # -- one step ---------------------------------------------------------------------------------
 
     def step(self) -> int:
-        """Schedules and executes a step, and delivers those before it that must be."""
+        """Schedules and executes a step, and delivers the outputs of earlier steps that are due."""
         self.failed = True
         self.since_drain += 1
         while len(self.in_flight) > self.ahead:
@@ -402,7 +403,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return plan.due(n, n - self.worker.rows[request_id].shift)
 
     def due_now(self) -> set[str]:
-        """Requests that stand at a compaction position with too many blocks."""
+        """Returns the requests that are at a compaction position with too many blocks."""
         return {
             r.request_id
             for r in self.scheduler.running
@@ -413,7 +414,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         }
 
     def watch_compact(self, jobs: Sequence[Job]) -> list[Compact] | Deferred:
-        """`KVCrushManager.compact`: gives back blocks, or changes nothing."""
+        """Calls `KVCrushManager.compact`, and asserts that it gives back blocks or changes
+        nothing."""
 
         def state() -> Any:
             lists = {k: [b.block_id for b in v] for k, v in self.manager.req_to_blocks.items()}
@@ -439,7 +441,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         return result
 
     def watch_compact_due(self) -> list[Compact]:
-        """`_compact_due`: requests that wait for each other to let go of blocks do so together."""
+        """Calls `_compact_due`, and asserts that requests that wait for each other to give up
+        blocks are compacted together."""
         result = self.compact_due()
         owners = Counter(b.block_id for v in self.manager.req_to_blocks.values() for b in v)
         released: Counter[int] = Counter()
@@ -490,7 +493,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.meanings_known[request_id] = len(request.block_hashes)
 
     def check_pool(self) -> None:
-        """Owners, free queue and prefix cache agree with each other and with the slots."""
+        """Asserts that owners, free queue and prefix cache agree with each other and with the
+        slots."""
         owners = Counter(b.block_id for v in self.manager.req_to_blocks.values() for b in v)
         free = [b.block_id for b in self.pool.free_block_queue.get_all_free_blocks()]
         assert len(free) == len(set(free)) == self.pool.get_num_free_blocks()
@@ -512,7 +516,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sum(len(e) for e in entries) == hashed
 
     def check_writes(self) -> None:
-        """A new token goes to a block of its own, or is what all who see the block expect."""
+        """Asserts that a new token is written to a block of the request's own, or is what all
+        requests that have the block expect."""
         for i, slot in self.worker.written:
             block = self.pool.blocks[i]
             if block.block_hash is None:
@@ -572,7 +577,7 @@ MACHINES = [SchedulerMachine, AsyncSchedulerMachine]
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_random_lives(machine: type[SchedulerMachine]) -> None:
-    # Other lives in each run; KVCRUSH_EXAMPLES=5000 searches for as long as you like.
+    # Each run draws other lives; KVCRUSH_EXAMPLES=5000 makes the search longer.
     examples = os.environ.get("KVCRUSH_EXAMPLES") or (2000 if FULL else 200)
     run_state_machine_as_test(
         machine,
@@ -616,7 +621,8 @@ def test_copies_of_a_prompt_in_a_small_pool(
 
 @pytest.mark.parametrize("extra", [{"kv_policy": "tc8"}, {"kv_policy": "h2o"}, {7: 1}], ids=str)
 def test_a_request_that_no_front_end_saw_has_no_plan(extra: dict[Any, Any]) -> None:
-    """It asks for what is not served: a policy without its tables, or one that is not allowed."""
+    """The request asks for what is not served: a policy without its tables, or one that is not
+    allowed."""
     lives = SchedulerMachine()
     lives.start(
         block_size=8, num_blocks=24, chunk=40, seqs=2, window=8, sinks=4, prefill_interval=32,

@@ -1,4 +1,4 @@
-"""Engines with a policy, of the demo model and of a tiny one, and one plain vLLM: each is started
+"""Engines with a policy, for the demo model and a tiny one, and one plain vLLM. Each is started
 once for all end-to-end tests."""
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ENVIRONMENT = {
 
 
 class Engine:
-    """vLLM in this process, with its scheduler, block pool and runner in reach.
+    """vLLM in this process, with access to its scheduler, block pool and runner.
 
     Attributes:
         layers, heads, head_size: sizes of the model; heads are those of its queries.
@@ -107,7 +107,7 @@ class Engine:
 
     @contextlib.contextmanager
     def moves(self) -> Iterator[list[Any]]:
-        """Records what moves tokens on the worker, a `Move` for each compaction."""
+        """Records the worker's `Move` of each compaction."""
         from vllm_kvcrush.engine.worker.move import Move
 
         moves: list[Any] = []
@@ -189,8 +189,8 @@ def plain(model_path: str) -> Iterator[Plain]:
 
 @pytest.fixture(scope="session")
 def tiny_model(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small random Llama with the demo model's tokenizer, and with 4 KV heads, so that two ranks
-    own two each. It takes a tenth of the demo model's time."""
+    """Returns the path of a small random Llama with the demo model's tokenizer. It has 4 KV heads,
+    so that two ranks own two each, and takes a tenth of the demo model's time."""
     from transformers import AutoTokenizer
 
     path = str(tmp_path_factory.mktemp("tiny"))
@@ -217,8 +217,8 @@ on_tiny_model = pytest.mark.parametrize("engine", ["tiny_engine"], indirect=True
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    """The demo model's engine, or the tiny one's in tests `on_tiny_model`, with a cold prefix
-    cache; afterwards every block must be back."""
+    """Yields the demo model's engine, or the tiny one's in tests `on_tiny_model`, with a cold
+    prefix cache. Afterwards every block must be free again."""
     engine: Engine = request.getfixturevalue(getattr(request, "param", "demo_engine"))
     engine.reset()
     engine.runner.on_select = None
@@ -228,7 +228,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def ids(model_path: str, text: str) -> list[int]:
-    """Some ten thousand tokens of real text."""
+    """Returns some ten thousand tokens of real text."""
     from transformers import AutoTokenizer
 
     return list(AutoTokenizer.from_pretrained(model_path).encode(text[:60000]))

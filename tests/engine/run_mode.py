@@ -9,7 +9,8 @@ import sys
 
 
 def force_async_scheduling() -> None:
-    """vLLM turns it off on CPUs, where it gains nothing; the mechanics are the same there."""
+    """Makes vLLM schedule asynchronously. It does not do so on CPUs, where it gains nothing, but
+    it works there too."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_kvcrush import plugin

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def ruler(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder as RULER writes it, with one item."""
+    """Returns a folder as RULER writes it, with one item."""
     folder = tmp_path_factory.mktemp("ruler")
     (folder / "niah_single_1").mkdir()
     noise = "The grass is green. The sky is blue. The sun is yellow. Here we go. " * 12

@@ -30,7 +30,8 @@ def ledger(engine: Engine) -> Iterator[Ledger]:
 def test_pages_say_where_their_tokens_stand(
     engine: Engine, ledger: Ledger, ids: list[int], policy: str
 ) -> None:
-    """Fractions and few tokens, prompts and decoding: whatever codecs follow each other."""
+    """This holds for fractions and few tokens, for prompts and decoding, whatever codecs follow
+    each other."""
     prompts = [ids[100:700], ids[800:864], ids[900:1300]]
     extra: list[dict[str, Any]] = [{"kv_budget": b} for b in (0.25, 160, 96)]
     engine.generate(prompts, [engine.params(130, kv_policy=policy, **e) for e in extra])
@@ -41,8 +42,8 @@ def test_pages_say_where_their_tokens_stand(
 def test_demoted_tokens_come_together_in_one_codec(
     engine: Engine, ledger: Ledger, ids: list[int]
 ) -> None:
-    """A region in two codecs is packed into the coarser one, and later has two again: the request
-    that ended a server."""
+    """A region in two codecs is packed into the coarser one, and later has two again. Such a
+    request once ended a server."""
     params = engine.params(1900, kv_policy="mikv", kv_budget=160)
     engine.generate([ids[1000:1064]], params)
     kinds = {codecs for policy, codecs in ledger.compactions}
@@ -55,7 +56,7 @@ def test_demoted_tokens_come_together_in_one_codec(
 
 @dataclass
 class Faulty(Policy):
-    """Does the wrong thing in one way."""
+    """A policy that fails in one of several ways."""
 
     name: ClassVar[str] = "faulty"
     needs: ClassVar[frozenset[str]] = frozenset({"queries", "state"})
@@ -130,7 +131,8 @@ def faulty(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> type[Faulty]:
 
 
 def was_built(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scheduler built it when the server started; workers do so when it is asked for."""
+    """Makes the policy known as if the server had built it at its start; workers build it when a
+    request asks for it."""
     monkeypatch.setitem(engine.scheduler._settings._policies, "faulty", Faulty.__new__(Faulty))
 
 
@@ -167,7 +169,7 @@ def test_a_faulty_policy_costs_its_request_its_choice(
     monkeypatch.setattr(engine.scheduler, "_held_report", reported)
     faulty_params = engine.params(40)
     faulty_params.extra_args = {"kv_policy": "faulty"}
-    # Not by way of the front end, which knows no such policy.
+    # Without the front end, which knows no such policy.
     monkeypatch.setattr(
         "vllm_kvcrush.server.params.Front.check", lambda *_, **__: None, raising=True
     )
@@ -185,7 +187,7 @@ def test_a_faulty_policy_costs_its_request_its_choice(
 def test_a_policy_that_fails_keeps_sinks_and_newest(
     engine: Engine, ids: list[int], faulty: type[Faulty], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which is what `streaming` keeps: the same tokens follow."""
+    """`streaming` keeps the same, so the same tokens follow."""
     monkeypatch.setattr(faulty, "how", "score raises")
     monkeypatch.setattr("vllm_kvcrush.server.params.Front.check", lambda *_, **__: None)
     engine.runner._policies.pop("faulty", None)
@@ -217,7 +219,7 @@ def test_a_policy_that_fails_keeps_sinks_and_newest(
 def test_a_request_that_no_front_end_checked(
     engine: Engine, ids: list[int], plain: Any, extra: dict[str, Any], monkeypatch: Any
 ) -> None:
-    """It runs uncompressed, and the engine lives."""
+    """Such a request runs uncompressed, and the engine goes on."""
     monkeypatch.setattr("vllm_kvcrush.server.params.Front.check", lambda *_, **__: None)
     params = engine.params(12)
     params.extra_args = extra
@@ -231,8 +233,8 @@ def test_a_request_that_no_front_end_checked(
 
 @on_tiny_model
 def test_seeds_where_a_prompt_is_prefilled_in_chunks(engine: Engine, ids: list[int]) -> None:
-    """vLLM 0.32 alone dies of this on a CPU. The same seed gives the same tokens, however the
-    prompt was cut into chunks."""
+    """Such a prompt ends plain vLLM 0.32 on a CPU. The same seed gives the same tokens, whatever
+    the prompt's chunks."""
     from vllm import SamplingParams
 
     def ask(prompt: list[int], **extra: Any) -> list[list[int]]:
@@ -259,7 +261,8 @@ def test_seeds_where_a_prompt_is_prefilled_in_chunks(engine: Engine, ids: list[i
 def test_many_samples_of_one_prompt_share_their_compressed_blocks(
     engine: Engine, ledger: Ledger, ids: list[int]
 ) -> None:
-    """Each alone would cost blocks, and so would all of them apart."""
+    """The compaction of one sample would cost blocks, and so would compactions of all with separate
+    results."""
     from vllm import SamplingParams
 
     prompt = ids[4000:4440]

@@ -1,5 +1,5 @@
-"""What the contract between policies and the engine is for: policies that keep unequal numbers of
-tokens, that merge, and that know spans, on the real model."""
+"""Policies that keep unequal numbers of tokens, that merge, and that know spans, on the real
+model."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Watch:
         self._width = width
 
     def forget(self) -> None:
-        """Begins anew, for another request."""
+        """Forgets everything, for another request."""
         self.kept, self.counts, self._width, self._region = {}, [], 0, []
 
     def close(self) -> None:
@@ -103,8 +103,8 @@ def watch(engine: Engine, request: pytest.FixtureRequest) -> Iterator[Watch]:
 def test_heads_keep_unequal_numbers_of_raw_tokens(
     engine: Engine, ids: list[int], reference: Reference, watch: Watch, policy: str
 ) -> None:
-    """AdaKV on raw pages: what heads lend each other is really theirs, over several compactions of
-    a prompt in chunks and while decoding."""
+    """AdaKV on raw pages: the tokens are those that transformers gives with the same unequal heads,
+    over several compactions of a prompt in chunks and while decoding."""
     prompt = ids[100:524]
     (output,) = engine.generate([prompt], engine.params(NEW, kv_policy=policy, kv_budget=160))
     assert list(output.outputs[0].token_ids) == reference.generate(prompt, NEW, watch.kept)
@@ -128,8 +128,8 @@ def test_dropped_tokens_are_merged_with_a_bias(
     policy: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """KeepKV: kept slots carry the votes of what was merged into them, and attention counts them:
-    also votes that are so uneven that they turn the text."""
+    """KeepKV: kept slots carry the votes of what was merged into them, and attention counts them,
+    also where votes are so uneven that they change the text."""
     prompt = ids[100:524]
     tokens = engine.tokens(prompt, NEW, kv_policy=policy, kv_budget=160)
     assert tokens == reference.generate(prompt, NEW, watch.kept)
@@ -168,7 +168,8 @@ def test_merging_nothing_is_the_base(engine: Engine, ids: list[int]) -> None:
 def test_every_span_keeps_its_share(
     engine: Engine, ledger: Ledger, ids: list[int], policy: str
 ) -> None:
-    """Fair eviction: of each span the same share stays, in every head; protected tokens stay."""
+    """Fair eviction: the same share of each span stays, in every head, and protected tokens
+    stay."""
     spans, protect = [[0, 100], [100, 160], [160, 400]], [[110, 120]]
     kept: list[list[int]] = []
 
@@ -203,7 +204,7 @@ def test_every_span_keeps_its_share(
 def test_ledgers_of_wrapped_policies(
     engine: Engine, ledger: Ledger, ids: list[int], policy: str
 ) -> None:
-    """Whatever is wrapped in whatever and stored however: pages hold what was kept, and several
+    """Whatever policies wrap each other, and whatever the codecs, pages hold what was kept, and
     requests of different policies share a batch."""
     prompts = [ids[100:700], ids[800:864], ids[900:1300]]
     budgets: list[Any] = [0.25, 160, 96]

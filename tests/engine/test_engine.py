@@ -41,7 +41,7 @@ def step_until(engine: Engine, condition: Any, limit: int = 400) -> None:
 
 
 def internal(engine: Engine, name: str) -> str:
-    """vLLM's id in the scheduler of the request that was added as `name`."""
+    """Returns vLLM's id, in the scheduler, of the request that was added as `name`."""
     (found,) = [r for r in engine.scheduler.requests if r.startswith(name)]
     return found
 
@@ -116,7 +116,7 @@ def reference(model_path: str) -> Any:
 def test_tokens_equal_transformers_with_the_same_kept_tokens(
     engine: Engine, ids: list[int], reference: Any, policy: str, monkeypatch: Any
 ) -> None:
-    """Compactions between prefill chunks, at the prompt's end and while decoding."""
+    """The compactions are between prefill chunks, at the prompt's end and while decoding."""
     if policy == "kvcrush-page":
         policy = "kvcrush"
         paged = policies.get("kvcrush(level=page, anchor=mean)")
@@ -145,7 +145,8 @@ def test_tokens_equal_transformers_with_the_same_kept_tokens(
 
 
 def rounding_of(engine: Engine, codec: str, tables: Any) -> Any:
-    """What pages of `codec` make of a head's first tokens, by the oracle."""
+    """Returns the function that rounds a head's first tokens as pages of `codec` do, by the
+    oracle."""
 
     def apply(layer: int, head: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         pages = engine.runner._layers[layer].pages
@@ -185,9 +186,10 @@ def test_tokens_equal_transformers_with_the_same_rounded_cache(
     budget: float | int,
     request: pytest.FixtureRequest,
 ) -> None:
-    """A fraction holds every token in fewer bits; 128 tokens' worth is compacted again and again
-    from packed pages, and evicts too where int8 needs more. With the portable kernels, which
-    compute in floats: the integer ones round by some 1e-3, enough to turn a near tie."""
+    """With a fraction as budget, every token stays in fewer bits. With a budget of 128 tokens,
+    packed pages are compacted again and again, and tokens are evicted too where int8 needs more.
+    The kernels are the portable ones, which compute in floats: the integer ones round by some 1e-3,
+    enough to change a near tie."""
     best = cpu.isa()
     cpu.use_isa("baseline")
     request.addfinalizer(lambda: cpu.use_isa(best))
@@ -224,7 +226,8 @@ def test_tokens_equal_transformers_with_the_same_rounded_cache(
 def test_statistics_taken_at_start_are_the_models(
     engine: Engine, model_path: str, monkeypatch: Any
 ) -> None:
-    """Without a file of tables: the same moments as transformers finds in the same text."""
+    """Without a file of tables, the engine finds the same moments as transformers does in the same
+    text."""
     assert statistics.pieces(engine.runner.model_config, 9) == []
     found = statistics.pieces(engine.runner.model_config, 512)[:2]
     assert [len(piece) for piece in found] == [512, 512]
@@ -279,8 +282,7 @@ def test_auto_takes_as_many_bits_as_the_budget_pays_for(
 def test_mikv_keeps_everything_and_the_important_tokens_finer(
     engine: Engine, ids: list[int], plain: Any
 ) -> None:
-    """Compacted again and again: a demoted token is in the finer tier again only if
-    all others are."""
+    """Over many compactions, a demoted token is in the finer tier again only if all others are."""
     tiers: list[tuple[Any, torch.Tensor]] = []
 
     def record(command: Any, layer: int, slots: torch.Tensor) -> None:
@@ -467,7 +469,7 @@ def test_stop_strings_and_several_choices(engine: Engine, ids: list[int]) -> Non
 
 @on_tiny_model
 def test_copies_of_one_prompt_never_cost_blocks(engine: Engine, ids: list[int]) -> None:
-    """Their blocks are shared: compacting one of them alone would cost blocks."""
+    """Copies share their blocks, so that the compaction of one of them alone would cost blocks."""
     total = engine.pool.num_gpu_blocks - 1
     prompt = ids[7000:7320]
     free_before: list[int] = []

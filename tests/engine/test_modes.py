@@ -94,7 +94,7 @@ class Lopsided(KVCrush):
 
 @pytest.fixture(scope="module", autouse=True)
 def third_party(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An installed package with a policy of its own."""
+    """Installs a package with a policy of its own."""
     folder = tmp_path_factory.mktemp("site")
     (folder / "lopsided.py").write_text(LOPSIDED)
     about = folder / "lopsided-1.0.dist-info"
@@ -141,7 +141,7 @@ def run_tiny(
 def alone(
     tiny_model: str, tiny_job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
-    """What one rank answers, eager and with synchronous scheduling."""
+    """Returns the answers of one rank, in eager mode and with synchronous scheduling."""
     result = run_tiny(tiny_model, [tiny_job], tmp_path_factory.mktemp("alone"))
     assert not result["async"] and "KVCrushScheduler" in result["scheduler"]
     answers: list[dict[str, Any]] = result["jobs"][0]
@@ -154,8 +154,8 @@ def alone(
 def assert_same(
     names: tuple[str, ...], wanted: list[dict[str, Any]], found: list[dict[str, Any]]
 ) -> None:
-    """Asserts that the answers are the same. Sums in another order may round a key or a value to
-    another code, which may turn a near tie of the random model: in one answer at most."""
+    """Asserts that the answers are the same, with one exception at most: sums in another order may
+    round a key or a value to another code, which may change a near tie of the random model."""
     turned = []
     for name, a, b in zip(names, wanted, found, strict=True):
         assert a["details"] == b["details"], name
@@ -178,7 +178,7 @@ def test_tensor_parallel_ranks_agree(
 def test_a_compiled_model_gives_the_same_tokens(
     tiny_model: str, tiny_job: dict[str, Any], alone: list[dict[str, Any]], tmp_path: pathlib.Path
 ) -> None:
-    """What a server without --enforce-eager does."""
+    """A server without --enforce-eager runs such a model."""
     compiled = run_tiny(tiny_model, [tiny_job], tmp_path, enforce_eager=False)["jobs"][0]
     assert_same(NAMES, alone, compiled)
 
@@ -190,8 +190,8 @@ def test_asynchronous_scheduling_and_lora(
     ids: list[int],
     tmp_path: pathlib.Path,
 ) -> None:
-    """One engine with both: requests without an adapter get the tokens of synchronous scheduling,
-    those with one are compacted too."""
+    """In an engine with both, requests without an adapter get the tokens of synchronous scheduling,
+    and those with one are compacted too."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -33,7 +33,7 @@ def test_without_a_policy_nothing_changes(configure: Any) -> None:
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
     from vllm.v1.metrics.loggers import load_stat_logger_plugin_factories
 
-    # One installed by entry point would turn stats on in every server.
+    # A stat logger that is installed by entry point would turn stats on in every server.
     assert not [f for f in load_stat_logger_plugin_factories() if "kvcrush" in repr(f).lower()]
 
 
@@ -69,7 +69,7 @@ def test_bad_settings_are_one_sentence(configure: Any, kvcrush: Any, says: str) 
 
 
 def test_what_costs_no_other_code_compiles_nothing_anew(configure: Any) -> None:
-    """vLLM keeps compiled models under this hash."""
+    """vLLM caches compiled models under this hash."""
     import dataclasses
     import pickle
 

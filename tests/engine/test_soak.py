@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 def test_random_requests_end_no_engine(
     configuration: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With synchronous scheduling the one, with asynchronous the other."""
+    """One engine schedules synchronously, the other asynchronously."""
     seed = random.randrange(2**31)
     with capsys.disabled():
         print(f"\nsoak of {configuration}: seed {seed}")

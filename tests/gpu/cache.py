@@ -22,14 +22,14 @@ from vllm_kvcrush.ops.triton import attention
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 
-POSITIONS = 90_000  # that tables know
-TABLE_LAYER = 1  # in the tables
+POSITIONS = 90_000  # number of positions that the tables have angles for
+TABLE_LAYER = 1  # index of the tested layer in the tables
 
 
 @functools.cache
 def tables_of(size: int, kv_heads: int) -> dict[str, Tables]:
-    """Tables of two layers' heads that differ in what their keys look like, and in their bits, also
-    those of values."""
+    """Returns tables of two layers, whose heads have different keys, and different numbers of bits
+    for keys and values."""
     rope = Rope(1e4 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size))
     generator = torch.Generator().manual_seed(size)
     draw = torch.randn(2, 2, kv_heads, 600, size, generator=generator, dtype=torch.float64)
@@ -44,8 +44,10 @@ def tables_of(size: int, kv_heads: int) -> dict[str, Tables]:
 
 
 class Cache:
-    """Attributes:
-    keys, values, positions: by sequence and KV head, what the pages give back, float64.
+    """A poisoned cache of a few layers, and what has been put into one of them.
+
+    Attributes:
+        keys, values, positions: by sequence and KV head, what is read back from the pages, float64.
     """
 
     def __init__(
@@ -83,7 +85,7 @@ class Cache:
         self.positions: list[list[Tensor]] = []
 
     def bytes_of(self, page: int) -> Tensor:
-        """A page's bytes, on the CPU."""
+        """Returns a page's bytes, on the CPU."""
         size = self.layer.geometry.page_bytes
         return self.layer.pool[page * size : (page + 1) * size].cpu()
 
@@ -92,7 +94,7 @@ class Cache:
         self.layer.pool[page * size : (page + 1) * size] = content.to(self.device)
 
     def page(self) -> int:
-        """Any unused page: compressed pages may come from anywhere in their block."""
+        """Returns any unused page: compressed pages may come from anywhere in their block."""
         if not self.pages:
             block = self.free.pop()
             self.pages = [block * self.layer.block_pages + i for i in range(self.layer.block_pages)]
@@ -100,7 +102,7 @@ class Cache:
         return self.pages.pop()
 
     def content(self, n: int) -> tuple[Tensor, Tensor]:
-        """Keys with outlier channels and a sink, as models have them."""
+        """Returns random keys, with outlier channels and a sink as models have them, and values."""
         key, value = torch.randn(n, self.layer.k_size), torch.randn(n, self.layer.v_size)
         key[:, self.draw.randrange(self.layer.k_size)] += 4
         key[:, self.draw.randrange(self.layer.k_size)] *= 6
@@ -112,7 +114,7 @@ class Cache:
     def fill(
         self, page: int, codec: str, key: Tensor, value: Tensor, where: Tensor | None, head: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Writes a page; returns what it gives back, float64."""
+        """Writes a page and returns what is read back from it, float64."""
         content, geometry = self.bytes_of(page), self.layer.geometry
         if codec in FITTED:
             assert where is not None
@@ -132,12 +134,12 @@ class Cache:
         tail: int,
         counts: list[int] | list[list[int]] | None = None,
     ) -> None:
-        """A sequence: for each head pages of the codecs, then `tail` raw tokens.
+        """Adds a sequence: for each head pages of the codecs, then `tail` raw tokens.
 
         Args:
             codecs: of all heads' pages, or of each head's own.
-            counts: tokens of each page, or of each head's; None: full, partly filled and empty ones
-                by chance.
+            counts: tokens of each page, or of each page of each head; None for full, partly filled
+                and empty pages at random.
         """
         layer, step = self.layer, self.block_size
         blocks = [self.free.pop() for _ in range(-(-tail // step))]
@@ -230,7 +232,8 @@ class Cache:
         )  # fmt: skip
 
     def biases(self, seq: int) -> list[Tensor]:
-        """What the last `directory` or `source` with biases adds to logits: by head and token."""
+        """Returns what the last `directory` or `source` with biases adds to logits, by head and
+        token."""
         offsets, log_bias = self.log_bias
         assert offsets is not None and log_bias is not None
         result = []
@@ -259,7 +262,8 @@ class Cache:
     def check(
         self, rows: list[int], tolerance: float, bias: bool = False, parts: int | None = None
     ) -> None:
-        """Attends with `rows` fresh queries of each sequence, against the float64 oracle."""
+        """Computes attention with `rows` random queries of each sequence, and compares it with the
+        float64 oracle's."""
         layer, total = self.layer, sum(rows)
         batch = self.batch(rows, bias)
         query = torch.randn(total, layer.heads, layer.k_size).to(self.dtype)

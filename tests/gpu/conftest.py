@@ -36,25 +36,26 @@ MODE = "interpreter" if INTERPRETED else "cuda"
 
 @pytest.fixture(scope="session", params=[MODE])
 def mode(request: pytest.FixtureRequest) -> str:
-    """How kernels run: "interpreter", or "cuda" (which is also what torch calls ROCm)."""
+    """Returns how kernels run: "interpreter", or "cuda" (which is also torch's name for ROCm)."""
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def device(mode: str) -> str:
-    """Interpreted kernels read CPU memory."""
+    """Returns the device of tensors for kernels; interpreted ones read CPU memory."""
     return "cpu" if mode == "interpreter" else "cuda"
 
 
 @pytest.fixture(autouse=True, scope="session")
 def interpreter() -> None:
-    """Mends two things of Triton's interpreter."""
+    """Mends Triton's interpreter for all tests."""
     if MODE == "interpreter":
         mend_interpreter()
 
 
 def mend_interpreter() -> None:
-    """Its bfloat16 products, and what is slow in it: launches, types, and looking for overflows."""
+    """Corrects bfloat16 products in Triton's interpreter, and makes it faster at launches, types,
+    and the search for overflows."""
     import triton.language as tl
     from triton.language import semantic
     from triton.runtime import interpreter

@@ -1,5 +1,5 @@
-"""Pages as vllm_kvcrush/ops/triton/layout.py describes them, written and read by plain torch: what
-the kernels are tested against. Shares no code with them but the byte offsets."""
+"""Pages as vllm_kvcrush/ops/triton/layout.py describes them, written and read by plain torch. The
+kernels are tested against this; only the byte offsets are common code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _rows(page: Tensor, at: int, row: int, values: Tensor) -> None:
 
 
 def _planes(x: Tensor, planes: int) -> Tensor:
-    """[..., channels] → the same, plane by plane."""
+    """Returns `x` [..., channels] with its channels in the order of `planes` planes."""
     return torch.cat([x[..., s::planes] for s in range(planes)], -1)
 
 
@@ -47,7 +47,8 @@ def _natural(x: Tensor, planes: int) -> Tensor:
 
 
 def key_grids(key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [n, D] of int4 keys, and the half scales and middles [n, D] that are stored."""
+    """Returns the codes [n, D] of int4 keys, and the half scales and middles [n, D] that are
+    stored."""
     codes, scales, zeros = reference.int4_keys(key)
     half = (0.5 * scales).to(grid_dtype(dtype))
     middle = (zeros + 7.5 * scales).clamp(-reference.HALF_MAX, reference.HALF_MAX)
@@ -55,7 +56,8 @@ def key_grids(key: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kept(codec: str, key: Tensor, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What a page gives back: float64. As on a CPU, but for the rounding of int4's grids."""
+    """Returns what is read back from a page, float64: the same as on a CPU, but for the rounding of
+    int4's grids."""
     if not len(key):
         return key.double(), value.double()
     k, v = CODECS[codec].kept(key, value, dtype)
@@ -132,7 +134,7 @@ def _read_rows(page: Tensor, at: int, row: int, n: int, size: int, dtype: torch.
 def decode(
     page: Tensor, codec: str, geometry: Geometry, n: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """K and V, float64 [n, D], and positions, of a page's bytes."""
+    """Returns K and V, float64 [n, D], and positions that a page's bytes hold."""
     at: Section = geometry.section(codec)
     k_size, v_size = geometry.k_size, geometry.v_size
     if codec in ("raw", "exact"):
@@ -166,8 +168,8 @@ def encode_fitted(
     page: Tensor, at: FittedSection, geometry: Geometry, key: Tensor, value: Tensor,
     positions: Tensor, tables: Tables, layer: int, head: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fills a page's bytes from float32 K and V [n, D] and positions [n]; returns what the page
-    gives back, float64."""
+    """Fills a page's bytes from float32 K and V [n, D] and positions [n], and returns what is read
+    back from the page, float64."""
     n = len(key)
     kept = encode_page(key, value, positions, tables, layer, head, at.exceptions)
     back = decode_page(kept, tables, layer, head)
@@ -180,7 +182,7 @@ def encode_fitted(
     scales = kept.value_scales.clone()
     scales[kept.slots] = torch.arange(len(kept.slots), dtype=torch.uint8)
     codes = kept.value_codes.clone()
-    # What a token's codes say that is an exception does not count.
+    # The codes of a token that is an exception are not used.
     words[kept.slots] = torch.randint(256, words[kept.slots].shape)
     codes[kept.slots] = torch.randint(1 << at.v_bits, codes[kept.slots].shape).to(torch.uint8)
     _rows(page, 0, 4 * at.words, words.to(torch.uint8))
@@ -217,7 +219,7 @@ def decode_fitted(
     page: Tensor, at: FittedSection, geometry: Geometry, n: int, tables: Tables,
     layer: int, head: int,
 ) -> tuple[Page, Tensor]:  # fmt: skip
-    """What is in a page: as `Page`, and the positions of its tokens."""
+    """Returns the content of a page, and the positions of its tokens."""
     words = _read_rows(page, 0, 4 * at.words, n, 4 * at.words, torch.uint8).long()
     words = words.view(n, at.words, 4)
     codes = torch.zeros(n, geometry.k_size // 4, 4, dtype=torch.long)

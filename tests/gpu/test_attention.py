@@ -36,7 +36,7 @@ def test_decode(
     dtype: torch.dtype,
     block_size: int,
 ) -> None:
-    """Full, partial and empty pages, tails of any length."""
+    """The cache has full, partial and empty pages, and tails of any length."""
     heads = 2 if group == 3 else 1
     cache = Cache(draw, device, group, size, size, dtype, kv_heads=heads, block_size=block_size)
     full = cache.layer.capacity(codec)
@@ -47,7 +47,8 @@ def test_decode(
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_mixed_pages(draw: random.Random, device: str, dtype: torch.dtype) -> None:
-    """Codecs in any order, many sequences, sequences that hold nothing, splits without work."""
+    """There are codecs in any order, many sequences, sequences that hold nothing, and splits
+    without work."""
     cache = Cache(
         draw, device, 4, 64, 96, dtype, kv_heads=1, block_size=draw.choice([16, 32, 48, 64])
     )
@@ -63,7 +64,8 @@ def test_mixed_pages(draw: random.Random, device: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.parametrize("size", [64, 80])
 def test_prefill(draw: random.Random, device: str, group: int, size: int) -> None:
-    """Ragged chunks: compressed pages without a mask, the tail up to the row's own token."""
+    """Rows of ragged chunks attend to compressed pages without a mask, and to the tail up to their
+    own token."""
     cache = Cache(draw, device, group, size, 64, kv_heads=1)
     rows = [0, 1, draw.randrange(2, 100 // group + 2)]
     for n in rows:
@@ -81,7 +83,7 @@ def test_log_bias(draw: random.Random, device: str, group: int) -> None:
 
 
 def test_rows_of_equal_number(draw: random.Random, device: str) -> None:
-    """A few rows of each sequence (speculative decoding), of which a padded one has none."""
+    """Each sequence has a few rows (as in speculative decoding), and a padded one has none."""
     cache = Cache(draw, device, 4, 64, 64, kv_heads=1)
     for tail in (7, 40, 3, 9):
         cache.put(["int4"], tail)
@@ -115,8 +117,8 @@ def test_misfits_are_refused(draw: random.Random, device: str) -> None:
 def test_a_sink_leaves_the_others_their_weights(
     draw: random.Random, device: str, codec: str
 ) -> None:
-    """One token with nearly all of the attention and no value: what is left decides, in float16
-    too."""
+    """One token has nearly all of the attention and the value 0, so the result is the others', in
+    float16 too."""
     cache = Cache(draw, device, 1, 64, 64, kv_heads=1)
     layer, n = cache.layer, cache.layer.capacity(codec)
     key, value = 0.1 * torch.randn(n, 64), torch.randn(n, 64) + 0.5

@@ -214,7 +214,7 @@ def test_window_scores(draw: random.Random, device: str, group: int, size: int) 
 
 
 def test_every_codec_has_traits() -> None:
-    """Or its pages would be read as nobody's."""
+    """The kernels ignore pages of codecs without traits."""
     assert sorted(name for traits in TRAITS for name in traits.pages) == sorted(CODECS)
     planes = [max(planes for _, planes, _ in traits.loops) for traits in TRAITS]
     assert planes == sorted(planes, reverse=True), "attention reads more planes before fewer"

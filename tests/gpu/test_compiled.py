@@ -1,4 +1,4 @@
-"""What the table of compiled kernels says of those that went wrong; nothing is compiled here."""
+"""What the table of compiled kernels says about those that went wrong; nothing is compiled here."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_why_a_call_gave_nothing() -> None:
 
 
 def test_problems_end_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    """The result is written all the same."""
+    """The result is written nevertheless."""
     bad = row(monkeypatch, "sm_90", spills=16)
     monkeypatch.setattr(table, "compiled", lambda build, target: bad)
     path = tmp_path / "compiled.json"

@@ -19,7 +19,8 @@ from vllm_kvcrush.ops.triton.store import store
 
 
 def captured(call: Callable[[], None], mode: str) -> Callable[[], None]:
-    """Replays the call's launches; in the interpreter, which has no graphs, the call itself."""
+    """Returns a function that replays the call's launches; in the interpreter, which has no graphs,
+    the call itself."""
     if mode == "interpreter":
         return call
     stream = torch.cuda.Stream()
@@ -35,7 +36,7 @@ def captured(call: Callable[[], None], mode: str) -> Callable[[], None]:
 
 @pytest.mark.parametrize("parts", [1, 4])
 def test_a_graph_follows_lengths(draw: random.Random, device: str, mode: str, parts: int) -> None:
-    """One capture of store and attention; then tokens arrive one by one, as in decoding."""
+    """Store and attention are captured once; then tokens arrive one by one, as in decoding."""
     dtype = torch.float16
     cache = Cache(draw, device, 4, 64, 64, dtype, kv_heads=1, block_size=16)
     layer = cache.layer
@@ -90,7 +91,7 @@ def test_a_launch_gives_the_same_again(
 
 
 def test_pages_far_into_the_pool(draw: random.Random, device: str, mode: str) -> None:
-    """Byte offsets beyond 2^32, as all but small pools have them."""
+    """Byte offsets are beyond 2^32, as in all but small pools."""
     if mode == "interpreter":
         pytest.skip("needs a device's memory")
     if torch.cuda.mem_get_info()[0] < 8 * 2**30:

@@ -126,7 +126,8 @@ def test_pages_keep_what_their_codec_says(
 @pytest.mark.parametrize(("size", "group"), [(64, 1), (80, 8), (96, 3), (128, 4), (256, 2)])
 @pytest.mark.parametrize("codec", FITTED)
 def test_decode(draw: random.Random, device: str, codec: str, size: int, group: int) -> None:
-    """Full, partial and empty pages, tails of any length, heads that hold unequal numbers."""
+    """The cache has full, partial and empty pages, tails of any length, and heads that hold unequal
+    numbers of tokens."""
     cache = Cache(
         draw, device, group, size, size, kv_heads=2 if group == 3 else 1, fitted_codecs=(codec,)
     )
@@ -138,7 +139,8 @@ def test_decode(draw: random.Random, device: str, codec: str, size: int, group: 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pages_of_all_codecs(draw: random.Random, device: str, dtype: torch.dtype) -> None:
-    """In any order, in sequences that hold some of them or none, and splits without work."""
+    """The codecs are in any order, in sequences that hold some of them or none, and there are
+    splits without work."""
     cache = Cache(draw, device, 4, 64, 96, dtype, kv_heads=1, fitted_codecs=FITTED)
     some = [*FITTED, "int8", "int4", "raw", "exact", *FITTED]
     cache.put(draw.sample(some, 6), 21)
@@ -150,7 +152,7 @@ def test_pages_of_all_codecs(draw: random.Random, device: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("group", [1, 4])
 def test_prefill_with_log_bias(draw: random.Random, device: str, group: int) -> None:
-    """Exceptions, too, are added their own token's bias."""
+    """Exceptions get their own token's bias too."""
     cache = Cache(draw, device, group, 64, 64, kv_heads=1, fitted_codecs=FITTED)
     # Up to three blocks of rows.
     rows = [0, 1, draw.randrange(2, 100 // group)]
@@ -190,8 +192,8 @@ def test_window_scores(draw: random.Random, device: str, group: int, size: int) 
 
 @pytest.mark.parametrize("codec", FITTED)
 def test_compact_onto_its_own_sources(draw: random.Random, device: str, codec: str) -> None:
-    """Tokens that are not moved within their strips keep their codes when they are written anew;
-    all are read before their pages are written."""
+    """Tokens that stay in their places within strips keep their codes when they are written again,
+    and all are read before their pages are written."""
     cache = Cache(draw, device, 2, 64, 64, fitted_codecs=FITTED)
     layer, tables = cache.layer, cache.tables[codec]
     n = 16 * min(4, layer.capacity(codec, 0) // 16, layer.capacity(codec, 1) // 16)

@@ -1,9 +1,7 @@
 """What an engine launches, compiled for sm_90 and not run: that it compiles, that nothing spills,
-and that no length, batch or request makes Triton compile anew while serving. And a sample of all
-builds.
-
-Not interpreted, so a process of its own: tests/unit/test_gpu.py starts it.
-"""
+and that no length, batch or request makes Triton compile again while serving; and a sample of all
+builds. These kernels are not interpreted, so they need a process of their own, which
+tests/unit/test_gpu.py starts."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ MOST_ROWS = 64  # of a program: what a program adds up, [rows, head size], lies 
 
 @functools.cache
 def model(shape: str, index: int = 1) -> launches.Model:
-    """A layer whose cache has room for all codecs."""
+    """Returns a model with a layer whose cache has room for all codecs."""
     heads, kv_heads, size = SHAPES[shape]
     tables = tables_of(size, kv_heads)
     angles = Angles(tables["tc4"].rope, POSITIONS)
@@ -38,7 +36,7 @@ def model(shape: str, index: int = 1) -> launches.Model:
 
 
 def check(found: list[launches.Launch]) -> None:
-    """No kernel spills, whatever it is."""
+    """Asserts that no kernel spills, and that each fits on a processor."""
     for launch in {launch.hash: launch for launch in found}.values():
         facts = disassembly.facts(launch.kernel, TARGET)
         assert facts.spills == 0, f"{launch.name} {launch.constants} spills {facts.spills} bytes"
@@ -65,8 +63,8 @@ STEPS = [
     ids=lambda x: x if isinstance(x, str) else "+".join(x) or "tail",
 )
 def test_steps(shape: str, codecs: tuple[str, ...]) -> None:
-    """Decode, chunks of any length, and both together: at most decode and prefill, each with a
-    row's context split or whole, and one merging."""
+    """The steps are decode, chunks of any length, and both together. They need at most decode and
+    prefill kernels, each with a row's context split or whole, and one that merges."""
     with launches.compiled(TARGET) as found:
         for rows in STEPS:
             model(shape).step(rows, codecs)
@@ -84,7 +82,7 @@ def test_steps(shape: str, codecs: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("codec", ["raw", "int8", "int4", "tc6"])
 def test_compactions(codec: str) -> None:
-    """Gathering, encoding and scoring, of requests of several sizes."""
+    """Gathering, encoding and scoring are launched for requests of several sizes."""
     layer = model("llama")
     with launches.compiled(TARGET) as found:
         layer.compact((codec,), (codec,), 64)

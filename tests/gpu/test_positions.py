@@ -20,7 +20,7 @@ SIZE, BLOCK, HEADS = 64, 64, 2
 
 
 class Both:
-    """The same tokens in pages of a CPU's cache and of a GPU's, by head."""
+    """The same tokens in pages of a CPU cache and of a GPU cache, by head."""
 
     def __init__(self, draw: random.Random, device: str, codecs: tuple[str, ...]):
         self.gpu = Cache(
@@ -56,14 +56,14 @@ class Both:
         self.held, self.codecs = sum(counts), codecs
 
     def columns(self, entries: list[tuple[int, int, int]]) -> tuple[Tensor, ...]:
-        """begin, end, page, count and codec."""
+        """Returns begin, end, page, count and codec of a directory of these pages."""
         each = len(entries) // HEADS
         begin = torch.arange(HEADS, dtype=torch.int32) * each
         page, count, codec = (torch.tensor(x) for x in zip(*entries, strict=True))
         return begin, begin + each, page.int(), count, codec.to(torch.uint8)
 
     def sources(self, entries: list[tuple[int, int, int]]) -> tuple[cpu.Source, Source]:
-        """These pages as a request's, on the CPU and on the GPU."""
+        """Returns these pages as the source of a request, on the CPU and on the GPU."""
         none = torch.zeros(1, dtype=torch.int32)
         own = cpu.Source(self.directory(entries), none, 0, 0, BLOCK)
         columns = (x.to(self.gpu.device) for x in (*self.columns(entries), none))
@@ -74,7 +74,8 @@ class Both:
         return cpu.Directory(begin[None], end[None], page, count.to(torch.uint16), codec)
 
     def positions(self, entries: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-        """Of all slots of these pages, int32 [heads, n]: from the CPU's and from the GPU's."""
+        """Returns the positions of all slots of these pages, int32 [heads, n], read on the CPU and
+        on the GPU."""
         own, other = self.sources(entries)
         n = sum(count for _, count, _ in entries) // HEADS
         slots = torch.arange(n, device=self.gpu.device).repeat(HEADS, 1)
@@ -83,19 +84,19 @@ class Both:
         return cpu.positions(self.cpu, own, n), where.cpu()
 
     def compact(self, slots: Tensor, target: list[tuple[int, int, int]]) -> None:
-        """Both."""
+        """Compacts on the CPU and on the GPU."""
         own, other = self.sources(self.entries)
         cpu.compact(self.cpu, own, slots, self.directory(target))
         into = self.sources(target)[1]
         compaction.compact(self.gpu.layer, other, slots.to(self.gpu.device), into)
 
     def pages(self, codecs: list[str], count: int) -> list[tuple[int, int, int]]:
-        """Fresh ones, of as many tokens each."""
+        """Returns fresh pages with `count` tokens each."""
         return [(self.gpu.page(), count, CODECS[c].number) for _ in range(HEADS) for c in codecs]
 
 
 def stored(read: list[int], starts: set[int]) -> list[int]:
-    """A head's stored positions, from those that are read: the definition."""
+    """Returns a head's stored positions, given those that are read, by the definition."""
     found: list[int] = []
     for i, position in enumerate(read):
         if i == 0 or (i in starts and position < read[i - 1]):
@@ -138,7 +139,7 @@ def test_merges_of_fitted_and_other_pages(draw: random.Random, device: str, targ
 def test_tokens_that_tie_at_the_end_stay_within_the_tables(
     draw: random.Random, device: str
 ) -> None:
-    """Moved on by tokens before them, the last ones would be beyond the longest context."""
+    """If tokens before them moved them on, the last tokens would be beyond the longest context."""
     both = Both(draw, device, ("int8",))
     end = Angles(both.gpu.tables["tc4"].rope, POSITIONS).positions
     near = torch.arange(end - 20, end, dtype=torch.int32)

@@ -24,7 +24,7 @@ def _register(values: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
 
 
 def execute(ptx: str, *operands: np.ndarray) -> np.ndarray:
-    """The result $0 of a block of PTX on 32-bit registers $1, $2, ..."""
+    """Returns the result $0 of a block of PTX on 32-bit registers $1, $2, ..."""
     body = re.fullmatch(r"\{ \.reg \.b32 [a-z, ]+; (.*) \}", ptx)
     assert body is not None, ptx
     registers = {f"${i + 1}": x.astype(np.uint32) for i, x in enumerate(operands)}

@@ -19,8 +19,8 @@ PLAIN = tuple(name for name, codec in CODECS.items() if not codec.needs_tables)
 
 
 def pages_of(cache: Cache, codec: str, counts: list[int]) -> tuple[list[int], Source]:
-    """Fresh pages of a codec for so many tokens of each head, the first of them not full; a head
-    without tokens has no page, or an empty one."""
+    """Returns fresh pages of a codec for a number of tokens of each head, and a source of them. The
+    first page is not full; a head without tokens has no page, or an empty one."""
     entries, begin, end = [], [], []
     for head, count in enumerate(counts):
         begin.append(len(entries))
@@ -39,8 +39,8 @@ def pages_of(cache: Cache, codec: str, counts: list[int]) -> tuple[list[int], So
 
 
 def attention_of(cache: Cache, head: int, queries: Tensor) -> Tensor:
-    """What a window of queries, [group, w, size], pays to a head's tokens: float64 [group, n],
-    summed over the window. The definition."""
+    """Returns the attention of a window of queries, [group, w, size], to a head's tokens, float64
+    [group, n], summed over the window, by the definition."""
     keys, window = cache.keys[0][head], queries.shape[1]
     logits = queries.double() @ keys.T * cache.layer.scale + cache.biases(0)[head].double()
     n = len(keys)
@@ -53,7 +53,7 @@ def attention_of(cache: Cache, head: int, queries: Tensor) -> Tensor:
 def test_window_scores(
     draw: random.Random, device: str, group: int, size: int, fitted: bool
 ) -> None:
-    """One head has nothing but the tail; biases count, and pooling sees no other head's slots."""
+    """One head has nothing but the tail. Biases count, and pooling uses no other head's slots."""
     names = FITTED if fitted else ("int8", "int4", "exact", "raw")
     cache = Cache(
         draw, device, group, size, 64, kv_heads=3, blocks=40, fitted_codecs=FITTED if fitted else ()
@@ -101,7 +101,7 @@ def test_window_scores(
 
 
 def test_biases_move_scores(draw: random.Random, device: str) -> None:
-    """Or the comparison above would compare nothing."""
+    """Otherwise the comparison above would not test them."""
     cache = Cache(draw, device, 2, 64, 64, kv_heads=1)
     cache.put(["int8", "int4"], 20, [30, 30])
     queries = torch.randn(2, 8, 64).half().to(device)
@@ -113,7 +113,7 @@ def test_biases_move_scores(draw: random.Random, device: str) -> None:
 
 @pytest.mark.parametrize("fitted", [False, True])
 def test_gather(draw: random.Random, device: str, fitted: bool) -> None:
-    """As many slots of each head as are asked for, none of one of them; rows past them are 0."""
+    """Each head has the slots that are asked for, one has none, and rows past them are 0."""
     names = FITTED if fitted else ("int8", "int4", "exact", "raw")
     cache = Cache(
         draw, device, 1, 64, 48, torch.float32, kv_heads=3, blocks=40,
@@ -142,7 +142,7 @@ def test_gather(draw: random.Random, device: str, fitted: bool) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_fill_is_the_other_half_of_compact(draw: random.Random, device: str, codec: str) -> None:
-    """Gathered and filled again unchanged, pages are bit for bit what `compact` makes of them."""
+    """Pages that are gathered and filled again unchanged are bit for bit those of `compact`."""
     cache = Cache(
         draw, device, 1, 64, 64, draw.choice([torch.float32, torch.float16]), kv_heads=3,
         block_size=64, blocks=30, fitted_codecs=FITTED,

@@ -51,7 +51,7 @@ def _rotate(out, x, N: tl.constexpr, BLOCK: tl.constexpr):
 
 @pytest.mark.parametrize("size", [8, 16, 64, 80, 96, 128, 256])
 def test_rotation(device: str, size: int) -> None:
-    """In planes, back from rotated values: what a compressed page's products end with."""
+    """Products over a compressed page end with this rotation of values, in planes."""
     padded, x = max(64, triton.next_power_of_2(size)), torch.randn(4, size)
     wide = torch.zeros(4, padded)
     wide[:, :size] = x

@@ -30,14 +30,14 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=300)
 
     def metrics(self) -> dict[str, float]:
-        """Samples of /metrics by `name{labels}`."""
+        """Returns the samples of /metrics by `name{labels}`."""
         with urllib.request.urlopen(f"{self.url}/metrics") as response:
             lines = response.read().decode().splitlines()
         pairs = (line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
     def metric(self, name: str, **labels: str) -> float:
-        """Sum of the samples of `name` that carry all of these labels."""
+        """Returns the sum of the samples of `name` that have all of these labels."""
         return sum(
             value
             for key, value in self.metrics().items()
@@ -47,7 +47,7 @@ class Server:
 
 
 def environment() -> dict[str, str]:
-    """What a user's shell would have."""
+    """Returns the environment that a user's shell would have."""
     found = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     found.pop("VLLM_LOGGING_LEVEL", None)
     found.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -77,7 +77,7 @@ FLAGS = (
 
 @contextlib.contextmanager
 def running(model: str, log: pathlib.Path, *flags: str) -> Iterator[Server]:
-    """A server that answers, and that is stopped afterwards."""
+    """Starts a server, yields it when it answers, and stops it afterwards."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -114,7 +114,7 @@ def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="session")
 def long(text: str) -> str:
-    """Some five hundred tokens."""
+    """Returns some five hundred tokens of text."""
     return text[20000:22000]
 
 

@@ -1,4 +1,4 @@
-"""What `vllm serve` says of wrong flags: one sentence, before any engine starts."""
+"""What `vllm serve` says about wrong flags: one sentence, before any engine starts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(status: object, said: str, sentence: str) -> None:
 def test_wrong_flags_are_one_sentence(
     model_path: str, flags: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In this process, by the calls that `vllm serve` makes before it starts an engine."""
+    """Makes, in this process, the calls that `vllm serve` makes before it starts an engine."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.cli.serve import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -48,7 +48,7 @@ def test_wrong_flags_are_one_sentence(
 
 @pytest.mark.server
 def test_the_command_ends_with_the_sentence(model_path: str, tmp_path: pathlib.Path) -> None:
-    """The last thing that is checked: the configuration of the whole engine."""
+    """The error is in what is checked last, the configuration of the whole engine."""
     flags, sentence = list(CASES.items())[-1]
     log = tmp_path / "log.txt"
     process = serve(model_path, log, *BASE, *flags.split())

@@ -1,4 +1,4 @@
-"""Wherever vLLM takes requests: several API servers before several engines, and batches."""
+"""Other front ends of vLLM: several API servers before several engines, and batches."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ Ask = Callable[..., Any]
 
 @pytest.fixture(scope="module", params=["chat", "completions", "responses"])
 def ask(request: pytest.FixtureRequest, client: openai.OpenAI) -> Ask:
-    """One request through each endpoint; returns the response."""
+    """Returns a function that makes one request through an endpoint, for each endpoint, and returns
+    the response."""
 
     def send(prompt: str, max_tokens: int = 8, **extra: Any) -> Any:
         common = {"model": NAME, "temperature": 0, "extra_body": extra}

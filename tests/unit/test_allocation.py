@@ -1,4 +1,4 @@
-"""Whose pages a request's are: whole pages from shares, and the shares of Ada-KV."""
+"""Which pages layers and heads get: whole pages from shares, and the shares of Ada-KV."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARES = st.one_of(
 
 @st.composite
 def rooms(draw: st.DrawFn) -> tuple[Room, np.ndarray]:
-    """What there is to share, and what each head needs of it."""
+    """Draws the pages to divide, and the number that each head needs."""
     layers, heads = draw(st.integers(1, 4)), draw(st.integers(1, 4))
 
     def table(low: int, high: int) -> np.ndarray:
@@ -69,7 +69,7 @@ def test_pages_are_whole_and_within_their_bounds(
     assert pages.shape == most.shape and pages.dtype == np.int64
     assert (np.minimum(least, most) <= pages).all() and (pages <= most).all()
     assert pages.sum() == min(room.pages, most.sum())
-    # The same again, also in other units.
+    # The result does not change with the units of the shares.
     assert np.array_equal(page_counts(shares, room, least), pages)
     if shares.max() < 1e100:
         assert np.array_equal(page_counts(shares * 4.0, room, least), pages)
@@ -88,13 +88,13 @@ def test_more_of_a_share_is_no_fewer_pages(
     flat = flat.clamp(min=float(flat.max()) * 1e-9).tolist()
     for a in range(len(flat)):
         for b in range(len(flat)):
-            # Who has no less of a share has no fewer pages, unless he can use no more of them or
+            # A head with no smaller share has no fewer pages, unless it can use no more of them or
             # the other needs as many.
             if flat[a] > flat[b] * (1 + 1e-9) and pages[a] < pages[b]:
                 assert pages[a] == most[a] or pages[b] == floor[b]
             if flat[a] == flat[b] and pages[a] < pages[b] - 1:
                 assert pages[a] == most[a] or pages[b] == floor[b]
-    # And nobody loses by a larger share of his own.
+    # And no head loses by a larger share of its own.
     one = data.draw(st.integers(0, len(flat) - 1))
     larger = shares.clone()
     larger.view(-1)[one] = flat[one] * 2 + 0.1
@@ -108,7 +108,7 @@ def test_pages_follow_the_shares(scale: float) -> None:
     shares = torch.tensor([[4.0, 3.0], [2.0, 1.0]]).double() * scale
     none = np.zeros((2, 2), dtype=np.int64)
     assert page_counts(shares, room, none).tolist() == [[8, 6], [4, 2]]
-    # What one cannot fill goes to the others by their shares.
+    # Pages that one head cannot fill go to the others by their shares.
     few = room._replace(candidates=torch.tensor([[32, 1000], [1000, 1000]]))
     assert page_counts(shares, few, none).tolist() == [[2, 9], [6, 3]]
     # One that needs more than its share takes it from the others.
@@ -133,7 +133,8 @@ def test_what_is_left_over_goes_to_the_nearest() -> None:
 
 
 def slow_demand(scores: Tensor, view: View, tokens: int) -> list[int]:
-    """How many of the layer's best `tokens` votes are each head's, one by one."""
+    """Returns how many of the layer's best `tokens` votes belong to each head, counted one by
+    one."""
     votes = []  # protected ones are worth more than all others of a head, which are at most one
     for head, row in enumerate(scores.tolist()):
         n = int(view.sizes[head])
@@ -191,7 +192,8 @@ def test_adakv_mixes_its_shares_with_equal_ones() -> None:
 def test_heads_that_look_at_many_tokens_get_more(
     base: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From keys to pages: one head sees one needle, one all alike, one something between."""
+    """Goes from keys to pages: one head attends to one needle, one to all tokens alike, one to
+    something between."""
     if implementation == "reference":
         monkeypatch.setattr(ops, "_in_cpp", lambda tensor: False)
     view = make_view(pages=16, page=8, heads=3, group=1, sinks=0)
@@ -215,7 +217,7 @@ def test_heads_that_look_at_many_tokens_get_more(
     choice = choose(policy, view, torch.from_numpy(keep), given=given_)
     assert choice.sound and choice.kept.sum(1).tolist() == keep.tolist()
     assert bool(choice.kept[0, 50])
-    # Within a head the choice is the base's.
+    # Within a head the base chooses.
     alike = policies.get(base)
     assert torch.equal(
         choice.kept, alike.select(view, scores_of(alike, view), each(view, keep.tolist()))

@@ -1,4 +1,4 @@
-"""The device benchmark without a device: what crashes and hangs cost, and what figures follow."""
+"""The device benchmark without a device: what crashes and hangs cost, and which figures follow."""
 
 from __future__ import annotations
 
@@ -67,12 +67,13 @@ def test_a_failing_teardown_is_a_failure(tmp_path: pathlib.Path) -> None:
 
 
 def suite_of(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, body: str) -> pathlib.Path:
-    """A folder of tests that is taken for the repository; this is its journal."""
+    """Makes a folder of tests that is taken for the repository, and returns the path of its
+    journal."""
     folder = tmp_path / "tests" / "gpu"
     folder.mkdir(parents=True)
     (folder / "test_it.py").write_text(f"import os, time\n{body}")
     monkeypatch.setattr(suite, "ROOT", tmp_path)
-    # Here the plugin comes from the repository, which is not the folder that they run in.
+    # Here the plugin comes from the repository, which is not the folder that the tests run in.
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return tmp_path / "journal"
 
@@ -131,7 +132,7 @@ def candidate(seconds: float, **more: Any) -> dict[str, Any]:
 
 
 class FakeWorker:
-    """Breaks at whatever contains one of `broken`, as a device does that a kernel broke."""
+    """Breaks at every request that contains one of `broken`, as a device that a kernel broke."""
 
     def __init__(self, *broken: str):
         self.broken, self.asked = broken, []  # type: tuple[str, ...], list[list[str]]
@@ -210,7 +211,7 @@ def paged_attention(
     seqused_k: Tensor, max_seqlen_k: int, softmax_scale: float, causal: bool,
     block_table: Tensor, fa_version: int,
 ) -> None:  # fmt: skip
-    """FlashAttention's contract, in plain torch."""
+    """Computes in plain torch what FlashAttention does."""
     assert causal and fa_version == 3 and max_seqlen_k == int(seqused_k.max())
     for i, n in enumerate(seqused_k.tolist()):
         rows = slice(int(cu_seqlens_q[i]), int(cu_seqlens_q[i + 1]))

@@ -116,7 +116,7 @@ class Unscaled(TorchSdpa):
 
 
 class Acausal(TorchSdpa):
-    """Looks ahead; in decode there is nothing ahead."""
+    """Attends to later tokens; in decode there are none."""
 
     name = "acausal"
 
@@ -139,7 +139,7 @@ def test_a_kernel_that_looks_ahead_is_found_out() -> None:
 
 
 def test_the_timed_case_is_checked_too() -> None:
-    """A kernel may be right on short sequences alone."""
+    """A kernel may be right on short sequences only."""
 
     class Short(TorchSdpa):
         name = "short"
@@ -204,7 +204,8 @@ def test_copies_outgrow_the_cache_where_there_is_memory(monkeypatch: pytest.Monk
 def test_memory_is_bounded(
     monkeypatch: pytest.MonkeyPatch, cache: int, free: int, quick: bool
 ) -> None:
-    """Whatever the cache: half of what is free, and cold data all the same."""
+    """Whatever the size of the CPU's cache, no more than half of the free memory is used, and data
+    is cold."""
     machine(monkeypatch, cache, free)
     once = [5 * MB] * 14
     found = cases.sizes(once, quick)
@@ -306,8 +307,8 @@ def test_a_tiny_decode_case_end_to_end(run: Run) -> None:
 
 
 def test_figures_follow_from_times(run: Run) -> None:
-    """A noisy round slows everything in it; ratios and shares do not see it. One thread is
-    read off the CPU clock, two off the wall clock."""
+    """A noisy round slows everything in it, which changes no ratio or share. One thread is timed by
+    the CPU clock, two by the wall clock."""
     noise = [1.0, 4.0, 2.0]
 
     def calls(wall: float, cpu: float) -> list[list[float]]:

@@ -102,7 +102,7 @@ os.kill(os.getpid(), 9)
 
 
 class FakeEngine:
-    """Stands in for `Child`: answers at once, and counts the requests."""
+    """Stands in for `Child`. It answers at once, and counts the requests."""
 
     def __init__(self, compactions: int = 1, **started: Any):
         self.jobs: list[dict[str, Any]] = []
@@ -177,7 +177,7 @@ def test_share_says_whether_the_published_claim_holds(run: Run) -> None:
 
 
 def rounds_of(ratios: dict[str, list[float]], slow: list[float]) -> list[dict[str, Any]]:
-    """Rounds in which the machine is `slow` times slower, for all engines alike."""
+    """Returns rounds in which the machine is `slow` times slower, for all engines alike."""
     rounds = []
     for number, factor in enumerate(slow):
         rounds.append(
@@ -241,7 +241,7 @@ def test_busy_waiting_engines_are_told(run: Run, capsys: pytest.CaptureFixture[s
 def test_engines_that_are_not_what_they_should_be_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """VLLM_PLUGINS="" in the user's environment would compare plain vLLM with itself."""
+    """With VLLM_PLUGINS="" in the user's environment, plain vLLM would be compared with itself."""
     plain = {"scheduler": "Scheduler", "plugin": False}
     monkeypatch.setattr(engine, "start", lambda *_, **__: FakeEngine(**plain))
     with contextlib.ExitStack() as stack, pytest.raises(SystemExit, match="VLLM_PLUGINS unset"):

@@ -191,7 +191,7 @@ def test_what_the_plugin_says() -> None:
     after = {**before, metrics.COMPACTING: 0.5}
     found = metrics.summarise(before, [sample(2, 0, 0.5, **held)], after, POOL, seconds=10)
     assert (found["bytes_ratio"], found["compaction_share"]) == (3.0, 0.05)
-    # Nothing asked of the prefix cache is not a rate of 0.
+    # A prefix cache that was not asked has no rate, rather than a rate of 0.
     assert "prefix_hit_rate" not in found
 
 
@@ -299,7 +299,7 @@ def test_servers_alternate_and_share_the_arrival_rate(
     expected = [
         (round_, mode, server, rate)
         for round_, servers_ in ((0, ("plain", "policy")), (1, ("policy", "plain")))
-        # Plain vLLM's requests per second in the larger closed loop: the third drive.
+        # The rate is plain vLLM's requests per second in the larger closed loop, the third drive.
         for mode, rate in (("closed-4", None), ("closed-16", None), ("poisson", 3))
         for server in servers_
     ]
@@ -340,7 +340,7 @@ def test_bad_flags(
 
 @contextlib.contextmanager
 def answering(answers: dict[str, list[tuple[int, str]]]) -> Iterator[str]:
-    """A server that gives these answers by path, one after the other; its URL."""
+    """Starts a server that gives these answers by path, one after the other, and yields its URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -366,7 +366,7 @@ def answering(answers: dict[str, list[tuple[int, str]]]) -> Iterator[str]:
 
 
 def pair(plain: str, policy: str) -> Any:
-    """What `check` says of servers with these metrics."""
+    """Returns what `check` says about servers with these metrics."""
     with (
         answering({"/metrics": [(200, plain)]}) as a,
         answering({"/metrics": [(200, policy)]}) as b,

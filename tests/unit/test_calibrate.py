@@ -19,7 +19,8 @@ from vllm_kvcrush.tools import cli
 
 
 def make(folder, **change):
-    """A random model with 2 layers, 4 query and 2 KV heads of 16, and a tokenizer of bytes."""
+    """Saves a random model with 2 layers, 4 query and 2 KV heads of 16, and a tokenizer of
+    bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -147,7 +148,7 @@ def test_what_is_no_model_is_refused(tmp_path):
 
 
 def rewrite(folder, tmp_path, change):
-    """A copy of a model, with another config.json."""
+    """Returns a copy of a model with a changed config.json."""
     other = tmp_path / "changed"
     shutil.copytree(folder, other)
     changed = {k: v for k, v in {**config(folder), **change}.items() if v is not None}
@@ -167,7 +168,7 @@ LLAMA_3 = {
 @pytest.mark.parametrize(
     ("change", "theta"),
     [
-        # Llama 2's says nothing; the others what older and newer transformers write.
+        # Llama 2's says nothing; the others are as older and newer transformers write them.
         ({"rope_parameters": None}, 1e4),
         ({"rope_parameters": None, "rope_scaling": None}, 1e4),
         ({"rope_parameters": None, "rope_theta": 5e5}, 5e5),

@@ -1,4 +1,4 @@
-"""A policy's choice, checked: what is wrong with it is found before anything is moved."""
+"""What is wrong with a policy's choice is found before anything is moved."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_a_sound_choice_is_the_policys() -> None:
 
 @dataclass
 class Spiteful(Policy):
-    """A third party's policy that drops just what it must not."""
+    """A third party's policy that drops exactly the slots that it must not drop."""
 
     name: ClassVar[str] = "spiteful"
 
@@ -268,7 +268,8 @@ class Spiteful(Policy):
 
 @st.composite
 def protected_views(draw: st.DrawFn) -> tuple[View, Tensor]:
-    """A view, ragged or not, with protected slots or only sinks, and as many kept at least."""
+    """Draws a view, ragged or not, with protected slots or only sinks, and how many slots stay,
+    which are at least as many."""
     view = make_view(
         pages=draw(st.integers(2, 6)), sinks=draw(st.integers(0, 9)), seed=draw(st.integers(0, 99))
     )
@@ -330,7 +331,7 @@ def test_more_protected_slots_than_are_kept() -> None:
 
 @dataclass
 class Counting(Policy):
-    """How often each token was seen, and its newest keys, in channels."""
+    """A policy whose state is how often each token was seen, and its newest keys."""
 
     name: ClassVar[str] = "counting"
     needs: ClassVar[frozenset[str]] = frozenset({"state"})
@@ -473,7 +474,8 @@ def test_a_view_in_position_order_is_one_of_keys_in_that_order(
 def test_a_view_of_some_slots_pools_among_them(
     pool: int, kind: str, counts: list[int] | None
 ) -> None:
-    """As a policy sees that is asked for one span: weights are of all that is held."""
+    """A policy that is asked for one span sees such a view: weights are those over all held
+    slots."""
     view = view_of(40) if counts is None else ragged(view_of(40), counts)
     assert view.queries is not None
     sizes, order = [7, 0, 5], torch.arange(8, 18).repeat(HEADS, 1)
@@ -496,7 +498,7 @@ def test_a_view_of_some_slots_pools_among_them(
 
 @pytest.mark.parametrize("text", [*EVERYONE, "spiteful"])
 def test_choices_stay_on_the_device(text: str) -> None:
-    """Nothing but the counts, which are on the CPU, may be read: "meta" has no data."""
+    """No values may be read but the counts, which are on the CPU: "meta" tensors have no data."""
     policy = Spiteful() if text == "spiteful" else policies.get(text)
     for view in (make_view(), ragged(make_view(), [48, 30, 40])):
         given_ = scored(policy, view)

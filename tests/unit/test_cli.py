@@ -159,7 +159,7 @@ def test_bad_models_get_one_sentence(
             {"model_type": "gpt_oss", "layer_types": ["sliding_attention", "full_attention"]},
             ("sliding-window attention", "attention sinks that are weights"),
         ),
-        # What Qwen3-Next says of its layers.
+        # The layers in Qwen3-Next's configuration.
         (
             {"model_type": "qwen3_next", "full_attention_interval": 4, "linear_conv_kernel_dim": 4},
             ("Mamba, linear-attention or hybrid layers",),
@@ -214,7 +214,8 @@ def test_plan_knows_the_floor(model: str, capsys: pytest.CaptureFixture[str]) ->
 def test_plan_counts_what_a_server_without_tables_packs(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes statistics when it starts, which give pages of the transform codecs."""
+    """Such a server takes statistics when it starts, so that it has pages of the transform
+    codecs."""
     monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path / "nothing"))
     config = LLAMA | {"vocab_size": 1000, "model_type": "llama", "max_position_embeddings": 4096}
     Path(model, "config.json").write_text(json.dumps(config))
@@ -246,7 +247,7 @@ def test_models_by_name(
 
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user without a home: nothing in the environment, nobody in the user database."""
+    """Makes the user one without a home: neither the environment nor the user database has one."""
     import pwd
 
     def nobody(uid: int) -> Any:
@@ -410,7 +411,7 @@ def test_the_cpu_builds_own_name_comes_first(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def plain() -> Namespace:
-    """The parts of a VllmConfig that the gate looks at, all as they may be."""
+    """Returns the parts of a VllmConfig that the gate reads, with nothing to refuse."""
     return Namespace(
         use_v2_model_runner=False,
         speculative_config=None,
@@ -641,7 +642,7 @@ def test_a_configuration_is_judged_by_the_same_rows(
 
 
 def layer(**changes: Any) -> Namespace:
-    """An attention layer as vLLM makes it; `impl_x=...` changes its `impl.x`."""
+    """Returns an attention layer as vLLM makes it; `impl_x=...` changes its `impl.x`."""
     impl = {
         "head_size": 64,
         "num_heads": 8,

@@ -1,4 +1,4 @@
-"""The records of the codecs, all of them: against csrc/kvcrush.h and the compiled library."""
+"""The records of all codecs, compared with csrc/kvcrush.h and the compiled library."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_tables_go_with_the_codecs_that_need_them(codec: str) -> None:
 
 
 def least(tokens: int, share: float) -> int:
-    """The fewest exceptions that a page of so many tokens has."""
+    """Returns the fewest exceptions that a page with this number of tokens has."""
     wanted = max(layout.FEWEST_EXCEPTIONS, math.ceil(share * tokens))
     return min(tokens, layout.MOST_EXCEPTIONS, wanted)
 
@@ -193,7 +193,7 @@ def test_a_fitted_page_by_hand() -> None:
 
 
 def blank_tables(words: list[int], v_bits: int, k_size: int, share: float) -> Tables:
-    """Tables of heads whose keys take so many words, with nothing in them."""
+    """Returns tables of heads whose keys take `words` words; all their other values are 0."""
     bits = []
     for count in words:
         even, more = divmod(8 * count, k_size // 4)

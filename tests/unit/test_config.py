@@ -417,7 +417,8 @@ def test_clients_may_store_in_the_codecs_that_are_served() -> None:
 
 
 def test_servers_own_bases_are_what_is_stored() -> None:
-    """Where --kv-policy-config names a base, the name alone does not say what regions are."""
+    """Where --kv-policy-config names a base, the policy's name alone does not say how regions are
+    stored."""
     for base, pages in (("adakv", True), ("keepkv(h2o)", True), ("h2o", False)):
         made = settings(allow="kvcrush", config={"kvcrush": {"base": base}})
         assert made.owns_pages == made.demands("kvcrush").pages == pages
@@ -425,7 +426,7 @@ def test_servers_own_bases_are_what_is_stored() -> None:
     assert made.storage("fair") == spec.Storage(("int8", "tc8"), tiers=True)
     assert made.plan(RequestParams("fair", 0.25), 1000, 128).tiers
     assert made.needs_tables and made.owns_pages
-    # Who names a base has that one.
+    # A base that the request names comes first.
     assert made.storage("fair(snapkv)") == spec.Storage()
     assert made.storage("fair@int4") == spec.Storage(("int4",), tiers=True)
 
@@ -580,7 +581,7 @@ def test_packings_of_policies_with_one_codec() -> None:
 
 
 def test_packings_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server asks for them in every request."""
+    """A server asks for packings in every request."""
     made = settings(page=PAGE, fitted=FITTED)
     for _ in range(2):
         for policy in ("auto", "int4", "kvcrush"):
@@ -616,7 +617,7 @@ def test_auto_takes_what_there_is() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_codecs_of_a_plan_can_share_blocks(ranks: int) -> None:
-    """Each counts the pages of all heads: 60 of them here, or 30 on each of two ranks."""
+    """Each codec counts the pages of all heads: 60 of them here, or 30 on each of two ranks."""
     share = [[[752, 30 // ranks], [816, 30 // ranks]]] * ranks
     int8, tc4, tc8 = packings("auto", fitted={"tc4": share, "tc8": [[[1408, 60 // ranks]]] * ranks})
     for packing in (int8, tc4, tc8):
@@ -663,7 +664,7 @@ MODEL = {
 
 @pytest.fixture
 def stale(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A file in the default place that cannot be read."""
+    """Puts a file that cannot be read into the default place, and returns its path."""
     monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path))
     place = transform_tables.default_path(MODEL)
     assert place is not None

@@ -26,13 +26,13 @@ from vllm_kvcrush.policies.streaming import Streaming
 
 
 def span_of(position: int, spans: tuple[tuple[int, int], ...]) -> int:
-    """Which span a token belongs to, by the definition: the last that begins at or before it, or
-    the first."""
+    """Returns the span that a token belongs to, by the definition: the last one that begins at or
+    before it, or else the first."""
     return max([0, *(i for i, (first, _) in enumerate(spans) if first <= position)])
 
 
 def by_span(view: View, head: int) -> list[list[int]]:
-    """Slots of a head, by span."""
+    """Returns the slots of a head, by span."""
     positions = view.positions[head, : int(view.sizes[head])].tolist()
     found: list[list[int]] = [[] for _ in view.spans]
     for slot, position in enumerate(positions):
@@ -41,7 +41,7 @@ def by_span(view: View, head: int) -> list[list[int]]:
 
 
 def remainders(shares: list[Fraction], total: int) -> list[int]:
-    """Whole numbers by largest remainders; of equal ones the first."""
+    """Returns whole numbers by largest remainders; of equal ones the first comes first."""
     whole = [int(share) for share in shares]
     order = sorted(range(len(shares)), key=lambda i: (whole[i] - shares[i], i))
     for i in order[: total - sum(whole)]:
@@ -51,7 +51,8 @@ def remainders(shares: list[Fraction], total: int) -> list[int]:
 
 @st.composite
 def views(draw: st.DrawFn, sinks: int | None = None) -> tuple[View, Tensor]:
-    """A view with spans, whose heads may hold unequal and different tokens."""
+    """Draws a view with spans, whose heads may hold unequal numbers of tokens, and different
+    ones."""
     view = make_view(
         pages=draw(st.integers(1, 8)),
         sinks=draw(st.integers(0, 6)) if sinks is None else sinks,
@@ -61,7 +62,7 @@ def views(draw: st.DrawFn, sinks: int | None = None) -> tuple[View, Tensor]:
     if draw(st.booleans()):
         counts = draw(st.lists(st.integers(1, m), min_size=3, max_size=3))
         view = ragged(view, counts)
-    # Tokens that an earlier compaction dropped leave gaps, in each head others.
+    # Tokens that an earlier compaction dropped leave gaps, different ones in each head.
     generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     gaps = torch.randint(0, draw(st.integers(1, 4)), view.positions.shape, generator=generator)
     gaps[:, : view.sinks] = 0
@@ -116,7 +117,7 @@ def test_within_a_span_the_base_chooses_as_if_there_were_nothing_else(
 
 @dataclass
 class Newest(Policy):
-    """Looks at keys and positions when it selects, as a third party's may."""
+    """A policy that reads keys and positions when it selects, as a third party's may."""
 
     name: ClassVar[str] = "newest"
     needs: ClassVar[frozenset[str]] = frozenset({"positions", "queries"})

@@ -49,7 +49,8 @@ def vllm_config(kvcrush: Any = None, scheduler: str | None = OURS, **cache: Any)
 
 
 def test_whoever_makes_an_engine_gets_the_front_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From a finished config, as in an API server of several, or a worker of a framework."""
+    """An engine may be made from a finished config, as in one of several API servers, or by a
+    framework."""
     seen: list[tuple[bool, bool]] = []
     monkeypatch.setattr(server, "install", lambda active, http: seen.append((active, http)))
 
@@ -76,7 +77,7 @@ def test_a_config_that_nobody_configured_is_refused() -> None:
 
 
 def test_processes_that_parse_nothing_get_the_flags() -> None:
-    """An API server of several gets parsed flags and reads them before it loads a plugin."""
+    """One of several API servers gets parsed flags, and reads them before it loads a plugin."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -87,7 +88,7 @@ def test_processes_that_parse_nothing_get_the_flags() -> None:
     wanted = {"policy": "int8", "budget": "0.5", "config": {"window": 32}}
     sent = pickle.loads(pickle.dumps(parsed))
     assert sent.additional_config == {"theirs": 1, "kvcrush": wanted}
-    # Twice is once, and what was given there stays.
+    # A second time changes nothing, and what was given there stays.
     plugin._fold(sent)
     assert sent.additional_config == {"theirs": 1, "kvcrush": wanted}
     both = [*flags, "--additional-config", '{"kvcrush": {"policy": "int4", "budget_max": 0.75}}']
@@ -133,7 +134,7 @@ class Raw:
 
 
 class Chat(OpenAIServingChat):
-    """Stands for what vLLM derives from it: Anthropic's and Cohere's endpoints."""
+    """Stands for the classes that vLLM derives from it: Anthropic's and Cohere's endpoints."""
 
     def __init__(self, front: params.Front):
         self.front = front
@@ -390,7 +391,7 @@ def test_what_stands_for_the_client_is_like_it() -> None:
 
 
 def test_a_request_made_by_its_caller_is_checked_and_counted() -> None:
-    """It passes by the input processor, in AsyncLLM and in LLMEngine."""
+    """Such a request does not pass the input processor, in AsyncLLM and in LLMEngine."""
 
     class Engine:
         def __init__(self) -> None:
@@ -456,7 +457,8 @@ FRONT = params.Front(vllm_config(ACTIVE, num_gpu_blocks=200))
 
 
 def refused_or_fine(check: Any, at_http: bool = True) -> None:
-    """Never anything but a 400 of one bounded sentence that names the parameter."""
+    """Asserts that a check raises nothing but a 400 with one bounded sentence that names the
+    parameter."""
     try:
         kv = check()
     except VLLMValidationError as error:
@@ -485,7 +487,7 @@ def test_no_field_is_more_than_a_400(fields: dict[str, Any], endpoint: Any) -> N
 @settings(max_examples=300, deadline=None)
 @given(BAD | st.dictionaries(st.integers() | st.text(), JSON) | JSON)
 def test_no_extra_args_are_more_than_a_400(extra_args: Any) -> None:
-    """From code that calls AsyncLLM.generate or LLM.generate: of whatever type."""
+    """Code that calls AsyncLLM.generate or LLM.generate may give extra_args of any type."""
     sampling = SamplingParams()
     sampling.extra_args = extra_args
     for front in (FRONT, params.Front(vllm_config())):

@@ -23,8 +23,8 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def triton() -> dict[str, str]:
-    """An environment in which Triton can be imported. What it compiles stays for the next time,
-    where the model and the like stay too."""
+    """Returns an environment in which Triton can be imported. What it compiles is cached beside the
+    demo model for the next run."""
     done = subprocess.run([ROOT / "scripts" / "triton.sh"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = os.pathsep.join([done.stdout.strip(), str(ROOT)])
@@ -37,8 +37,8 @@ class Job:
     """A process that runs beside the others from the first test on.
 
     Args:
-        triton, more: its environment.
-        arguments: after `python -m`.
+        triton, more: its environment variables.
+        arguments: arguments after `python -m`.
     """
 
     def __init__(self, triton: dict[str, str], arguments: list[str], **more: str):
@@ -60,7 +60,7 @@ class Job:
         return status, self._out.read()
 
     def end(self) -> None:
-        """Ends it, if it is still running."""
+        """Ends the process if it is still running."""
         self._process.kill()
         self._process.wait()
         self._out.close()
@@ -75,7 +75,7 @@ class Jobs(NamedTuple):
 
 @pytest.fixture(scope="module")
 def jobs(triton: dict[str, str]) -> Iterator[Jobs]:
-    """What interprets and what compiles use one core each, so they run at the same time."""
+    """Starts the processes at the same time, since each uses one core."""
     tests = ["pytest", "-q", "-p", "no:cacheprovider"]
     known = {"KVCRUSH_GPU_TESTS": "1"}
     started = Jobs(
@@ -89,8 +89,8 @@ def jobs(triton: dict[str, str]) -> Iterator[Jobs]:
 
 @pytest.mark.parametrize("name", ["interpreted", "compiled"])
 def test_kernels(jobs: Jobs, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Under the interpreter, against plain torch; and compiled, as an engine launches them and a
-    sample of `python -m benchmarks.gpu`."""
+    """Runs the kernels in the interpreter, against plain torch, and compiles them: as an engine
+    launches them, and a sample of `python -m benchmarks.gpu`."""
     status, printed = getattr(jobs, name).wait()
     with capsys.disabled():
         summary = (printed.strip().splitlines() or ["no output"])[-1]
@@ -99,7 +99,7 @@ def test_kernels(jobs: Jobs, name: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_device_benchmark_runs_dry(triton: dict[str, str], tmp_path: pathlib.Path) -> None:
-    """Every part of `make bench-gpu`, at tiny sizes in the interpreter."""
+    """Runs every part of `make bench-gpu`, at tiny sizes in the interpreter."""
     result = tmp_path / "dry.json"
     command = [sys.executable, "-m", "benchmarks.gpu_device", "--dry-run", "--minutes", "10"]
     done = subprocess.run(

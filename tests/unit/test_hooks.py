@@ -56,7 +56,7 @@ class File:
         self.classes = {n.name: n for n in ast.walk(self.tree) if isinstance(n, ast.ClassDef)}
 
     def vllm_name(self, expression: ast.expr) -> tuple[str, str] | None:
-        """The name of vLLM's that an expression is, if it is one: `Name`, `module.Name`."""
+        """Returns the name of vLLM that an expression (`Name`, `module.Name`) is, or None."""
         if isinstance(expression, ast.Subscript):
             expression = expression.value
         if isinstance(expression, ast.Constant) and isinstance(expression.value, str):
@@ -75,7 +75,8 @@ FILES = {f.module: f for f in map(File, sorted(ROOT.rglob("*.py")))}
 
 
 def imported() -> dict[str, pathlib.Path]:
-    """Dotted names of vLLM's that a file imports, or has of a module or class that it imports."""
+    """Returns the dotted names of vLLM that files import, or read from a module or class that they
+    import, with a file for each."""
     found = {}
     for file in FILES.values():
         for module, name in file.imports.values():
@@ -88,7 +89,7 @@ def imported() -> dict[str, pathlib.Path]:
 
 
 def in_releases(name: ast.expr) -> Iterator[ast.expr]:
-    """What `compat.NAME` stands for, in each release; anything else stands for itself."""
+    """Yields what `compat.NAME` stands for, in each release; anything else stands for itself."""
     if not isinstance(name, ast.Attribute) or ast.unparse(name.value) != "compat":
         yield name
         return
@@ -102,7 +103,7 @@ def in_releases(name: ast.expr) -> Iterator[ast.expr]:
 def wrap_calls(
     node: ast.AST, loops: dict[str, list[ast.expr]]
 ) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """What is given to `server.wrap`: an owner and a name each, also in loops over tuples."""
+    """Yields the owner and the name of each call of `server.wrap`, also in loops over tuples."""
     if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
         loops = {**loops, ast.unparse(node.target): node.iter.elts}
     if isinstance(node, ast.Call) and ast.unparse(node.func) in ("wrap", "server.wrap"):
@@ -114,7 +115,8 @@ def wrap_calls(
 
 
 def wrapped() -> dict[str, pathlib.Path]:
-    """Dotted names of vLLM's that are wrapped, but for those of `EngineArgs`."""
+    """Returns the dotted names of vLLM that are wrapped, except those of `EngineArgs`, with a file
+    for each."""
     found = {}
     for file in FILES.values():
         for owner, name in wrap_calls(file.tree, {}):
@@ -125,7 +127,7 @@ def wrapped() -> dict[str, pathlib.Path]:
 
 
 def ours_of(file: File, node: ast.ClassDef) -> Iterator[tuple[File, ast.ClassDef]]:
-    """A class of the package and those of the package that it inherits from."""
+    """Yields a class of the package and those of the package that it inherits from."""
     yield file, node
     for base in node.bases:
         if isinstance(base, ast.Name):
@@ -138,7 +140,8 @@ def ours_of(file: File, node: ast.ClassDef) -> Iterator[tuple[File, ast.ClassDef
 
 
 def heirs(vllm: Source) -> Iterator[tuple[list[Class], list[tuple[File, ast.ClassDef]]]]:
-    """Each class of the package that inherits from vLLM's: vLLM's, near to far, and ours."""
+    """Yields, for each class of the package that inherits from vLLM's, vLLM's classes, near to far,
+    and ours."""
     for file in FILES.values():
         for node in file.classes.values():
             ours = list(ours_of(file, node))
@@ -154,7 +157,8 @@ def heirs(vllm: Source) -> Iterator[tuple[list[Class], list[tuple[File, ast.Clas
 
 
 def own_members(node: ast.ClassDef) -> dict[str, bool]:
-    """What a class binds: in its body, or (False) as an attribute of its objects only."""
+    """Returns the names that a class binds in its body, or (False) only as attributes of its
+    objects."""
     found: dict[str, bool] = {}
     for each in ast.walk(node):
         if (
@@ -175,7 +179,7 @@ def own_members(node: ast.ClassDef) -> dict[str, bool]:
 
 
 def overrides(vllm: Source) -> Iterator[tuple[list[Class], str, str]]:
-    """What a class of ours has that one of vLLM's that it inherits from has too."""
+    """Yields the members of our classes that vLLM's classes which they inherit from have too."""
     for theirs, ours in heirs(vllm):
         for file, node in ours:
             for name in own_members(node):
@@ -184,7 +188,7 @@ def overrides(vllm: Source) -> Iterator[tuple[list[Class], str, str]]:
 
 
 def self_reads(vllm: Source) -> Iterator[tuple[list[Class], str, str]]:
-    """What a class of ours asks of itself that is vLLM's."""
+    """Yields the attributes of themselves that our classes read and that are vLLM's."""
     for theirs, ours in heirs(vllm):
         own = {name for _, node in ours for name in own_members(node)}
         for file, node in ours:
@@ -199,7 +203,8 @@ def self_reads(vllm: Source) -> Iterator[tuple[list[Class], str, str]]:
 
 
 def argument_reads() -> Iterator[tuple[tuple[str, str], str, str]]:
-    """What functions ask of arguments that are annotated with a class of vLLM's."""
+    """Yields the attributes that functions read of arguments that are annotated with a class of
+    vLLM."""
     for file in FILES.values():
         for function in ast.walk(file.tree):
             if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -221,7 +226,7 @@ def argument_reads() -> Iterator[tuple[tuple[str, str], str, str]]:
 
 
 def known_members(vllm: Source, hooks: list[Hook]) -> dict[tuple[int, str], Hook]:
-    """Rows of methods and attributes, by the identity of their class."""
+    """Returns the rows of methods and attributes, by the identity of their class and their name."""
     found = {}
     for hook in hooks:
         owner, _, member = hook.name.rpartition(".")
@@ -252,7 +257,7 @@ def test_every_override_is_in_the_table(vllm: Source) -> None:
 
 
 def test_our_overrides_take_what_the_table_says(vllm: Source) -> None:
-    """vLLM may give by name what it gives by position today."""
+    """Names must agree too, since vLLM may give by name what it gives by position today."""
     known = known_members(vllm, rows("override"))
     wrong = {}
     for theirs, ours in heirs(vllm):
@@ -291,7 +296,7 @@ def test_everything_that_our_classes_take_from_vllms_is_in_the_table(vllm: Sourc
 
 
 def test_every_setting_that_the_gate_asks_for_is_in_the_table() -> None:
-    """A setting that vLLM renames would else be one that nobody refuses."""
+    """Otherwise a setting that vLLM renames would not be refused any more."""
     owners = ("Config", "Attention", "Impl")
     known = {
         n for hook in hooks.HOOKS for o, _, n in [hook.name.rpartition(".")] if o.endswith(owners)
@@ -373,7 +378,7 @@ RECORDED = pathlib.Path(__file__).parent.parent / "data" / "vllm_0_33_hooks.json
 
 
 def test_vllm_0_33_has_all_of_it() -> None:
-    """By a recording of the names and signatures in its wheel, which CI need not have."""
+    """This reads a recording of the names and signatures in its wheel, which CI need not have."""
     source = Source.recorded(RECORDED.read_text(encoding="utf-8"))
     assert source.version == "0.33.0"
     wrong = {f"{f.hook.module}.{f.hook}": f.problem for f in check.check(source) if f.problem}
@@ -383,7 +388,7 @@ def test_vllm_0_33_has_all_of_it() -> None:
     )
 
 
-# A vLLM of a few lines, in which everything is as these hooks expect.
+# A vLLM of a few lines, which has everything that these hooks expect.
 VLLM = {
     "vllm/v1/__init__.py": "",
     "vllm/_version.py": "__version__ = version = '0.32.7'\n",
@@ -465,7 +470,7 @@ def fake(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Pat
 
 
 def changed(folder: pathlib.Path, name: str, old: str, new: str) -> dict[str, str]:
-    """What is found wrong when a file is not what it was."""
+    """Returns what is found wrong when a file is changed."""
     path = folder / "vllm" / name
     text = path.read_text()
     assert old in text
@@ -559,7 +564,7 @@ def test_rows_of_other_releases_are_left_out(
 
 @pytest.fixture
 def unknown(fake: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
-    """The installed vLLM is one that somebody changed."""
+    """Makes the installed vLLM one that somebody changed."""
     changed(fake, "engine.py", "async def step(self, output", "async def step(self, result, output")
     changed(fake, "base.py", "self.size: int = 4", "")
     monkeypatch.setattr(Source, "installed", lambda: Source.at(fake))

@@ -1,4 +1,4 @@
-"""KeepKV: what is dropped leaves its weight and its content, exactly, in what is kept."""
+"""KeepKV: kept slots take over the exact weight and content of dropped ones."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ M, TAIL = 48, 1
 
 
 def view_of(seed: int = 0, heads: int = 3, size: int = 16, **more: Any) -> View:
-    """One query for each KV head, of the newest token, which is the whole tail."""
+    """Returns a view with one query for each KV head, that of the newest token, which is the whole
+    tail."""
     view = make_view(heads=heads, group=1, window=1, tail=TAIL, seed=seed, size=size, **more)
     assert view.values is not None
-    # In double precision the rounding of what was merged is all that is left to see.
+    # In double precision, only the rounding of merged values can make a difference.
     return replace(view, held=ops.LayerKV(view.keys / 3, view.values))
 
 
 def attention(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """Attention of one query [D] over tokens that have log biases, in float64."""
+    """Returns the attention of one query [D] over tokens that have log biases, in float64."""
     logits = keys.double() @ query.double() * scale + bias.double()
     return logits.softmax(0) @ values.double()
 
@@ -41,7 +42,7 @@ def bias_of(view: View, head: int) -> Tensor:
 
 
 def before(view: View, head: int, query: Tensor) -> Tensor:
-    """What a query reads of all that a head holds."""
+    """Returns a query's attention over all that a head holds."""
     n = int(view.sizes[head])
     assert view.values is not None
     bias = torch.cat((bias_of(view, head), torch.zeros(TAIL)))
@@ -50,7 +51,7 @@ def before(view: View, head: int, query: Tensor) -> Tensor:
 
 
 def after(view: View, head: int, query: Tensor, merged: Merged, kept: Tensor) -> Tensor:
-    """What it reads when only merged slots, with their biases, and the tail are left."""
+    """Returns its attention when only merged slots, with their biases, and the tail are left."""
     n, own = int(view.sizes[head]), kept[head]
     assert view.values is not None and merged.log_bias is not None
     keys = torch.cat((merged.keys[head, own], view.keys[head, n : n + TAIL]))
@@ -92,7 +93,7 @@ def test_the_next_query_reads_the_same(
         torch.testing.assert_close(
             after(view, head, query, merged, kept), want, rtol=1e-4, atol=2e-6
         )
-        # Without what was dropped, or without the bias, it would read something else.
+        # Without the dropped tokens, or without the bias, its attention would differ.
         plain = Merged(
             view.keys[:, : kept.shape[1]], view.values[:, : kept.shape[1]], view.log_bias
         )
@@ -105,7 +106,7 @@ def test_the_next_query_reads_the_same(
 @given(data=st.data())
 @settings(deadline=None, max_examples=60)
 def test_merges_add_up_to_what_there_was(data: st.DataObject) -> None:
-    """By definition, token by token: weights, votes and content of each kept slot."""
+    """Weights, votes and content of each kept slot are as defined, token by token."""
     counts = data.draw(st.lists(st.integers(5, M), min_size=3, max_size=3))
     view = ragged(view_of(data.draw(st.integers(0, 99))), counts)
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
@@ -141,8 +142,8 @@ def test_merges_add_up_to_what_there_was(data: st.DataObject) -> None:
 
 
 def test_repeated_merges_accumulate() -> None:
-    """One query after the other, merging 48 tokens into 6 in four steps: a query that all steps
-    saw reads of the last six what it read of all."""
+    """48 tokens are merged into 6 in four steps. The attention of a query that all steps saw is the
+    same over the last six as over all."""
     view, policy = view_of(7), KeepKV(threshold=-1)
     assert view.queries is not None
     want = [before(view, head, view.queries[head, 0]) for head in range(3)]
@@ -168,7 +169,7 @@ def test_repeated_merges_accumulate() -> None:
         for head in range(3):
             got = before(view, head, view.queries[head, 0])
             torch.testing.assert_close(got, want[head], rtol=1e-4, atol=1e-5)
-        # Whose weight is in what scores see, too: the window's weights of all slots sum to one.
+        # Scores count the votes too: the window's weights of all slots sum to one.
         weights = ops.window_attention(view.queries, view.keys, view.scale, view.log_bias)
         torch.testing.assert_close(weights.sum(2), torch.ones(3, 1))
     # Six slots stand for 48 tokens.
@@ -190,7 +191,8 @@ def test_what_is_not_similar_is_dropped_as_the_base_drops_it(base: str, counts: 
 
 
 def test_groups_of_heads_and_windows_have_one_mean_query() -> None:
-    """Two query heads for each KV head, four queries: exact for their mean."""
+    """With two query heads for each KV head and four queries, merging is exact for the mean
+    query."""
     view = make_view(heads=2, group=2, window=4, tail=4)
     assert view.values is not None and view.queries is not None
     view = replace(view, held=ops.LayerKV(view.keys / 3, view.values))
@@ -219,7 +221,7 @@ def test_nothing_kept_and_everything_kept() -> None:
 
 
 def test_scores_see_the_votes() -> None:
-    """A slot that stands for many is as much as they were."""
+    """A slot that stands for many tokens scores as much as they did together."""
     view = view_of()
     plain = scores_of(KeepKV(), view)
     votes = torch.zeros(3, M)

@@ -80,7 +80,8 @@ def draw() -> random.Random:
 
 
 def same_positions(codec: str, got: Tensor | None, want: Tensor) -> bool:
-    """Fitted pages know where strips begin, and take the other tokens for neighbours."""
+    """Returns whether positions are those that pages of a codec keep. Fitted pages keep those at
+    which strips begin, and take the other tokens for neighbours."""
     assert got is not None and got.shape == want.shape
     if codec in FITTED:
         starts = torch.arange(len(want)) // layout.STRIP * layout.STRIP
@@ -90,7 +91,7 @@ def same_positions(codec: str, got: Tensor | None, want: Tensor) -> bool:
 
 @functools.cache
 def random_tables(name: str, layers: int, heads: int, k_size: int, v_size: int) -> Tables:
-    """Tables of keys whose channels hang together, some far from 0."""
+    """Returns tables of keys whose channels are correlated, some of them far from 0."""
     rope = Rope(10000.0 ** (-torch.arange(0, k_size, 2, dtype=torch.float64) / k_size))
     mix = torch.randn(layers, heads, k_size, k_size) * torch.rand(k_size) ** 3 * k_size**-0.5
     keys = 3 * torch.randn(layers, heads, 600, k_size) @ mix + torch.randn(layers, heads, 1, k_size)
@@ -163,7 +164,7 @@ class Cache:
     def kept(
         self, codec: str, key: Tensor, value: Tensor, where: Tensor | None, head: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """What the oracle says that a page gives back."""
+        """Returns what is read back from a page, by the oracle."""
         own, layer = None, self.layer
         if CODECS[codec].needs_tables:
             tables = self.tables[codec]
@@ -173,7 +174,7 @@ class Cache:
         return CODECS[codec].kept(key, value, self.dtype, positions, own)
 
     def page(self) -> int:
-        """Any unused page: compressed pages may come from anywhere in their block."""
+        """Returns any unused page: compressed pages may come from anywhere in their block."""
         if not self.pages:
             block = self.free.pop()
             self.pages = [block * self.layer.block_pages + i for i in range(self.layer.block_pages)]
@@ -181,7 +182,7 @@ class Cache:
         return self.pages.pop()
 
     def content(self, n: int) -> tuple[Tensor, Tensor]:
-        """Keys with outlier channels and a sink, as models have them."""
+        """Returns random keys, with outlier channels and a sink as models have them, and values."""
         key, value = torch.randn(n, self.layer.k_size), torch.randn(n, self.layer.v_size)
         key[:, self.draw.randrange(self.layer.k_size)] += 4
         key[:, self.draw.randrange(self.layer.k_size)] *= 6
@@ -191,7 +192,7 @@ class Cache:
         return key, value
 
     def put(self, codecs: list[str], tail: int) -> None:
-        """A sequence: for each head pages of some of the codecs, then `tail` raw tokens."""
+        """Adds a sequence: for each head pages of some of the codecs, then `tail` raw tokens."""
         layer, step = self.layer, self.block_size
         blocks = [self.free.pop() for _ in range(-(-tail // step))]
         keys, values, positions = [], [], []
@@ -257,7 +258,7 @@ class Cache:
         )
         offsets = log_bias = None
         if bias:
-            # Every third page has none.
+            # Every third page has no bias.
             total, starts = 0, []
             for i, n in enumerate(count):
                 starts.append(-1 if i % 3 == 2 else total)
@@ -275,7 +276,7 @@ class Cache:
         )
 
     def biases(self, seq: int) -> list[Tensor]:
-        """What `directory(bias=True)` adds to each token's logit, by KV head."""
+        """Returns what `directory(bias=True)` adds to each token's logit, by KV head."""
         offsets, log_bias = self.log_bias
         assert offsets is not None and log_bias is not None
         result = []
@@ -297,7 +298,8 @@ class Cache:
         return cpu.Batch(starts, lengths, table, self.directory(bias) if self.entries else None)
 
     def check(self, rows: list[int], tolerance: float, bias: bool = False) -> None:
-        """Attends with `rows` fresh queries of each sequence, against the oracle."""
+        """Computes attention with `rows` random queries of each sequence, and compares it with the
+        oracle's."""
         layer = self.layer
         batch = self.batch(rows, bias)
         query = torch.randn(sum(rows), layer.heads, layer.k_size).to(self.dtype)
@@ -390,7 +392,7 @@ def test_a_directory_may_name_fewer_tokens_than_a_page_holds(
 
 
 def test_a_whole_page_that_stays_is_copied(isa: str, draw: random.Random) -> None:
-    """Recoding would lose a little each time."""
+    """A page that is decoded and encoded again would lose a little each time."""
     cache = Cache(draw, 1, 64, 64, block_size=32)
     cache.put(["int4", "tc8"], 40)
     request = cpu.Source(
@@ -673,8 +675,8 @@ def test_targets_of_a_compaction_may_be_its_sources(isa: str, draw: random.Rando
 
 
 def one_page(draw: random.Random, codec: str) -> tuple[Any, ...]:
-    """A cache, a request of two pages and a tail, 16 slots of each head in position order, a page
-    for each head to move them to, the positions of all slots, and these pages."""
+    """Returns a cache, a request of two pages and a tail, 16 slots of each head in position order,
+    a page for each head to move them to, the positions of all slots, and these pages."""
     cache = Cache(draw, 1, 64, 64, block_size=64)
     cache.put(["int8", "tc4"], 64)
     tail = torch.tensor(cache.tails[0], dtype=torch.int32)
@@ -694,7 +696,7 @@ def one_page(draw: random.Random, codec: str) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6"])
 def test_slots_out_of_position_order_are_refused(isa: str, draw: random.Random, codec: str) -> None:
-    """With head and positions, before anything is written: the engine has lost count."""
+    """The error names head and positions, and nothing is written: the engine has lost count."""
     cache, request, slots, target, places, _ = one_page(draw, codec)
     before = cache.pool.clone()
     at = draw.randrange(1, 16)
@@ -714,7 +716,7 @@ def test_slots_out_of_position_order_are_refused(isa: str, draw: random.Random, 
 
 
 def test_raw_pages_take_slots_in_any_order(isa: str, draw: random.Random) -> None:
-    """They keep no positions."""
+    """Raw pages keep no positions, so there is no order to check."""
     cache, request, slots, target, _, to = one_page(draw, "raw")
     slots = torch.stack([s[torch.randperm(16)] for s in slots])
     cpu.compact(cache.layer, request, slots, target)
@@ -724,8 +726,8 @@ def test_raw_pages_take_slots_in_any_order(isa: str, draw: random.Random) -> Non
 
 
 def test_a_position_comes_twice_only_where_codecs_round(draw: random.Random) -> None:
-    """Two exact pages with a position in common: kept apart where fitted codecs exist, whose tokens
-    may have come into exact pages, refused where there are none."""
+    """Two exact pages have a position in common. It is moved apart where there are fitted codecs,
+    whose tokens may have come into exact pages, and refused where there are none."""
     cache = Cache(draw, 1, 64, 64, kv_heads=1)
     sources, page = [cache.page(), cache.page()], cache.page()
     where = torch.tensor([5, 9, 12], dtype=torch.int32)
@@ -752,8 +754,8 @@ def test_a_position_comes_twice_only_where_codecs_round(draw: random.Random) -> 
 
 
 def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> None:
-    """Tokens on their way take a page's floats a thread, and pages that are sources too their own
-    bytes: not everything at once."""
+    """Moving tokens takes one page of floats for each thread, and the bytes of pages that are
+    sources too, but not everything at once."""
     cache = Cache(draw, 1, 128, 128, torch.bfloat16, kv_heads=1, block_size=128, blocks=130)
     tokens = 128 * 128
     tail = torch.tensor(cache.free[:128], dtype=torch.int32)
@@ -778,7 +780,7 @@ def test_memory_of_a_compaction_is_that_of_its_pages(draw: random.Random) -> Non
 
 
 def source_of(cache: Cache, position: int, bias: bool = False) -> cpu.Source:
-    """The first sequence as kernels see it, with its tail at a position."""
+    """Returns the first sequence as a source, with its tail at a position."""
     return cpu.Source(
         cache.directory(bias) if cache.entries else None,
         torch.tensor(cache.tails[0], dtype=torch.int32),
@@ -789,7 +791,8 @@ def source_of(cache: Cache, position: int, bias: bool = False) -> cpu.Source:
 
 
 def targets(cache: Cache, codec: str, counts: list[int]) -> tuple[cpu.Directory, list[list[int]]]:
-    """Fresh pages of a codec for so many tokens of each head, and their entries by head."""
+    """Returns fresh pages of a codec for a number of tokens of each head, and their entries by
+    head."""
     page, count, begin, end = [], [], [], []
     for head, left in enumerate(counts):
         begin.append(len(page))
@@ -810,7 +813,7 @@ def targets(cache: Cache, codec: str, counts: list[int]) -> tuple[cpu.Directory,
 
 
 def held_in(cache: Cache, directory: cpu.Directory, codec: str) -> list[tuple[Tensor | None, ...]]:
-    """K, V and positions of every page of a directory."""
+    """Returns K, V and positions of every page of a directory."""
     begin, end, page, count = directory._kept[:4]
     found: list[tuple[Tensor | None, ...]] = []
     for head, (first, last) in enumerate(zip(begin[0].tolist(), end[0].tolist(), strict=True)):
@@ -823,7 +826,8 @@ def held_in(cache: Cache, directory: cpu.Directory, codec: str) -> list[tuple[Te
 def test_gathered_tokens_fill_pages_as_a_compaction_does(
     isa: str, draw: random.Random, codec: str
 ) -> None:
-    """The two halves give what the whole gives, where heads keep unequally many, one none."""
+    """`gather` and `fill` give the result of `compact`, where heads keep unequal numbers of tokens,
+    and one keeps none."""
     cache = Cache(draw, 2, 64, 80, draw.choice(DTYPES), kv_heads=4, block_size=64, blocks=200)
     several = ["exact", "int8", "int4", "tc4", "tc6", "tc8"]
     cache.put(draw.sample(several, 4), 150)
@@ -843,7 +847,7 @@ def test_gathered_tokens_fill_pages_as_a_compaction_does(
         assert torch.equal(where[head, :n], places[head, own])
         assert not (keys[head, n:].any() or values[head, n:].any() or where[head, n:].any())
         assert not places[head, sizes[head] :].any()
-    # What lies past a head's own is not looked at.
+    # What lies past a head's own tokens is not read.
     for head, n in enumerate(counts):
         keys[head, n:], values[head, n:], where[head, n:] = torch.nan, torch.nan, -7
     whole, _ = targets(cache, codec, counts)
@@ -873,7 +877,7 @@ def test_gathered_tokens_fill_pages_as_a_compaction_does(
 
 @pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6", "tc8"])
 def test_what_was_changed_on_its_way_is_stored(isa: str, draw: random.Random, codec: str) -> None:
-    """Merged keys and values go into blocks that they were read from."""
+    """Merged keys and values are written to blocks that they were read from."""
     cache = Cache(draw, 2, 64, 64, block_size=64)
     cache.put([], 300)
     layer, blocks = cache.layer, cache.tails[0]
@@ -907,7 +911,7 @@ def test_what_was_changed_on_its_way_is_stored(isa: str, draw: random.Random, co
 
 
 def test_filling_refuses_what_cannot_be(draw: random.Random) -> None:
-    """Before anything is written."""
+    """It refuses before anything is written."""
     cache = Cache(draw, 2, 64, 64)
     cache.put([], 60)
     layer = cache.layer
@@ -954,7 +958,7 @@ def test_filling_refuses_what_cannot_be(draw: random.Random) -> None:
 
 
 def _firsts(target: cpu.Directory, entries: list[int]) -> set[int]:
-    """Which of a head's tokens come first in a page."""
+    """Returns which of a head's tokens come first in a page."""
     firsts, at = set(), 0
     for e in entries:
         firsts.add(at)
@@ -1106,7 +1110,7 @@ def test_window_scores(isa: str, draw: random.Random, group: int, window: int, b
 
 
 def coarse(rows: int, n: int, draw: random.Random) -> Tensor:
-    """Scores with ties, both zeros, infinities and NaN."""
+    """Returns scores with ties, both zeros, infinities and NaN."""
     values = [0.0, -0.0, 1.0, -1.0, 1e-40, float("inf"), -float("inf"), float("nan"), 0.5, 2.0]
     return torch.tensor([[draw.choice(values) for _ in range(n)] for _ in range(rows)])
 

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True, params=["reference", "cpu"])
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What stands behind the names: plain torch, then C++."""
+    """Runs a test with plain torch behind the names, then with C++."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "reference":
             patch.setattr(ops, "_in_cpp", lambda tensor: False)
@@ -32,13 +32,13 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
 
 
 def coarse(heads: int, m: int, seed: int, levels: int = 5) -> torch.Tensor:
-    """Scores with many ties."""
+    """Returns scores with many ties."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-levels, levels, (heads, m), generator=generator).float()
 
 
 def best(row: list[float], keep: int) -> list[int]:
-    """Slots of the `keep` highest scores, the lower slot first among equals."""
+    """Returns the slots of the `keep` highest scores; of equal ones the lower slot comes first."""
     return sorted(sorted(range(len(row)), key=lambda i: (-row[i], i))[:keep])
 
 
@@ -257,7 +257,8 @@ def test_anchor_bits_refuse_other_kinds() -> None:
 def slow_represent(
     vectors: list[list[bool]], important: list[bool], count: int, anchor: list[bool] | None
 ) -> list[bool]:
-    """One head's units; a vector for each."""
+    """Returns one head's important units and representatives, by the definition, given a vector for
+    each unit."""
     rest = [u for u, taken in enumerate(important) if not taken]
     if anchor is None:
         columns = zip(*(vectors[u] for u in rest), strict=True)

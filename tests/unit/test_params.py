@@ -96,7 +96,8 @@ def test_top_level_fields_arrive_like_xargs(endpoint: Any) -> None:
 
 
 def test_unknown_fields_never_travel_on(endpoint: Any) -> None:
-    """An inactive server ignores them like plain vLLM: in the engine they could do harm."""
+    """An inactive server ignores unknown fields like plain vLLM: in the engine they could do
+    harm."""
     cls, body = endpoint
     given = sampled(cls, body | {"kv_cache_hint": 10**30})
     assert not given.extra_args
@@ -431,7 +432,8 @@ def test_the_api_server_answers_400() -> None:
 def report(
     held: int, raw: int, compactions: int = 1, failures: int = 0, **more: Any
 ) -> dict[str, Any]:
-    """Blocks of 16 tokens in 1,000 bytes; slots hold a token each."""
+    """Returns an engine's report: blocks have 16 slots and 1,000 bytes, and a slot holds one
+    token."""
     numbers = {
         "kv_tokens_held": held,
         "kv_tokens_raw": raw,
@@ -448,7 +450,7 @@ def report(
 
 
 def kept(held: int, raw: int, compactions: int = 1, **more: Any) -> dict[str, Any]:
-    """Details of one request that reported the like."""
+    """Returns the details of a request with such a report."""
     sizes = {"kv_bytes_held": -(-held // 16) * 1000 + 7, "kv_bytes_raw": -(-raw // 16) * 1000}
     counts = {"held": held, "raw": raw, "compactions": compactions}
     return counts | sizes | {"policy": "kvcrush"} | more
@@ -731,7 +733,7 @@ def test_streamed_chats_at_the_same_time_do_not_mix() -> None:
 
 
 def test_chunks_that_are_no_events_yet_tell_it_too() -> None:
-    """As vLLM 0.33 streams chats."""
+    """vLLM 0.33 streams chats in such chunks."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
     from vllm.entrypoints.serve.engine.protocol import UsageInfo
 
@@ -923,7 +925,8 @@ def test_the_logger_adds_up_and_can_be_made_again() -> None:
 
 
 def test_policies_that_another_front_end_saw_are_set_too() -> None:
-    """Each snapshot reaches one of several API servers, and their newest values are shown."""
+    """Each snapshot reaches one of several API servers, and /metrics shows the newest value of
+    all."""
     config = vllm_config({"policy": "snapkv", "allow": ["snapkv", "tc8"]})
     logger = metrics.KVCrushStatLogger(config, 5)
     for gauge in (metrics.kv_bytes_held(), metrics.kv_bytes_raw_equivalent()):

@@ -16,7 +16,8 @@ CODECS = ("int8", "tc4", "tc8")
 
 @st.composite
 def packings(draw: st.DrawFn, block_size: int, most: int = 3) -> tuple[Packing, ...]:
-    """Up to `most` codecs of one model: in the later ones heads differ, and ranks do."""
+    """Draws packings of up to `most` codecs of one model. In the later ones heads and ranks
+    differ."""
     ranks, pairs = draw(st.integers(1, 3)), draw(st.integers(1, 7))
     found = []
     for i, codec in enumerate(CODECS[: draw(st.integers(0, most))]):
@@ -34,8 +35,8 @@ def packings(draw: st.DrawFn, block_size: int, most: int = 3) -> tuple[Packing, 
 
 
 def pages_of(parts: tuple[Part, ...], plan: Plan) -> int:
-    """Most pages of a pair of layer and KV head, on average over a rank's, that parts take,
-    counted one by one."""
+    """Returns the blocks that parts take, counted page by page: the pages of a rank, averaged over
+    its pairs of layer and KV head, of the rank that needs most."""
     by_codec = {p.codec: p for p in plan.packings}
     most = 0
     for rank in range(len(plan.packings[0].pages)):
@@ -80,7 +81,8 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 def check_parts(plan: Plan, compressed: int, candidates: int) -> int:
-    """Checks what `compressed` blocks are to hold of so many tokens; returns how many stay."""
+    """Checks the parts of `candidates` tokens in `compressed` blocks, and returns how many tokens
+    stay."""
     parts = plan.parts(compressed, candidates)
     kept = sum(part.tokens for part in parts)
     assert parts == replace(plan).parts(compressed, candidates)
@@ -113,14 +115,14 @@ def check_parts(plan: Plan, compressed: int, candidates: int) -> int:
 
 
 def most_beside(own: Packing, finer: Packing, tokens: int, blocks: int) -> int:
-    """The optimum that `Packing.most_beside` finds: the largest of all numbers that fit."""
+    """Returns the optimum that `Packing.most_beside` finds: the largest of all numbers that fit."""
     # Any larger number starts or fills a page that this one does not, in one of the codecs.
     ends = {tokens, *(tokens - t for t in page_ends(own, tokens)), *page_ends(finer, tokens)}
     return max(t for t in ends if own.blocks(tokens - t, finer, t) <= blocks)
 
 
 def page_ends(packing: Packing, tokens: int) -> set[int]:
-    """How many tokens, up to `tokens`, fill whole pages of some head."""
+    """Returns the numbers of tokens, up to `tokens`, that fill whole pages of some head."""
     rooms = {room for pages in packing.pages for room, _ in pages}
     return {t for room in rooms for t in range(0, tokens + 1, room)}
 
@@ -363,7 +365,8 @@ def test_as_many_as_possible_are_in_the_finer_codec(
 
 
 def test_the_optimum_where_fitting_is_not_monotone() -> None:
-    """Any finer page is one too many until one of the others is empty; bisecting found none."""
+    """Any finer page is one too many until one of the other codec's is empty, so that bisecting
+    would find none."""
     own, finer = Packing("tc6", (((1376, 4),),)), Packing("tc4", (((1056, 4),),))
     fits = [t for t in range(2433) if own.blocks(2432 - t, finer, t) <= 2]
     assert fits == [0, 1056]

@@ -51,14 +51,15 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("tests.kvcrush")
     logger.setLevel(logging.WARNING)
     monkeypatch.setattr(plugin, "logger", logger)
-    # What the real vLLM has is another test's business.
+    # Another test checks what the real vLLM has.
     monkeypatch.setattr(plugin.server, "wrap", lambda owner, name, make: None)
     monkeypatch.setattr(plugin.server, "register", lambda: None)
 
 
 @pytest.fixture
 def configured(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Settings that `configure` is called with; it takes any configuration."""
+    """Returns the list of the settings that `configure` is called with, which takes any
+    configuration."""
     calls: list[Any] = []
     monkeypatch.setattr(plugin, "configure", lambda config, settings: calls.append(settings))
     return calls
@@ -119,7 +120,7 @@ def test_a_vllm_without_a_place_for_us_goes_on(
         for name in ("add_cli_args", "from_cli_args", "create_engine_config"):
             assert after.get(name) is before.get(name)
         assert engine_args(model="x").additional_config == {}
-        # But settings that nobody would follow are not taken.
+        # But settings that nothing would follow are refused.
         with pytest.raises(plugin.Refused, match="cannot be followed: vllm-kvcrush finds no"):
             engine_args(additional_config={"kvcrush": {"policy": "int4"}})
 
@@ -173,7 +174,7 @@ def test_a_vllm_whose_front_end_is_another_serves_without_us(
     assert "stays out of it" in line and "no such thing" in line
     made = parse(engine_args, "m")
     assert made.create_engine_config().additional_config == {}
-    # Whoever asks is not served without.
+    # Whoever asks for a policy is refused.
     with pytest.raises(ValueError, match="no such thing"):
         engine_args(additional_config={"kvcrush": {"policy": "int4"}}).create_engine_config()
     with pytest.raises(SystemExit) as caught:
@@ -205,7 +206,7 @@ def test_an_engine_args_of_flags_can_be_made_of_its_fields(
     configured: list[Any],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As `LLM.from_engine_args` does, by which `vllm bench latency` and `throughput` go."""
+    """`LLM.from_engine_args`, which `vllm bench latency` and `throughput` use, does so."""
     engine_args = register(monkeypatch, make_engine_args())
     made = parse(engine_args, "--kv-policy=int4", "--kv-budget=0.5", "m")
     again = engine_args(**vars(made))
@@ -218,7 +219,7 @@ def test_an_engine_args_of_flags_can_be_made_of_its_fields(
     with pytest.raises(SystemExit):
         again.create_engine_config()
     assert capsys.readouterr().err == "vllm: error: not with this.\n"
-    # Who gives it in code gets an exception.
+    # Whoever gives it in code gets an exception.
     with pytest.raises(plugin.Refused, match="not with this"):
         engine_args(
             additional_config={"kvcrush": {"policy": "int4"}},

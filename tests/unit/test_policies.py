@@ -61,7 +61,7 @@ ALL = [
 
 @pytest.fixture(autouse=True)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the policies' operations are made of: C++, or plain torch where a test says so."""
+    """Makes the policies' operations use C++, or plain torch where a test says so."""
     if getattr(request, "param", "cpu") == "reference":
         monkeypatch.setattr(ops, "_in_cpp", lambda tensor: False)
 
@@ -270,7 +270,8 @@ def test_infinite_scores_do_not_displace_protected_slots() -> None:
 def slow_kvcrush(
     policy: KVCrush, scores: list[list[float]], bits: list[list[bool]], view: View, keep: int
 ) -> list[list[int]]:
-    """KVCrush by its definition, unit by unit. `scores` are one rank's, `bits` all ranks'."""
+    """Returns KVCrush's choice by its definition, unit by unit. `scores` are one rank's, `bits` all
+    ranks'."""
     unit = view.page_size if policy.level == "page" else 1
     m, units, budget = view.candidates, view.candidates // unit, keep // unit
     sinks = {slot // unit for slot in range(view.sinks)}
@@ -601,7 +602,7 @@ class Oldest(Policy):
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Installs entry points of third parties, name → value."""
+    """Returns a function that installs entry points of third parties, name → value."""
     module = ModuleType("third_party")
     module.Oldest = Oldest  # type: ignore[attr-defined]
     module.nothing = 3  # type: ignore[attr-defined]
@@ -622,7 +623,7 @@ def test_policies_name_codecs_that_pages_have() -> None:
         stored = spec.storage(spec.parse(name))
         assert stored.codecs == PACKED.get(name, ())
         assert set(stored.codecs) <= set(CODECS)
-        # What plans know without torch is what the classes say.
+        # What is known without torch is what the classes say.
         assert stored.tiers == policies.get(name).tiers == (name == "mikv")
         if name not in spec.ALIASES:
             assert stored == policies.storage_of(name)
@@ -653,7 +654,7 @@ def test_packed_policies_choose_as_kvcrush_does_by_tokens(name: str) -> None:
     crush = KVCrush(ratio=0.5, level="token")
     scores = scores_of(policy, view)
     assert torch.equal(scores, scores_of(crush, view))
-    # Any number of tokens: pages of the region hold no round one.
+    # Any number of tokens, since pages of the region hold no round number of them.
     for keep in (5, 17, 47):
         assert torch.equal(
             slots_of(policy, view, scores, keep), slots_of(crush, view, scores, keep)
@@ -713,7 +714,7 @@ def test_a_third_party_policy_that_does_not_load(
 
 
 def marked(slots: range) -> Tensor:
-    """These slots of 48 in each of three heads."""
+    """Returns a mask of these slots of 48 in each of three heads."""
     where = torch.arange(48)
     return ((where >= slots.start) & (where < slots.stop)).expand(3, -1)
 
@@ -752,7 +753,7 @@ def test_tiers_share_out_what_is_kept(
 
 @both
 def test_the_finer_tier_is_what_the_policy_would_keep() -> None:
-    """MiKV's definition: the important tokens are those that H2O would not evict."""
+    """By MiKV's definition, the important tokens are those that H2O would not evict."""
     policy, view = policies.get("mikv"), make_view()
     scores = scores_of(policy, view)
     everything, finer = marked(range(48)), each(view, 16)

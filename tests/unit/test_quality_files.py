@@ -102,7 +102,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def record(dataset: str, **fields: Any) -> dict[str, Any]:
-    """A record with LongBench's fields."""
+    """Returns a record with LongBench's fields."""
     common = {"length": 9, "dataset": dataset, "language": "en", "all_classes": None, "_id": "0"}
     return {**common, "input": "", "context": "", "answers": ["yes"], **fields}
 

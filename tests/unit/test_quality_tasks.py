@@ -39,7 +39,7 @@ def tokenizer(model_path: str) -> Any:
 
 @pytest.fixture(scope="module")
 def items(tokenizer: Any) -> dict[str, list[TokenItem]]:
-    """Four items of each task at 600 tokens."""
+    """Returns four items of each task at 600 tokens."""
     return {name: build(tokenizer, [name], 600, 4, seed=7) for name in NAMES}
 
 

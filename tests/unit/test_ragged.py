@@ -1,4 +1,4 @@
-"""Heads that hold unequal numbers of tokens: what every policy makes of them."""
+"""What every policy does with heads that hold unequal numbers of tokens."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ POLICIES = [
     "fair(h2o, fairness=0.5)",
     "fair(kvcrush)",
 ]
-# Of these a head's choice does not depend on other heads.
+# Policies in which a head's choice does not depend on other heads.
 APART = [text for text in POLICIES if "kvcrush" not in text]
 SPANS = ((0, 11), (14, 30), (30, 44))
 
 
 @pytest.fixture(autouse=True)
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C++ or, where the test says so, plain torch."""
+    """Makes operations use C++, or plain torch where a test says so."""
     arguments: dict[str, Any] = getattr(request.node, "callspec", None).params  # type: ignore[union-attr]
     if arguments.get("how") == "reference":
         monkeypatch.setattr(ops, "_in_cpp", lambda tensor: False)
 
 
 def example(text: str, counts: list[int], seed: int, sinks: int = 4, **more: Any) -> View:
-    """A ragged view with spans where the policy treats them."""
+    """Returns a ragged view, with spans where the policy treats them."""
     view = make_view(sinks=sinks, seed=seed, heads=len(counts), **more)
     view = replace(view, spans=SPANS if policies.get(text).uses_spans else ())
     return ragged(view, counts)
@@ -55,7 +55,8 @@ def example(text: str, counts: list[int], seed: int, sinks: int = 4, **more: Any
 
 @st.composite
 def sizes(draw: st.DrawFn, unit: int = 1, least: int = 0) -> tuple[list[int], list[int]]:
-    """Counts of three heads, of which one may have next to none, and how many they keep."""
+    """Draws the token counts of three heads, of which one may have next to none, and how many they
+    keep."""
     counts = [draw(st.integers(least, 48 // unit)) * unit for _ in range(3)]
     if draw(st.booleans()):
         counts[draw(st.integers(0, 2))] = draw(st.integers(least, 2)) * unit
@@ -150,7 +151,8 @@ def test_a_head_alone_chooses_as_it_does_among_others(
 def test_kvcrush_of_unequal_heads_is_its_definition(
     anchor: str, how: str, data: st.DataObject
 ) -> None:
-    """Each head's representatives are of its own tokens, which all heads describe."""
+    """Each head's representatives are among its own tokens, which the bits of all heads
+    describe."""
     counts, keep = data.draw(sizes(least=1))
     view = example("kvcrush", counts, 0, data.draw(st.integers(0, 5)))
     policy = policies.KVCrush(anchor=anchor, ratio=data.draw(st.sampled_from([0.1, 0.5, 0.9])))

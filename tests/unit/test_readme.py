@@ -49,7 +49,8 @@ def test_every_result_can_be_drawn(name: str, tmp_path: pathlib.Path) -> None:
 
 
 def test_the_request_that_make_serve_prints_can_be_pasted() -> None:
-    """Into a shell, from any directory; its prompt is long enough for compression to be seen."""
+    """It can be pasted into a shell, from any directory, and its prompt is long enough for
+    compression to be seen."""
 
     class Healthy(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -18,7 +18,7 @@ from vllm_kvcrush.plan import cdiv
 
 @dataclass
 class Pages:
-    """One of several layers: tokens that the pages of each head hold, by codec."""
+    """The pages of one of several layers: tokens that each head's pages hold, by codec."""
 
     rooms: dict[str, list[int]]
     kv_heads: int
@@ -46,14 +46,15 @@ def layers(draw: st.DrawFn) -> list[Pages]:
 
 @dataclass
 class Parts:
-    """What fills a region: codecs in slot order, and tokens of each, int64 [parts, L, H]."""
+    """The parts that fill a region: codecs in slot order, and tokens of each, int64 [parts, L,
+    H]."""
 
     codecs: list[str]
     tokens: np.ndarray
 
 
 def needed(layers: Sequence[Pages], parts: Parts) -> int:
-    """Blocks that the parts fill, counted page by page."""
+    """Returns the number of blocks that the parts fill, counted page by page."""
     pages = sum(
         cdiv(int(parts.tokens[part, i, head]), layer.capacity(codec, head))
         for i, layer in enumerate(layers)
@@ -65,7 +66,7 @@ def needed(layers: Sequence[Pages], parts: Parts) -> int:
 
 @st.composite
 def parts(draw: st.DrawFn, layers: list[Pages]) -> Parts:
-    """Up to two parts, of equally many tokens in each layer and head or not."""
+    """Draws up to two parts, with equal numbers of tokens in each layer and head or not."""
     codecs = draw(st.lists(st.sampled_from(["int8", "tc4", "tc8"]), min_size=1, max_size=2))
     shape = (len(codecs), len(layers), layers[0].kv_heads)
     if draw(st.booleans()):
@@ -80,7 +81,8 @@ def parts(draw: st.DrawFn, layers: list[Pages]) -> Parts:
 @given(layers=layers(), data=st.data())
 @settings(deadline=None, max_examples=300)
 def test_no_page_is_written_before_it_is_read(layers: list[Pages], data: st.DataObject) -> None:
-    """A region from another one and some raw blocks, into any blocks, those included."""
+    """A region is made of another one and some raw blocks, in any blocks, which may be among
+    those."""
     pairs, heads = layers[0].block_pages, layers[0].kv_heads
     before, after = data.draw(parts(layers)), data.draw(parts(layers))
     blocks = 4 + needed(layers, before) + needed(layers, after)
@@ -96,7 +98,7 @@ def test_no_page_is_written_before_it_is_read(layers: list[Pages], data: st.Data
     assert np.array_equal(after.tokens, given_tokens)
     assert new.blocks == len(target)
     assert np.array_equal(new.tokens.numpy(), after.tokens.sum(0))
-    # Who reads what, as its layers do.
+    # Which layer reads which page.
     reads: dict[int, set[int]] = {i: set() for i in range(len(layers))}
     for i in reads:
         for head in range(heads):
@@ -148,7 +150,7 @@ def test_each_token_has_a_bias_of_its_own(layers: list[Pages], data: st.DataObje
     assert region.bias is not None and region.log_bias is not None
     in_all = int(found.tokens.sum())
     assert region.log_bias.tolist() == [0.0] * in_all
-    # Written by layer and head, they are found where the kernels look for them, by page.
+    # Biases are written by layer and head, and found where the kernels look for them, by page.
     region.log_bias += torch.arange(in_all)
     seen: list[float] = []
     for i in range(len(layers)):

@@ -1,4 +1,4 @@
-"""The grammar of policies: what is written comes back, and what cannot be read is one sentence."""
+"""The grammar of policies: what is written can be read again, and an error is one sentence."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def specs(draw: st.DrawFn) -> Spec:
 
 
 def as_json(spec: Spec) -> dict[str, Any]:
-    """The JSON form of a policy, by its definition."""
+    """Returns the JSON form of a policy, by its definition."""
     found: dict[str, Any] = {"policy": spec.name, **dict(spec.options)}
     if spec.base is not None:
         found["base"] = as_json(spec.base)
@@ -99,7 +99,7 @@ def test_the_order_of_options_does_not_matter() -> None:
         "kvcrush",
         "snapkv",
     ]
-    # What it says of numbers and words.
+    # Numbers and words by the grammar.
     options = dict(parse('f(a=1, b=1.0, c=.5, d=2., e=-3e-2, g="1", h=true)').options)
     assert options == {"a": 1, "b": 1.0, "c": 0.5, "d": 2.0, "e": -0.03, "g": "1", "h": True}
     assert {name: type(v) for name, v in options.items()} == {
@@ -251,7 +251,7 @@ def test_nothing_but_a_sentence_comes_of_anything(given: Any) -> None:
     except SpecError as error:
         assert str(error).isprintable() and 0 < len(str(error)) < 200
         return
-    # Whatever was read can be written and read again, and travels.
+    # Whatever was read can be written and read again, hashed, and turned into JSON.
     assert len(str(found)) <= MAX_LENGTH and str(found).isprintable()
     assert parse(str(found)) == found and str(parse(str(found))) == str(found)
     assert len(list(found.chain)) <= MAX_DEPTH

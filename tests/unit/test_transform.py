@@ -62,7 +62,7 @@ both_frames = pytest.mark.parametrize("local", [False, True])
 
 
 def fresh(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and queries of unequal channels with RoPE, values, positions."""
+    """Returns keys and queries of unequal channels with RoPE, values, and positions."""
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(L, H, D, D, generator=torch.Generator().manual_seed(7)).double()
     mix = mix * torch.logspace(1, -1.5, D, dtype=torch.float64)
@@ -83,7 +83,7 @@ def tables(point: OperatingPoint, most: int = MAX_BITS, even: bool = False) -> T
 
 
 def steps(t: Tables) -> torch.Tensor:
-    """Distance between two codes of each component, in its standard deviations."""
+    """Returns the distance between two codes of each component, in its standard deviations."""
     step = [quantiser(b).step for b in range(MAX_BITS + 1)]
     return torch.tensor(step, dtype=torch.float64)[t.bits.long()]
 
@@ -123,7 +123,7 @@ def test_distortion_is_what_a_gaussian_loses_and_other_steps_lose_more(bits):
 
 
 def test_distortion_falls_convexly():
-    """What hands out bits by what each gains relies on it."""
+    """Bits are allocated by the gain of each, which relies on it."""
     errors = torch.tensor([quantiser(b).distortion for b in range(MAX_BITS + 1)])
     gains = -errors.diff()
     assert (gains > 0).all() and (gains.diff() < 0).all()
@@ -171,7 +171,7 @@ def test_pieces_fill_words_and_rebuild_every_code(quads, seed):
 
 
 def error_of(variances, bits):
-    """What these bits lose."""
+    """Returns the error with these bits."""
     d = torch.tensor([quantiser(b).distortion for b in range(MAX_BITS + 1)]).double()
     return float((variances.double() * d[bits.long()]).sum())
 

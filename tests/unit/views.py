@@ -1,4 +1,4 @@
-"""Views made by hand, and what policies answer about them, in the form that tests compare."""
+"""Views made by hand, and what policies return for them, in the form that tests compare."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def on(view: View, device: str) -> View:
 
 
 def each(view: View, count: int | Sequence[int]) -> Tensor:
-    """Returns a number of each head as policies take them: int64 [H] on the CPU."""
+    """Returns a number for each head in the form that policies take, int64 [H] on the CPU."""
     if isinstance(count, int):
         return torch.full((view.num_kv_heads,), count)
     return torch.tensor(count)

@@ -1,7 +1,7 @@
-"""The codecs: how a page can be filled. Each is one record; imports no torch.
+"""The codecs: how a page can be filled. Each is one record. Imports no torch.
 
-A new codec is a record here, a reference in `codecs.reference`, a header in csrc/, a file in
-ops/triton/, and is then among the parameters of the tests that go over `CODECS`.
+A new codec needs a record here, a reference in `codecs.reference`, a header in csrc/, and a file in
+ops/triton/. The tests that go over `CODECS` then cover it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ class Codec:
     """One way to fill a page.
 
     Attributes:
-        name: as policies, plans, files and metrics call it.
-        number: as directories and csrc/kvcrush.h have it; a number is never given twice.
-        lay_out: where a page of so many tokens keeps them; arguments as in `layout`.
+        name: the name in policies, plans, files and metrics.
+        number: the number in directories and csrc/kvcrush.h; no number is ever used again.
+        lay_out: makes the layout of a page; `layout` describes its arguments.
         reference: "module:function" of the oracle that `kept` calls.
-        needs_tables: whether pages are fitted to a model by its transform tables. Pages of each
-            head hold a number of tokens of their own then.
-        has_positions: whether a page says where its tokens stood.
-        stand_in: the codec that takes the place of one that needs tables where there are none.
+        needs_tables: whether pages are fitted to a model by its transform tables. Pages of
+            different heads may hold different numbers of tokens then.
+        has_positions: whether a page keeps the positions of its tokens.
+        stand_in: name of the codec that takes the place of one that needs tables where there are
+            none.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Codec:
             tokens: a multiple of 16.
             k_size, v_size: head sizes.
             itemsize: bytes of an element of the model's dtype.
-            widths: what the head's tables say, where the codec needs tables.
+            widths: widths by the head's tables, where the codec needs tables.
         """
         assert (widths is not None) == self.needs_tables, self.name
         return self.lay_out(tokens, k_size, v_size, itemsize, widths)
@@ -65,7 +66,7 @@ class Codec:
         itemsize: int,
         widths: Widths | None = None,
     ) -> int:
-        """Returns how many tokens a page holds, all metadata included: a multiple of 16, 0 if none
+        """Returns how many tokens fit into a page beside all metadata: a multiple of 16, 0 if none
         fit. Raises ValueError for head sizes that are not multiples of 8 up to 256.
 
         Args:
@@ -86,8 +87,8 @@ class Codec:
         positions: torch.Tensor | None = None,
         tables: HeadTables | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what a page gives back of keys and values, in float64 and the same shapes: the
-        plain-torch oracle of the kernels.
+        """Returns keys and values as they are read back from a page, in float64 and the same
+        shapes. It is the plain-torch oracle of the kernels.
 
         Args:
             keys, values: float32 [n, D] with RoPE and [n, Dv], the tokens of one page.
@@ -105,8 +106,8 @@ class Codec:
 _FLAT = "vllm_kvcrush.codecs.reference"
 _FITTED = "vllm_kvcrush.codecs.transform.reference"
 
-# By name, in the order of their numbers. "raw" is the model's dtype without positions, as in the
-# tail; "exact" is the same with positions.
+# The codecs by name, in the order of their numbers. "raw" is the model's dtype without positions,
+# as in the tail; "exact" is the same with positions.
 CODECS: dict[str, Codec] = {
     codec.name: codec
     for codec in (

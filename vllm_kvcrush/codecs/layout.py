@@ -1,8 +1,7 @@
-"""What fits into a page, and where: the sizes of csrc/layout.h, which has the picture.
+"""What fits into a page, and where: the sizes of csrc/layout.h, which has a picture.
 
-A page is what one KV head of one layer fills with one block of raw tokens; whatever codec fills
-it, its size in bytes is that, so fewer bits mean more tokens. A test asks the compiled library
-whether the two descriptions agree.
+A page has as many bytes as one block of raw tokens of one KV head of one layer, whatever codec
+fills it, so that fewer bits mean more tokens. A test checks that the compiled library agrees.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-STRIP = 16  # tokens that lie together
+STRIP = 16  # tokens that are stored together
 GROUP = 64  # tokens that share the scales of int4's keys
-HEADER = 32  # bytes at the end of a page that says where its tokens stood
+HEADER = 32  # bytes at the end of a page that keeps positions
 MAX_HEAD_SIZE = 256
 MAX_SPAN = 15 * 65536  # positions that one page can span
-MAX_TOKENS = 65520  # of a page: counts are 16 bits wide
+MAX_TOKENS = 65520  # tokens in a page: counts are 16 bits wide
 
 TOKEN_SCALES = 18  # bytes of a strip's value scales and exception bits
 MOST_EXCEPTIONS = 128
@@ -28,7 +27,7 @@ class Widths(NamedTuple):
     """How wide the tokens of one head are in the pages of a codec that needs tables.
 
     Attributes:
-        words: 32-bit words of a key's codes.
+        words: number of 32-bit words of a key's codes.
         value_bits: bits of a value's channel.
         exceptions: least share of a page's tokens that are int8 instead.
     """
@@ -43,10 +42,10 @@ class PageLayout:
     """Where a page keeps its tokens, in bytes.
 
     Attributes:
-        v: bytes of a strip before its V.
+        v: bytes of a strip before its values.
         strip: bytes of a strip.
         positions: bytes of the page before the positions, which are uint16.
-        end: bytes of everything but the page's header, which sits at its end.
+        end: bytes of everything but the page's header, which is at the page's end.
     """
 
     v: int
@@ -61,7 +60,7 @@ class FlatLayout(PageLayout):
 
     Attributes:
         group_strips: strips of 16 tokens that share a header.
-        header: bytes of a group before its strips: scales.
+        header: bytes of a group's scales, which come before its strips.
     """
 
     group_strips: int
@@ -89,8 +88,8 @@ def check_head_sizes(*sizes: int) -> None:
 
 
 def most_tokens(end: Callable[[int], int], room: int) -> int:
-    """Returns the most tokens, a multiple of 16, that take up to `room` bytes; `end` gives the
-    bytes of so many."""
+    """Returns the most tokens, a multiple of 16, that take up to `room` bytes; `end` returns the
+    bytes of a number of tokens."""
     low, high = 0, MAX_TOKENS // STRIP
     while low < high:
         middle = (low + high + 1) // 2
@@ -126,29 +125,31 @@ def _flat(
 def plain(
     tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
 ) -> FlatLayout:
-    """Returns a page in the model's dtype without positions."""
+    """Returns the layout of a page in the model's dtype without positions."""
     return _flat(tokens, k_size, v_size, 8 * itemsize, position_bytes=0)
 
 
 def exact(
     tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
 ) -> FlatLayout:
-    """Returns a page in the model's dtype."""
+    """Returns the layout of a page in the model's dtype."""
     return _flat(tokens, k_size, v_size, 8 * itemsize)
 
 
 def int8(
     tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
 ) -> FlatLayout:
-    """Returns a page in 8 bits a channel, with a float16 scale of each key and value."""
+    """Returns the layout of a page in 8 bits a channel, with a float16 scale for each key and
+    value."""
     return _flat(tokens, k_size, v_size, 8, header=2 * 2 * STRIP)
 
 
 def int4(
     tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
 ) -> FlatLayout:
-    """Returns a page in 4 bits a channel: of each 64 tokens, a float16 scale and zero of each key
-    channel and a scale of each value, filled up to 64 bytes."""
+    """Returns the layout of a page in 4 bits a channel. Each 64 tokens have a float16 scale and
+    zero for each key channel and a float16 scale for each value, padded to a multiple of 64
+    bytes."""
     header = -(-(2 * 2 * k_size + 2 * GROUP) // 64) * 64
     return _flat(tokens, k_size, v_size, 4, header=header, group_strips=GROUP // STRIP)
 
@@ -159,16 +160,17 @@ def int4(
 def fitted_layout(
     tokens: int, exceptions: int, words: int, v_bits: int, k_size: int, v_size: int
 ) -> FittedLayout:
-    """Returns a page of `tokens` tokens, a multiple of 16, of which `exceptions` are int8.
+    """Returns the layout of a page of `tokens` tokens, a multiple of 16, of which `exceptions` are
+    int8.
 
     Args:
-        words: 32-bit words of a key's codes.
+        words: number of 32-bit words of a key's codes.
         v_bits: bits of a value's channel.
         k_size, v_size: head sizes.
     """
     v = STRIP * 4 * words
     strip = v + STRIP * v_size * v_bits // 8
-    if v_bits == 3:  # high bits of 8 lanes take the place of 16
+    if v_bits == 3:  # the high bits of 8 left-over channels take as much room as those of 16
         strip += v_size % 16 * 2
     scales = tokens // STRIP * strip
     first = scales + tokens // STRIP * TOKEN_SCALES
@@ -189,8 +191,8 @@ def _fewest_exceptions(tokens: int, share: float) -> int:
 def fitted(
     tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
 ) -> FittedLayout:
-    """Returns a page with the fewest exceptions that it may have: `Codec.layout` of fitted
-    codecs."""
+    """Returns the layout of a page of a fitted codec with the fewest exceptions that it may
+    have."""
     assert widths is not None
     fewest = _fewest_exceptions(tokens, widths.exceptions)
     return fitted_layout(tokens, fewest, widths.words, widths.value_bits, k_size, v_size)
@@ -202,8 +204,8 @@ def fitted_capacity(
     """Returns how many tokens a page of a fitted codec holds, a multiple of 16, and how many of
     them are int8: (0, 0) if none fit.
 
-    At least `share` of them are, and the sinks; what the strips leave over is filled with more, so
-    that a page has no unused bytes.
+    At least the share `share` of them is int8, and the sinks; bytes that are left over are filled
+    with further int8 tokens.
     """
 
     def end(tokens: int) -> int:

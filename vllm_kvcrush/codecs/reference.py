@@ -1,6 +1,6 @@
-"""Plain-torch oracle of csrc/ and ops/triton/: what each codec keeps of K and V, and attention.
+"""The plain-torch oracle of csrc/ and ops/triton/: what each codec keeps of K and V, and attention.
 
-Slow and exact: float64 throughout, float32 only where the format itself rounds. Shapes use n
+It is slow and exact: float64 throughout, float32 only where the format itself rounds. Shapes use n
 tokens, H KV heads, Hq query heads and head sizes D.
 """
 
@@ -165,7 +165,8 @@ def attention(
     Args:
         query: [rows, Hq, D].
         keys, values: [n, D] and [n, Dv] of each KV head; n may differ between heads.
-        tail: number of tokens at the end that are causal; the last one belongs to the last row.
+        tail: number of tokens at the end to which attention is causal; the last one belongs to the
+            last row.
         log_bias: [n] of each KV head, added to the logits.
 
     Returns:

@@ -1,6 +1,6 @@
-"""What differs between the releases of vLLM that this package supports: one module for each, with
-the same names. The installed release chooses one of them, once; a newer one than all takes the
-newest."""
+"""What differs between the releases of vLLM that this package supports: one module for each
+release, with the same names. This package imports the names of the installed release's module, or
+of the newest module for a release that is newer still."""
 
 from __future__ import annotations
 

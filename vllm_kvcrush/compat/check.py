@@ -1,4 +1,4 @@
-"""Holds the table of vLLM's names against the source of a vLLM."""
+"""Compares the table of vLLM's names that this package relies on with the source of a vLLM."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Finding(NamedTuple):
 
     Attributes:
         hook: the hook.
-        found: the signature, for functions; "" for others.
-        problem: what is wrong with it, or None.
+        found: the signature of a function; "" for anything else.
+        problem: what is wrong with it, as the end of a sentence, or None.
     """
 
     hook: Hook
@@ -26,27 +26,28 @@ class Finding(NamedTuple):
 
 
 def check(source: Source) -> list[Finding]:
-    """Looks all hooks up that a vLLM of this release must have."""
+    """Returns what a vLLM has for each hook that its release must have."""
     number = re.match(r"v?(\d+)\.(\d+)", source.version or "")
     release = (int(number[1]), int(number[2])) if number else None
     return [_find(source, hook) for hook in hooks.HOOKS if _applies(hook, release)]
 
 
 def _applies(hook: Hook, release: tuple[int, int] | None) -> bool:
-    if release is None:  # a checkout, newer than all that we know
+    if release is None:  # a checkout, taken to be newer than all known releases
         return hook.until is None
     return (hook.since or release) <= release <= (hook.until or release)
 
 
 def record(source: Source) -> str:
-    """All that the table asks of a vLLM, for `Source.recorded`: to be checked without it."""
+    """Returns what the table asks of a vLLM as text for `Source.recorded`, so that it can be
+    checked without that vLLM."""
     return source.record([(hook.module, hook.name.split(".")[0]) for hook in hooks.HOOKS])
 
 
 @functools.cache
 def refusal() -> str | None:
-    """Why a policy cannot be had with the installed vLLM, whatever its version, as one sentence;
-    None if all is as it should be."""
+    """Returns one sentence that says why no policy can be used with the installed vLLM, whatever
+    its version number, or None if it has all that is needed."""
     try:
         source = Source.installed()
         wrong = [finding for finding in check(source) if finding.problem]
@@ -78,7 +79,7 @@ def _find(source: Source, hook: Hook) -> Finding:
         text = f"({found})"
         problem = None if hook.parameters is None else _problem(hook, found)
         return Finding(hook, text, problem and f"takes {text}, where {problem}")
-    # A value, or a function that something made, whose parameters no source tells.
+    # A value, or a function that some code made, whose parameters cannot be read in the source.
     if hook.parameters is not None and "." in hook.name:
         return Finding(hook, "", "is no method")
     return Finding(hook, "", None)
@@ -91,12 +92,12 @@ def _look_up(source: Source, hook: Hook) -> Entry | str:
     found = source.find(hook.module, owner)
     if not isinstance(found, Class):
         raise KeyError(owner)
-    # What is wrapped is replaced in the very class.
+    # A wrapper replaces a method in the class itself, so an inherited one does not count.
     return source.member(found, member, inherited=hook.kind != "wrap")
 
 
 def _problem(hook: Hook, found: Signature) -> str | None:
-    """What is wrong with vLLM's parameters, or None."""
+    """Returns what is wrong with vLLM's parameters, or None."""
     assert hook.parameters is not None
     by_place, _, rest = hook.parameters.partition("*, ")
     names = [part.strip() for part in by_place.split(",") if part.strip()]

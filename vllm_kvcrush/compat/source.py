@@ -1,5 +1,6 @@
-"""vLLM as its source describes it: names, signatures, attributes. Nothing of it is imported, so a
-release can be read that is not installed, from a folder, a wheel, or a recording of either."""
+"""Reads the names, signatures and attributes of vLLM from its source. Nothing of it is imported, so
+that a release that is not installed can be read from a folder, a wheel, or a recording of either.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ class Signature:
 
     @classmethod
     def parse(cls, text: str) -> Signature:
-        """The inverse of `str`."""
+        """Returns the signature that `text`, made by `str`, describes."""
         positional: list[str] = []
         keyword: list[str] = []
         optional, args, kwargs, after = set(), False, False, False
@@ -73,7 +74,8 @@ class Signature:
 
     @classmethod
     def of(cls, arguments: ast.arguments, bound: bool) -> Signature:
-        """Of a function's parameters; of a method that is bound, without the first."""
+        """Returns the signature of a function, or, without the first parameter, of a method that is
+        `bound`."""
         positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
         defaults = positional[len(positional) - len(arguments.defaults) :]
         keyword = [a.arg for a in arguments.kwonlyargs]
@@ -97,19 +99,19 @@ class Alias(NamedTuple):
 
 @dataclass
 class Class:
-    """A class of vLLM's.
+    """A class of vLLM.
 
     Attributes:
-        bases: those that are vLLM's own.
-        members: signature of each method; of attributes, how the constructor takes them: "field",
-            "field=" with a default, "" not at all.
+        bases: those base classes that are vLLM's own.
+        members: by name, the signature of a method, or how the constructor takes an attribute:
+            "field", "field=" if it has a default, "" if it is no parameter.
     """
 
     bases: list[Alias] = field(default_factory=list)
     members: dict[str, Signature | str] = field(default_factory=dict)
 
 
-# What a name of a module is: a class, a function, another name, or None for any value.
+# What a module's name stands for: a class, a function, another name, or None for any value.
 Entry = Class | Signature | Alias | None
 Module = dict[str, Entry]
 
@@ -119,19 +121,19 @@ class Source:
 
     Args:
         where: what it was read from, for messages.
-        version: as it says itself, or None.
-        read: gives a module by its dotted name, or None if there is no such module.
+        version: the version in its own source, or None.
+        read: returns a module by its dotted name, or None if there is no such module.
     """
 
     def __init__(self, where: str, version: str | None, read: Callable[[str], Module | None]):
         self.where, self.version = where, version
-        # Each module that was asked for.
+        # The modules that were asked for, by their dotted names.
         self.modules: dict[str, Module | None] = {}
         self._read = read
 
     @classmethod
     def installed(cls) -> Source:
-        """The vLLM of this Python. Raises SourceError if there is none."""
+        """Returns the source of the installed vLLM. Raises SourceError if there is none."""
         spec = importlib.util.find_spec(PACKAGE)
         places = list(spec.submodule_search_locations or ()) if spec else []
         if not places:
@@ -140,8 +142,8 @@ class Source:
 
     @classmethod
     def at(cls, path: str | Path) -> Source:
-        """vLLM in a folder: its package, or what has the package in it (a repository, an unpacked
-        wheel), or in a wheel. Raises SourceError if there is none."""
+        """Returns the source of the vLLM in a wheel, or in a folder that is the package or holds it
+        (a repository, an unpacked wheel). Raises SourceError if there is none."""
         path = Path(path)
         try:
             if path.is_file() and path.suffix == ".whl":
@@ -172,13 +174,14 @@ class Source:
 
     @classmethod
     def recorded(cls, text: str) -> Source:
-        """What `record` wrote: no more than it was told to keep."""
+        """Returns the source that `record` wrote, which has only the names that it was given."""
         content = json.loads(text)
         modules = {name: _decode_module(m) for name, m in content["modules"].items()}
         return cls(f"a recording of vLLM {content['version']}", content["version"], modules.get)
 
     def record(self, needed: Sequence[tuple[str, str]]) -> str:
-        """The classes and functions `needed`, by module and name, as JSON: a line each."""
+        """Returns the classes and functions `needed`, given as (module, name), as JSON with a line
+        for each."""
         kept: dict[str, Module] = {}
         for module, name in needed:
             self._keep(module, name, kept)
@@ -215,14 +218,15 @@ class Source:
                 self._keep(base.module, base.name, kept)
 
     def module(self, name: str) -> Module | None:
-        """A module by its dotted name, or None."""
+        """Returns a module by its dotted name, or None."""
         if name not in self.modules:
             self.modules[name] = self._read(name)
         return self.modules[name]
 
     def find(self, module: str, name: str) -> Entry:
-        """What a module has under a name, wherever it comes from. Raises KeyError if nothing."""
-        for _ in range(16):  # as often as a name is passed on
+        """Returns what a module has under a name, wherever that is defined. Raises KeyError if it
+        has nothing."""
+        for _ in range(16):  # a limit for names that import one another
             entries = self.module(module)
             if entries is None:
                 raise KeyError(module)
@@ -239,7 +243,8 @@ class Source:
         raise KeyError(name)
 
     def _find_beside(self, module: str, name: str, entries: Module) -> Entry:
-        """What a module has under a name that it does not bind itself."""
+        """Returns what a module has under a name that it does not bind itself: through an
+        `import *`, or a submodule. Raises KeyError if it has nothing."""
         for all_of in [key[1:] for key in entries if key.startswith(f"*{PACKAGE}")]:
             try:
                 return self.find(all_of, name)
@@ -250,7 +255,7 @@ class Source:
         return Alias(f"{module}.{name}", "")
 
     def lineage(self, cls: Class) -> Iterator[Class]:
-        """A class and the ones that it inherits from, near to far."""
+        """Yields a class and the classes that it inherits from, near to far."""
         yield cls
         for base in cls.bases:
             try:
@@ -261,8 +266,8 @@ class Source:
                 yield from self.lineage(found)
 
     def member(self, cls: Class, name: str, inherited: bool = True) -> Signature | str:
-        """A method's signature, or how the constructor takes an attribute. Raises KeyError if the
-        class has no such member."""
+        """Returns a method's signature, or how the constructor takes an attribute. Raises KeyError
+        if the class has no such member."""
         for each in self.lineage(cls) if inherited else (cls,):
             if name in each.members:
                 return each.members[name]
@@ -271,7 +276,8 @@ class Source:
         raise KeyError(name)
 
     def _constructor(self, cls: Class) -> Signature:
-        """Of a class that writes none: a data class's, made of its fields."""
+        """Returns the constructor's signature of a class that defines none: that of a data class,
+        made of its fields."""
         names: dict[str, bool] = {}
         for each in reversed(list(self.lineage(cls))):
             for name, how in each.members.items():
@@ -295,8 +301,8 @@ def _file(folder: Path, name: str) -> str | None:
 
 
 def _encode(entry: Entry) -> Any:
-    """Of a class: its bases, its methods' parameters, its fields ("=" with a default), and its
-    other attributes."""
+    """Returns an entry as JSON values. A class becomes a list of its bases, its methods'
+    parameters, its fields ("=" marks a default), and its other attributes."""
     if isinstance(entry, Alias):
         return ":".join(entry)
     if not isinstance(entry, Class):
@@ -333,7 +339,7 @@ class _Reader:
     """Reads one module.
 
     Args:
-        module: its dotted name.
+        module: the module's dotted name.
         package: whether it is a package's `__init__`.
     """
 
@@ -343,7 +349,7 @@ class _Reader:
         self._entries: Module = {}
 
     def read(self, tree: ast.Module) -> Module:
-        """Everything that its top level binds."""
+        """Returns everything that the module's top level binds."""
         for node in _statements(tree.body):
             self._statement(node)
         return self._entries
@@ -413,7 +419,7 @@ class _Reader:
                 found.members.setdefault(each.attr, "")
 
     def _target(self, name: str) -> Alias | None:
-        """Where a base class is, if it is vLLM's."""
+        """Returns where a base class is defined, or None if it is not vLLM's."""
         first, *middle = name.split(".")
         entry = self._entries.get(first)
         if isinstance(entry, Class):
@@ -427,13 +433,13 @@ class _Reader:
 
 
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """All statements that may run when a module or a class body does."""
+    """Yields all statements that may run when a module or a class body runs."""
     for node in body:
         if isinstance(node, ast.If | ast.For | ast.While):
             yield from _statements([*node.body, *node.orelse])
         elif isinstance(node, ast.Try):
             handlers = [statement for handler in node.handlers for statement in handler.body]
-            # What is there if nothing fails comes last, and stays.
+            # Later names win, so handlers come first: what is bound if nothing fails stays.
             yield from _statements([*handlers, *node.body, *node.orelse, *node.finalbody])
         elif isinstance(node, ast.With):
             yield from _statements(node.body)
@@ -468,6 +474,6 @@ def _field(node: ast.AnnAssign) -> str:
 
 
 def _marked(node: ast.FunctionDef | ast.AsyncFunctionDef, *names: str) -> bool:
-    """Whether a function has one of these decorators."""
+    """Returns whether a function has one of these decorators."""
     found = (ast.unparse(d.func if isinstance(d, ast.Call) else d) for d in node.decorator_list)
     return any(name.rpartition(".")[2] in names for name in found)

@@ -1,4 +1,4 @@
-"""vLLM 0.32."""
+"""What is particular to vLLM 0.32."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def prefix_hit(
 ) -> tuple[Any, int, int, bool]:
     """Looks a request up in the prefix cache, for no more tokens than it may take from there.
 
-    vLLM 0.32 looks up the whole prompt and takes no bound, so what is too much is cut off.
+    vLLM 0.32 looks up the whole prompt and takes no bound, so the excess is cut off afterwards.
 
     Args:
         find: `Scheduler._get_local_prefix_cache_hit` of vLLM's own scheduler.
-        kv_cache_manager: the scheduler's.
-        request: vLLM's.
-        bound: what the scheduler was asked to keep to, in tokens; None: all but the last token.
-        cap: what the request's policy leaves to the cache: whole blocks, in tokens. None: all.
+        kv_cache_manager: the scheduler's KV cache manager.
+        request: vLLM's request.
+        bound: the most tokens by vLLM; None means all but the last.
+        cap: the most tokens by the request's policy, in whole blocks; None means all.
 
     Returns:
-        As `find` does: blocks, their tokens, the boundary of a shared prefix, and whether the hits
-        of several groups of layers differ.
+        What `find` returns: blocks, the number of their tokens, the boundary of a shared prefix,
+        and whether the hits of several groups of layers differ.
     """
     assert bound is None, "vLLM 0.32 gives none"
     blocks, hit, boundary, diverged = find(request)

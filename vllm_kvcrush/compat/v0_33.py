@@ -1,11 +1,12 @@
-"""vLLM 0.33, of which only the Python files were seen running: docs/vllm.md."""
+"""What is particular to vLLM 0.33, of which only the Python files were seen running
+(docs/vllm.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-# See `v0_32`. Here it yields chunks, of which OpenAI's events are made, and Anthropic's others.
+# See `v0_32`. Here it yields chunks, of which vLLM makes OpenAI's events, and Anthropic's.
 CHAT_STREAM = "chat_completion_stream_generator_raw"
 
 
@@ -17,7 +18,7 @@ def prefix_hit(
     cap: int | None,
 ) -> tuple[Any, int, int, bool]:
     """Looks a request up in the prefix cache, for no more tokens than it may take from there; see
-    `v0_32.prefix_hit`. vLLM 0.33 takes a bound, and so looks no further."""
+    `v0_32.prefix_hit`. vLLM 0.33 takes the bound itself."""
     if cap is not None:
         bound = min(cap, request.num_tokens - 1 if bound is None else bound)
     return find(request, bound)

@@ -22,16 +22,17 @@ from vllm_kvcrush.plan import Plan, Shape, cdiv
 
 @dataclass(frozen=True, kw_only=True)
 class KVCrushSpec(FullAttentionSpec):
-    """Full attention whose requests are bounded by the default budget."""
+    """The cache spec of a full-attention layer whose requests are bounded by the default budget."""
 
     @classmethod
     def convert(cls, spec: FullAttentionSpec) -> KVCrushSpec:
-        """The same layer under this plugin."""
+        """Returns the spec of the same layer under this plugin."""
         return cls(**{f.name: getattr(spec, f.name) for f in fields(spec)})
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """Bytes of the longest request under the default budget: vLLM's start-up check and its
-        concurrency figure use it, so a pool smaller than one raw `max_model_len` is accepted."""
+        """Returns the bytes of the longest request under the default budget. vLLM's start-up check
+        and its concurrency figure use it, so a pool is accepted that is too small for
+        `max_model_len` raw tokens."""
         settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
         longest = vllm_config.model_config.max_model_len
         return settings.most_blocks(longest, self.block_size) * self.page_size_bytes
@@ -41,11 +42,12 @@ class Job(NamedTuple):
     """A compaction that is due.
 
     Attributes:
-        request_id: whose.
-        computed, held: tokens with KV, and slots that they take.
-        shape: what it is to hold.
-        twin: jobs with equal ones have the same result, whichever of them is done; None: no other
-            has.
+        request_id: vLLM's id of the request.
+        computed: number of tokens whose KV has been computed.
+        held: number of slots that they take.
+        shape: the blocks and the tail that the request is to hold.
+        twin: jobs with an equal `twin` have the same result, so that only one of them is done; None
+            if there is no other such job.
     """
 
     request_id: str
@@ -59,7 +61,8 @@ class Deferred(NamedTuple):
     """Why a due compaction did not happen.
 
     Attributes:
-        reason: "shared": it would cost as many blocks as come free; "no_room": none to write to.
+        reason: "shared" if it would take at least as many blocks as come free, "no_room" if there
+            are too few blocks to write to.
         missing: by how many blocks.
     """
 
@@ -72,14 +75,14 @@ class KVCrushManager(FullAttentionManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Grows whenever what requests share may have become less.
+        # Grows whenever requests may have come to share fewer blocks.
         self.epoch = 0
-        # Per compacted request: the slot of token p, in the tail, is p - slot_shift.
+        # By compacted request: the slot of a token p of the tail is p - slot_shift.
         self.slot_shift: dict[str, int] = {}
-        # The position from which its KV is not exact any more.
+        # By compacted request: the position from which its KV is not exact any more.
         self.lossy_since: dict[str, int] = {}
-        # Its compressed region: blocks, and tokens of each layer and head by the plan. A policy may
-        # share these out unequally; what is true then is the worker's to say.
+        # By compacted request: blocks of its compressed region, and tokens of each layer and head
+        # by the plan. A policy may divide these unequally; only the worker knows then.
         self.regions: dict[str, tuple[int, int]] = {}
         # Plans of requests with an active policy; owned by the scheduler.
         self.plans: Mapping[str, Plan] = {}
@@ -88,7 +91,7 @@ class KVCrushManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
     ) -> int:
         if kwargs.get("apply_admission_cap") and (plan := self.plans.get(request_id)):
-            # Admission counts on the bound: the whole prompt never is in the pool at once.
+            # The whole prompt is never in the pool at once, so admission reserves the bound only.
             num_tokens = min(num_tokens, plan.bound(num_tokens) * self.block_size)
         else:
             num_tokens -= self.slot_shift.get(request_id, 0)
@@ -104,14 +107,14 @@ class KVCrushManager(FullAttentionManager):
 
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         # Tokens after a lossy compaction attended to a lossy cache, so their blocks are not exact;
-        # and where slots are shifted, a block does not hold the tokens of its place.
+        # and where slots are shifted, block i does not hold the tokens from i * block_size on.
         if request.request_id in self.lossy_since:
             return
         assert not self.slot_shift.get(request.request_id), "a slot shift without loss"
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        # The single funnel for finish, abort and preemption.
+        # vLLM calls this for finish, abort and preemption alike.
         self.slot_shift.pop(request_id, None)
         self.lossy_since.pop(request_id, None)
         self.regions.pop(request_id, None)
@@ -119,19 +122,25 @@ class KVCrushManager(FullAttentionManager):
         return super().pop_blocks_for_free(request_id)
 
     def held_tokens(self, request_id: str, computed: int, in_region: float | None = None) -> int:
-        """Tokens whose KV a request holds in each layer and head, of `computed` in all: those of
-        its compressed region, `in_region` or what the plan says, and the tail's."""
+        """Returns the number of tokens whose KV a request holds in each layer and head.
+
+        Args:
+            computed: number of tokens whose KV has been computed.
+            in_region: how many of them the compressed region holds; None for what the plan says.
+        """
         blocks, tokens = self.regions.get(request_id, (0, 0))
         tail = computed - self.slot_shift.get(request_id, 0) - blocks * self.block_size
         return tail + round(tokens if in_region is None else in_region)
 
     def compact(self, jobs: Sequence[Job]) -> list[Compact] | Deferred:
-        """Compacts the jobs' requests together, or none of them.
+        """Compacts the requests of all jobs, or none of them. Returns the commands for the workers,
+        or why the compaction did not happen.
 
         Twins share one set of new blocks. Together the jobs must give back more physical blocks
         than they take: a block that another request still holds does not come free. New contents go
-        into blocks that nobody else can see: first the requests' own unhashed ones, then free ones;
-        only when the pool is empty into own hashed ones, which leave the prefix cache first.
+        into blocks that nobody else can see: first the requests' own unhashed blocks, then free
+        ones, and only when the pool is empty their own hashed ones, which are first evicted from
+        the prefix cache.
         """
         regions = {job.request_id: self._region(job) for job in jobs}
         units = twins(jobs)
@@ -147,7 +156,7 @@ class KVCrushManager(FullAttentionManager):
         return [command for unit in units for command in self._compact_unit(unit, regions)]
 
     def sharing(self, jobs: Sequence[Job]) -> list[list[Job]]:
-        """Groups the jobs whose requests share blocks, directly or through others."""
+        """Returns the jobs in groups whose requests share blocks, directly or through others."""
         groups: list[tuple[set[int], list[Job]]] = []
         for job in jobs:
             blocks, members = {b.block_id for b in self._region(job)}, [job]
@@ -169,8 +178,8 @@ class KVCrushManager(FullAttentionManager):
     def _missing_room(
         self, units: Sequence[list[Job]], regions: Mapping[str, list[KVCacheBlock]]
     ) -> int:
-        """How many blocks the first unit lacks that, in turn, does not find enough free or own
-        ones to write to; 0 if all do."""
+        """Returns how many blocks the first unit lacks that, in turn, does not find enough free or
+        own blocks to write to, or 0 if all do. A unit is a list of twins."""
         free = self.block_pool.get_num_free_blocks()
         references = {b.block_id: b.ref_cnt for r in regions.values() for b in r}
         for unit in units:
@@ -186,7 +195,8 @@ class KVCrushManager(FullAttentionManager):
     def _compact_unit(
         self, unit: Sequence[Job], regions: Mapping[str, list[KVCacheBlock]]
     ) -> list[Compact]:
-        """Compacts twins: the first does the work, the others take its blocks."""
+        """Compacts twins and returns their commands: the first one's blocks are written, and the
+        others take them over."""
         pool, need = self.block_pool, unit[0].shape.compressed
         held = {b.block_id: b for job in unit for b in regions[job.request_id]}
         released = Counter(b.block_id for job in unit for b in regions[job.request_id])
@@ -242,13 +252,14 @@ class KVCrushManager(FullAttentionManager):
 
 
 def twins(jobs: Sequence[Job]) -> list[list[Job]]:
-    """The jobs in groups with one result each, in the order of their firsts."""
+    """Returns the jobs in groups of twins, which have one result, in the order of the groups' first
+    jobs."""
     units: dict[Hashable, list[Job]] = {}
     for job in jobs:
         units.setdefault(job.request_id if job.twin is None else job.twin, []).append(job)
     return list(units.values())
 
 
-# The built-in specs are registered only while the list is empty: let them go first.
+# vLLM registers its own specs only while the registry is empty, so that must happen first.
 KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(KVCrushSpec, KVCrushManager, uniform_type_base_spec=FullAttentionSpec)

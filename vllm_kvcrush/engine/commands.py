@@ -1,5 +1,5 @@
-"""What the scheduler tells the workers, and what they answer. Plain data: it travels pickled
-between processes."""
+"""What the scheduler tells the workers, and what they answer: plain data, pickled between
+processes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from vllm_kvcrush.plan import Plan
 
 @dataclass(frozen=True)
 class Compact:
-    """One compaction of one request, to be run before the forward pass of this step. It carries
-    blocks; how many tokens of which layer and head fill them is the worker's business.
+    """One compaction of one request, to be run before the forward pass of this step. It names
+    blocks; the workers decide how many tokens of each layer and head fill them.
 
     Args:
         request_id: vLLM's id of the request.
-        computed: tokens whose KV is written when the compaction runs (true count, `n`).
+        computed: number of tokens whose KV has been computed when the compaction runs (`n`).
         source: ids of the blocks before the tail, in slot order.
         compressed: how many of them, from the first, are the compressed region so far; the
             others are raw and full.
-        target: ids of the blocks of the new compressed region, in slot order. May contain ids of
-            `source` (compaction in place).
-        tail: ids of the blocks after them, which stay as they are.
-        tail_tokens: tokens in `tail`.
-        slot_shift: by how much the slots of later tokens lie before their positions, whether
-            tokens were evicted or packed closer.
-        same_as: a request whose compaction, earlier in this step, filled `target` with just what
-            this one would: there is nothing to move. None of most.
+        target: ids of the blocks of the new compressed region, in slot order. They may include ids
+            of `source` (compaction in place).
+        tail: ids of the blocks of the tail, which stay as they are.
+        tail_tokens: number of tokens in `tail`.
+        slot_shift: position minus slot of later tokens, whether tokens were evicted or packed
+            closer.
+        same_as: id of a request whose compaction, earlier in this step, filled `target` with what
+            this one would, so that there is nothing to move; None for most.
     """
 
     request_id: str
@@ -40,18 +40,18 @@ class Compact:
     same_as: str | None = None
 
 
-# What a worker does before a step, in order. Room for `Copy` between tiers of memory, `Swap`,
-# `Index`: each a record of its own, which carries blocks.
+# What a worker does before a step. Other kinds, such as copies between tiers of memory, would be
+# further records in a union.
 Command = Compact
 
 
 @dataclass(frozen=True)
 class Admitted:
-    """A request that runs under a policy, as the scheduler resolved it: workers parse nothing.
+    """A request that runs under a policy, as the scheduler resolved its parameters.
 
     Args:
-        policy: with its parameters, in the grammar of `spec`.
-        plan: when it is compacted, to how many blocks.
+        policy: the policy with its parameters, in the grammar of `spec`.
+        plan: when the request is compacted, and to how many blocks.
         spans: (first, end) token positions that a policy may treat each on its own.
         protect: (first, end) token positions that stay whatever a policy says.
     """
@@ -67,10 +67,10 @@ class StepCommands:
     """Everything a worker needs to know in one step, attached to `SchedulerOutput.kvcrush`.
 
     Args:
-        commands: in the order in which they run.
-        admitted: those of this step's new and resumed requests that have a plan.
-        observe: of how many of this step's newest tokens of a request the queries are to be kept,
-            for a compaction to come.
+        commands: commands in the order in which they run.
+        admitted: by id, those of this step's new and resumed requests that have a plan.
+        observe: by request id, the number of this step's newest tokens whose queries are to be
+            kept, for a compaction to come.
     """
 
     commands: list[Command] = field(default_factory=list)
@@ -83,11 +83,11 @@ class Compacted:
     """What a compaction did.
 
     Args:
-        request_id: whose.
-        policy: the outermost name of its policy.
-        seconds: how long it took.
+        request_id: vLLM's id of the request.
+        policy: the outermost name of the request's policy.
+        seconds: how long the compaction took.
         held: tokens in the compressed region, the mean over this rank's layers and KV heads.
-        evicted: tokens that it dropped, likewise.
+        evicted: tokens that the compaction dropped, the same mean.
     """
 
     request_id: str
@@ -102,10 +102,10 @@ class WorkerReport:
     """What a worker tells the scheduler, attached to `ModelRunnerOutput.kvcrush`.
 
     Args:
-        compacted: each compaction since the last report.
-        failures: (request, policy) of compactions in which the policy failed, so that the sinks and
-            the newest tokens were kept instead.
-        peaks: the most bytes that the worker has held beside its KV cache, by what for; see
+        compacted: the compactions since the last report.
+        failures: (request id, policy) of compactions in which the policy failed, so that the sinks
+            and the newest tokens were kept instead.
+        peaks: the most bytes that the worker has held beside its KV cache, by their use; see
             `stats.Stats.worker_bytes`.
     """
 

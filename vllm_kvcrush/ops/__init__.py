@@ -1,8 +1,8 @@
 """The maths that policies share, one name per operation.
 
-Policies call these names, never an implementation, so that a faster one can stand behind a name
-without touching a policy. `reference` is plain torch and the oracle of every other one; `cpu`, C++,
-serves what lies in CPU memory. Both choose the same slots.
+Policies call these names, never an implementation, so that a faster one can be put behind a name
+without a change in any policy. `reference` is plain torch and the oracle of the others; `cpu`, in
+C++, is used for tensors in CPU memory. Both choose the same slots.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def top_mask(scores: Tensor, keep: int | Tensor) -> Tensor:
 
     Args:
         scores: [H, m]; NaN counts as the worst.
-        keep: 0 <= keep <= m, of every head or int64 [H].
+        keep: 0 <= keep <= m, one number for all heads or int64 [H].
 
     Returns:
         bool [H, m] with exactly `keep` ones in each row.
@@ -55,15 +55,15 @@ def top_mask(scores: Tensor, keep: int | Tensor) -> Tensor:
 
 
 def mask_slots(mask: Tensor, count: int | Tensor) -> Tensor:
-    """Slots that a mask marks.
+    """Lists the slots that a mask marks.
 
     Args:
         mask: bool [H, m] with exactly `count` ones in each row.
-        count: of every head, or int64 [H].
+        count: one number for all heads, or int64 [H].
 
     Returns:
-        int64 [H, count], ascending; where heads differ as many columns as the largest count, and
-        -1 past a head's own.
+        int64 [H, count], ascending; where heads differ, the columns are as many as the largest
+        count, and -1 past a head's own.
     """
     if _in_cpp(mask):
         from vllm_kvcrush.ops import cpu
@@ -84,18 +84,18 @@ def represent(
 
 
 def top_slots(scores: Tensor, keep: int | Tensor) -> Tensor:
-    """Each head's `keep` best slots, of the same arguments as `top_mask`: int64 [H, keep],
-    ascending."""
+    """Returns each head's `keep` best slots as `mask_slots` does, int64 [H, keep], ascending.
+    Arguments are those of `top_mask`."""
     return mask_slots(top_mask(scores, keep), keep)
 
 
 def keep_bits(scores: Tensor, share: float, sizes: Tensor | None = None) -> Tensor:
-    """KVCrush's binary features: would this head keep this token (arXiv 2503.00022)?
+    """Returns KVCrush's binary features (arXiv 2503.00022): whether a head would keep a token.
 
     Args:
         scores: [H, m].
-        share: part of a head's tokens that get a one; round(share·m) of them.
-        sizes: int64 [H], tokens of each head where they differ; None: m.
+        share: share of a head's tokens that get a one, which is round(share·m) tokens.
+        sizes: int64 [H], tokens of each head where they differ; None means m.
 
     Returns:
         bool [H, m].
@@ -106,13 +106,13 @@ def keep_bits(scores: Tensor, share: float, sizes: Tensor | None = None) -> Tens
 
 
 def _alike(count: int | Tensor) -> int | Tensor:
-    """One number where all heads have the same."""
+    """Returns one number instead of a tensor if all heads have the same number."""
     if isinstance(count, Tensor):
         numbers = count.tolist()
         return numbers[0] if len(set(numbers)) == 1 else count
     return count
 
 
-# The library is loaded at its first use: processes that only check options do without it.
+# The C++ library is loaded at its first use, because processes that only check options need none.
 def _in_cpp(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"

@@ -14,8 +14,13 @@ class Angles:
     """Cosines and sines of a rotary embedding, shared by all layers.
 
     Args:
-        rope: the embedding.
-        positions: how many positions must be known.
+        rope: the rotary embedding.
+        positions: number of positions that are needed.
+
+    Attributes:
+        positions: number of positions that there are, a multiple of COARSE.
+        coarse: float32 [positions / COARSE, D], cosines and then sines of every COARSE-th position.
+        fine: float32 [COARSE, D], cosines and then sines of the positions below COARSE.
     """
 
     def __init__(self, rope: Rope, positions: int) -> None:

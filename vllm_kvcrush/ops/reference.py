@@ -28,7 +28,8 @@ def _wide(*tensors: Tensor) -> torch.dtype:
 def window_attention(
     queries: Tensor, keys: Tensor, scale: float, log_bias: Tensor | None = None
 ) -> Tensor:
-    """Attention weights of the newest queries over every held slot (SnapKV, arXiv 2404.14469 §4).
+    """Returns the attention weights of the newest queries over every held slot (SnapKV, arXiv
+    2404.14469 §4).
 
     Args:
         queries: [Hq, w, D] with RoPE, unscaled; row i is the query of slot n - w + i.
@@ -70,7 +71,7 @@ def reduce_groups(x: Tensor, num_kv_heads: int, how: str = "mean") -> Tensor:
     """
     if x.shape[0] % num_kv_heads:
         raise ValueError(f"{x.shape[0]} query heads do not divide over {num_kv_heads} KV heads")
-    group = x.shape[0] // num_kv_heads  # named: -1 is ambiguous where a head has no slots
+    group = x.shape[0] // num_kv_heads  # given, because -1 is ambiguous where a head has no slots
     groups = x.to(_wide(x)).reshape(num_kv_heads, group, *x.shape[1:])
     if how == "mean":
         return groups.mean(1)
@@ -86,7 +87,7 @@ def pool_scores(scores: Tensor, size: int, kind: str) -> Tensor:
     Args:
         scores: [H, m].
         size: width of the centred window, odd.
-        kind: "avg" or "max". At the edges the window is cut: no padding enters either.
+        kind: "avg" or "max". At the edges the window is smaller: padding counts in neither.
 
     Returns:
         [H, m].
@@ -114,14 +115,14 @@ def window_scores(
     counts: Sequence[int] | None = None,
     log_bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention that each candidate receives from the newest queries.
+    """Returns the attention that each candidate receives from the newest queries.
 
     Args:
-        queries, keys, scale: of `window_attention`.
-        candidates: m, or as many as each head has: scores are wanted, and pooled, for slots [0, m).
-        mean: the mean over the window instead of the sum.
-        pool, pool_kind: of `pool_scores`; 1 leaves the scores as they are.
-        reduce: of `reduce_groups`, or None.
+        queries, keys, scale: as in `window_attention`.
+        candidates: m, for all heads or for each: slots [0, m) are scored, and pooled together.
+        mean: whether to take the mean over the window instead of the sum.
+        pool, pool_kind: `size` and `kind` of `pool_scores`; 1 leaves the scores as they are.
+        reduce: `how` of `reduce_groups`, or None for no reduction.
         counts: slots of each head, where they differ; what lies past them is padding.
         log_bias: [H, m], added to the logits of the candidates.
 
@@ -156,7 +157,7 @@ class LayerKV:
     Attributes:
         keys: [H, n, D], with RoPE.
         values: [H, n, D], or None if nobody asks for them.
-        counts: tokens of each head, where they differ: what lies past them is padding.
+        counts: tokens of each head, where they differ; what lies past them is padding.
         log_bias: [H, m], added to the logits of the first m slots, or None.
     """
 
@@ -167,18 +168,18 @@ class LayerKV:
 
     @property
     def num_kv_heads(self) -> int:
-        """H."""
+        """Returns the number of KV heads, H."""
         return self.keys.shape[0]
 
     @property
     def device(self) -> torch.device:
-        """Where policies compute."""
+        """Returns the device on which policies compute."""
         return self.keys.device
 
     def window_scores(
         self, queries: Tensor, scale: float, candidates: int | Sequence[int], **options: Any
     ) -> Tensor:
-        """`window_scores` over these keys."""
+        """Returns `window_scores` over these keys."""
         return window_scores(
             queries,
             self.keys,
@@ -195,7 +196,7 @@ def top_mask(scores: Tensor, keep: int | Tensor) -> Tensor:
 
     Args:
         scores: [H, m]; NaN counts as the worst.
-        keep: 0 <= keep <= m, of every head or int64 [H].
+        keep: 0 <= keep <= m, one number for all heads or int64 [H].
 
     Returns:
         bool [H, m] with exactly `keep` ones in each row.
@@ -211,7 +212,7 @@ def top_mask(scores: Tensor, keep: int | Tensor) -> Tensor:
     # A NaN would compare false with everything and break the count, which frees wrong memory.
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     # topk finds the threshold quickly, but which of several equal slots it returns differs
-    # between devices; the first ones are counted off here instead.
+    # between devices, so the first of them are taken here.
     least = scores.topk(keep, sorted=False).values.amin(-1, keepdim=True)
     above, ties = scores > least, scores == least
     room = keep - above.sum(-1, keepdim=True)
@@ -219,16 +220,7 @@ def top_mask(scores: Tensor, keep: int | Tensor) -> Tensor:
 
 
 def mask_slots(mask: Tensor, count: int | Tensor) -> Tensor:
-    """Slots that a mask marks.
-
-    Args:
-        mask: bool [H, m] with exactly `count` ones in each row.
-        count: of every head, or int64 [H].
-
-    Returns:
-        int64 [H, count], ascending; where heads differ as many columns as the largest count, and
-        -1 past a head's own.
-    """
+    """Lists the slots that a mask marks; see `ops.mask_slots`."""
     if isinstance(count, Tensor):
         rows = zip(torch.split(mask, 1), count.tolist(), strict=True)
         width = int(count.max())
@@ -239,14 +231,14 @@ def mask_slots(mask: Tensor, count: int | Tensor) -> Tensor:
 
 
 def anchor_bits(kind: str, width: int, seed: int, device: torch.device) -> Tensor | None:
-    """The vector that KVCrush measures distances from (arXiv 2503.00022; the kinds are those of
-    OpenVINO GenAI's `KVCrushAnchorPointMode`).
+    """Returns the vector that KVCrush measures distances from (arXiv 2503.00022; the kinds are
+    those of OpenVINO GenAI's `KVCrushAnchorPointMode`).
 
     Args:
         kind: "random" (fixed by `seed` and `width` alone), "zeros", "ones", "alternate"
             (0, 1, 0, 1, ...) or "mean".
-        width: b, its bits.
-        seed: of "random".
+        width: b, the number of bits.
+        seed: seed of "random".
 
     Returns:
         bool [b], or None for "mean", which depends on the vectors: see `represent`.
@@ -254,7 +246,7 @@ def anchor_bits(kind: str, width: int, seed: int, device: torch.device) -> Tenso
     if kind == "mean":
         return None
     if kind == "random":
-        # Drawn on the CPU, whose generator gives the same bits next to every kind of device.
+        # Drawn on the CPU, so that the bits are the same with every kind of device.
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, 2, (width,), generator=generator).bool().to(device)
     if kind == "alternate":
@@ -267,19 +259,19 @@ def anchor_bits(kind: str, width: int, seed: int, device: torch.device) -> Tenso
 def represent(
     bits: Tensor, important: Tensor, count: int, anchor: Tensor | None, unit: int = 1
 ) -> Tensor:
-    """KVCrush's choice (arXiv 2503.00022): adds to each head's important units `count` evenly
-    spaced ones of its others, in the order of their Hamming distance to the anchor, then of their
-    index.
+    """Adds representatives to each head's important units (KVCrush, arXiv 2503.00022): `count`
+    evenly spaced ones of its other units, in the order of their Hamming distance to the anchor,
+    then of their index.
 
     Args:
         bits: bool [b, u·unit], a row for each head that describes tokens.
         important: bool [H, u].
-        count: representatives wanted of each head; no more than it has others.
-        anchor: bool [b·unit], or None for the majority of each head's others, zero at a tie.
-        unit: tokens of a unit; its vector is the bits of its tokens, head after head.
+        count: number of representatives of each head; no more than it has other units.
+        anchor: bool [b·unit], or None for the majority of each head's other units, zero at a tie.
+        unit: tokens in a unit; its vector is the bits of its tokens, head after head.
 
     Returns:
-        bool [H, u].
+        bool [H, u], the important units and the representatives.
     """
     vectors = bits.view(len(bits), -1, unit).transpose(0, 1).flatten(1)  # [u, b·unit]
     others = ~important
@@ -289,6 +281,6 @@ def represent(
         anchor = (2 * ones > available).unsqueeze(-2)  # [H, 1, b·unit]
     distance = (vectors ^ anchor).sum(-1)
     order = torch.where(important, FAR, distance).argsort(stable=True)
-    # Those at floor(i·x / count) of x others; the first one is always among them.
+    # Of x other units those at floor(i·x / count), so the first one is always among them.
     places = torch.arange(count, device=bits.device) * available // max(count, 1)
     return important.scatter(-1, order.gather(-1, places), True)

@@ -56,7 +56,8 @@ _RESERVED = (*_CLASSES, "none")
 
 
 def names() -> tuple[str, ...]:
-    """Every policy that `get` knows, built-in ones first. Raises ValueError on a name clash."""
+    """Returns the name of every policy that `get` knows, built-in ones first. Raises ValueError if
+    two packages bring policies of the same name."""
     return (*_CLASSES, *_third_party())
 
 
@@ -65,7 +66,7 @@ def get(spec: Spec | str, defaults: Mapping[str, Mapping[str, Any]] | None = Non
 
     Args:
         spec: the policy, or its text.
-        defaults: the server's options of each policy, by name, for what the spec does not say.
+        defaults: by policy, the server's options, for what the spec does not say.
 
     Raises:
         ValueError: unknown name or option, bad value, or a third-party policy that does not load.
@@ -90,7 +91,7 @@ def get(spec: Spec | str, defaults: Mapping[str, Mapping[str, Any]] | None = Non
             options["base"] = get(base, defaults)
     try:
         policy = cls(**options)
-    except OptionError as error:  # an alias names its options as the operator wrote them
+    except OptionError as error:  # of an alias: name it as the operator did
         path = error.path.replace(cls.name, spec.name, 1)
         raise OptionError(path, error.problem) from None
     stored = policy.codecs if spec.codecs is None else spec.codecs
@@ -105,12 +106,12 @@ def get(spec: Spec | str, defaults: Mapping[str, Mapping[str, Any]] | None = Non
 
 
 def options_of(name: str) -> tuple[str, ...]:
-    """The hyperparameters of policy `name`. Raises ValueError."""
+    """Returns the names of the hyperparameters of policy `name`. Raises ValueError."""
     return tuple(f.name for f in fields(_CLASSES.get(name) or _load(name)) if f.init)
 
 
 def storage_of(name: str) -> Storage:
-    """How policy `name` stores compressed regions. Raises ValueError."""
+    """Returns how policy `name` stores compressed regions. Raises ValueError."""
     return (_CLASSES.get(name) or _load(name)).storage()
 
 

@@ -16,9 +16,9 @@ from vllm_kvcrush.policies.base import Room, View, Wrapper, is_number, protect
 class AdaKV(Wrapper):
     """Ada-KV (arXiv 2407.11550 §3.3): within a layer, heads share the budget as their scores do.
 
-    The layer's best scores over all of its heads together are kept; how many of them are a head's
-    is its share of the layer's pages, mixed with an equal share so that no head starves. Layers
-    have equal budgets. Which tokens a head keeps is the base's choice.
+    A head's share of the layer's pages is its part of the layer's best scores, taken over all heads
+    together, mixed with an equal share so that no head starves. Layers have equal budgets. Which
+    tokens a head keeps is the base's choice.
 
     Attributes:
         floor: weight of the equal share, `alpha` in the paper.

@@ -1,8 +1,8 @@
-"""What a policy sees, and what it answers.
+"""What a policy is given, and what it returns.
 
-A policy ranks the tokens of one layer of one request and says which stay; how many may is the
-plan's business, and moving them the engine's. A policy may also share a request's pages out over
-layers and heads, and change keys and values on their way into the compressed region.
+A policy ranks the tokens of one layer of one request and says which stay. The plan says how many
+may stay, and the engine moves them. A policy may also divide a request's pages among layers and
+heads, and change keys and values on their way into the compressed region.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vllm_kvcrush.spec import Storage
 
 
 class LayerKV(Protocol):
-    """The keys and values that a request holds in one layer, wherever they lie; `ops.LayerKV` has
-    them in plain tensors."""
+    """The keys and values that a request holds in one layer, wherever they are stored. In
+    `ops.LayerKV` they are plain tensors."""
 
     @property
     def keys(self) -> Tensor: ...
@@ -42,15 +42,16 @@ class LayerKV(Protocol):
 class View:
     """One layer of one request at a compaction. Slots are in position order.
 
-    H KV heads, Hq query heads, n held slots, m candidates, w window queries, head size D. Under
-    tensor parallelism H and Hq count this rank's heads. Heads may hold unequal numbers of tokens:
-    then n and m are the largest, and what lies past a head's own count is padding.
+    Shapes use H KV heads, Hq query heads, n held slots, m candidates, w window queries, and head
+    size D. Under tensor parallelism H and Hq count this rank's heads. Heads may hold unequal
+    numbers of tokens: then n and m are the largest numbers, and what lies past a head's own count
+    is padding.
 
-    `keys` and `values` of every held slot, [H, n, D], keys with RoPE, are copies where the cache is
-    not made of plain tensors. A policy that gets by with `window_scores` costs a fraction.
+    `keys` and `values` copy every held slot, [H, n, D], where the cache is not made of plain
+    tensors. `window_scores` does not, so a policy that needs nothing else costs a fraction.
 
     Attributes:
-        held: what the request holds in this layer.
+        held: keys and values that the request holds in this layer.
         queries: [Hq, w, D], the last w queries, with RoPE, unscaled, or None unless the policy
             needs "queries".
         scale: factor of q·k.
@@ -58,19 +59,20 @@ class View:
         sinks: leading slots that always stay.
         page_size: tokens in a page (vLLM's block size).
         layer: index of the layer.
-        all_heads: [H, m] of this rank → [H over all ranks, m], in rank order; the identity
-            without tensor parallelism. A collective: every rank must make the same calls.
-        layers: how many layers there are.
-        counts: int64 [H] on the CPU: candidates of each head, at most m; None: m of each.
-        protected: bool [H, m]: slots that stay whatever a policy says, the sinks and the
-            request's protected spans; None: the sinks.
-        state: what `score` returned at the last compaction, by name, of the tokens that survived
-            it: float32 [H, m] or [H, m, c], 0 for newer ones (`known` tells). Names are missing at
-            the first compaction and after one in which the policy failed.
-        known: bool [H, m]: slots that the last compaction left; the others are newer. None: none.
-        log_bias: float32 [H, m]: what is added to the logits of a slot, by merging policies; None:
+        all_heads: turns this rank's [H, m] into [H over all ranks, m], in rank order; the identity
+            without tensor parallelism. It is a collective: every rank must make the same calls.
+        layers: number of layers.
+        counts: int64 [H] on the CPU, candidates of each head, at most m; None means m of each.
+        protected: bool [H, m], slots that stay whatever a policy says: the sinks and the request's
+            protected spans. None means the sinks.
+        state: by name, what `score` returned at the last compaction about the tokens that survived
+            it, float32 [H, m] or [H, m, c], and 0 for newer tokens (see `known`). Names are missing
+            at the first compaction and after one in which the policy failed.
+        known: bool [H, m], slots that the last compaction left; the others are newer. None means
+            that all are newer.
+        log_bias: float32 [H, m], what policies that merge add to the logits of a slot; None means
             nothing.
-        true_positions: int32 [H, m], where the candidates stand in the request; None unless the
+        true_positions: int32 [H, m], positions of the candidates in the request; None unless the
             policy needs "positions" (see `positions`).
         spans: the request's spans, (first, end) token positions, ascending and disjoint.
         rope: the model's rotary embedding, to undo and redo it; None where it is not known.
@@ -96,51 +98,52 @@ class View:
 
     @property
     def keys(self) -> Tensor:
-        """[H, n, D], with RoPE, of any float dtype."""
+        """Returns the keys [H, n, D], with RoPE, of any float dtype."""
         return self.held.keys
 
     @property
     def values(self) -> Tensor | None:
-        """[H, n, D], of any float dtype; None where a view without values was made by hand."""
+        """Returns the values [H, n, D], of any float dtype, or None if the view was made without
+        them."""
         return self.held.values
 
     @property
     def num_kv_heads(self) -> int:
-        """H."""
+        """Returns the number of KV heads, H."""
         return self.held.num_kv_heads
 
     @property
     def device(self) -> torch.device:
-        """Where every tensor lies that a policy returns."""
+        """Returns the device on which every tensor must be that a policy returns."""
         return self.held.device
 
     @property
     def positions(self) -> Tensor:
-        """True positions of the candidates, int32 [H, m]."""
+        """Returns the true positions of the candidates, int32 [H, m]."""
         assert self.true_positions is not None, 'the policy does not need "positions"'
         return self.true_positions
 
     @property
     def sizes(self) -> Tensor:
-        """Candidates of each head, int64 [H] on the CPU."""
+        """Returns the number of candidates of each head, int64 [H] on the CPU."""
         if self.counts is None:
             return torch.full((self.num_kv_heads,), self.candidates)
         return self.counts
 
     @property
     def ragged(self) -> bool:
-        """Whether heads have unequal numbers of candidates."""
+        """Returns whether heads have unequal numbers of candidates."""
         return self.counts is not None and bool((self.counts != self.candidates).any())
 
     @property
     def valid(self) -> Tensor:
-        """Which of the m columns are candidates of each head: bool [H, m]."""
+        """Returns which of the m columns are candidates of each head, bool [H, m]."""
         at = torch.arange(self.candidates, device=self.device)
         return at < self.sizes.to(self.device).unsqueeze(1)
 
     @property
     def staying(self) -> Tensor:
-        """Which candidates stay whatever a policy says: bool [H, m]."""
+        """Returns which candidates stay whatever a policy says, bool [H, m]."""
         if self.protected is not None:
             return self.protected
         at = torch.arange(self.candidates, device=self.device)
@@ -154,16 +157,17 @@ class View:
         pool_kind: str = "max",
         reduce: str = "mean",
     ) -> Tensor:
-        """Attention that each candidate receives from the window's queries: float32 [H, m], -inf
-        past a head's count.
+        """Returns the attention that each candidate receives from the window's queries, float32
+        [H, m], -inf past a head's count.
 
-        The weights of `ops.window_attention`, added up over the window (or their mean), pooled
+        It is the mean or the sum over the window of the weights of `ops.window_attention`, pooled
         along the candidates and then merged over the query heads of a KV head.
 
         Args:
-            mean: the mean over the window instead of the sum.
-            pool, pool_kind: of `ops.pool_scores`; 1 leaves the scores as they are.
-            reduce: of `ops.reduce_groups`.
+            mean: whether to take the mean over the window instead of the sum.
+            pool, pool_kind: `size` and `kind` of `ops.pool_scores`; 1 leaves the scores as they
+                are.
+            reduce: `how` of `ops.reduce_groups`.
         """
         assert self.queries is not None, 'the policy does not need "queries"'
         return self.held.window_scores(
@@ -181,9 +185,9 @@ class Room(NamedTuple):
     """The pages of this rank that a request's compressed region may fill.
 
     Attributes:
-        pages: how many, over all layers and heads.
+        pages: number of pages, over all layers and heads.
         page_tokens: int64 [L, H], tokens that one page of each head holds.
-        candidates: int64 [L, H], tokens that there are to keep.
+        candidates: int64 [L, H], candidates of each head.
     """
 
     pages: int
@@ -192,12 +196,12 @@ class Room(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What merging makes of a layer's candidates; only the kept slots are used.
+    """A layer's candidates after merging; only the kept slots are used.
 
     Attributes:
         keys: float32 [H, m, D], with RoPE of the slot's own position.
         values: float32 [H, m, Dv].
-        log_bias: float32 [H, m], what is added to the logit of each slot; None: nothing.
+        log_bias: float32 [H, m], what is added to the logit of each slot; None means nothing.
     """
 
     keys: Tensor
@@ -219,40 +223,40 @@ Scores = Tensor | tuple[Tensor, Mapping[str, Tensor]]
 
 @dataclass
 class Policy(ABC):
-    """Base of all policies. A subclass is a dataclass whose fields are its hyperparameters, and
+    """The base of all policies. A subclass is a dataclass whose fields are its hyperparameters. It
     checks them in `__post_init__` with `require`."""
 
     name: ClassVar[str]
-    # Of "queries" (the observation window), "positions" (true ones), "state" (what `score` returns
-    # beside scores is kept).
+    # Any of "queries" (of the observation window), "positions" (the tokens' true ones) and "state"
+    # (what `score` returns beside the scores is kept for the next compaction).
     needs: ClassVar[frozenset[str]] = frozenset()
     # Names of codecs that the pages of the compressed region may have, those that lose least
-    # first; empty: raw.
+    # first; empty for raw pages.
     codecs: ClassVar[tuple[str, ...]] = ()
-    # Whether, where a region has pages of two codecs, the most important tokens get the finer one;
-    # else the newest do.
+    # Whether the most important tokens get the finer codec where a region has pages of two codecs;
+    # otherwise the newest do.
     tiers: ClassVar[bool] = False
-    # Whether `allocate` shares the pages out; else every layer and head gets equally many tokens.
+    # Whether `allocate` divides the pages; otherwise all layers and heads keep equally many tokens.
     allocates: ClassVar[bool] = False
-    # Whether `merge` changes what stays.
+    # Whether `merge` changes the keys and values that stay.
     merges: ClassVar[bool] = False
-    # Whether it treats a request's spans each on its own.
+    # Whether the policy treats each span of a request on its own.
     uses_spans: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, view: View) -> Scores:
-        """Returns the importance of each candidate, [H, m]; higher stays. A policy that needs
-        "state" returns beside it, by name, what it wants to find in `View.state` at the next
-        compaction: [H, m] or [H, m, c] each."""
+        """Returns the importance of each candidate, [H, m]; those with higher scores stay. A policy
+        that needs "state" also returns, by name, what it wants to find in `View.state` at the next
+        compaction, [H, m] or [H, m, c] each."""
 
     def select(self, view: View, scores: Tensor, keep: Tensor) -> Tensor:
         """Returns which slots stay: bool [H, m] with keep[h] ones in row h.
 
-        By default the protected slots and then the best scores.
+        By default these are the protected slots and then the ones with the best scores.
 
         Args:
-            scores: [H, m], of `score`, -inf past a head's count.
-            keep: int64 [H], on the CPU.
+            scores: [H, m], what `score` returned, -inf past a head's count.
+            keep: int64 [H] on the CPU, how many slots of each head stay.
         """
         return ops.top_mask(protect(view, scores), keep)
 
@@ -260,49 +264,52 @@ class Policy(ABC):
         self, view: View, scores: Tensor, kept: Tensor, finer: Tensor, demoted: Tensor
     ) -> Tensor:
         """Returns which of the kept slots get the finer codec, bool [H, m]: those that would stay
-        if only so many did.
+        if only `finer` of them did.
 
         Args:
-            scores, kept: of `select`.
-            finer: int64 [H], how many.
-            demoted: bool [H, m], tokens that are in the coarser codec already. What they lost does
-                not come back, so they come last.
+            scores: [H, m], as in `select`.
+            kept: bool [H, m], what `select` returned.
+            finer: int64 [H], how many slots of each head get the finer codec.
+            demoted: bool [H, m], tokens that are in the coarser codec already. They come last,
+                since what they lost does not come back.
         """
         fresh = scores.masked_fill(demoted | ~kept, -torch.inf)
         best = self.select(view, fresh, finer)
-        # By class, then by score: the best, others that were never demoted, the demoted.
+        # Ranks are by class, then by score: the best, others that were never demoted, the demoted.
         place = fresh.argsort(dim=1, stable=True).argsort(1)
         rank = place + ((best & ~demoted).long() + (~demoted).long()) * view.candidates
         return ops.top_mask(rank.float().masked_fill(~kept, -torch.inf), finer)
 
     def demand(self, view: View, scores: Tensor, room: Room) -> Tensor | None:
-        """Returns what `allocate` wants to know of one layer, [H], or None if it needs no scores.
-        Called for every layer, before anything is chosen; `scores` as in `select`."""
+        """Returns what `allocate` needs to know about one layer, [H], or None if it needs no
+        scores. It is called for every layer, before anything is chosen; `scores` are as in
+        `select`."""
         return None
 
     def allocate(self, demand: Tensor | None, room: Room) -> Tensor:
-        """Returns the relative share of each head in the request's pages, [L, H], at least 0; for
-        policies with `allocates`. Under tensor parallelism each rank shares out its own pages.
+        """Returns the relative share of each head in the request's pages, [L, H], at least 0. It is
+        called for policies with `allocates`. Under tensor parallelism each rank divides its own
+        pages.
 
         Args:
             demand: [L, H], what `demand` returned, or None.
-            room: what there is to share.
+            room: the pages to divide.
         """
         raise NotImplementedError
 
     def merge(self, view: View, scores: Tensor, kept: Tensor) -> Merged:
-        """Returns the keys, values and log biases with which the kept slots are stored; for
-        policies with `merges`.
+        """Returns the keys, values and log biases with which the kept slots are stored. It is
+        called for policies with `merges`.
 
         Args:
-            scores: of `select`.
-            kept: bool [H, m].
+            scores: [H, m], as in `select`.
+            kept: bool [H, m], the slots that stay.
         """
         raise NotImplementedError
 
     @property
     def whole_pages(self) -> bool:
-        """Whether what stays must be whole pages of equally many tokens in every head."""
+        """Returns whether whole pages must stay, with the same number of tokens in every head."""
         return False
 
     @classmethod
@@ -330,7 +337,7 @@ def _default_base() -> Policy:
 
 @dataclass
 class Wrapper(Policy):
-    """Base of policies that wrap another one: by default all is as the other one says.
+    """The base of policies that wrap another one. By default it does all that the other one does.
 
     Attributes:
         base: the wrapped policy; SnapKV unless another one is named.
@@ -341,7 +348,7 @@ class Wrapper(Policy):
     def __post_init__(self) -> None:
         self.require("base", isinstance(self.base, Policy), "a policy")
         for name in ("codecs", "tiers", "allocates", "merges", "uses_spans"):
-            # A class attribute of most; here what the wrapped object has.
+            # Class attributes of most policies; here they depend on the wrapped object.
             setattr(self, name, getattr(type(self), name) or getattr(self.base, name))
 
     @property
@@ -365,7 +372,8 @@ class Wrapper(Policy):
     def split(
         self, view: View, scores: Tensor, kept: Tensor, finer: Tensor, demoted: Tensor
     ) -> Tensor:
-        """Returns the base's choice. One with a `select` of its own wants `Policy.split`."""
+        """Returns the base's choice. A subclass with a `select` of its own should have
+        `Policy.split`."""
         return self.base.split(view, scores, kept, finer, demoted)
 
     def demand(self, view: View, scores: Tensor, room: Room) -> Tensor | None:
@@ -396,7 +404,7 @@ def protect(view: View, scores: Tensor) -> Tensor:
 
 
 def newest_slots(view: View, count: Tensor) -> Tensor:
-    """Returns each head's `count` newest candidates, int64 [H] → bool [H, m]."""
+    """Returns which candidates are the `count` (int64 [H]) newest of each head, bool [H, m]."""
     at = torch.arange(view.candidates, device=view.device)
     sizes = view.sizes
     first = (sizes - count).to(view.device).unsqueeze(1)
@@ -404,11 +412,12 @@ def newest_slots(view: View, count: Tensor) -> Tensor:
 
 
 def sinks_and_newest(view: View, keep: Tensor) -> Tensor:
-    """Returns the protected slots and then the newest candidates, int64 [H] → bool [H, m]."""
+    """Returns which `keep` (int64 [H]) candidates of each head stay if the protected slots come
+    first and then the newest, bool [H, m]."""
     at = torch.arange(view.candidates, device=view.device)
     if view.protected is not None:
         return ops.top_mask(protect(view, at.float().repeat(view.num_kv_heads, 1)), keep)
-    # Without a search: sorted scores are its slow case.
+    # No search for the best scores: sorted ones are its slow case.
     sinks = keep.clamp(max=view.sinks)
     return newest_slots(view, keep - sinks) | (at < sinks.to(view.device).unsqueeze(1))
 

@@ -1,5 +1,5 @@
-"""A policy's choice for one layer, checked: what a policy gets wrong costs its request the choice
-of tokens, and no other request anything."""
+"""Asks a policy for its choice in one layer and checks the answer, so that a faulty policy harms
+only the choice of tokens of its own request."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vllm_kvcrush import ops
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.policies.base import Merged, Policy, Room, View, sinks_and_newest
 
-# What a choice is that is not `sound`.
+# What is wrong with a choice that is not `sound`.
 USELESS = "its scores have NaN, or it did not choose as many slots of each head as were to stay"
 
 
 class PolicyFailure(Exception):
-    """A policy raised, or answered with something that is not what it was asked for."""
+    """A policy raised an exception, or returned something of the wrong type, shape or dtype."""
 
 
 @dataclass
@@ -27,13 +27,14 @@ class Choice:
     """What stays of one layer of a request.
 
     Attributes:
-        kept: bool [H, m]: the slots of the view that stay.
-        finer: bool [H, m]: those of them in the finer codec, where there are tiers, else None.
-        state: what the policy keeps of each candidate, by name: float32 [H, m, ...].
-        merged: the keys, values and log biases with which what stays is stored; None: as it is.
-        sound: bool scalar: False where the policy's values were useless (NaN scores, the wrong
-            number of slots, slots past a head's count), and the sinks and the newest stay instead.
-            A tensor, so that nobody has to wait for the device.
+        kept: bool [H, m], the slots of the view that stay.
+        finer: bool [H, m], the kept slots that get the finer codec; None without tiers.
+        state: by name, what the policy remembers about each candidate, float32 [H, m, ...].
+        merged: keys, values and log biases that replace those of the kept slots; None if they stay
+            as they are.
+        sound: bool scalar, False where the policy's values were useless (NaN scores, the wrong
+            number of slots, slots past a head's count) and the sinks and the newest stay instead.
+            It is a tensor, so that nobody has to wait for the device.
     """
 
     kept: Tensor
@@ -44,8 +45,8 @@ class Choice:
 
 
 def newest(view: View, keep: Tensor, finer: Tensor | None = None) -> Choice:
-    """The choice that needs no policy: the protected slots and the newest candidates; of those the
-    `finer` ones are again the protected and the newest. Arguments as `choose` takes them."""
+    """Returns the choice that needs no policy: the protected slots and the newest candidates stay,
+    and the protected and newest of these are `finer`. Arguments are those of `choose`."""
     kept = sinks_and_newest(view, keep)
     fine = None if finer is None else sinks_and_newest(view, finer)
     sound = torch.ones((), dtype=torch.bool, device=view.device)
@@ -53,7 +54,7 @@ def newest(view: View, keep: Tensor, finer: Tensor | None = None) -> Choice:
 
 
 def scored(policy: Policy, view: View) -> tuple[Tensor, dict[str, Tensor]]:
-    """The policy's scores, -inf past a head's count, and its state.
+    """Returns the policy's scores, -inf past a head's count, and its state.
 
     Raises:
         PolicyFailure: the policy raised, or a result has the wrong type, shape or dtype.
@@ -82,7 +83,8 @@ def scored(policy: Policy, view: View) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def demanded(policy: Policy, view: View, scores: Tensor, room: Room) -> Tensor | None:
-    """What the policy wants `allocate` to know of a layer, float64 [H] on the CPU, or None.
+    """Returns what the policy wants `allocate` to know about a layer, float64 [H] on the CPU, or
+    None.
 
     Raises:
         PolicyFailure: as `scored` does.
@@ -96,7 +98,7 @@ def demanded(policy: Policy, view: View, scores: Tensor, room: Room) -> Tensor |
 
 
 def allocated(policy: Policy, demand: Tensor | None, room: Room) -> Tensor:
-    """The policy's shares of a request's pages, float64 [L, H] on the CPU.
+    """Returns the policy's shares of a request's pages, float64 [L, H] on the CPU.
 
     Raises:
         PolicyFailure: as `scored` does, or shares are negative, not finite, or all 0.
@@ -118,14 +120,14 @@ def choose(
     demoted: Tensor | None = None,
     given: tuple[Tensor, dict[str, Tensor]] | None = None,
 ) -> Choice:
-    """Asks a policy which candidates stay, and which of those get the finer codec. Protected slots
-    stay in any case.
+    """Returns a policy's choice of the candidates that stay, and of those that get the finer codec.
+    Protected slots stay in any case.
 
     Args:
         keep: int64 [H] on the CPU, how many of each head stay.
         finer: int64 [H] on the CPU, how many of these get the finer codec; None without tiers.
-        demoted: as `Policy.split` takes it, with `finer`.
-        given: what `scored` returned, if it was asked before.
+        demoted: as `Policy.split` takes it; needed with `finer`.
+        given: what `scored` returned, if it was called before.
 
     Raises:
         PolicyFailure: the policy raised, or a result has the wrong type, shape or dtype.
@@ -140,7 +142,7 @@ def choose(
         sound = ~scores.isnan().any() & (kept.sum(1) == wanted).all()
         if view.ragged:
             sound = sound & ~(kept & ~view.valid).any()
-        # Before they index anything. What is wrong then is told by `sound`.
+        # Unsound masks are replaced here, before they index anything.
         kept = torch.where(sound, with_protected(view, scores, kept, keep), instead.kept)
         fine = None
         if finer is not None:
@@ -157,8 +159,8 @@ def choose(
 
 
 def with_protected(view: View, scores: Tensor, kept: Tensor, keep: Tensor) -> Tensor:
-    """What stays when protected slots that a policy dropped take the places of the worst others.
-    Arguments as `choose` and `Policy.select` have them."""
+    """Returns `kept` with the protected slots that a policy dropped in the places of the worst
+    others. Arguments are those of `Policy.select`, and its result."""
     protected = view.staying
     if view.device.type == "cpu" and not bool((protected & ~kept).any()):
         return kept
@@ -221,15 +223,15 @@ def _is_bool(dtype: torch.dtype) -> bool:
 
 
 def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int = 32) -> None:
-    """Asks a policy for a choice about random tokens, as the engine will: first of raw ones, then
-    of what was kept and new ones.
+    """Asks a policy for a choice among random tokens, as the engine will: first among raw tokens,
+    then among those that stayed and new ones.
 
     Args:
-        sinks, window: of the server's settings.
+        sinks, window: as in the server's settings.
         page_size: tokens in a block.
 
     Raises:
-        PolicyFailure: what `choose` raises, or that the values of the choice are useless.
+        PolicyFailure: `choose` raised it, or the choice is not sound.
     """
     heads, group, size = 2, 2, 64
     blocks = 4 * -(-max(sinks, window, 1) // page_size) + 8
@@ -239,7 +241,7 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
     state: dict[str, Tensor] = {}
     positions = torch.arange(m, dtype=torch.int32).expand(heads, -1)
     for turn in range(2):
-        # Where a policy shares pages out, heads hold unequal numbers from then on.
+        # Where a policy divides pages, heads hold unequal numbers of tokens from then on.
         fewer = page_size if turn and policy.allocates else 0
         counts = torch.tensor([m, m - fewer])
         view = View(
@@ -286,12 +288,13 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
 
 
 class ReorderedKV:
-    """What a request holds in one layer with its candidates in another order, or some of them
-    only: `base.LayerKV`.
+    """What a request holds in one layer, with its candidates in another order, or only some of
+    them. It implements `base.LayerKV`.
 
     Args:
-        view: of all candidates, by slot.
-        order: int64 [H, k]: which slot of each head comes where; the tail stays behind them.
+        view: the view of all candidates, by slot.
+        order: int64 [H, k], the slots of each head's candidates in the new order; the tail stays
+            behind them.
     """
 
     def __init__(self, view: View, order: Tensor):
@@ -301,22 +304,22 @@ class ReorderedKV:
 
     @property
     def num_kv_heads(self) -> int:
-        """H."""
+        """Returns the number of KV heads, H."""
         return self._held.num_kv_heads
 
     @property
     def device(self) -> torch.device:
-        """Where policies compute."""
+        """Returns the device on which policies compute."""
         return self._held.device
 
     @property
     def keys(self) -> Tensor:
-        """[H, n, D], with RoPE, of any float dtype."""
+        """Returns the keys [H, n, D], with RoPE, of any float dtype."""
         return self._reordered(self._held.keys)
 
     @property
     def values(self) -> Tensor | None:
-        """[H, n, D], or None where there are none."""
+        """Returns the values [H, n, D], or None where there are none."""
         values = self._held.values
         return None if values is None else self._reordered(values)
 
@@ -334,7 +337,7 @@ class ReorderedKV:
         reduce: str | None = "mean",
         **options: Any,
     ) -> Tensor:
-        """`ops.window_scores` over these keys; they are pooled in this order."""
+        """Returns `ops.window_scores` over these keys, pooled in this order."""
         first = reduce if pool == 1 else None
         scores = self._held.window_scores(queries, scale, self._candidates, reduce=first, **options)
         # Query heads read the slots of their KV head.
@@ -352,12 +355,12 @@ class ReorderedKV:
 
 
 def in_position_order(view: View, order: Tensor) -> View:
-    """A view whose candidates come in the order of their positions instead of their slots', or
-    which has some of them only: then the caller says how many of each head.
+    """Returns a view with the candidates in the order of their positions instead of their slots, or
+    with only some of them: then the caller sets how many each head has.
 
     Args:
-        view: by slot.
-        order: int64 [H, k], the slots of each head by position.
+        view: the view by slot.
+        order: int64 [H, k], the slots of each head in the order of their positions.
     """
 
     def ordered(x: Tensor | None) -> Tensor | None:
@@ -376,6 +379,6 @@ def in_position_order(view: View, order: Tensor) -> View:
 
 
 def reordered(x: Tensor, order: Tensor) -> Tensor:
-    """`x` [H, m, ...] with the columns of each row in another order, int64 [H, k]: [H, k, ...]."""
+    """Returns the columns `order`, int64 [H, k], of each row of `x` [H, m, ...]: [H, k, ...]."""
     index = order.view(*order.shape, *(1,) * (x.dim() - 2))
     return x.gather(1, index.expand(*order.shape, *x.shape[2:]))

@@ -20,8 +20,8 @@ class Fair(Wrapper):
     first one to the first.
 
     Without spans the base chooses as it does alone. Protected slots count towards their span, and
-    a span keeps them even where its share is smaller. The shares follow from data, so that on a GPU
-    each layer waits for them.
+    a span keeps them even where its share is smaller. The shares depend on data, so that on a GPU
+    the host waits for each layer.
 
     Attributes:
         fairness: 1 gives each span its share, 0 what the base would give it.
@@ -64,8 +64,8 @@ class Fair(Wrapper):
         sizes, quota = torch.stack((there, _whole(share, least, there, wanted))).long().cpu()
         kept = torch.nn.functional.pad(torch.zeros_like(free), (0, 1))
         for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            # The span's slots lie one after the other. As many columns on every rank, so that a
-            # base may ask for the other ranks' heads.
+            # The span's slots lie one after the other. The number of columns is the same on every
+            # rank, because a base may ask for the other ranks' heads.
             first = sizes[:, :index].sum(1, keepdim=True)
             at = first + torch.arange(min(view.candidates, end - start))
             order = at.clamp_(max=view.candidates - 1).to(view.device)
@@ -83,17 +83,17 @@ class Fair(Wrapper):
             kept.scatter_(1, order.masked_fill(~valid, view.candidates), chosen)
         return kept[:, :-1]
 
-    split = Policy.split  # of what this policy selects, not the base
+    split = Policy.split  # Wrapper's would be the base's, for what the base selects
 
 
 def _whole(quota: Tensor, least: Tensor, most: Tensor, total: Tensor) -> Tensor:
     """Returns whole numbers near `quota` [H, s], from `least` to `most`, that sum to `total`
-    [H, 1]: what the least ones take comes from the others in proportion, then largest remainders
-    come first."""
+    [H, 1]. What raises some to `least` is taken from the others in proportion to what they have
+    above theirs; the largest remainders are rounded up."""
     zero = torch.zeros_like(total)
     least = (
         least.cumsum(1).minimum(total).diff(dim=1, prepend=zero)
-    )  # where even these are too many
+    )  # fewer where even these are too many
     quota = quota.maximum(least)
     spare = quota - least
     over = quota.sum(1, keepdim=True) - total

@@ -16,10 +16,10 @@ class KeepKV(Wrapper):
     """KeepKV (arXiv 2504.09936 §4): every dropped token is merged into the kept one whose key is
     most similar, if it is similar enough.
 
-    A slot counts exp(log bias) times, its votes; a token's weight is its votes times the
-    exponential of its logit with the mean of the window's queries. Keys and values become weighted
-    means, and the log bias what keeps the merged slot's weight: in the released code the key is
-    that mean too, and the bias here makes attention exact for that mean query.
+    A slot counts for exp(log bias) tokens, its votes. A token's weight is its votes times the
+    exponential of its logit with the mean of the window's queries. The key and value of a merged
+    slot are weighted means, the key's as in the paper's released code, and its log bias keeps the
+    sum of the weights, so that attention is exact for the mean query.
 
     Attributes:
         threshold: least cosine similarity of two keys that are merged; others are dropped.

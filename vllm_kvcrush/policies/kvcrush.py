@@ -17,16 +17,16 @@ class KVCrush(Wrapper):
     """KVCrush (arXiv 2503.00022): important tokens by a base policy, and representatives of the
     others.
 
-    A token is described by one bit per KV head, over the heads of all ranks: is it in the top
-    `share` of that head's scores? The tokens that a head would drop are put in order of their
-    Hamming distance to one anchor vector, and evenly spaced ones of them stay, so that every
-    kind of dropped token keeps a few members. At page level the unit is a page: its vector is
-    the bits of its tokens, head after head, and its score their sum.
+    A token is described by one bit per KV head, over the heads of all ranks: whether it is in the
+    top `share` of that head's scores. The tokens that a head would drop are ordered by their
+    Hamming distance to one anchor vector, and evenly spaced ones of them stay, so that a few of
+    every kind of dropped token stay. At page level the unit is a page: its vector is the bits of
+    its tokens, head after head, and its score is the sum of their scores.
 
     The budget is total: important and representative tokens together are what the plan allows
     (in OpenVINO GenAI the representatives come on top). Each head leaves its *own* important
-    tokens out of its own list. Of the base only the scores are used, not a `select` of its own
-    such as H2O's recent share.
+    tokens out of its own list. Only the base's scores are used, not its `select`, such as H2O's
+    share of recent tokens.
 
     Attributes:
         base: policy that scores.
@@ -35,7 +35,7 @@ class KVCrush(Wrapper):
             "alternate" (0101...).
         level: "token" or "page".
         share: part of a head's candidates whose bit is one.
-        seed: of the random anchor.
+        seed: seed of the random anchor.
     """
 
     name: ClassVar[str] = "kvcrush"
@@ -48,7 +48,7 @@ class KVCrush(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # The base's own choice, span by span, is not asked for.
+        # Unlike other wrappers, this one does not ask the base to select, so spans have no effect.
         setattr(self, "uses_spans", False)  # noqa: B010
         ratio = is_number(self.ratio) and 0 <= self.ratio < 1
         self.require("ratio", ratio, "a number from 0 to below 1")
@@ -72,7 +72,7 @@ class KVCrush(Wrapper):
         return self._select(view, scores, keep // page, page).repeat_interleave(page, 1)
 
     def _select(self, view: View, scores: Tensor, keep: Tensor, unit: int) -> Tensor:
-        """Selects `keep` units of `unit` tokens each: bool [H, units]."""
+        """Returns a mask of `keep` [H] units of `unit` tokens each, bool [H, units]."""
         sinks = -(-view.sinks // unit)
         representatives = (self.ratio * keep.double()).round().long()
         if self.level == "page" and self.ratio > 0:
@@ -99,4 +99,4 @@ class KVCrush(Wrapper):
                 own.copy_(ops.represent(described.contiguous(), own, count, anchor, unit))
         return important
 
-    split = Policy.split  # of what this policy selects, not the base
+    split = Policy.split  # Wrapper's would be the base's, for what the base selects

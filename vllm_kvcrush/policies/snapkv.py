@@ -1,4 +1,4 @@
-"""SnapKV: what the last queries looked at."""
+"""SnapKV: the tokens that the last queries attended to."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from vllm_kvcrush.policies.base import Policy, View, is_whole
 class SnapKV(Policy):
     """SnapKV (arXiv 2404.14469 §4): pooled attention of an observation window.
 
-    Weights of the last w queries, averaged over them, pooled along the slots, then merged over
-    the query heads of a KV head (the paper predates GQA models and has one set per query head).
+    Scores are the attention weights of the last w queries, averaged over them, pooled along the
+    slots, then merged over the query heads of a KV head (the paper predates GQA and has scores for
+    each query head).
 
     Attributes:
         pool: width of the pooling window, odd.

@@ -1,7 +1,7 @@
 """The API server's side: request parameters, usage and metrics.
 
-Nothing of vLLM is wrapped before `register`, and all but one method of each engine's front-end not
-before an engine is constructed.
+`register` wraps one method of each of vLLM's two front-ends; everything else is wrapped when an
+engine is constructed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ logger = logging.getLogger("vllm.kvcrush")
 
 
 def register() -> None:
-    """Wraps the constructors of the two classes through which every request enters vLLM, whoever
-    constructs them: an API server, a batch runner, `LLM`, or code that was given a finished
-    `VllmConfig`."""
+    """Wraps the constructors of the two classes through which every request enters vLLM, in an API
+    server, a batch runner, `LLM`, or other code that has a finished `VllmConfig`."""
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.llm_engine import LLMEngine
 
     wrap(AsyncLLM, "__init__", functools.partial(_constructed, http=True))
-    # `LLM` serves no HTTP: it is spared the imports.
+    # `LLM` serves no HTTP, so it need not import the endpoints.
     wrap(LLMEngine, "__init__", functools.partial(_constructed, http=False))
 
 
@@ -57,12 +56,13 @@ def configured(vllm_config: Any) -> Any:
 
 
 def install(active: bool, http: bool = True) -> None:
-    """Wraps the methods of vLLM that a process that takes requests needs; safe to call again.
+    """Wraps all methods of vLLM that must be wrapped in a process that takes requests. It may be
+    called again.
 
     Args:
         active: whether the plugin is configured for this engine. If not, requests that ask for
             compression are refused and nothing else changes.
-        http: whether the process may serve the OpenAI API; False spares `LLM` its imports.
+        http: whether the process may serve the OpenAI API; if not, its endpoints are not imported.
     """
     from vllm_kvcrush.server import params
 

@@ -1,9 +1,9 @@
-"""The `vllm_kvcrush:` family on /metrics.
+"""The `vllm_kvcrush:` metrics on /metrics.
 
 The engine's numbers come with vLLM's own stats, in `SchedulerStats.kv_connector_stats`, the one
-free-form field that reaches the API server; requests and refusals are counted where they are
-seen. Collectors are made once per process: there is a logger per engine, and a second engine
-must not register them again.
+free-form field that reaches the API server; requests and refusals are counted in the API server.
+Collectors are made once per process, since each engine has a logger and a second one must not
+register them again.
 
 Several API servers share one page (prometheus_client's multiprocess mode): counters add up, and
 the newest value of a gauge counts. As each snapshot reaches only one of the servers, the one that
@@ -29,10 +29,10 @@ _ENGINE = ("model_name", "engine")
 
 def install() -> None:
     """Hides the plugin's numbers from vLLM's loggers of KV connectors, which would take them for
-    a connector's, and adds our logger where an engine logs stats at all.
+    a connector's, and adds our logger where an engine logs stats.
 
     It does not use vLLM's entry point for stat loggers: an installed one turns stats on in every
-    server, whether or not it asked for them or for this plugin."""
+    server, even in one that asked neither for stats nor for this plugin."""
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorLogging,
         KVConnectorProm,
@@ -197,7 +197,7 @@ class KVCrushStatLogger(StatLoggerBase):
             return
         model_name = str(vllm_config.model_config.served_model_name)
         self.labels = (model_name, str(engine_index))
-        # Series that exist from the start let rate() see their first increment.
+        # Series are made at the start, so that rate() sees their first increment.
         policy = _label(raw.get("policy"))
         requests().labels(model_name, policy)
         self.policies = {policy, "none", *map(_label, raw.get("allow") or ())}
@@ -249,7 +249,7 @@ class KVCrushStatLogger(StatLoggerBase):
             worker_peak_bytes().labels(*self.labels, kind).set(size)
         held, raw = stats["kv_bytes_held"], stats["kv_bytes_raw_equivalent"]
         self.policies.update(held, raw)
-        # A policy that is no longer named has no request running.
+        # A policy that the engine no longer names has no running requests.
         for policy in self.policies:
             labels = (*self.labels, policy)
             kv_bytes_held().labels(*labels).set(held.get(policy, 0))

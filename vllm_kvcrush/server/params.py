@@ -1,9 +1,9 @@
-"""Request parameters, on their way from the client's JSON to `SamplingParams.extra_args`. Bad ones
-are refused early.
+"""Moves request parameters from the client's JSON to `SamplingParams.extra_args`, and refuses bad
+ones.
 
-They are checked in two places, because neither sees everything. `InputProcessor` is passed on every
-way into the engine, but for a streamed response after HTTP 200 was sent. The place before it, where
-the API server hands a request over, is in time for a 400.
+They are checked in two places. Every request passes `InputProcessor`, but a streamed one only after
+HTTP 200 was sent. So they are also checked before that, where the API server hands a request over,
+which is early enough for HTTP 400.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from vllm_kvcrush.server import Method, configured, wrap
 from vllm_kvcrush.server.several import COUNTED, Several
 from vllm_kvcrush.spec import MAX_LENGTH
 
-# Attribute of a request's SamplingParams: the keys that the client wrote at the top level.
+# Attribute of a request's SamplingParams: the kv_* keys at the top level of the client's JSON.
 _FIELDS = "_kvcrush_fields"
-# Likewise: their kv_* fields that nobody knows.
+# Attribute of the same: those of them that are no parameters.
 _UNKNOWN = "_kvcrush_unknown"
 # Attribute of a BeamSearchParams, which has no extra_args: a SamplingParams with the above.
 _SAMPLING = "_kvcrush_sampling"
+# Attribute of an InputProcessor: its Front.
 _FRONT = "_kvcrush_front"
 # Longer values are shortened when they are quoted to the client.
 _QUOTED = 100
@@ -73,7 +74,7 @@ def install(http: bool = True) -> None:
     for request in (ChatCompletionRequest, CompletionRequest):
         wrap(request, "to_beam_search_params", _with_beam_fields)
     wrap(BeamSearchOnlineMixin, "beam_search", _checked_beams)
-    # Anthropic's and Cohere's endpoints make a chat request of what they know of theirs.
+    # Anthropic's and Cohere's endpoints make a chat request of the fields that they know.
     wrap(OpenAIServingChat, "create_chat_completion", _translated)
     # The Responses API calls AsyncLLM.generate from inside a generator, too late for a 400.
     wrap(OpenAIServingResponses, "_generate_with_builtin_tools", _checked_turns)
@@ -102,7 +103,7 @@ def _with_beam_fields(original: Method) -> Method:
         from vllm.sampling_params import SamplingParams
 
         params = original(self, *args, **kwargs)
-        # vLLM drops vllm_xargs here; ours are for us.
+        # vLLM drops vllm_xargs here, so our keys in them are taken along.
         ours = {key: v for key, v in (self.vllm_xargs or {}).items() if _is_ours(key)}
         sampling = SamplingParams(max_tokens=params.max_tokens, extra_args=ours or None)
         _attach(_fields(self.model_extra), sampling, self.model)
@@ -117,22 +118,23 @@ def _is_ours(key: Any) -> bool:
 
 
 def _fields(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    # null is what many clients send for an option that their user left alone.
+    # Many clients send null for an option that their user left alone.
     return {key: v for key, v in (given or {}).items() if _is_ours(key) and v is not None}
 
 
 def _attach(fields: dict[str, Any], params: Any, model: str | None) -> None:
-    """Moves top-level fields into the `extra_args` of a `SamplingParams`."""
+    """Moves top-level fields into the `extra_args` of a `SamplingParams`. Raises
+    VLLMValidationError if these have another value for one."""
     setattr(params, _FIELDS, frozenset(fields))
-    # Typos are refused by an active server, and ignored as by plain vLLM elsewhere: they must
-    # not travel on.
+    # An active server refuses typos; any other ignores them, as plain vLLM does, so they must not
+    # get into extra_args.
     unknown = tuple(sorted(key for key in fields if key not in KEYS))
     setattr(params, _UNKNOWN, unknown)
     fields = {key: v for key, v in fields.items() if key not in unknown}
     xargs = params.extra_args or {}
     for key, value in fields.items():
         if key in xargs and xargs[key] != value:
-            # (NaN contradicts itself, and would be refused anyway.)
+            # NaN differs from itself, but would be refused anyway.
             raise _refusal(
                 "conflict",
                 f"{key}={_quoted(value)} contradicts vllm_xargs.{key}={_quoted(xargs[key])}: "
@@ -153,7 +155,7 @@ async def _top_level(raw_request: Any) -> dict[str, Any]:
 
 
 def _announce(request: Any) -> None:
-    # vLLM logs fields that it does not know as ignored; it asks this cache which it knows.
+    # vLLM logs that it ignores the fields that are not in this cache of known ones.
     known = set()
     for name, info in request.model_fields.items():
         known |= {name, info.alias} - {None}
@@ -177,21 +179,22 @@ def _translated(original: Method) -> Method:
         try:
             return await original(self, request, raw_request, *args, **kwargs)
         except VLLMValidationError as error:
-            # Returned, their error has their format, and no stack trace in the log.
+            # If it is returned, the error has these endpoints' format, and no stack trace is
+            # logged.
             return create_error_response(error)
 
     return create_chat_completion
 
 
 def _rendered(original: Method) -> Method:
-    """Wraps a renderer, whose result a client sends to /inference/v1/generate."""
+    """Returns the wrapper of a renderer, whose result a client sends to /inference/v1/generate."""
 
     async def render(self: Any, request: Any, raw_request: Any = None) -> Any:
         if hasattr(request, "to_sampling_params"):
             request.model_extra.update(await _top_level(raw_request))
         given = (self, request) if raw_request is None else (self, request, raw_request)
         result = await original(*given)
-        # A server that only renders knows no limits; the one that generates does.
+        # A server that only renders knows no limits; the one that generates checks them.
         engine = getattr(self.models, "engine_client", None)
         for made in result if isinstance(result, list) else [result]:
             params = getattr(made, "sampling_params", None)
@@ -209,7 +212,7 @@ def _checked_tokens(original: Method) -> Method:
         fields = await _top_level(raw_request)
         if fields:
             _attach(fields, request.sampling_params, request.model)
-        # Before vLLM finds that a value does not fit into a message, which names no parameter.
+        # Here, because vLLM's error for a value that it cannot send on names no parameter.
         _front(self.engine_client.input_processor).check(request.sampling_params)
         return await original(self, request, raw_request, *args, **kwargs)
 
@@ -252,14 +255,14 @@ def _without_fields(original: Method) -> Method:
 def _checked_beams(original: Method) -> Method:
     signature = inspect.signature(original)
 
-    # Not a generator itself: like `generate` below.
+    # Not a generator itself, like `generate` below.
     def beam_search(*args: Any, **kwargs: Any) -> Any:
         from vllm.sampling_params import SamplingParams
 
         bound = signature.bind(*args, **kwargs)
         given = bound.arguments
         sampling = vars(given["params"]).get(_SAMPLING)
-        if sampling is None:  # not from one of our requests
+        if sampling is None:  # params that `_with_beam_fields` did not make
             sampling = SamplingParams(max_tokens=given["params"].max_tokens)
         front = _front(given["self"].engine_client.input_processor)
         kv = front.check(sampling, _prompt_length(given["prompt"]))
@@ -309,7 +312,7 @@ def _checked_inputs(original: Method) -> Method:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         front = _front(self)
-        # The engine's copy of the params knows the output's length, the client's the names.
+        # The engine's copy of the params has the output's length, the client's has our attributes.
         given = signature.bind(self, *args, **kwargs).arguments["params"]
         kv = front.check(request.sampling_params, _prompt_length(request), named_by=given)
         if kv is not None and COUNTED not in vars(given):
@@ -336,13 +339,13 @@ def _checked_generate(original: Method) -> Method:
 def _checked_ready_made(original: Method) -> Method:
     signature = inspect.signature(original)
 
-    # For a coroutine function too: it raises before there is anything to await.
+    # Not a coroutine function even for AsyncLLM, so that it raises when it is called.
     def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.v1.engine import EngineCoreRequest
 
         prompt = signature.bind(self, *args, **kwargs).arguments["prompt"]
         if isinstance(prompt, EngineCoreRequest):
-            # A request that its caller made passes by the input processor.
+            # A request that its caller made does not pass the input processor.
             front = _front(self.input_processor)
             kv = front.check(prompt.sampling_params, _prompt_length(prompt))
             if kv is not None:
@@ -366,7 +369,8 @@ def _checked_turns(original: Method) -> Method:
 
 
 def _prompt_length(prompt: Any) -> int | None:
-    """Returns the tokens of a rendered prompt or an engine request; None if not known yet."""
+    """Returns the number of tokens of a rendered prompt or an engine request, or None if it is not
+    known yet."""
     for name in ("prompt_token_ids", "prompt_embeds"):
         tokens = prompt.get(name) if isinstance(prompt, dict) else getattr(prompt, name, None)
         if tokens is not None:
@@ -396,7 +400,7 @@ class Front:
 
     @property
     def model_name(self) -> str:
-        """The `model_name` label of vLLM's own metrics."""
+        """Returns the `model_name` label of vLLM's own metrics."""
         return str(self.config.model_config.served_model_name)
 
     def count(self, params: RequestParams) -> None:
@@ -408,17 +412,18 @@ class Front:
     def check(
         self, params: Any, prompt_length: int | None = None, named_by: Any = None
     ) -> RequestParams | None:
-        """Validates a request's `SamplingParams`; other params pass.
+        """Validates a request's `SamplingParams`; params of other types are not checked.
 
         Args:
             prompt_length: tokens of the prompt; without it the pool's size is not checked.
-            named_by: the params that tell what the client called each parameter, if not `params`.
+            named_by: the params whose attributes tell where in the client's JSON each parameter
+                was, if not `params`.
 
         Returns:
             What the request will run with, or None where the plugin is not active.
 
         Raises:
-            VLLMValidationError: HTTP 400, with `param` as the client called it.
+            VLLMValidationError: HTTP 400, with `param` as in the client's JSON.
         """
         from vllm.sampling_params import SamplingParams
 
@@ -429,7 +434,7 @@ class Front:
         if not isinstance(extra_args, Mapping):
             if self.settings is None:
                 return None
-            # vLLM takes any; its own answer would be a stack trace.
+            # vLLM accepts any type here, and would fail later with a stack trace.
             raise self._refuse(
                 "unknown_key", "extra_args is not a dictionary of parameters.", "", named_by
             )
@@ -464,7 +469,8 @@ class Front:
         return kv
 
     def _refuse_unreadable(self, extra_args: Mapping[str, Any], named_by: Any) -> None:
-        """Refuses values that cannot be a policy's name or a number, before they are parsed."""
+        """Raises for values of types or lengths that no parameter can have, before they are
+        parsed."""
         assert self.settings is not None
         kinds: dict[str, tuple[Any, str, str, str]] = {
             POLICY_KEY: (str | Mapping, "policy", "a policy", repr(self.settings.policy)),
@@ -483,17 +489,17 @@ class Front:
     def _check_pool(
         self, kv: RequestParams, params: Any, prompt_length: int, named_by: Any
     ) -> None:
-        """Refuses a request whose bound exceeds the pool: it could wait forever."""
+        """Raises for a request whose bound exceeds the pool, since it could wait forever."""
         assert self.settings is not None
         cache, parallel = self.config.cache_config, self.config.parallel_config
         if not cache.num_gpu_blocks:
             return
-        # vLLM sums the blocks of the engines behind one front-end; one block of each is its null
+        # num_gpu_blocks is the sum over the engines behind one front-end, each of which has a null
         # block.
         local = parallel.local_engines_only
         engines = parallel.data_parallel_size_local if local else parallel.data_parallel_size
         if parallel.data_parallel_rank_local is not None:
-            engines = 1  # each rank with a front-end of its own, as of `LLM`
+            engines = 1  # each rank has its own front-end, as with `LLM`
         pool = cache.num_gpu_blocks // max(1, engines) - 1
         longest = self.config.model_config.max_model_len
         if cdiv(longest, cache.block_size) <= pool:
@@ -537,7 +543,7 @@ def _short(value: Any, most: int = _QUOTED) -> bool:
 
 
 def _quoted(value: Any) -> str:
-    """Returns a value as the client is shown it: in one line, of bounded length."""
+    """Returns a value in the form in which the client is shown it: one line of bounded length."""
     if isinstance(value, Mapping):
         return "a JSON object"
     if isinstance(value, list | tuple | set):

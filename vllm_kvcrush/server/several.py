@@ -8,18 +8,19 @@ from typing import Any
 
 from vllm_kvcrush.server.usage import ATTRIBUTE, Details, total
 
-# On a SamplingParams whose request was counted as part of another one.
+# Attribute of a SamplingParams whose request was counted as part of another one.
 COUNTED = "_kvcrush_counted"
 
 
 class Several:
     """Stands in for the engine's client while one client request runs, and remembers what its
-    parts held.
+    parts, the engine requests, held.
 
     Args:
         client: the engine's client.
         prepare: gives the `SamplingParams` of a part the client's KV parameters.
-        counted: whether /metrics has counted the whole already, so that parts do not count.
+        counted: whether /metrics has counted the client request already, so that its parts must
+            not be counted.
     """
 
     def __init__(self, client: Any, prepare: Callable[[Any], None], counted: bool = False):
@@ -27,7 +28,7 @@ class Several:
         self._prepare = prepare
         self._counted = counted
         self._running = 0
-        # Details of the parts that ran together last, and of those before them.
+        # Details of the parts that ran together last, and of the parts before them.
         self._together: list[Details] = []
         self._before: list[Details] = []
 
@@ -35,7 +36,8 @@ class Several:
         return getattr(self._client, name)
 
     def generate(self, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
-        """Calls the client's `generate`; what that raises at once is raised at once."""
+        """Returns the outputs of the client's `generate`. It is no generator itself, so that it
+        raises at once what that raises at once."""
         self._prepare(sampling_params)
         if self._counted:
             setattr(sampling_params, COUNTED, True)
@@ -59,7 +61,8 @@ class Several:
                 self._together.append(details)
 
     def details(self) -> Details | None:
-        """Returns what the parts that ran last held together, and the events of all parts."""
+        """Returns what the parts that ran together last held, with the compactions and failures of
+        all parts, or None if nothing is known."""
         result = total(self._together)
         if result is not None:
             for name in ("compactions", "policy_failures"):

@@ -1,14 +1,14 @@
 """`usage.kv_tokens_details`: what a request's KV cache held; docs/usage.md describes each field.
 
-The scheduler reports in the field that vLLM has for KV connectors, which the plugin refuses:
-`EngineCoreOutput.kv_transfer_params = {"kvcrush": {...}}`, with a request's first output, after
-each compaction and at its end. Between two reports a request gains one token of KV for each
-token of output, and a block whenever its last one is full. Extrapolation is needed when the front
-end finishes a request itself, at a stop string: the engine's last report then never arrives.
+The scheduler reports in `EngineCoreOutput.kv_transfer_params = {"kvcrush": {...}}`, with a
+request's first output, after each compaction and at its end. vLLM has the field for KV connectors,
+which are refused together with this plugin. Between two reports a request gains one token of KV for
+each token of output, and a block whenever its last one is full. This is needed when the front end
+finishes a request itself, at a stop string: the engine's last report then never arrives.
 
-The details travel on the `RequestOutput`, as attribute `kv_tokens_details` (also for users of
-`LLM`), and each serving method is tapped where it receives its outputs. Requests share no state,
-whichever task runs them.
+The details are set on the `RequestOutput`, as attribute `kv_tokens_details` (also for users of
+`LLM`). Each serving method is wrapped so that the outputs it receives can be read. Requests share
+no state.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def install(http: bool = True) -> None:
     wrap(OpenAIServingResponses, "responses_full_generator", _responses)
     wrap(ServingTokens, "serve_tokens_full_generator", _full)
     wrap(ServingTokens, "serve_tokens_stream_generator", _stream)
-    # Anthropic's usage is made of a chat completion's, by a model that drops what it does not know.
+    # vLLM makes Anthropic's usage of a chat completion's, with a pydantic model that drops unknown
+    # fields.
     wrap(anthropic_serving, "_build_anthropic_usage", _anthropic)
     if anthropic.AnthropicUsage.model_config.get("extra") != "allow":
         anthropic.AnthropicUsage.model_config["extra"] = "allow"
@@ -70,7 +71,7 @@ def install(http: bool = True) -> None:
             model.model_rebuild(force=True)
 
 
-# Every part has the counts, those that the engine has reported on have bytes, few have failures.
+# All details have the counts, those with a report of the engine have bytes, and few have failures.
 _COUNTS = ("held", "raw", "compactions")
 _BYTES = ("kv_bytes_held", "kv_bytes_raw")
 _FAILURES = "policy_failures"
@@ -78,8 +79,9 @@ _FIRST = "first_compaction"
 
 
 def total(parts: Iterable[Details]) -> Details | None:
-    """Returns the details of a response with several choices or prompts: the sums of theirs.
-    `policy` and `reason` are left out where they differ, and bytes where those of one are not known."""
+    """Returns the details of a response with several choices or prompts: the sums of the details of
+    its parts, or None if there are none. `policy` and `reason` are left out where they differ,
+    and bytes where those of one part are not known."""
     parts = list(parts)
     if not parts:
         return None
@@ -127,7 +129,7 @@ def _reporting(original: Method) -> Method:
         if kv_transfer_params and KEY in kv_transfer_params:
             report = kv_transfer_params[KEY]
             setattr(self, _REPORT, (report, self.detokenizer.num_output_tokens()))
-            # To clients the field stays what it is in plain vLLM.
+            # Clients see the field as in plain vLLM.
             others = {name: v for name, v in kv_transfer_params.items() if name != KEY}
             kv_transfer_params = others or None
         output = original(
@@ -158,7 +160,7 @@ def _details(state: Any) -> Details:
     now = state.detokenizer.num_output_tokens()
     report, then = vars(state).get(_REPORT, (None, 0))
     if report is None:
-        # It finished before the engine reported. The last token of output has no KV yet.
+        # The request finished before the engine reported. The last token of output has no KV yet.
         raw = max(0, state.prompt_len + now - 1)
         return {"held": raw, "raw": raw, "compactions": 0}
     since = now - then
@@ -302,8 +304,8 @@ def _appending(original: Method) -> Method:
         original(self, output, *args, **kwargs)
         details = getattr(output, ATTRIBUTE, None)
         if details is not None:
-            # With built-in tools a response has several turns, each one reading all before it:
-            # the last one counts.
+            # With built-in tools a response has several turns. Each reads all before it, so the
+            # last one counts.
             setattr(self, ATTRIBUTE, details)
 
     return append_output

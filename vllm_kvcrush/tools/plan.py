@@ -42,7 +42,7 @@ class KVShape:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one raw token's KV in all layers."""
+        """Returns the bytes of one raw token's KV in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_size * self.itemsize
 
     @classmethod
@@ -205,7 +205,7 @@ def row(
     block_size: int,
     pool_bytes: int | None = None,
 ) -> Row:
-    """Counts one request.
+    """Returns the row of one request.
 
     Args:
         context: tokens of the prompt and the output together.
@@ -232,10 +232,10 @@ def row(
     )
     growth = cdiv(min(plan.decode_interval, output), block_size)
     decode_bound = plan.blocks(context) + growth if compactions else raw_blocks
-    if prompt < plan.min_tokens:  # its first output tokens are raw
+    if prompt < plan.min_tokens:  # such a request is raw when decoding begins
         decode_bound = bound
     decode_bound = min(bound, decode_bound)
-    # vLLM keeps one block of the pool, the null block, for itself.
+    # vLLM needs one block of the pool, the null block.
     pool = None if pool_bytes is None else max(0, pool_bytes // block_bytes - 1)
     return Row(
         context=context,

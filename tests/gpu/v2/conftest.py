@@ -17,7 +17,7 @@ from tests.gpu.v2.engine import SHAPE, Engine
 collect_ignore_glob = ["test_*.py"]
 if os.environ.get("KVCRUSH_V2_TESTS"):
     collect_ignore_glob = []
-    # Not otherwise: a session that ignores these tests still reads this file.
+    # On this condition only, because a session that ignores these tests still reads this file.
     os.environ.update(
         HF_HUB_OFFLINE="1",
         VLLM_NO_USAGE_STATS="1",
@@ -28,8 +28,8 @@ if os.environ.get("KVCRUSH_V2_TESTS"):
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_launches(interpreter: None) -> None:
-    """After a launch the interpreter copies every argument's whole storage back to the device,
-    which here is where it came from."""
+    """Skips a step of the interpreter: after a launch it copies every argument's whole storage back
+    to the device, which is the same memory here."""
     from triton.runtime.interpreter import GridExecutor
 
     GridExecutor._restore_args_dev = lambda *_: None

@@ -18,7 +18,7 @@ SHAPE = tiny.Shape(LAYERS, KV_HEADS, HEAD_SIZE, VOCABULARY, 512)
 
 
 class Step(NamedTuple):
-    """What attention was told of one request in one step."""
+    """What attention was told about one request in one step."""
 
     rows: int
     length: int  # slots held
@@ -35,8 +35,10 @@ class Answer:
 
 
 class Engine:
-    """Attributes:
-    preempted: ids of requests that were preempted, with their slot shift by then.
+    """A tiny model in an engine of this process.
+
+    Attributes:
+        preempted: ids of requests that were preempted, with their slot shift at that time.
     """
 
     def __init__(
@@ -130,7 +132,8 @@ class Engine:
     def run(
         self, prompts: list[list[int]], max_tokens: int, extra: list[dict[str, Any]]
     ) -> list[Answer]:
-        """Answers in the order of the prompts, from a pool and a prefix cache as at start."""
+        """Returns the answers in the order of the prompts. The pool and the prefix cache are first
+        made as they were at the start."""
         from vllm import SamplingParams
 
         assert self.llm.reset_prefix_cache()
@@ -164,7 +167,7 @@ class Engine:
 
 @contextlib.contextmanager
 def _scheduling(asynchronous: bool) -> Iterator[None]:
-    """Makes vLLM schedule asynchronously, which it does not on CPUs."""
+    """Makes vLLM schedule asynchronously, which it does not do on CPUs by itself."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.plugins import load_general_plugins
 

@@ -1,5 +1,5 @@
-"""GPU attention backends in the engine: vLLM's Triton one, which knows nothing of us, with raw
-pages in the layout that it has on GPUs; and ours, with pages of every codec."""
+"""GPU attention backends in the engine: vLLM's own Triton backend with raw pages in the layout that
+it has on GPUs, and ours with pages of every codec."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllm_kvcrush.policies.adakv import AdaKV
 
 @pytest.fixture(scope="module", autouse=True)
 def triton_attention(v1: Engine, v1_fitted: Engine) -> Iterator[None]:
-    """The CPU platform's attention is vLLM's Triton backend for engines to come."""
+    """Makes vLLM's Triton backend the attention of the CPU platform in later engines."""
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends import registry
 
@@ -61,7 +61,8 @@ def ours(model: str, triton_attention: None) -> Engine:
 
 
 def compare(ours: Engine, v1: Engine, job: tuple[Any, ...]) -> tuple[list[Answer], Ledger]:
-    """Runs a job in both engines, which must keep the same slots and say the same; returns ours."""
+    """Runs a job in both engines, which must keep the same slots and give the same tokens, and
+    returns ours."""
     kept: dict[Engine, list[Any]] = {ours: [], v1: []}
     ledgers = []
     for e, seen in kept.items():
@@ -81,7 +82,8 @@ def compare(ours: Engine, v1: Engine, job: tuple[Any, ...]) -> tuple[list[Answer
 
 
 def test_packed_pages_under_ours(ours: Engine, v1: Engine) -> None:
-    """Of int8 as on a CPU, bit for bit but for the order of sums, and of int4 beside it."""
+    """Pages of int8 are as on a CPU, bit for bit but for the order of sums; pages of int4 are
+    beside them."""
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "none", "mikv")]
     got, ledger = compare(ours, v1, (prompts(150, 40, 280, seed=5), 5, extra))
     assert [a.compactions > 0 for a in got] == [True, False, True]
@@ -91,8 +93,8 @@ def test_packed_pages_under_ours(ours: Engine, v1: Engine) -> None:
 def test_unequal_heads_and_merges_under_ours(
     ours: Engine, v1: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Heads that hold unequal numbers of tokens, and tokens that were merged and have biases, twice
-    in a row: what the second compaction scores has biases already."""
+    """Heads hold unequal numbers of tokens, and merged tokens have biases. There are two
+    compactions, so that the second one scores tokens with biases."""
     # So few pages would be shared out equally over a random model's heads.
     shares = torch.tensor([0.7, 0.3]).repeat(2, 1)
     monkeypatch.setattr(AdaKV, "allocate", lambda *_: shares)
@@ -105,7 +107,8 @@ def test_unequal_heads_and_merges_under_ours(
 def test_pages_of_fitted_codecs_under_ours(
     model: str, tables: str, v1_fitted: Engine, request: pytest.FixtureRequest
 ) -> None:
-    """As on a CPU whose kernels multiply floats; those for AVX2 round queries to bytes."""
+    """The result is that of a CPU whose kernels multiply floats; those for AVX2 round queries to
+    bytes."""
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("tc4", "none", "auto")]
     job = (prompts(150, 40, 170, seed=6), 5, extra)
     best = cpu.isa()

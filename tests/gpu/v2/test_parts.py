@@ -44,7 +44,8 @@ def test_shift(rows: list[int]) -> None:
 
 @pytest.mark.parametrize("order", ["BHN", "BNH", "HBN"])
 def test_raw_pages_in_any_layout(order: str) -> None:
-    """Survivors of a request move, in place too, whatever the strides; nothing else changes."""
+    """Survivors of a request are moved, in place too, whatever the strides, and nothing else
+    changes."""
     blocks, heads, size, k_size, layers = 9, 3, 4, 5, 2
     axes = [order.index(axis) for axis in "BHN"]
     sizes = dict(zip("BHN", (blocks, heads, size), strict=True))
@@ -80,7 +81,7 @@ LAYERS, HEADS, GROUP, SIZE, BLOCK = 2, 2, 2, 32, 16
 
 
 def pool_of(blocks: int) -> tuple[torch.Tensor, list[TritonCacheLayer]]:
-    """A cache as vLLM's layout BLHNC has it, NaN where nothing was written, and its layers."""
+    """Returns a cache in vLLM's layout BLHNC, NaN where nothing was written, and its layers."""
     pool = torch.full((blocks, LAYERS, HEADS, BLOCK, 2 * SIZE), torch.nan)
     layers = []
     for i in range(LAYERS):
@@ -92,8 +93,8 @@ def pool_of(blocks: int) -> tuple[torch.Tensor, list[TritonCacheLayer]]:
 
 
 def test_compactions_on_triton_pages() -> None:
-    """Three of one request: into own pages, into shared ones in two codecs, and of parts that were
-    chosen by importance. Then attention over what is left."""
+    """A request has three compactions: into its own pages, into shared ones in two codecs, and into
+    parts that are chosen by importance. Then attention over the result is checked."""
     pool, layers = pool_of(30)
     n, tail_blocks = 150, [3, 9, 4, 20, 11, 12, 13, 14, 15, 16]
     key, value = torch.randn(2, LAYERS, HEADS, n, SIZE).unbind()
@@ -111,7 +112,12 @@ def test_compactions_on_triton_pages() -> None:
         parts: list[Part],
         choices: list[torch.Tensor],
     ) -> tuple[Region, list[list[int]]]:
-        """`held`: positions by head, of all slots; `choices`: slots of each part, by head."""
+        """Runs and checks one compaction.
+
+        Args:
+            held: positions of all slots, by head.
+            choices: slots of each part, by head.
+        """
         new, order = Region.of(
             target,
             [part.codec for part in parts],
@@ -167,7 +173,7 @@ def test_compactions_on_triton_pages() -> None:
 
 
 def test_biases_reach_the_kernels() -> None:
-    """A layer's own part of a region's log biases, and scores that follow from them."""
+    """The kernels read a layer's own part of a region's log biases, and scores follow from them."""
     _, layers = pool_of(12)
     pages = [layer.pages for layer in layers]
     region, _ = Region.of([1, 2, 3], ["int8"], np.full((1, LAYERS, HEADS), 30), pages, [4, 5])
@@ -200,7 +206,8 @@ def check_attention(
     key: torch.Tensor,
     value: torch.Tensor,
 ) -> None:
-    """A batch of the compacted request and of one without a region, as the engine has it."""
+    """Checks attention in a batch of the compacted request and one without a region, as the engine
+    makes it."""
     spec = types.SimpleNamespace(block_size=BLOCK)
     builder = KVCrushTritonMetadataBuilder(spec, [], None, torch.device("cpu"))
     builder.kv_cache_spec, builder.device = spec, torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Tokens, lengths, blocks and slots of V2 against V1, whose own are tested against transformers."""
+"""Tokens, lengths, blocks and slots of V2 against V1, which is tested against transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_kvcrush.policies.adakv import AdaKV
 
 RAW = ("streaming", "snapkv", "h2o", "kvcrush")
 PACKED = ("int8", "int4", "mikv")
-# What shares pages out, merges with a log bias, and wraps.
+# Policies that divide pages, merge with a log bias, and wrap others.
 WRAPPED = ("adakv", "keepkv(adakv(h2o))", "keepkv(streaming)@int8", "fair(kvcrush)@int4")
 
 
@@ -34,7 +34,8 @@ def assert_equal(got: list[Answer], want: list[Answer]) -> None:
 
 
 def assert_slots_follow(answer: Answer) -> None:
-    """A step's tokens go to the last slots that are held, in blocks of the request."""
+    """Asserts that a step's tokens are written to the last slots that are held, in blocks of the
+    request."""
     for step in answer.steps:
         places = range(step.length - step.rows, step.length)
         want = [step.blocks[p // BLOCK] * BLOCK + p % BLOCK for p in places]
@@ -77,7 +78,7 @@ def test_a_request_alone(policy: str, v1: Engine, v2: Engine) -> None:
 
 
 def test_pages_say_where_their_tokens_stand(v2: Engine) -> None:
-    """Of all policies in one run, since a step costs the same however many requests are in it."""
+    """All policies are in one run, since a step costs the same however many requests are in it."""
     every = (*RAW, *PACKED, *WRAPPED)
     ledger = Ledger(v2.runner)
     try:
@@ -99,7 +100,7 @@ def test_pages_say_where_their_tokens_stand(v2: Engine) -> None:
 def test_heads_that_keep_unequal_numbers(
     policy: str, v1: Engine, v2: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever shares a policy gives: this model's own heads look at everything alike."""
+    """A policy gives the shares, since this random model's own heads attend to everything alike."""
 
     def allocate(self: AdaKV, demand: Any, room: Room) -> torch.Tensor:
         layers, heads = room.candidates.shape
@@ -139,7 +140,7 @@ def test_a_batch_with_an_uncompressed_sibling(v1: Engine, v2: Engine) -> None:
 
 
 def test_eviction_changes_what_is_said(v1: Engine, v2: Engine) -> None:
-    """Or the comparisons above would compare nothing."""
+    """Otherwise the comparisons above would not test anything."""
     (prompt,) = prompts(250)
     answers = v2.run([prompt] * 2, 12, [{"kv_policy": "streaming"}, {"kv_policy": "none"}])
     assert answers[0].tokens != answers[1].tokens
@@ -162,7 +163,8 @@ def test_fitted_codecs(v1_fitted: Engine, v2_fitted: Engine) -> None:
 
 
 def test_a_preempted_request_is_compacted_again(model: str) -> None:
-    """The pool holds three of four requests; the last to come goes, compacted already."""
+    """The pool holds three of four requests; the newest is preempted, when it is compacted
+    already."""
     extra: list[dict[str, Any]] = [{"kv_policy": "none"}] * 3 + [{"kv_policy": "kvcrush"}]
     job = (prompts(120, 121, 122, 240, seed=2), 40, extra)
     engines = [Engine(model, v2=v2, blocks=19) for v2 in (False, True)]

@@ -1,4 +1,4 @@
-"""Quantisers of components, how their codes fill words, and how bits are shared out."""
+"""Quantisers of components, how their codes fill words, and how bits are allocated."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Components that share a field of bits: one in each byte of a word.
+# Components that share fields of bits: each has one byte of a word.
 QUAD = 4
-# Bits of a quad's components that fill a word of 32 bits.
+# Bits that each component of a quad has in a 32-bit word.
 WORD_BITS = 32 // QUAD
 MAX_BITS = 8
 PIECE_BITS = 4  # most bits of a field
@@ -54,8 +54,8 @@ def _error(x: Tensor) -> Tensor:
 
 @functools.cache
 def quantiser(bits: int) -> Quantiser:
-    """Returns the best quantiser of a component with 0 to MAX_BITS bits; with none everything is
-    0. Raises ValueError for other numbers."""
+    """Returns the best quantiser with 0 to MAX_BITS bits; with 0 bits, everything is 0. Raises
+    ValueError for other numbers."""
     if not 0 <= bits <= MAX_BITS:
         raise ValueError(f"bits={bits!r} is not one of 0..{MAX_BITS}")
     if not bits:
@@ -77,7 +77,7 @@ class Piece(NamedTuple):
 
     Attributes:
         quad: index of the quad.
-        weight: the field counts 2**weight times.
+        weight: exponent: the field's value is multiplied by 2**weight.
         word: index of the 32-bit word that holds the field.
         first: the field's lowest bit in each byte of the word.
         bits: width of the field.
@@ -108,7 +108,7 @@ def pieces(bits: Tensor) -> list[Piece]:
         while room:
             fits = next((i for i, field in enumerate(left) if field[0] <= room), None)
             if fits is None:
-                # None is that small: a part of the smallest one fills the word.
+                # No field is that small: a part of the smallest one fills the word.
                 width, weight, quad = left.pop()
                 rest = width - room
                 left.append((room, weight + rest, quad))
@@ -124,9 +124,9 @@ def pieces(bits: Tensor) -> list[Piece]:
 
 
 def pooled_bits(variances: Tensor, mean_bits: float, most: int = MAX_BITS) -> Tensor:
-    """Returns the bits of each component, `mean_bits` on average, given where they lower the error
-    most. Quads of neighbours get the same, each head gets whole words, and all leading dimensions
-    share one pool.
+    """Returns the bits of each component, `mean_bits` on average, allocated where they lower the
+    error most. The components of a quad get the same number, each head gets whole words, and all
+    leading dimensions share one pool.
 
     Args:
         variances: [..., D], descending.
@@ -141,8 +141,8 @@ def pooled_bits(variances: Tensor, mean_bits: float, most: int = MAX_BITS) -> Te
     errors = torch.tensor([quantiser(b).distortion for b in range(most + 1)], dtype=torch.float64)
     size = variances.shape[-1]
     quads = variances.double().reshape(-1, size // QUAD, QUAD).sum(-1)
-    # Errors fall convexly with bits, so that a quad's bits, a head's words and all words come in
-    # order of what they gain.
+    # Errors fall convexly with bits, so taking the largest gains first, of a quad's bits, a head's
+    # words and all words, is optimal.
     gains = (quads[..., None] * -errors.diff()).flatten(1)
     order = gains.sort(dim=-1, descending=True, stable=True)
     whole = gains.shape[1] // WORD_BITS * WORD_BITS
@@ -157,10 +157,11 @@ def pooled_bits(variances: Tensor, mean_bits: float, most: int = MAX_BITS) -> Te
 
 def head_bits(costs: Tensor, mean_bits: float) -> Tensor:
     """Returns the bits of each head's value channels, 2 to 4 and `mean_bits` on average, uint8
-    [L, H]: more where they take most off the error times its cost.
+    [L, H], allocated where they lower the cost of errors most.
 
     Args:
         costs: [L, H], what an error as large as the value costs.
+        mean_bits: mean number of bits of a channel.
     """
     few, most = VALUE_BITS
     errors = torch.tensor([quantiser(b).distortion for b in range(few, most + 1)])

@@ -3,8 +3,8 @@ text, and writes transform tables.
 
 It runs the model in transformers, on the CPU, in float32. It knows no model type: queries and keys
 are taken where attention gets them, and RoPE is undone after a check that it is the one that the
-configuration describes. What errors cost is taken from gradients: after the prefill of a context
-the model goes on over keys that are leaves of a graph, which is how a compressed cache is used.
+configuration describes. What errors cost is taken from gradients: after the prefill of a context,
+further tokens attend to its keys as leaves of a graph, as they would attend to a compressed cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from vllm_kvcrush.codecs.transform.points import POINTS, SINKS, OperatingPoint, 
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import ModelShape, model_config
 
-# Tokens of an excerpt's context, tokens that then look back at it, and how many excerpts.
+# Tokens of an excerpt's context, tokens that then attend to it, and number of excerpts.
 CONTEXT, QUESTION, EXCERPTS = 1536, 512, 4
 # More tokens than this change nothing that can be measured.
 MOST_TOKENS = 4096
@@ -51,13 +51,13 @@ OPENINGS = (
     "Chapter 1\n",
     "- ",
 )
-# Twice as many short ones take half the time: a step costs the same for all.
+# Twice as many samples of half the length take half the time: a step costs the same for all.
 SAMPLES = 2 * len(OPENINGS)
 SAMPLE_TOKENS = 112
 
 
 class Probe:
-    """A model in transformers that tells its queries, keys, values and gradients.
+    """A model in transformers, of which queries, keys, values and gradients can be read.
 
     Raises TablesError for a model that transform coding does not fit.
 
@@ -166,7 +166,7 @@ class Probe:
         keys and values. After each of `tokens` it is the log-likelihood of a token drawn from the
         model's own distribution: the gradients' second moment is Fisher information then, which
         the text's own likelihood gives only where the model is right."""
-        # What was made in inference mode cannot be part of a graph.
+        # Tensors that were made in inference mode cannot be part of a graph.
         keys, values = keys.clone().requires_grad_(), values.clone().requires_grad_()
         logp = self.log_probabilities(keys, values, keys.shape[2], tokens)
         drawn = torch.multinomial(logp.detach().exp(), 1, generator=generator)

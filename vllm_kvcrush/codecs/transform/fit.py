@@ -13,8 +13,8 @@ from vllm_kvcrush.codecs.transform.points import OperatingPoint, even_value_bits
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import Tables
 
-# Energy that every direction of the queries has at least, as a share of the mean: calibration saw
-# only some of the queries that will come.
+# Least energy of a direction, as a share of the mean over all directions: calibration sees only
+# some of the queries that will come.
 RIDGE = 1e-3
 
 
@@ -101,22 +101,23 @@ def fit(
     The transform is the Karhunen-Loeve transform of W(k - mean): of all transforms with these bits
     it loses least in E[(k - k̂)ᵀ W² (k - k̂)]. W² is what errors of a key cost. With gradients it is
     E[g gᵀ], the Fisher information of the key, which gives the divergence of the model's output to
-    second order. Without them it is E[q qᵀ], so that logits lose least, whatever becomes of them.
+    second order. Without them it is E[q qᵀ], so that the errors of logits are smallest, whatever
+    their effect on the output.
 
     Args:
-        horizon: queries are taken at all distances up to this from the key, and keys at all
-            positions up to it, or in a strip where the point is local.
+        horizon: queries are taken at all distances from the key up to this, and keys at all
+            positions up to it, or at those within a strip where the point is local.
         most: no component gets more bits.
-        even: gives every head `even_words` and `even_value_bits`. Values have the latter also
-            where there are no gradients.
+        even: whether every head gets `even_words` and `even_value_bits`. Without gradients, values
+            get the latter in any case.
     """
     far = torch.arange(horizon)
     near = torch.arange(layout.STRIP) if point.local else far
     mean, second = rope.spread(statistics.key_mean, statistics.key_second, near)
     if statistics.key_gradient is not None:
         _, cost = rope.spread(statistics.key_mean, statistics.key_gradient, near)
-        # How much more one head matters than another depends on the text: half of it, in the
-        # logarithm, loses no more, and heads whose pages hold alike waste fewer of them.
+        # How much more one head matters than another depends on the text. The square root of the
+        # ratio loses no more, and fewer pages are wasted the more alike heads are.
         trust = cost.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
     else:
         _, cost = rope.spread(statistics.key_mean, statistics.query_second, far)

@@ -1,4 +1,4 @@
-"""Plain-torch oracle of transform coding in csrc/ and ops/triton/: keys, values, and pages."""
+"""The plain-torch oracle of transform coding in csrc/ and ops/triton/: keys, values, and pages."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def encode_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     q = quantiser(bits)
     codes = (y / (norm.clamp(min=tiny) * q.step) + q.middle).round().clamp(0, 2 * q.middle)
     c = codes - q.middle
-    # The scale that loses least with these codes.
+    # The scale with the least error for these codes.
     scale = (y * c).sum(-1) / c.square().sum(-1).clamp(min=tiny)
     byte = SCALE_ZERO + (SCALE_STEPS * scale.clamp(min=tiny).log2()).round()
     byte = byte.clamp(1, 255).where(norm[..., 0] > 0, torch.zeros_like(scale))
@@ -127,14 +127,14 @@ def encode_page(
 ) -> Page:
     """Encodes the tokens of one page of one head, in float64 except for int8.
 
-    Exceptions are the first SINKS tokens of a request, then the tokens whose keys lose most: a
-    function of the page's content alone, so that equal tokens give equal pages.
+    Exceptions are the first SINKS tokens of a request, then the tokens whose keys lose most. They
+    depend on the page's content alone, so that equal tokens give equal pages.
 
     Args:
         keys: [n, D] with RoPE.
         values: [n, Dv].
         positions: [n], ascending.
-        exceptions: how many; all if there are fewer tokens.
+        exceptions: number of exceptions; all tokens are exceptions if there are fewer.
     """
     key_codes, loss = encode_keys(keys.double(), positions, tables, layer, head)
     value_codes, scales = encode_values(values.double(), int(tables.value_bits[layer, head]))

@@ -59,7 +59,7 @@ class Rope:
 
     @property
     def size(self) -> int:
-        """Head size D."""
+        """Returns the head size D."""
         return 2 * self.frequencies.numel()
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -83,8 +83,8 @@ class Rope:
             positions.to(torch.float64)[:, None] * self.frequencies,
         )
         half = self.size // 2
-        # Pairs as complex numbers z: rotation multiplies z by a phase, so that E[z z̄ᵀ] and E[z zᵀ]
-        # are multiplied by the means of differences and of sums of angles.
+        # With pairs as complex numbers z, rotation multiplies z by a phase, so E[z z̄ᵀ] and E[z zᵀ]
+        # are multiplied by the mean phases of differences and of sums of angles.
         mean, second = mean.double(), second.double()
         turned = torch.complex(mean[..., :half], mean[..., half:]) * phase.mean(0)
         aa, ab = second[..., :half, :half], second[..., :half, half:]
@@ -103,7 +103,7 @@ def _scaled(frequencies: Tensor, kind: str, settings: Mapping[str, Any]) -> Tens
     slow = frequencies / settings["factor"]
     if kind == "linear":
         return slow
-    # Llama 3: long waves are stretched, short ones are not, those between are blended.
+    # Llama 3 stretches long waves, leaves short ones, and blends those between.
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
     turns = settings["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)

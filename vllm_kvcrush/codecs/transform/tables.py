@@ -1,4 +1,4 @@
-"""Transform tables: what they hold, which model they belong to, the tokens that pages hold with
+"""Transform tables: their content, the model that they belong to, how many tokens pages hold with
 them, and their file."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VERSION = 4
 
 @dataclass(frozen=True)
 class Tables:
-    """The transform tables of one model at one operating point: what encoding and decoding needs.
+    """The transform tables of one model at one operating point: what encoding and decoding need.
     Tensors are float32 unless said otherwise; components are in units of their codes.
 
     Attributes:
@@ -60,7 +60,7 @@ class Tables:
 
     @property
     def words(self) -> Tensor:
-        """32-bit words of a key's codes, [L, H]."""
+        """Returns the number of 32-bit words of a key's codes, [L, H]."""
         return self.bits.long().sum(-1) // 32
 
     def capacity(self, layer: int, head: int, page_bytes: int, value_size: int) -> tuple[int, int]:
@@ -85,6 +85,8 @@ class Tables:
         """Returns the tables of transforms whose components have unit variance.
 
         Args:
+            mean: `key_mean`.
+            forward, inverse: as the attributes, but for components of unit variance.
             weight: [L, H, D], what a squared error of each component costs.
         """
         steps = torch.tensor([quantiser(b).step for b in range(MAX_BITS + 1)], dtype=torch.float64)
@@ -106,7 +108,7 @@ class HeadTables(NamedTuple):
 
     Attributes:
         tables: the model's tables.
-        layer, head: which part of them.
+        layer, head: indices of the layer and the KV head.
         exceptions: how many tokens of a page of this head are int8.
     """
 
@@ -117,8 +119,8 @@ class HeadTables(NamedTuple):
 
 
 def model_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the content of a model's config.json, completed by the defaults of the model's type,
-    such as the base of its rotary embedding. It is what a server sees. Raises TablesError.
+    """Returns the content of a model's config.json as a server sees it, completed by the defaults
+    of the model's type, such as the base of its rotary embedding. Raises TablesError.
 
     Args:
         folder: the model's directory.
@@ -141,10 +143,10 @@ def model_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What transform tables must agree with a model in.
+    """The properties of a model that its transform tables depend on.
 
     Attributes:
-        name: the model's name, for messages; it may differ.
+        name: the model's name, for messages; nothing depends on it.
         layers, heads, kv_heads: numbers of layers, query heads and KV heads.
         size: head size.
         vocabulary: number of token ids.
@@ -192,9 +194,9 @@ class ModelShape:
 
 
 def default_path(config: Mapping[str, Any]) -> pathlib.Path | None:
-    """Returns where the tables of a model are looked for and written to unless a path is given: a
-    name that follows from the model's shape. Returns None where nothing is kept, see
-    `paths.cache_root`. Raises TablesError for a model that transform coding does not fit.
+    """Returns the path of a model's tables unless another is given: a name that depends on the
+    model's shape. Returns None where nothing is kept, see `paths.cache_root`. Raises TablesError
+    for a model that transform coding cannot be used with.
 
     Args:
         config: content of the model's config.json.
@@ -317,7 +319,8 @@ def save(
         "text": text,
         "sha256": _digest(tensors),
     }
-    # One entry: safetensors writes several in any order, and equal tables should be equal files.
+    # One entry, because safetensors writes several in any order, and equal tables should give equal
+    # files.
     meta = {FORMAT: json.dumps(about)}
     work = f"{os.fspath(path)}.{os.getpid()}.part"
     try:

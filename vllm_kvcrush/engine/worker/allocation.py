@@ -1,4 +1,4 @@
-"""How many of a request's pages each layer and head gets, where a policy says that they differ."""
+"""Divides a request's pages among its layers and heads, for policies that want unequal shares."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ def page_counts(shares: Tensor, room: Room, least: np.ndarray) -> np.ndarray:
     """Turns relative shares into whole pages.
 
     Every head gets the pages that its protected tokens need, and no more than its candidates fill;
-    between these, pages follow the shares, and whatever some cannot use goes to the others.
+    between these limits, pages follow the shares, and what some heads cannot use goes to others.
 
     Args:
         shares: float64 [L, H], at least 0.
-        room: what there is to share.
+        room: the pages to divide.
         least: int64 [L, H], pages that each head needs; together at most `room.pages`.
 
     Returns:
-        int64 [L, H], in all `room.pages`, or as many as all candidates fill.
+        int64 [L, H], pages of each head; their sum is `room.pages`, or as many as all candidates
+        fill.
     """
     rooms, candidates = room.page_tokens.numpy(), room.candidates.numpy()
     most = -(-candidates // rooms)
@@ -28,7 +29,7 @@ def page_counts(shares: Tensor, room: Room, least: np.ndarray) -> np.ndarray:
     total = min(room.pages, int(most.sum()))
     assert int(least.sum()) <= total, f"{least.sum()} pages are protected and there are {total}"
     weights = shares.numpy().astype(np.float64)
-    # Heads without a share come last, all alike. In parts of the largest, lest anything overflow.
+    # Heads without a share come last, all alike. Shares are scaled so that nothing overflows.
     weights = np.maximum(weights / (weights.max(initial=0.0) or 1.0), 1e-9)
 
     def given(scale: float) -> np.ndarray:

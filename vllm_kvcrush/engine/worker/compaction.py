@@ -1,5 +1,5 @@
-"""Compaction as a worker does it, whichever of vLLM's model runners it has: it follows requests,
-remembers the queries that the next compaction scores with, and runs the scheduler's commands."""
+"""Compaction on a worker, for all of vLLM's model runners: it follows requests, remembers the
+queries that the next compaction scores with, and runs the scheduler's commands."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvcrush")
 
-# Policies that are kept built: clients may vary their parameters.
+# Most policies that are cached: clients may vary their parameters.
 _MOST_POLICIES = 64
 
 
@@ -65,7 +65,8 @@ class QueryTap:
         impl.forward = tapped
 
     def take(self) -> Tensor:
-        """The rows of the last forward pass: `[layers, rows, query_heads, head_size]`."""
+        """Returns the chosen rows of the last forward pass, `[layers, rows, query_heads,
+        head_size]`, and chooses none for the next."""
         taken, self._taken = self._taken, [None] * len(self._taken)
         self.rows = None
         assert all(t is not None for t in taken), "a layer's attention did not run"
@@ -73,7 +74,7 @@ class QueryTap:
 
 
 def _rope_of(model_config: Any) -> Rope | None:
-    """The model's rotary embedding, for policies; None where it is not one that we know."""
+    """Returns the model's rotary embedding, for policies, or None if it is not a known one."""
     try:
         return Rope.from_config(model_config.hf_text_config.to_dict())
     except (TablesError, KeyError):
@@ -81,23 +82,23 @@ def _rope_of(model_config: Any) -> Rope | None:
 
 
 def _side_bytes(state: WorkerRequest) -> int:
-    """Bytes that are kept beside the pages of a request between compactions."""
+    """Returns the bytes that are kept beside the pages of a request between compactions."""
     kept = (x for by in (*state.kept_state.values(), state.positions) for x in by.values())
     return sum(x.nbytes for x in kept)
 
 
-# A mixin at run time; to the type checker it is a runner.
+# The type checker takes the mixin for a runner.
 _Base: Any = GPUModelRunner if TYPE_CHECKING else object
 
 
 class CompactionMixin(_Base):
-    """What both runners have in common. A runner says when compactions run, and takes their result
-    in `_install`; the shift between slots and positions is its own business."""
+    """What our model runners have in common. A runner calls `_run` for the commands of a step,
+    takes the results in `_install`, and applies the shift between slots and positions."""
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self._settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
-        # By name; None where a policy could not be built.
+        # Built policies by name; None where one could not be built.
         self._policies: dict[str, Policy | None] = {}
         self._rope = _rope_of(vllm_config.model_config)
         # Requests with an active policy.
@@ -109,14 +110,15 @@ class CompactionMixin(_Base):
         self._attention: dict[str, Any] = {}
         # Rows of the batch whose queries are wanted: (request, first row, first position, count).
         self._wanted: list[tuple[WorkerRequest, int, int, int]] = []
-        # For the scheduler, with the next output: compactions, and requests in whose compactions a
+        # What the next output tells the scheduler: compactions, and (request id, policy) where a
         # policy failed.
         self._compacted: list[Compacted] = []
         self._failures: list[tuple[str, str]] = []
-        # The most bytes held beside the cache, by what for; and whether the scheduler knows.
+        # The most bytes held beside the cache, by their use; and whether any grew since the last
+        # report.
         self._peaks: dict[str, int] = {}
         self._higher = False
-        # Compactions whose choices the device has not told to be sound yet.
+        # Compactions of which it is not known yet whether their choices are sound.
         self._unsettled: list[tuple[str, WorkerRequest, Tensor]] = []
         # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
         self.on_select: Callable[[Compact, int, Tensor], None] | None = None
@@ -124,11 +126,12 @@ class CompactionMixin(_Base):
     # -- what a runner adds ---------------------------------------------------------------------
 
     def _choose_backend(self, attention: Sequence[Any]) -> Backend:
-        """Prepares the model's attention layers."""
+        """Prepares the model's attention layers and returns the backend for them."""
         raise NotImplementedError
 
     def _install(self, request_id: str, blocks: list[int], slot_shift: int) -> None:
-        """Takes the blocks of a compacted request, before those that this step adds."""
+        """Sets the blocks and the slot shift of a compacted request, before this step adds
+        blocks."""
         raise NotImplementedError
 
     # -- start-up -------------------------------------------------------------------------------
@@ -169,8 +172,8 @@ class CompactionMixin(_Base):
             self._tap = QueryTap(list(self._attention.values()))
 
     def _open_layers(self, tables: list[Tables], rank: int) -> None:
-        """Describes the cache to the kernels. `tables` are those of the fitted codecs; this
-        rank's KV heads are the ones at place `rank` in them."""
+        """Describes the cache to the kernels. `tables` are those of the fitted codecs; in them, the
+        KV heads of this rank come after those of `rank` others."""
         names, config, size = list(self._attention), self.model_config, self.cache_config.block_size
         found: list[dict[str, Any]] = [{} for _ in names]
         if tables:
@@ -193,8 +196,8 @@ class CompactionMixin(_Base):
         self._layers.sort(key=lambda layer: layer.index)
 
     def take_statistics(self) -> None:
-        """Makes the tables of fitted codecs from what the model does with some text, where there
-        is no file of them. Runs requests of its own: before there are others."""
+        """Makes the tables of fitted codecs from statistics of the running model, if no file has
+        them. It runs requests, and must be called before there are others."""
         settings = self._settings
         if not settings.fitted or settings.tables is not None:
             return
@@ -210,7 +213,8 @@ class CompactionMixin(_Base):
         )
 
     def _read_pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Queries [L, Hq, n, D] and keys [L, H, n, D], with RoPE, of each piece of text."""
+        """Runs each piece of text and yields its queries [L, Hq, n, D] and keys [L, H, n, D], with
+        RoPE."""
         size, tap = self.cache_config.block_size, self._tap
         assert tap is not None
         room = (self._layers[0].pages.num_blocks - 1) * size  # vLLM keeps block 0 for itself
@@ -233,7 +237,7 @@ class CompactionMixin(_Base):
     # -- one step -------------------------------------------------------------------------------
 
     def _begin_step(self, scheduler_output: Any) -> list[Command]:
-        """Follows the requests that come and go; returns the commands of this step."""
+        """Adds and removes the requests that come and go, and returns the commands of this step."""
         told: StepCommands = getattr(scheduler_output, "kvcrush", None) or StepCommands()
         for request_id in scheduler_output.finished_req_ids:
             self._requests.pop(request_id, None)
@@ -267,8 +271,14 @@ class CompactionMixin(_Base):
     def _prepare_batch(
         self, ids: Sequence[str], computed: np.ndarray, scheduled: np.ndarray
     ) -> list[WorkerRequest | None]:
-        """Tells the backend and the tap which requests are in the batch, in its order: their
-        tokens with KV so far, and those of this step. Returns their states."""
+        """Tells the backend and the tap which requests are in the batch, and returns their states,
+        None for those without an active policy.
+
+        Args:
+            ids: ids of the requests, in the order of the batch.
+            computed: number of tokens of each whose KV has been computed.
+            scheduled: number of tokens of each in this step.
+        """
         states = [self._requests.get(request_id) for request_id in ids]
         self._want_queries(ids, states, computed, scheduled)
         if self._backend.builder is not None:
@@ -278,7 +288,7 @@ class CompactionMixin(_Base):
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
         if (self._compacted or self._failures or self._higher) and output is not None:
-            # Where the output is copied asynchronously, the real one is wrapped: by V2, or V1.
+            # An asynchronous output wraps the real one, in V2 and in V1 under different names.
             inner = getattr(output, "model_runner_output", output)
             inner = getattr(inner, "_model_runner_output", inner)
             inner.kvcrush = WorkerReport(self._compacted, self._failures, dict(self._peaks))
@@ -329,12 +339,13 @@ class CompactionMixin(_Base):
         self._wanted = []
 
     def _holds(self, kind: str, size: int) -> None:
-        """Remembers the most bytes that are held for one kind of thing."""
+        """Remembers the most bytes that are held for one use, see `stats.Stats.worker_bytes`."""
         if size > self._peaks.get(kind, 0):
             self._peaks[kind], self._higher = size, True
 
     def _window(self, state: WorkerRequest, computed: int) -> Tensor:
-        """Queries of the last `window` tokens, in order: `[layers, query_heads, window, size]`."""
+        """Returns the queries of the last `window` tokens, in order, `[layers, query_heads, window,
+        size]`. Raises PolicyFailure if they were not all kept."""
         window = state.plan.window
         if state.queries is None or state.queries_end != computed:
             raise PolicyFailure(
@@ -348,7 +359,8 @@ class CompactionMixin(_Base):
 
     @torch.inference_mode()
     def _compact(self, command: Compact) -> None:
-        """Scores, selects and moves, layer by layer, then installs the new block table row."""
+        """Runs a compaction, or takes over the result of an equal one, and installs the request's
+        new blocks."""
         began = time.perf_counter()
         state = self._requests[command.request_id]
         held = evicted = 0.0
@@ -373,7 +385,8 @@ class CompactionMixin(_Base):
         self._compacted.append(Compacted(command.request_id, state.label, seconds, held, evicted))
 
     def _move(self, command: Compact, state: WorkerRequest) -> tuple[float, float]:
-        """Fills the target blocks of a compaction. Returns tokens held and evicted."""
+        """Fills the target blocks of a compaction. Returns the numbers of tokens held and evicted,
+        means over layers and heads."""
         name = command.request_id
         move = Move(
             command,
@@ -408,7 +421,8 @@ class CompactionMixin(_Base):
     # -- policies that fail ---------------------------------------------------------------------
 
     def _failed(self, request_id: str, state: WorkerRequest, why: PolicyFailure) -> None:
-        """Counts a compaction that had to do without its policy; a request is logged once."""
+        """Counts a compaction that had to do without its policy, and logs it once for each
+        request."""
         if (request_id, state.label) not in self._failures:
             self._failures.append((request_id, state.label))
         if not state.failed:
@@ -422,7 +436,7 @@ class CompactionMixin(_Base):
             )
 
     def _settle(self) -> None:
-        """Counts the choices that turned out to be useless."""
+        """Counts the compactions whose choices turned out not to be sound."""
         unsettled, self._unsettled = self._unsettled, []
         for request_id, state, sound in unsettled:
             if not sound:

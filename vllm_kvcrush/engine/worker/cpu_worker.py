@@ -8,7 +8,8 @@ import vllm.v1.worker.cpu_worker as cpu_worker
 
 
 class KVCrushCPUWorker(cpu_worker.CPUWorker):
-    """`CPUWorker` takes its runner class from a module, so it is put there while it looks."""
+    """vLLM's CPU worker with our model runner. `CPUWorker` takes its runner's class from a module,
+    so ours is put into that module while it looks."""
 
     def init_device(self) -> None:
         module, ours = self._runner()
@@ -26,7 +27,7 @@ class KVCrushCPUWorker(cpu_worker.CPUWorker):
         return times
 
     def _runner(self) -> tuple[Any, type]:
-        """Where `CPUWorker` looks, and what it is to find there."""
+        """Returns the module in which `CPUWorker` looks, and the class that it is to find."""
         if self.use_v2_model_runner:
             import vllm.v1.worker.cpu.model_runner as v2
 

@@ -11,7 +11,7 @@ from vllm_kvcrush.engine.worker.runner_v2 import KVCrushGPUModelRunnerV2
 
 
 class KVCrushGPUWorker(Worker):
-    """Has the V2 runner only."""
+    """vLLM's GPU worker with our model runner, of which there is only a V2 one."""
 
     def _make_model_runner(self) -> Any:
         assert self.use_v2_model_runner, "the gate refuses V1 on GPUs"

@@ -1,4 +1,4 @@
-"""One compaction on a worker: what is read, what of it stays, and where that goes."""
+"""One compaction on a worker: which tokens are read, which stay, and where these are written."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from vllm_kvcrush.policies.choice import (
     scored,
 )
 
-# Scores that were made to share pages out are kept for choosing, up to so many bytes; those of
-# further layers are made again.
+# Scores that were computed to divide pages are kept for choosing, up to this many bytes; those of
+# further layers are computed again.
 _KEPT_SCORES = 64 << 20
 
 T = TypeVar("T")
@@ -44,9 +44,10 @@ class _Chosen:
     """What stays of a layer, by slot.
 
     Attributes:
-        slots: int64 [H, k], slots of the source in the order of the target; past a head's count 0.
-        columns: int64 [H, k], the same in the view's order.
-        choice, view: of the policy.
+        slots: int64 [H, k], slots of the source in the order of the target; 0 past a head's count.
+        columns: int64 [H, k], the view's columns of the same tokens.
+        choice: the policy's choice.
+        view: the view that the policy chose from.
     """
 
     def __init__(self, slots: Tensor, columns: Tensor, choice: Choice, view: View) -> None:
@@ -57,24 +58,26 @@ class Move:
     """Fills the target blocks of a compaction, layer by layer.
 
     Args:
-        command, state: of the request.
-        layers: in the order of their pages.
-        block_size: of a block, in tokens.
+        command: the compaction.
+        state: what the worker knows about the request.
+        layers: the layers' caches, in the order of their pages.
+        block_size: tokens in a block.
         rope: the model's rotary embedding, for policies.
-        failed: told each time that the policy fails.
-        on_select: called with each layer's choice, slots [kv_heads, keep], -1 past a head's own.
+        failed: called each time that the policy fails.
+        on_select: called with the command, the layer's index, and the layer's choice: slots
+            [kv_heads, keep], -1 past a head's own; or None.
 
     Attributes:
-        target: the new region; known when the move has run.
-        scores: whether the policy is asked; for what it `needs`.
-        queries: the observation window, `[layers, query_heads, window, size]`; the caller's to set
-            before `run` where the policy needs it.
-        kept_state: by name and layer, what the policy keeps of the survivors, [H, k, ...].
-        positions: by layer, where the survivors stand, int32 [H, k]; empty unless they are kept.
-        finer: leading slots of the new region that are in the finer of two codecs.
-        sound: of each layer's choice, `Choice.sound`.
-        gathered: the most bytes of keys and values that the policy had copied.
-        held, evicted: tokens that stay and that are dropped, means over layers and heads.
+        target: the new region; set by `run`.
+        scores: whether the policy is asked for scores, so that what it `needs` must be there.
+        queries: queries of the observation window, `[layers, query_heads, window, size]`; the
+            caller sets them before `run` if `scores` and the policy needs them.
+        kept_state: by name and layer, what the policy remembers about the survivors, [H, k, ...].
+        positions: by layer, positions of the survivors, int32 [H, k]; empty unless they are kept.
+        finer: number of leading slots of the new region that are in the finer of two codecs.
+        sound: `Choice.sound` of each layer's choice.
+        gathered: the most bytes of keys and values that were copied for the policy.
+        held, evicted: tokens that stay and tokens that are dropped, means over layers and heads.
     """
 
     def __init__(
@@ -92,14 +95,14 @@ class Move:
         self._failed, self._on_select = failed, on_select
         self._device, self._heads = layers[0].device, layers[0].heads
         region = state.region
-        # Raw blocks, among them a compressed region of raw ones, are read as one tail: slots are
-        # in order.
+        # Raw blocks, also those of a compressed region that is raw, are read as one tail: their
+        # slots are in order.
         self._raw = command.source[command.compressed if region else 0 :]
         self._tail = torch.tensor(
             (*self._raw, *command.tail), dtype=torch.int32, device=self._device
         )
         self._tail_tokens = len(self._raw) * block_size + command.tail_tokens
-        # Tokens of each layer and head in the old region, and candidates.
+        # Tokens of each layer and head in the old region, and below with the new candidates.
         shape = (len(layers), self._heads)
         self._old = np.full(shape, state.region_tokens(block_size), dtype=np.int64)
         if region is not None:
@@ -108,9 +111,9 @@ class Move:
         self._counts = self._old + new * block_size
         self._candidates = int(self._counts.max())
         self._parts = state.plan.parts(len(command.target), self._candidates)
-        # Tokens of two tiers lie one tier after the other. Once they are together again, fitted
-        # pages, which know the positions of some tokens only, may say of two neighbouring pages
-        # that they overlap.
+        # The tokens of two tiers lie one tier after the other, so the policy's view is sorted by
+        # position. Even when one tier is left, its fitted pages, which keep the positions of some
+        # tokens only, may seem to overlap.
         self._mixed = state.tiers and region is not None
         self._two = state.tiers and len(self._parts) > 1
         self.scores = (
@@ -132,12 +135,12 @@ class Move:
         self.held = self.evicted = 0.0
 
     def give_up(self, why: PolicyFailure) -> None:
-        """Does without the policy."""
+        """Makes `run` do without the policy."""
         self._failed(why)
         self._asks = False
 
     def run(self) -> None:
-        """Reads all that is to be read and writes the target."""
+        """Reads the source and writes the target, layer by layer."""
         codecs, tokens = self._shared_out()
         self._keep = torch.from_numpy(tokens.sum(0))
         self.held = float(self._keep.double().mean())
@@ -154,7 +157,7 @@ class Move:
             self.target.open_biases()
         ranks = get_tensor_model_parallel_world_size()
         if self._chooses and ranks > 1 and order != sorted(order):
-            # Ranks share pages out in orders of their own, but must choose in the same one.
+            # Ranks fill their layers in different orders, but must choose in the same one.
             chosen = [self._chosen(i, self._source(i)) for i in range(len(self._layers))]
             for index in order:
                 self._fill(index, chosen[index])
@@ -170,8 +173,8 @@ class Move:
     # -- how many tokens of which head -----------------------------------------------------------
 
     def _shared_out(self) -> tuple[list[str], np.ndarray]:
-        """Codecs of the region's parts, and how many tokens of each layer and head fill them:
-        int64 [parts, L, H]."""
+        """Returns the codecs of the region's parts, and how many tokens of each layer and head fill
+        them, int64 [parts, L, H]."""
         self._given: dict[int, _Given] = {}
         if not self._state.allocates:
             tokens = np.array([part.tokens for part in self._parts])
@@ -198,7 +201,7 @@ class Move:
         return [codec], np.minimum(pages * rooms, self._counts)[None]
 
     def _shares(self, room: Room) -> Tensor | None:
-        """The policy's shares, or None where it failed."""
+        """Returns the policy's shares, or None if it failed."""
 
         def ask(policy: Policy, ranks: Ranks | None) -> Tensor:
             demands, size = [], 0
@@ -216,7 +219,7 @@ class Move:
         return self._guarded(ask)
 
     def _guarded(self, ask: Callable[[Policy, Ranks | None], T]) -> T | None:
-        """What the policy answers, or None where it failed, here or on another rank."""
+        """Returns what `ask` returns, or None if the policy failed, here or on another rank."""
         alone = get_tensor_model_parallel_world_size() == 1
         ranks = None if alone else Ranks(self._device, self._state.allocates)
         try:
@@ -257,7 +260,8 @@ class Move:
         try:
             self._write(index, source, slots, chosen)
         except Exception as error:
-            # Refused before anything was written: a choice of ours cannot be at fault twice.
+            # The kernels refused the slots before they wrote anything. If no policy chose them,
+            # another choice would not help.
             if chosen is None:
                 raise
             self._failed(PolicyFailure(str(error)))
@@ -278,7 +282,7 @@ class Move:
             layer.fill(keys.float(), values.float(), positions, counts, self.target)
 
     def _remember(self, index: int, chosen: _Chosen) -> None:
-        """Keeps what is known of a layer's survivors."""
+        """Keeps state, positions and log biases of a layer's survivors."""
         columns, choice, view = chosen.columns, chosen.choice, chosen.view
         self.sound.append(choice.sound)
         for name, value in choice.state.items():
@@ -292,7 +296,7 @@ class Move:
                 part.copy_(own[head, : len(part)])
 
     def _chosen(self, index: int, source: Any, ask: bool = True) -> _Chosen:
-        """What stays of a layer."""
+        """Returns what stays of a layer. With `ask` False, the policy is not asked."""
         view, order = self._view(index, source)
         keep = self._keep[index]
         finer = torch.full_like(keep, self._parts[0].tokens) if self._two else None
@@ -328,8 +332,8 @@ class Move:
     def _view(
         self, index: int, source: Any, ranks: Ranks | None = None
     ) -> tuple[View, Tensor | None]:
-        """What the policy sees of a layer, in position order; and that order, int64 [H, m], where
-        it is not the slots' own."""
+        """Returns what the policy sees of a layer, in position order, and that order, int64 [H, m],
+        or None if it is the order of the slots."""
         state, layer = self._state, self._layers[index]
         counts = self._counts[index].tolist()
         tail = self._command.tail_tokens
@@ -349,7 +353,7 @@ class Move:
             layers=len(self._layers),
             all_heads=_identity if ranks is None else ranks.all_heads,
             counts=torch.from_numpy(self._counts[index]) if min(counts) < m else None,
-            # A policy that failed in this layer has left none.
+            # A policy that failed in this layer has left no state.
             state={
                 name: self._widened(by[index], m)
                 for name, by in state.kept_state.items()
@@ -371,7 +375,8 @@ class Move:
         return view, order
 
     def _widened(self, old: Tensor, m: int) -> Tensor:
-        """What is known of survivors, [H, k, ...], with zeros for newer tokens: [H, m, ...]."""
+        """Returns what is known about survivors, [H, k, ...], with zeros for newer tokens,
+        [H, m, ...]."""
         wide = torch.zeros(self._heads, m, *old.shape[2:], dtype=old.dtype, device=self._device)
         wide[:, : old.shape[1]] = old
         return wide
@@ -386,7 +391,8 @@ class Move:
         return wide.to(self._device)
 
     def _positions(self, index: int, known: Tensor, new: Tensor) -> Tensor | None:
-        """Where the candidates stand, int32 [H, m]. `new`: places among the newer ones, [H, m]."""
+        """Returns the positions of the candidates, int32 [H, m], or None unless they are kept.
+        `new` [H, m] has the places of newer candidates among the newer ones."""
         if not self._state.keeps_positions:
             return None
         raw = len(self._command.source) - self._command.compressed
@@ -399,7 +405,7 @@ class Move:
         return where
 
     def _protected(self, view: View) -> Tensor:
-        """The slots that stay whatever a policy says, bool [H, m]."""
+        """Returns the slots that stay whatever a policy says, bool [H, m]."""
         where = view.positions
         protected = where < view.sinks
         for first, end in self._state.protect:
@@ -407,7 +413,8 @@ class Move:
         return protected & view.valid
 
     def _demoted(self, order: Tensor | None) -> Tensor:
-        """Which candidates, in the view's order, are in the coarser codec already."""
+        """Returns which candidates, in the view's order, are in the coarser codec already, bool
+        [H, m]."""
         at = torch.arange(self._candidates, device=self._device)
         demoted = (at >= self._state.finer) & (at < int(self._old.max()))
         demoted = demoted.expand(self._heads, -1)

@@ -1,4 +1,4 @@
-"""What tensor-parallel ranks tell each other while a policy chooses."""
+"""What tensor-parallel ranks exchange while a policy chooses."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from vllm_kvcrush.policies.choice import PolicyFailure
 
 
 class Ranks:
-    """A policy's collectives.
+    """The collectives of a policy.
 
-    A policy may fail on one rank only: before each collective, and at the end, the ranks tell each
-    other where they are, so that none waits for one that gave up.
+    A policy may fail on one rank only. Before each collective, and at the end, the ranks tell each
+    other what they are about to do, so that none waits for one that gave up.
 
     Args:
-        device: of what is gathered.
-        ragged: whether heads may hold unequal numbers of tokens, so that ranks see other widths.
+        device: device of the tensors that are gathered.
+        ragged: whether heads may hold unequal numbers of tokens, so that the widths of ranks
+            differ.
     """
 
     _STATES: ClassVar[tuple[str, ...]] = ("failed", "gathers", "done")
@@ -30,11 +31,11 @@ class Ranks:
         self._over = False
 
     def all_heads(self, x: Tensor) -> Tensor:
-        """See `View.all_heads`. Raises PolicyFailure where another rank is elsewhere."""
+        """See `View.all_heads`. Raises PolicyFailure unless all other ranks make this call too."""
         self.agree("gathers")
         if not self._ragged:
             return _gather_heads(x)
-        # Padded to the widest; what is past a rank's own columns is of no use to it.
+        # Padded to the widest; each rank then drops what is past its own columns.
         own = x.shape[1]
         widths = _gather_heads(torch.full((1, 1), own, dtype=torch.float32, device=x.device))
         return _gather_heads(F.pad(x, (0, int(widths.max()) - own)))[:, :own]
@@ -48,7 +49,7 @@ class Ranks:
             raise PolicyFailure("it failed on another rank, or takes other turns there")
 
     def give_up(self) -> None:
-        """Tells the others that the policy failed here, unless they know."""
+        """Tells the other ranks that the policy failed here, unless they know."""
         if not self._over:
             self._over = True
             self._all_in("failed")

@@ -18,9 +18,10 @@ class Pages(Protocol):
     """A layer's pages in the pool that all layers share.
 
     Attributes:
-        kv_heads, block_pages: pages of a block that are this layer's, and that are anyone's.
-        num_blocks: of the pool.
-        page_bytes: of every page.
+        kv_heads: pages of a block that belong to this layer, one for each KV head.
+        block_pages: pages of a block, over all layers.
+        num_blocks: blocks of the pool.
+        page_bytes: bytes of a page.
     """
 
     kv_heads: int
@@ -29,7 +30,7 @@ class Pages(Protocol):
     page_bytes: int
 
     def capacity(self, codec: str, head: int = 0) -> int:
-        """Tokens that a page of a KV head holds."""
+        """Returns the number of tokens that a page of a KV head holds."""
         ...
 
 
@@ -38,14 +39,17 @@ class Region:
     """Pages that each layer and head owns, in slot order; n pages in all.
 
     Attributes:
-        blocks: number of blocks that they lie in.
-        begin, end: int32 [layers, kv_heads]: entries [begin, end) of a layer and head.
-        page: int32 [n], page index in the pool.
-        count: uint16 [n], tokens in it.
-        codec: uint8 [n].
+        blocks: number of blocks that the pages lie in.
+        begin, end: int32 [layers, kv_heads], the entries [begin, end) of each layer and head in
+            `page`, `count`, `codec` and `bias`.
+        page: int32 [n], indices of the pages in the pool.
+        count: uint16 [n], tokens in each page.
+        codec: uint8 [n], number of each page's codec.
         tokens: int64 [layers, kv_heads], tokens of each layer and head.
-        bias: int64 [n], where in `log_bias` the tokens of a page start; None: no token has one.
-        log_bias: float32, by token in the order of the pages: added to its logit.
+        bias: int64 [n], where in `log_bias` the tokens of each page start; None if no token has a
+            log bias.
+        log_bias: float32 [tokens], in the order of the pages, what is added to a token's logit; or
+            None.
     """
 
     blocks: int
@@ -68,23 +72,23 @@ class Region:
         raw: Sequence[int] = (),
         old: Region | None = None,
     ) -> tuple[Region, list[int]]:
-        """Shares the pages of some blocks out over layers and heads.
+        """Divides the pages of some blocks among layers and heads.
 
         The blocks may be among those that are read while the pages are filled. Then the layers are
         filled in an order in which each finds enough pages that no later layer reads: those that
-        have most pages to give come first.
+        free most pages come first.
 
         Args:
-            blocks: to fill.
-            codecs: of the region's parts, in slot order.
+            blocks: ids of the blocks to fill.
+            codecs: codecs of the region's parts, in slot order.
             tokens: int64 [parts, layers, kv_heads], how many tokens fill each part.
-            layers: share a pool, in the order of their pages.
-            raw: blocks with raw pages that are read.
-            old: region that is read.
+            layers: layers that share a pool, in the order of their pages.
+            raw: ids of the blocks whose raw pages are read.
+            old: the region that is read, or None.
 
         Returns:
             The region, and the layers in the order in which they must be filled, each after all of
-            it was read.
+            the layer was read.
         """
         heads, pairs = layers[0].kv_heads, layers[0].block_pages
         rooms = np.array(
@@ -92,7 +96,7 @@ class Region:
         )
         in_all = torch.from_numpy(tokens.sum(0))
         tokens = tokens.reshape(len(codecs), pairs).T
-        pages = -(-tokens // rooms)  # of each pair and part
+        pages = -(-tokens // rooms)  # pages of each pair and part
         sizes = pages.ravel()
         count = rooms.ravel().repeat(sizes)
         last = sizes.cumsum() - 1
@@ -115,7 +119,7 @@ class Region:
         return region, order
 
     def directory(self, layer: int) -> cpu.Directory:
-        """The pages of one layer."""
+        """Returns the pages of one layer, as the CPU kernels take them."""
         rows = slice(layer, layer + 1)
         return cpu.Directory(
             self.begin[rows],
@@ -134,7 +138,8 @@ class Region:
         self.log_bias = torch.zeros(int(counts.sum()))
 
     def biases(self, layer: int) -> list[Tensor]:
-        """The log biases of a layer's tokens, by head: parts of `log_bias`, to read or to set."""
+        """Returns the log biases of a layer's tokens, by head: parts of `log_bias`, to read or to
+        set."""
         assert self.log_bias is not None
         before = int(self.tokens[:layer].sum())
         sizes = self.tokens[layer].tolist()
@@ -144,15 +149,16 @@ class Region:
 def _shared_out(
     blocks: np.ndarray, wanted: np.ndarray, heads: int, raw: np.ndarray, old: Region | None
 ) -> tuple[np.ndarray, list[int]]:
-    """Page indices of each pair of layer and head, one pair after the other, and the order of the
-    layers. `wanted`: pages by pair."""
+    """Returns the page indices of each pair of layer and head, one pair after the other, and the
+    order in which the layers must be filled. Arguments are those of `Region.of`; `wanted` has the
+    number of pages of each pair."""
     pairs = len(wanted)
     n = int(wanted.sum())
     assert n <= len(blocks) * pairs, f"{n} pages in {len(blocks)} blocks of {pairs}"
     layers = pairs // heads
     mine = np.arange(pairs) // heads
     page = (blocks[:, None] * pairs + np.arange(pairs)).ravel()
-    # The layer that still has to read each page before it is written; none: -1.
+    # The layer that still has to read each page before it is written, or -1.
     reader = np.full(len(page), -1)
     reader.reshape(-1, pairs)[np.isin(blocks, raw)] = mine
     if old is not None:
@@ -166,7 +172,7 @@ def _shared_out(
             np.arange(layers), lengths
         )[inside]
     if (wanted == len(blocks)).all() and (old is None or (reader.reshape(-1, pairs) == mine).all()):
-        # Each takes its own page of every block, as raw pages must.
+        # Each pair takes its own page of every block, as raw pages must.
         return page.reshape(-1, pairs).T.ravel(), list(range(layers))
     needs = wanted.reshape(-1, heads).sum(1)
     gives = np.bincount(reader + 1, minlength=layers + 1)[1:]
@@ -185,9 +191,9 @@ class Joined:
     """The pages of n requests, of which some have regions, in one list.
 
     Attributes:
-        begin, end: int32 [n, layers, kv_heads].
+        begin, end: int32 [n, layers, kv_heads], as in `Region`.
         page, count, codec, bias, log_bias: as in `Region`.
-        blocks: int32 [n], blocks that each request's region takes.
+        blocks: int32 [n], number of blocks of each request's region.
     """
 
     begin: Tensor
@@ -201,7 +207,7 @@ class Joined:
 
 
 def joined(regions: Sequence[Region | None]) -> Joined:
-    """The pages of several requests together; at least one has a region."""
+    """Returns the pages of several requests together; at least one of them must have a region."""
     known = [region for region in regions if region is not None]
     begin = torch.zeros(len(regions), *known[0].begin.shape, dtype=torch.int32)
     end = torch.zeros_like(begin)
@@ -241,13 +247,14 @@ def batches(
     regions: Sequence[Region | None],
     block_size: int,
 ) -> list[cpu.Batch]:
-    """One batch a layer for sequences of which some have compressed regions.
+    """Returns one batch for each layer, for sequences of which some have compressed regions.
 
     Args:
-        start: int32 [n + 1], first query row of each sequence.
+        start: int32 [n + 1], first query row of each sequence, and the end.
         length: int32 [n], slots held, where compressed blocks count like any others.
         table: int32 [n, columns], all blocks of each sequence, compressed ones first.
-        regions: [n].
+        regions: the region of each sequence, or None.
+        block_size: tokens in a block.
     """
     own = joined(regions)
     begin, end, blocks = own.begin, own.end, own.blocks

@@ -33,7 +33,7 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
         states = self._prepare_batch(ids, computed, num_scheduled_tokens)
         shift = np.array([s.slot_shift if s else 0 for s in states], dtype=np.int32)
         if shift.any():
-            # Slots and lengths are ours, positions (RoPE) stay true.
+            # Slots and lengths are shifted, positions (for RoPE) are not.
             by_row = torch.from_numpy(shift)
             tokens = int(scheduler_output.total_num_scheduled_tokens)
             by_token = torch.from_numpy(np.repeat(shift, num_scheduled_tokens).astype(np.int64))
@@ -52,10 +52,10 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
         return output
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        # vLLM 0.32 takes back what a discarded sample of a prompt's chunk drew from its request's
-        # generator by get_offset, which CPU generators lack, so any seeded prompt of two chunks
-        # ends the engine; and our chunks end where compactions are due. Without its generator such
-        # a row draws nothing that counts. To go when vLLM's own CPU runner takes seeds in chunks.
+        # When vLLM 0.32 discards the sample of a prompt's chunk, it rewinds the request's generator
+        # by get_offset, which CPU generators lack: any seeded prompt of two chunks ends the engine,
+        # and our chunks end where compactions are due. So such rows sample without their generator.
+        # This can go when vLLM's own CPU runner takes seeded prompts in chunks.
         generators = self.input_batch.generators
         discarded = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0]
         away = {int(i): generators.pop(int(i)) for i in discarded if int(i) in generators}

@@ -1,4 +1,4 @@
-"""What a worker knows of a request."""
+"""What a worker knows about a request."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ class WorkerRequest:
     """Worker-side state of a request with an active policy.
 
     Attributes:
-        name: of the policy, with its parameters.
-        policy: None where it could not be built: then the sinks and the newest tokens stay.
-        plan, spans, protect: as the scheduler resolved them.
-        slot_shift: by how much a later token's slot lies before its position.
-        blocks: of the compressed region.
-        region: its pages; None while they are raw ones in the order of their blocks.
-        queries: the last `window` queries, `[layers, window, query_heads, head_size]`; the one of
+        name: the policy with its parameters, in the grammar of `spec`.
+        policy: the policy, or None if it could not be built: then the sinks and the newest tokens
+            stay.
+        plan, spans, protect: as in `commands.Admitted`.
+        slot_shift: position minus slot of later tokens.
+        blocks: number of blocks of the compressed region.
+        region: pages of the compressed region; None while they are raw ones in the order of their
+            blocks.
+        queries: the last `window` queries, `[layers, window, query_heads, head_size]`; the query of
             token p is at p % window. None until a compaction is near.
         queries_end: position after the last of them.
-        kept_state: by name and layer, what the policy keeps of the region's tokens, [H, k, ...].
-        positions: by layer, where the region's tokens stand, int32 [H, k], if that is kept.
-        finer: leading slots of the region that are in the finer of two codecs.
+        kept_state: by name and layer, what the policy remembers about the region's tokens,
+            [H, k, ...].
+        positions: by layer, positions of the region's tokens, int32 [H, k], if they are kept.
+        finer: number of leading slots of the region that are in the finer of two codecs.
         failed: whether the log has said that its policy failed.
     """
 
@@ -49,39 +52,39 @@ class WorkerRequest:
 
     @property
     def label(self) -> str:
-        """The outermost name of its policy, for counters."""
+        """Returns the outermost name of its policy, as a label for counters."""
         return parse(self.name).name
 
     @property
     def needs(self) -> frozenset[str]:
-        """What its policy asks the engine to keep."""
+        """Returns what its policy asks the engine to keep; see `Policy.needs`."""
         return frozenset() if self.policy is None else self.policy.needs
 
     @property
     def tiers(self) -> bool:
-        """Whether its most important tokens get the finer of two codecs."""
+        """Returns whether its most important tokens get the finer of two codecs."""
         return self.plan.tiers and bool(self.plan.packings)
 
     @property
     def allocates(self) -> bool:
-        """Whether its policy shares pages out over layers and heads."""
+        """Returns whether its policy divides pages among layers and heads."""
         return self.policy is not None and self.policy.allocates
 
     @property
     def merges(self) -> bool:
-        """Whether its policy changes keys and values."""
+        """Returns whether its policy changes keys and values."""
         return self.policy is not None and self.policy.merges
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether the true positions of its tokens are kept beside the pages."""
+        """Returns whether the true positions of its tokens are kept beside the pages."""
         return "positions" in self.needs or self.merges or self.allocates or bool(self.protect)
 
     @property
     def owns_pages(self) -> bool:
-        """Whether its region's pages differ from what its block table says."""
+        """Returns whether its region's pages differ from what its block table says."""
         return bool(self.plan.packings) or self.allocates or self.merges
 
     def region_tokens(self, block_size: int) -> int:
-        """Tokens of each layer and head in a region of raw blocks."""
+        """Returns the tokens of each layer and head in the region, if its blocks are raw."""
         return self.blocks * block_size

@@ -19,7 +19,7 @@ from vllm_kvcrush.codecs.transform.rope import Rope
 
 # Packages that vLLM requires and whose descriptions are long: English with code and lists in it.
 TEXTS = ("openai", "torch")
-TOKENS = 4096  # to read
+TOKENS = 4096  # tokens to read in all
 # Tokens of one request: its first half is read twice in a row, because the second time queries
 # look for what they have seen before, as a question over a context does.
 PIECE = 512
@@ -27,7 +27,8 @@ _REQUEST = "vllm-kvcrush-statistics"
 
 
 def text() -> str:
-    """What is read: descriptions of installed packages, without paragraphs of links and markup."""
+    """Returns the text to read: descriptions of installed packages, without paragraphs that have
+    links or markup."""
     found = []
     for name in TEXTS:
         description = importlib.metadata.metadata(name).json.get("description", "")
@@ -38,7 +39,8 @@ def text() -> str:
 
 
 def pieces(model_config: Any, longest: int) -> list[list[int]]:
-    """Token ids of the requests to run, none longer than `longest`; none if that is too short."""
+    """Returns the token ids of the requests to run, none longer than `longest`, or an empty list if
+    that is too short."""
     half = min(PIECE, longest) // 2
     if half <= SINKS:
         return []
@@ -48,7 +50,12 @@ def pieces(model_config: Any, longest: int) -> list[list[int]]:
 
 
 def scheduled(tokens: list[int], blocks: list[int]) -> SchedulerOutput:
-    """A step of one request that is read whole."""
+    """Returns the scheduler's output of a step that reads one request whole.
+
+    Args:
+        tokens: the request's token ids.
+        blocks: ids of its blocks.
+    """
     params = SamplingParams(temperature=0.0, max_tokens=1)
     new = NewRequestData(
         req_id=_REQUEST,
@@ -65,7 +72,7 @@ def scheduled(tokens: list[int], blocks: list[int]) -> SchedulerOutput:
 
 
 def finished() -> SchedulerOutput:
-    """A step of nothing, after which the worker has forgotten the request."""
+    """Returns the scheduler's output of a step that only ends the request."""
     return _step([], {}, {_REQUEST})
 
 
@@ -83,11 +90,15 @@ def _step(new: list[NewRequestData], tokens: dict[str, int], over: set[str]) -> 
 
 
 def gather(read: Iterator[tuple[Tensor, Tensor]], rope: Rope) -> Statistics:
-    """Moments over all pieces, each read twice in a row, save the sinks.
+    """Returns the moments over all tokens of all pieces, except the sinks. Each piece is a text
+    twice in a row.
 
     Args:
-        read: queries [L, Hq, n, D] and keys [L, H, n, D], with RoPE.
-        rope: as the model's configuration describes it. Raises TablesError if it is not.
+        read: for each piece, queries [L, Hq, n, D] and keys [L, H, n, D], with RoPE.
+        rope: the rotary embedding that the model's configuration describes.
+
+    Raises:
+        TablesError: the model does not have that rotary embedding, or there are no pieces.
     """
     total: Statistics | None = None
     count = 0

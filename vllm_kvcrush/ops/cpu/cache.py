@@ -1,8 +1,7 @@
 """What the CPU kernels are given: a layer of a cache, directories of pages, the sequences of a step
 and the tokens of one request.
 
-What these objects are made of must stay alive and unchanged in size while they refer to it; they
-hold references for that.
+These objects hold the addresses of tensors. They keep the tensors alive; nobody may resize them.
 """
 
 from __future__ import annotations
@@ -34,10 +33,14 @@ class Layer:
     Args:
         pool: the whole cache, any dtype and shape, contiguous, 64-byte aligned; its bytes are
             [blocks, layers, kv_heads, page_bytes].
-        index: of this layer among `layers`.
-        dtype: of raw pages: float32, bfloat16 or float16.
+        index: index of this layer.
+        layers: number of layers that share the pool.
+        heads, kv_heads: number of query heads and of KV heads.
+        k_size, v_size: head sizes.
+        block_size: tokens in a block.
+        dtype: dtype of raw pages: float32, bfloat16 or float16.
         scale: factor of q·k.
-        tables: of fitted codecs, by name; pages of the others have no tables.
+        tables: by name, the layer's tables of fitted codecs.
     """
 
     def __init__(
@@ -87,11 +90,11 @@ class Layer:
         check(LIBRARY.kvc_check_layer(self._pointer))
 
     def page(self, block: int, head: int) -> int:
-        """Index of the page of a block and KV head of this layer."""
+        """Returns the index in the pool of the page of a block and KV head of this layer."""
         return block * self.block_pages + self.first_page + head
 
     def capacity(self, codec: str, head: int = 0) -> int:
-        """Tokens that a page of a KV head holds."""
+        """Returns the number of tokens that a page of a KV head holds."""
         if CODECS[codec].needs_tables:
             return self.tables[codec].capacity[head]
         return capacity(codec, self.page_bytes, self.k_size, self.v_size, self.dtype)
@@ -100,16 +103,16 @@ class Layer:
 class Directory:
     """Which pages each (row, KV head) owns: entries [begin, end) of page, count and codec.
 
-    Rows are the sequences of a batch, or the one of a request. `begin` and `end` may be slices of
-    larger arrays, say one layer of [rows, layers, kv_heads].
+    Rows are the sequences of a batch; a single request has one row. `begin` and `end` may be slices
+    of larger arrays, such as one layer of [rows, layers, kv_heads].
 
     Args:
         begin, end: int32 [rows, kv_heads], the last dimension contiguous, equal strides.
-        page: int32 [entries], page index in the pool.
-        count: uint16 [entries], tokens.
-        codec: uint8 [entries], numbers of the codecs.
-        bias: int64 [entries], where in `log_bias` a page's tokens start, or -1.
-        log_bias: float32, added to the logits of those tokens.
+        page: int32 [entries], indices of the pages in the pool.
+        count: uint16 [entries], tokens in each page.
+        codec: uint8 [entries], number of each page's codec.
+        bias: int64 [entries], where in `log_bias` the tokens of each page start, or -1.
+        log_bias: float32, what is added to the logits of those tokens.
     """
 
     def __init__(
@@ -156,9 +159,9 @@ class Batch:
     """The sequences of one step, as every layer sees them.
 
     Args:
-        query_start: int32 [seqs + 1], rows of the query that belong to each sequence.
-        tail_length: int32 [seqs], tokens in the raw tail, this step's included.
-        tail_table: int32 [seqs, columns], block ids of the tail; rows may be strided.
+        query_start: int32 [seqs + 1], first query row of each sequence, and the end.
+        tail_length: int32 [seqs], tokens in each raw tail, this step's included.
+        tail_table: int32 [seqs, columns], block ids of each tail; rows may be strided.
         directory: compressed pages, or None if no sequence has any.
     """
 
@@ -191,13 +194,14 @@ class Batch:
 
 
 class Source:
-    """One request's tokens in a layer: its directory's (row 0), then its tail's.
+    """One request's tokens in a layer: those of row 0 of a directory, then those of a tail.
 
     Args:
         directory: compressed pages, or None.
         tail_table: int32 [blocks], block ids of the tail.
-        tail_length: tokens in it.
-        tail_position: position of its first token.
+        tail_length: number of tokens in the tail.
+        tail_position: position of the tail's first token.
+        block_size: tokens in a block.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
-"""The CPU kernels as plain functions over `Layer`, `Batch` and `Source`, whose arguments are
-prepared once and cost a call a few microseconds.
+"""The CPU kernels as plain functions over `Layer`, `Batch` and `Source`. These are prepared once,
+so that a call costs only a few microseconds.
 
-Lengths, counts, page indices and codecs are checked by the library; a ValueError says what was
-wrong.
+The library checks lengths, counts, page indices and codecs; a ValueError says what was wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from vllm_kvcrush.ops.cpu.library import DTYPES, LIBRARY, address, check, per_ro
 
 
 def _rows(tensor: Tensor, heads: int, size: int, what: str) -> int:
-    """Row stride of [rows, heads, size] whose rows are contiguous inside."""
+    """Returns the row stride of a tensor [rows, heads, size]. Raises ValueError if its shape is
+    another or its rows are not contiguous; `what` names it."""
     if tensor.shape[1:] != (heads, size) or tensor.stride()[1:] != (size, 1):
         raise ValueError(
             f"{what} is {tuple(tensor.shape)} with strides {tensor.stride()}; "
@@ -31,14 +31,15 @@ def _rows(tensor: Tensor, heads: int, size: int, what: str) -> int:
 def attention(
     layer: Layer, batch: Batch, query: Tensor, out: Tensor, lse: Tensor | None = None
 ) -> None:
-    """Paged attention of decode and prefill rows, into `out`.
+    """Computes paged attention of decode and prefill rows and writes it to `out`.
 
-    A row sees all of its sequence's compressed pages and the tail up to its own token.
+    A row attends to all of its sequence's compressed pages and to the tail up to its own token.
 
     Args:
-        query: [rows, heads, k_size], unscaled; any of the three dtypes.
-        out: [rows, heads, v_size]; any of the three dtypes; rows of no sequence stay as they are.
-        lse: None, or float32 [rows, heads]: receives log Σ exp(logit), for merging with others.
+        query: [rows, heads, k_size], unscaled; any dtype of DTYPES.
+        out: [rows, heads, v_size]; any dtype of DTYPES; rows of no sequence stay as they are.
+        lse: None, or float32 [rows, heads], which receives log Σ exp(logit), so that the result can
+            be merged with that of other attention.
     """
     rows = min(len(query), len(out))
     if lse is not None and tuple(lse.shape[1:]) != (layer.heads,):
@@ -65,8 +66,8 @@ def store(layer: Layer, key: Tensor, value: Tensor, slots: Tensor) -> None:
 
     Args:
         key, value: [rows, kv_heads, size] in the layer's dtype.
-        slots: int64 [rows], block * block_size + place; negative: skip the row. Later rows of
-            key and value than slots has are skipped too.
+        slots: int64 [rows], block * block_size + place in the block; a row with a negative slot is
+            skipped. It may be shorter than `key` and `value`, whose last rows are skipped then.
     """
     if key.dtype != layer.dtype or value.dtype != layer.dtype:
         raise ValueError(f"keys are {key.dtype} and values {value.dtype}, the cache {layer.dtype}")
@@ -94,11 +95,13 @@ def encode(
     positions: Tensor | None,
     head: int = 0,
 ) -> None:
-    """Fills one page of a KV head; which one matters to fitted codecs.
+    """Fills one page of a KV head.
 
     Args:
+        page: index of the page in the pool.
         key, value: float32 [n, size].
-        positions: int32 [n], ascending, spanning less than pages.MAX_SPAN; None for raw pages.
+        positions: int32 [n], ascending, spanning less than layout.MAX_SPAN; None for raw pages.
+        head: the KV head, whose tables fitted codecs use.
     """
     n = len(key)
     if tuple(key.shape[1:]) != (layer.k_size,) or tuple(value.shape) != (n, layer.v_size):
@@ -122,8 +125,8 @@ def encode(
 def decode(
     layer: Layer, codec: str, page: int, count: int, head: int = 0
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Reads a page of a KV head: float32 K [count, k_size] and V [count, v_size], and int32
-    positions (None for raw pages)."""
+    """Returns the content of a page of a KV head: float32 K [count, k_size] and V [count, v_size],
+    and int32 positions [count] (None for raw pages). Arguments are those of `encode`."""
     limit = layer.capacity(codec, head)
     if not 0 <= count <= limit:
         raise ValueError(f"{count} tokens in a page that holds {limit}")
@@ -145,7 +148,8 @@ def decode(
 
 
 def _flat(layer: Layer, slots: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
-    """Slots of all heads one after the other, and where each head's start."""
+    """Returns the slots of all heads one after the other, int64, and where each head's slots
+    start, int64 [kv_heads + 1]."""
     if len(slots) != layer.kv_heads:
         raise ValueError(f"slots of {len(slots)} heads for {layer.kv_heads} KV heads")
     if isinstance(slots, Tensor):
@@ -164,13 +168,14 @@ def compact(
     """Moves chosen tokens of a request into new pages, decoding and encoding on the way; a page
     whose tokens all stay together, in its codec, is copied.
 
-    All is read before anything is written: targets may be among this layer's sources.
+    Everything is read before anything is written: targets may be among this layer's sources.
 
     Args:
-        slots: for each KV head int64 [n]: slots among the directory's tokens in order, then the
-            tail's, in position order within each page that keeps positions. A tensor
-            [kv_heads, n] will do. Positions that tie, as those of fitted pages may, are moved on.
-        target: row 0 says which pages each head fills, each with as many as its count says.
+        slots: the tokens to move, int64 [n] for each KV head or [kv_heads, n]. Slots count the
+            directory's tokens, then the tail's. Those for one target page that keeps positions
+            must be in position order; equal positions, which fitted pages may have, are moved
+            apart.
+        target: row 0 says which pages each head fills, and with how many tokens.
 
     Raises:
         ValueError: slots of a page are not in position order, or one comes twice; nothing was
@@ -191,16 +196,15 @@ def compact(
 def gather(
     layer: Layer, source: Source, slots: Sequence[Tensor] | Tensor, positions: bool = True
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Reads chosen slots of every KV head: what `fill` takes.
+    """Reads chosen slots of every KV head, in the form that `fill` takes.
 
     Args:
-        slots: for each KV head int64 [n_h], in any order, as `compact` takes them, or a tensor
-            [kv_heads, n].
-        positions: whether they are wanted; raw compressed pages have none.
+        slots: as in `compact`, but in any order.
+        positions: whether to return positions; raw compressed pages have none.
 
     Returns:
-        Float32 K [kv_heads, n, k_size] and V [kv_heads, n, v_size] and int32 positions
-        [kv_heads, n], or None if they are not wanted; n is the largest n_h, and rows past a head's
+        Float32 K [kv_heads, n, k_size] and V [kv_heads, n, v_size], and int32 positions
+        [kv_heads, n] or None; n is the largest number of slots of a head, and rows past a head's
         own are 0.
     """
     flat, start = _flat(layer, slots)
@@ -231,15 +235,14 @@ def fill(
     counts: int | Sequence[int] | Tensor,
     target: Directory,
 ) -> None:
-    """Fills pages with given tokens: the other half of a compaction, after `gather` and whatever
-    was done to its tokens.
+    """Fills pages with given tokens, such as those that `gather` returned and a policy changed.
 
     Args:
         keys, values: float32 [kv_heads, n, size].
-        positions: int32 [kv_heads, n], in order within each page that keeps them, as `compact`
-            wants them; None if no page keeps any.
-        counts: tokens of each head, the first ones of its n.
-        target: row 0 says which pages each head fills, each with as many as its count says.
+        positions: int32 [kv_heads, n], in order within each page that keeps them, as in `compact`;
+            None if no page keeps any.
+        counts: how many of its n tokens each head has.
+        target: row 0 says which pages each head fills, and with how many tokens.
 
     Raises:
         ValueError: counts and pages do not agree, or positions are not in order; nothing was
@@ -252,7 +255,7 @@ def fill(
     if positions is not None and tuple(positions.shape) != (heads, rows):
         raise ValueError(f"positions are {tuple(positions.shape)}; {(heads, rows)} are needed")
     own = per_row(counts, heads)
-    # Held here, so that they live as long as the call.
+    # Bound to names, so that they live as long as the call.
     keys, values = keys.contiguous(), values.contiguous()
     positions = None if positions is None else positions.contiguous()
     check(
@@ -271,8 +274,8 @@ def fill(
 def read(
     layer: Layer, source: Source, head: int, first: int, count: int, positions: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Slots [first, first + count) of one KV head: float32 K [count, k_size], V [count, v_size],
-    and, if asked for, int32 positions."""
+    """Returns the tokens at slots [first, first + count) of one KV head: float32 K [count, k_size],
+    V [count, v_size], and int32 positions [count], or None unless asked for."""
     key, value = torch.empty(count, layer.k_size), torch.empty(count, layer.v_size)
     where = torch.empty(count, dtype=torch.int32) if positions else None
     check(
@@ -291,9 +294,9 @@ def read(
 
 
 def positions(layer: Layer, source: Source, tokens: int | Sequence[int] | Tensor) -> Tensor:
-    """Returns where each head's first `tokens` slots stand, int32 [kv_heads, n]; n is the largest
-    number of them, and 0 stands past a head's own. In pages of fitted codecs they are exact only
-    for the first token of each strip."""
+    """Returns the positions of each head's first `tokens` slots, int32 [kv_heads, n]; n is the
+    largest number of them, and positions past a head's own are 0. In pages of fitted codecs they
+    are exact only for the first token of each strip."""
     counts = per_row(tokens, layer.kv_heads).tolist()
     found = torch.zeros(layer.kv_heads, max(counts), dtype=torch.int32)
     for head, (row, count) in enumerate(zip(found, counts, strict=True)):
@@ -306,8 +309,8 @@ def positions(layer: Layer, source: Source, tokens: int | Sequence[int] | Tensor
 
 
 def huge_pages(tensor: Tensor) -> None:
-    """Asks the system to back a tensor with huge pages, since address translation costs a
-    scattered cache time: attention over raw pages (llama's heads, 8K tokens, 400 MB) takes 16 %
-    less with them, over int4 pages 4 %. Contents are kept; touched memory is copied at once, which
-    takes about as long as filling it did. Where the system refuses, nothing changes."""
+    """Asks the system to back a tensor with huge pages, which save address translations in a
+    scattered cache: attention over raw pages (llama's heads, 8K tokens, 400 MB) takes 16 % less
+    time with them, over int4 pages 4 % less. Contents are kept; touched memory is copied at once,
+    which takes about as long as filling it did. Where the system refuses, nothing changes."""
     LIBRARY.kvc_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.itemsize)

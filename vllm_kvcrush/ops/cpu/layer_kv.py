@@ -16,15 +16,16 @@ from vllm_kvcrush.ops.cpu.select import window_scores
 
 
 class LayerKV:
-    """What a request holds in one layer: `reference.LayerKV` on the cache itself, whose keys and
-    values become tensors only when they are asked for.
+    """What a request holds in one layer. Unlike `reference.LayerKV` it works on the cache itself:
+    keys and values are copied to tensors only when they are asked for.
 
     Args:
-        layer, source: the layer, and the request's tokens in it.
-        tokens: n, held by every KV head, or by each.
+        layer: the layer.
+        source: the request's tokens in the layer.
+        tokens: number of tokens that all KV heads hold, or that each does.
 
     Attributes:
-        counts: tokens of each KV head.
+        counts: number of tokens of each KV head.
     """
 
     def __init__(self, layer: Layer, source: Source, tokens: int | Sequence[int] | Tensor):
@@ -33,12 +34,12 @@ class LayerKV:
 
     @property
     def num_kv_heads(self) -> int:
-        """H."""
+        """Returns the number of KV heads, H."""
         return self._layer.kv_heads
 
     @property
     def device(self) -> torch.device:
-        """Where policies compute."""
+        """Returns the device on which policies compute."""
         return self._layer.pool.device
 
     @cached_property
@@ -48,17 +49,18 @@ class LayerKV:
 
     @property
     def keys(self) -> Tensor:
-        """Float32 [H, n, D]; n is the largest count, and rows past a head's own are 0."""
+        """Returns the keys, float32 [H, n, D]; n is the largest count, and rows past a head's own
+        are 0."""
         return self._read[0]
 
     @property
     def values(self) -> Tensor:
-        """Float32 [H, n, D], like `keys`."""
+        """Returns the values, float32 [H, n, D], padded like `keys`."""
         return self._read[1]
 
     @cached_property
     def positions(self) -> Tensor:
-        """Where the tokens stand, int32 [H, n]: see `kernels.positions`."""
+        """Returns the positions of the tokens, int32 [H, n]; see `kernels.positions`."""
         return positions(self._layer, self._source, self.counts)
 
     def window_scores(
@@ -68,7 +70,8 @@ class LayerKV:
         candidates: int | Sequence[int] | Tensor,
         **options: Any,
     ) -> Tensor:
-        """`window_scores` over these keys, without reading them."""
+        """Returns `window_scores` over these keys, without a copy of them. Raises ValueError if
+        `scale` is not the layer's."""
         if scale != self._layer.scale:
             raise ValueError(f"scale={scale!r} is not the layer's, {self._layer.scale!r}")
         return window_scores(self._layer, self._source, queries, candidates, **options)

@@ -1,5 +1,5 @@
-"""The compiled library of csrc/ as ctypes sees it: its structures, how it is loaded, and what it
-says of itself."""
+"""The compiled library of csrc/ through ctypes: its structures, its loading, and what it says about
+itself."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
 
 
 def differences(described: str) -> list[str]:
-    """Returns the structures of which `described`, what kvc_structs says, tells other sizes or
-    offsets than the mirrors here, or that only one of the two has."""
+    """Returns the names of the structures that differ in size or offsets between `described`, which
+    is what kvc_structs returns, and their mirrors here, or that only one of the two has."""
     found = dict(line.split(" ", 1) for line in described.splitlines())
     own = {name: _described(struct) for name, struct in STRUCTS.items()}
     return sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name))
@@ -198,7 +198,8 @@ def address(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int | No
 
 
 def per_row(numbers: int | Sequence[int] | Tensor, rows: int) -> Tensor:
-    """Returns int64 [rows]: a number of each, of one for all or one for each."""
+    """Returns a number for each row, int64 [rows], given one for all or one for each. Raises
+    ValueError if there are too many or too few."""
     if isinstance(numbers, int):
         return torch.full((rows,), numbers, dtype=torch.int64)
     found = torch.as_tensor(numbers, dtype=torch.int64).contiguous()
@@ -208,29 +209,31 @@ def per_row(numbers: int | Sequence[int] | Tensor, rows: int) -> Tensor:
 
 
 def isa() -> str:
-    """Instruction set in use: "baseline", "avx2", "avx512" or "neon". KVCRUSH_ISA, read at the
-    first call, overrides the choice."""
+    """Returns the instruction set in use: "baseline", "avx2", "avx512" or "neon", or "" if
+    KVCRUSH_ISA, read at the first call, names one that cannot be used."""
     return str(LIBRARY.kvc_isa().decode())
 
 
 def use_isa(name: str) -> None:
-    """Makes later calls use other kernels than the best that this CPU has; for tests."""
+    """Makes later calls use the kernels of this instruction set, for tests. Raises ValueError."""
     check(LIBRARY.kvc_use_isa(name.encode()))
 
 
 def threads() -> int:
-    """Threads that a large call uses: those of torch's OpenMP runtime."""
+    """Returns the number of threads that a large call uses: those of torch's OpenMP runtime."""
     return int(LIBRARY.kvc_threads())
 
 
 def scratch_peak() -> int:
-    """The most bytes of working memory that the kernels of this process have held at once since the
-    last call of this function. Up to 16 MiB of each kind and thread are kept from call to call."""
+    """Returns the most bytes of working memory that the kernels of this process have held at once
+    since the last call of this function. Up to 16 MiB of each kind and thread are kept from call to
+    call."""
     return int(LIBRARY.kvc_scratch_peak())
 
 
 def capacity(codec: str, page_bytes: int, k_size: int, v_size: int, dtype: torch.dtype) -> int:
-    """Tokens that a page holds, as the library sees it; `Codec.capacity` says the same."""
+    """Returns the number of tokens that a page holds by the library; `Codec.capacity` says the
+    same."""
     return int(
         LIBRARY.kvc_capacity(CODECS[codec].number, page_bytes, k_size, v_size, DTYPES[dtype])
     )

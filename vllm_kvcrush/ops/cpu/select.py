@@ -1,4 +1,4 @@
-"""Scoring and choosing tokens with the CPU kernels: the same choices as `ops.reference`."""
+"""Scores and chooses tokens with the CPU kernels, which choose as `ops.reference` does."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def window_scores(
     pool_kind: str = "max",
     reduce: str | None = "mean",
 ) -> Tensor:
-    """Attention of a window of queries over a request's slots, as policies want it: what
-    `reference.window_attention` gives, summed over the window, then `pool_scores` and
-    `reduce_groups`, without copies of the keys.
+    """Returns what `reference.window_scores` does, for the tokens of a request, without copies of
+    their keys.
 
     Args:
-        queries: [heads, w, k_size], unscaled, any dtype and strides of the first two dimensions;
-            row i is the query of the tail's token tail_length - w + i, and w <= tail_length.
-        candidates: m, or as many as each KV head has: scores are wanted, and pooled, for slots
-            [0, m). Log biases of the source count.
-        mean: the mean over the window instead of the sum.
+        queries: [heads, w, k_size], unscaled, any dtype of DTYPES, any strides of the first two
+            dimensions; row i is the query of the tail's token tail_length - w + i, and
+            w <= tail_length.
+        candidates: m, for all KV heads or for each: slots [0, m) are scored, and pooled together.
+            Log biases of the source are added to the logits.
+        mean: whether to take the mean over the window instead of the sum.
         pool, pool_kind: width of the pooling window, 1 for none; "avg" or "max".
         reduce: "mean" or "max" over the query heads of a KV head, or None.
 
@@ -78,7 +78,7 @@ def top_mask(scores: Tensor, keep: int | Sequence[int] | Tensor) -> Tensor:
 
     Args:
         scores: [H, m] of any float dtype; NaN counts as the worst.
-        keep: 0 <= keep <= m, of every row or of each.
+        keep: 0 <= keep <= m, one number for all rows or one for each.
 
     Returns:
         bool [H, m].
@@ -95,11 +95,11 @@ def mask_slots(mask: Tensor, count: int | Sequence[int] | Tensor) -> Tensor:
 
     Args:
         mask: bool [H, m].
-        count: how many ones every row has, or each.
+        count: number of ones in all rows, or in each.
 
     Returns:
-        int64 [H, count], ascending; where counts differ as many columns as the largest, and -1 past
-        a row's own.
+        int64 [H, count], ascending; where counts differ, the columns are as many as the largest
+        count, and -1 past a row's own.
     """
     rows = mask.contiguous()
     own = per_row(count, len(rows))
@@ -111,19 +111,17 @@ def mask_slots(mask: Tensor, count: int | Sequence[int] | Tensor) -> Tensor:
 def represent(
     bits: Tensor, important: Tensor, count: int, anchor: Tensor | None, unit: int = 1
 ) -> Tensor:
-    """KVCrush's choice (arXiv 2503.00022): adds to each head's important units `count` evenly
-    spaced ones of its others, in the order of their Hamming distance to the anchor, then of their
-    index.
+    """Adds representatives to each head's important units, as `reference.represent` does.
 
     Args:
         bits: bool [b, u * unit], a row for each head that describes tokens.
         important: bool [H, u], equally many ones in each row.
-        count: representatives wanted of each head.
-        anchor: bool [b * unit], or None for the majority of each head's others.
-        unit: tokens of a unit; its vector is the bits of its tokens, head after head.
+        count: number of representatives of each head.
+        anchor: bool [b * unit], or None for the majority of each head's other units.
+        unit: tokens in a unit; its vector is the bits of its tokens, head after head.
 
     Returns:
-        bool [H, u].
+        bool [H, u], the important units and the representatives.
     """
     rows, mask = bits.contiguous(), important.clone().contiguous()
     units = mask.shape[1]

@@ -14,15 +14,20 @@ from vllm_kvcrush.ops.cpu.library import HeadTableStruct, PieceStruct, TableStru
 
 
 class LayerTable:
-    """One fitted codec in one layer; `capacity` and `exceptions` of its pages by head.
+    """The tables of one fitted codec in one layer.
 
     Args:
-        tables: of the model.
-        layer: which layer.
-        heads: which KV heads, those of this rank.
+        tables: the model's tables.
+        layer: index of the layer.
+        heads: KV heads of this rank.
         page_bytes: size of a page.
         v_size: head size of values.
-        angles: of the model.
+        angles: angles of the model's rotary embedding.
+
+    Attributes:
+        capacity: by head, the number of tokens that a page holds.
+        exceptions: by head, how many of them are int8.
+        address: address of the structure, for the library.
     """
 
     def __init__(

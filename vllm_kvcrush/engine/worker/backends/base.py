@@ -1,4 +1,4 @@
-"""What every attention backend offers: the cache as compactions see it, and how one is made."""
+"""What every attention backend offers: the cache as compactions see it, and how it is made."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from vllm_kvcrush.policies.base import LayerKV
 
 
 class CacheLayer(Protocol):
-    """One layer's KV cache as compactions see it; `source` makes what the others take.
+    """One layer's KV cache as compactions see it. The other methods take what `source` returns.
 
     Attributes:
-        index: of the layer among those that share the cache's storage, in the order of its pages.
-        heads: KV heads of this rank.
+        index: index of the layer among those that share the cache's storage, in the order of their
+            pages.
+        heads: number of KV heads of this rank.
         scale: factor of q·k.
-        pages: what its pages are, for `Region.of`.
-        device: of its cache.
+        pages: the layer's pages, for `Region.of`.
+        device: device of the cache.
     """
 
     index: int
@@ -35,8 +36,8 @@ class CacheLayer(Protocol):
     @property
     def device(self) -> torch.device: ...
     def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Any:
-        """Describes a request: its region, then `tokens` raw ones in the blocks `tail` (int32), the
-        first of which stands at `position`."""
+        """Returns a description of what a request holds: its region, then `tokens` raw tokens in
+        the blocks `tail` (int32), the first of them at `position`."""
         ...
 
     def held(self, source: Any, tokens: Sequence[int]) -> LayerKV:
@@ -44,14 +45,14 @@ class CacheLayer(Protocol):
         ...
 
     def positions(self, source: Any, tokens: Sequence[int]) -> Tensor:
-        """Returns where each head's first `tokens` slots stand, int32 `[heads, most]`; in pages of
-        fitted codecs exactly only for the first of each strip."""
+        """Returns the positions of each head's first `tokens` slots, int32 `[heads, most]`. In
+        pages of fitted codecs they are exact only for the first token of each strip."""
         ...
 
     def compact(self, source: Any, slots: Tensor, counts: Sequence[int], target: Region) -> None:
-        """Moves the first `counts` of each head's slots (int64 `[heads, k]`, each page's in
-        position order) into the pages of `target`, which may be among the request's own: all is
-        read before any is written."""
+        """Moves the first `counts` of each head's slots, int64 `[heads, k]`, into the pages of
+        `target`. The slots of each page are in position order. Target pages may be among the
+        request's own: everything is read before anything is written."""
         ...
 
     def fill(
@@ -71,10 +72,12 @@ class Backend(NamedTuple):
     """How a worker's attention and compactions are done.
 
     Attributes:
-        layer: makes a CacheLayer of (vLLM's attention layer, number of layers, its tables).
-        builder: metadata builder that is told the regions of the requests in a batch, or None
-            where all pages are raw.
-        table: makes what `layer` wants for a fitted codec; arguments as `LayerTable`.
+        layer: makes a CacheLayer from vLLM's attention layer, the number of layers, and the layer's
+            tables.
+        builder: metadata builder whose `regions` are set to those of the requests in a batch, or
+            None where all pages are raw.
+        table: makes the table of one fitted codec that `layer` takes; arguments are those of
+            `LayerTable`.
     """
 
     layer: Callable[[Any, int, Mapping[str, Any]], CacheLayer]
@@ -85,16 +88,15 @@ class Backend(NamedTuple):
 def pages_of(
     kernels: Callable[..., Any], layer: Any, layers: int, tables: Mapping[str, Any]
 ) -> Any:
-    """Returns a layer's pages in the pool that all layers share, as `kernels` (`ops.cpu.Layer` or
-    `ops.triton.cache.Layer`) sees them, and leaves them and the layer's index with the layer's
-    implementation, whose kernels read them.
+    """Returns a layer's pages in the pool that all layers share, and sets them and the layer's
+    index as `cache` and `index` of the layer's implementation, whose kernels read them.
 
     Args:
-        kernels: makes the result.
+        kernels: makes the result: `ops.cpu.Layer` or `ops.triton.cache.Layer`.
         layer: vLLM's attention layer, whose cache is [blocks, KV heads, block size, K then V] with
             blocks outermost in storage.
         layers: number of layers that share the storage.
-        tables: of fitted codecs for this layer, by name.
+        tables: by name, the layer's tables of fitted codecs.
     """
     cache, impl = layer.kv_cache, layer.impl
     _, heads, block_size, content = cache.shape

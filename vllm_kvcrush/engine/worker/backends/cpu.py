@@ -1,5 +1,5 @@
-"""Attention through our own CPU kernels: the backend that vLLM's layers are given, and the cache as
-the kernels see it."""
+"""Attention through our own CPU kernels: the backend for vLLM's attention layers, and the cache as
+compactions see it."""
 
 from __future__ import annotations
 
@@ -51,21 +51,21 @@ class KVCrushAttentionBackend(CPUAttentionBackend):
 
 @dataclass
 class Metadata:
-    """What the layers need to know of a step. `batches` has one for each layer, or a single one
-    for all if no request has compressed pages."""
+    """What the layers need to know about a step. `batches` has one batch for each layer, or a
+    single one for all if no request has compressed pages."""
 
     num_actual_tokens: int
     slot_mapping: Tensor
     batches: list[cpu.Batch]
 
     def batch(self, layer: int) -> cpu.Batch:
-        """The batch as layer number `layer` sees it."""
+        """Returns the batch for the layer with this index."""
         return self.batches[layer if len(self.batches) > 1 else 0]
 
 
 class KVCrushMetadataBuilder(AttentionMetadataBuilder[Metadata]):
-    """The kernels need no plan of their own: vLLM's lengths and block table are enough, and the
-    regions of the requests in the batch, which the runner leaves here."""
+    """Makes a step's Metadata from vLLM's lengths and block table, and from the regions of the
+    requests in the batch, which the runner sets as `regions`."""
 
     regions: ClassVar[list[region.Region | None]] = []
 
@@ -90,7 +90,7 @@ class KVCrushMetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
 
 class KVCrushAttentionImpl(CPUAttentionBackendImpl):
-    """One layer's attention. `cache` and the layer's `index` are set when the cache exists."""
+    """One layer's attention. `pages_of` sets `cache` and `index` when the cache exists."""
 
     cache: cpu.Layer
     index: int
@@ -107,7 +107,8 @@ class KVCrushAttentionImpl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Stores this step's keys and values and attends; shapes as in vLLM's own `forward`."""
+        """Stores this step's keys and values and computes attention; shapes are as in vLLM's own
+        `forward`."""
         if attn_metadata is not None:
             n = attn_metadata.num_actual_tokens
             cpu.store(self.cache, key[:n], value[:n], attn_metadata.slot_mapping[:n])
@@ -117,8 +118,8 @@ class KVCrushAttentionImpl(CPUAttentionBackendImpl):
 
 
 def install(attention: Sequence[Any]) -> Backend:
-    """Gives the model's attention layers our backend in place of vLLM's. Raises ValueError if one
-    does what ours does not."""
+    """Replaces the backend of the model's attention layers by ours, and returns it. Raises
+    ValueError if a layer does something that ours does not."""
     gate.check_attention(attention)
     for layer in attention:
         impl = layer.impl
@@ -138,7 +139,7 @@ class CPUCacheLayer:
     Args:
         layer: vLLM's attention layer, whose cache is laid out block-outermost.
         layers: number of layers that share its storage.
-        tables: of fitted codecs for this layer, by name.
+        tables: by name, the layer's tables of fitted codecs.
     """
 
     def __init__(self, layer: Any, layers: int, tables: Mapping[str, LayerTable]):
@@ -148,11 +149,11 @@ class CPUCacheLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the cache is."""
+        """Returns the device of the cache."""
         return self.pages.pool.device
 
     def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> cpu.Source:
-        """See `base.CacheLayer`, as for all of these."""
+        """See `base.CacheLayer`, also for the methods below."""
         directory = None if region is None else region.directory(self.index)
         return cpu.Source(directory, tail, tokens, position, self.block_size)
 

@@ -1,5 +1,5 @@
-"""Raw pages under an attention backend of vLLM's own: lengths, block tables and slots are all that
-tells it of a compaction."""
+"""Raw pages under one of vLLM's own attention backends, which sees a compaction only in lengths,
+block tables and slots."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from vllm_kvcrush.ops.cpu.tables import LayerTable
 
 
 def keep(attention: Sequence[Any]) -> Backend:
-    """Leaves the model's attention layers as they are. Raises ValueError if compaction would be
-    wrong for one."""
+    """Leaves the model's attention layers as they are, and returns the backend for them. Raises
+    ValueError if compaction was not verified with one of them."""
     gate.check_attention(attention)
     for layer in attention:
         if type(layer.impl) is not TritonAttentionImpl:
@@ -30,8 +30,8 @@ def keep(attention: Sequence[Any]) -> Backend:
 
 
 class StockPages:
-    """A layer's pages as `Region.of` wants them: the (block, head) pairs of a cache in which no
-    page need be one run of bytes."""
+    """A layer's pages for `Region.of`: the (block, head) pairs of a cache. A page need not be
+    contiguous in memory."""
 
     def __init__(self, cache: Tensor, layers: int):
         self.num_blocks, self.kv_heads, self._block_size, content = cache.shape
@@ -39,22 +39,22 @@ class StockPages:
         self.page_bytes = self._block_size * content * cache.itemsize
 
     def capacity(self, codec: str, head: int = 0) -> int:
-        """Tokens of a page."""
+        """Returns the number of tokens that a page holds."""
         assert codec == "raw", f"{codec} pages under an attention backend of vLLM's own"
         return self._block_size
 
 
 class StockCacheLayer:
     """One layer's KV cache as compactions see it: `base.CacheLayer` in any layout that vLLM's
-    GPU backends use, [blocks, KV heads, block size, K then V] by whatever strides.
+    GPU backends use, [blocks, KV heads, block size, K then V] with any strides.
 
     Args:
         layer: vLLM's attention layer.
         layers: number of layers.
-        tables: none.
+        tables: must be empty.
     """
 
-    index = 0  # layers are in the order of their group, and nobody asks where they lie
+    index = 0  # layers stay in the order of their group; where they are stored does not matter
 
     def __init__(self, layer: Any, layers: int, tables: Mapping[str, LayerTable]):
         assert not tables, "tables of fitted codecs under an attention backend of vLLM's own"
@@ -67,11 +67,11 @@ class StockCacheLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the cache is."""
+        """Returns the device of the cache."""
         return self._cache.device
 
     def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Tensor:
-        """The blocks of a request: all its slots are in order."""
+        """Returns the blocks of a request, whose slots are all in order."""
         assert region is None
         return tail
 
@@ -81,7 +81,7 @@ class StockCacheLayer:
         return ops.LayerKV(content[..., : self._k_size], content[..., self._k_size :])
 
     def positions(self, source: Tensor, tokens: Sequence[int]) -> Tensor:
-        """Asked for where a region has pages of two codecs."""
+        """Raises AssertionError: only regions with pages of two codecs need this."""
         raise AssertionError("raw pages do not say where their tokens stand")
 
     def compact(self, source: Tensor, slots: Tensor, counts: Sequence[int], target: Region) -> None:
@@ -100,11 +100,12 @@ class StockCacheLayer:
         counts: Sequence[int],
         target: Region,
     ) -> None:
-        """Asked for by policies that merge, which have pages of their own."""
+        """Raises AssertionError: only policies that merge need this, and they need our kernels."""
         raise AssertionError("merged tokens under an attention backend of vLLM's own")
 
     def _places(self, blocks: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Where slots [heads or 1, n] lie: indices of the cache that broadcast to [heads, n]."""
+        """Returns where slots [heads or 1, n] lie, as indices into the cache that broadcast to
+        [heads, n]."""
         return (
             blocks[slots // self._block_size].long(),
             self._head,

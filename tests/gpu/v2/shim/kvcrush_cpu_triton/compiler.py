@@ -1,4 +1,4 @@
-"""Found by Triton as the one concrete subclass of its `BaseBackend`."""
+"""The backend's compiler: Triton takes the one concrete subclass of its `BaseBackend`."""
 
 from types import ModuleType
 from typing import Any
@@ -7,7 +7,7 @@ import triton.backends.compiler as base
 
 
 class CPUBackend(base.BaseBackend):
-    """Says yes to its target, and no to everything else."""
+    """Supports its target, and fails to compile anything."""
 
     @staticmethod
     def supports_target(target: Any) -> bool:

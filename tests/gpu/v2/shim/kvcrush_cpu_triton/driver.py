@@ -1,4 +1,4 @@
-"""Found by Triton as the one concrete subclass of its `DriverBase`."""
+"""The backend's driver: Triton takes the one concrete subclass of its `DriverBase`."""
 
 from typing import Any
 
