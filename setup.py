@@ -38,6 +38,9 @@ ISAS = {
     "aarch64": {"neon": ("kNeon", "-DKVC_NEON")},
 }
 ISAS["arm64"] = ISAS["aarch64"]
+# Names in this variable leave the other instruction sets out: sanitizers make them slow to compile,
+# and what this CPU lacks would not be run.
+ONLY = "KVCRUSH_BUILD_ISAS"
 
 
 def target() -> str:
@@ -49,8 +52,11 @@ def target() -> str:
 
 def units() -> list[tuple[pathlib.Path, str, list[str]]]:
     """Returns the translation units: source, name of the object file, and further flags."""
-    isas = {"baseline": ("kBaseline", ""), **ISAS.get(target(), {})}
-    plain = [(path, path.stem, []) for path in sorted(SOURCE.glob("*.cpp")) if path != KERNELS]
+    known = ISAS.get(target(), {})
+    wanted = os.environ.get(ONLY, " ".join(known)).split()
+    isas = {"baseline": ("kBaseline", ""), **{n: own for n, own in known.items() if n in wanted}}
+    without = [f"-DKVC_WITHOUT_{isa.upper()}" for isa in known if isa not in isas]
+    plain = [(path, path.stem, without) for path in sorted(SOURCE.glob("*.cpp")) if path != KERNELS]
     return plain + [
         (
             KERNELS,

@@ -15,12 +15,17 @@ const Kernels *find(const char *name) {
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    [[maybe_unused]] const bool avx512 =
+        avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512vnni");
+#if !defined(KVC_WITHOUT_AVX2)
     if (avx2 && std::strcmp(name, "avx2") == 0) return &kAvx2;
+#endif
+#if !defined(KVC_WITHOUT_AVX512)
     if (avx512 && std::strcmp(name, "avx512") == 0) return &kAvx512;
-#elif defined(__aarch64__)
+#endif
+#elif defined(__aarch64__) && !defined(KVC_WITHOUT_NEON)
     if (std::strcmp(name, "neon") == 0) return &kNeon;
 #endif
     return nullptr;
