@@ -6,6 +6,7 @@ neighbouring jobs. What is measured: one request alone, with its prompt and its 
 decode steps of a batch that is compressed, and of one that opted out.
 
     python -m benchmarks.overhead.pair --old DIRECTORY [--new DIRECTORY] [--json FILE]
+    python -m benchmarks.overhead.pair --old . --set THP_MEM_ALLOC_ENABLE=1
 
 Prints medians of new / old with their quartiles: below 1 the new one is faster.
 """
@@ -52,9 +53,11 @@ JOBS: dict[str, dict[str, Any]] = {
 FIGURES = ("total_s", "compaction_s", "tpot_s")
 
 
-def start(stack: contextlib.ExitStack, name: str, where: pathlib.Path, model: str) -> Child:
-    """Starts the engine of a checkout."""
-    environment = {**engine.environment(), "PYTHONPATH": str(where.resolve())}
+def start(
+    stack: contextlib.ExitStack, name: str, where: pathlib.Path, model: str, more: dict[str, str]
+) -> Child:
+    """Starts the engine of a checkout, with more variables in its environment."""
+    environment = {**engine.environment(), "PYTHONPATH": str(where.resolve()), **more}
     # By its path: a module of the working directory would be found before the checkout's.
     child = stack.enter_context(Child(name, [sys.executable, engine.__file__], environment))
     config = {"kvcrush": {"policy": "auto", "budget": BUDGET, "min_tokens": 0}}
@@ -75,6 +78,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--old", type=pathlib.Path, required=True)
     parser.add_argument("--new", type=pathlib.Path, default=ROOT)
+    parser.add_argument(
+        "--set", nargs="*", default=[], help="environment of the new one: NAME=VALUE"
+    )
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
@@ -85,8 +91,11 @@ def main() -> None:
     ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
     with contextlib.ExitStack() as stack:
         children = [
-            start(stack, name, where, model)
-            for name, where in (("the old checkout", args.old), ("the new checkout", args.new))
+            start(stack, name, where, model, more)
+            for name, where, more in (
+                ("the old checkout", args.old, {}),
+                ("the new checkout", args.new, dict(pair.split("=", 1) for pair in args.set)),
+            )
         ]
         for child in children:
             child.receive()

@@ -7,6 +7,7 @@ heads, and change keys and values on their way into the compressed region.
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -123,25 +124,25 @@ class View:
         assert self.true_positions is not None, 'the policy does not need "positions"'
         return self.true_positions
 
-    @property
+    @functools.cached_property
     def sizes(self) -> Tensor:
         """Returns the number of candidates of each head, int64 [H] on the CPU."""
         if self.counts is None:
             return torch.full((self.num_kv_heads,), self.candidates)
         return self.counts
 
-    @property
+    @functools.cached_property
     def ragged(self) -> bool:
         """Returns whether heads have unequal numbers of candidates."""
         return self.counts is not None and bool((self.counts != self.candidates).any())
 
-    @property
+    @functools.cached_property
     def valid(self) -> Tensor:
         """Returns which of the m columns are candidates of each head, bool [H, m]."""
         at = torch.arange(self.candidates, device=self.device)
         return at < self.sizes.to(self.device).unsqueeze(1)
 
-    @property
+    @functools.cached_property
     def staying(self) -> Tensor:
         """Returns which candidates stay whatever a policy says, bool [H, m]."""
         if self.protected is not None:

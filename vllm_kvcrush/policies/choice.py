@@ -134,28 +134,40 @@ def choose(
     """
     scores, state = scored(policy, view) if given is None else given
     shape = (view.num_kv_heads, view.candidates)
-    instead = newest(view, keep, finer)
     with _Guard():
-        kept = policy.select(view, scores, keep)
-        _require("select", kept, shape, _is_bool, "bool")
+        picked = policy.select(view, scores, keep)
+        _require("select", picked, shape, _is_bool, "bool")
         wanted = keep.to(view.device)
-        sound = ~scores.isnan().any() & (kept.sum(1) == wanted).all()
+        sound = ~scores.isnan().any() & (picked.sum(1) == wanted).all()
         if view.ragged:
-            sound = sound & ~(kept & ~view.valid).any()
+            sound = sound & ~(picked & ~view.valid).any()
         # Unsound masks are replaced here, before they index anything.
-        kept = torch.where(sound, with_protected(view, scores, kept, keep), instead.kept)
+        kept = _if_sound(
+            sound,
+            lambda: with_protected(view, scores, picked, keep),
+            lambda: sinks_and_newest(view, keep),
+        )
         fine = None
         if finer is not None:
-            assert demoted is not None and instead.finer is not None
-            fine = policy.split(view, scores, kept, finer, demoted)
-            _require("split", fine, shape, _is_bool, "bool")
-            sound = sound & (fine.sum(1) == finer.to(view.device)).all() & ~(fine & ~kept).any()
-            fine = torch.where(sound, fine, instead.finer)
-            kept = torch.where(sound, kept, instead.kept)
+            assert demoted is not None
+            best = policy.split(view, scores, kept, finer, demoted)
+            _require("split", best, shape, _is_bool, "bool")
+            sound = sound & (best.sum(1) == finer.to(view.device)).all() & ~(best & ~kept).any()
+            stays = kept
+            fine = _if_sound(sound, lambda: best, lambda: sinks_and_newest(view, finer))
+            kept = _if_sound(sound, lambda: stays, lambda: sinks_and_newest(view, keep))
         merged = policy.merge(view, scores, kept) if policy.merges else None
         if merged is not None:
             merged = _checked(merged, view)
     return Choice(kept, fine, state, merged, sound)
+
+
+def _if_sound(sound: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:
+    """Returns what `then` makes where `sound`, a bool scalar, is true, else what `otherwise` makes.
+    A GPU makes both, as nobody waits for it."""
+    if sound.device.type == "cpu":
+        return then() if bool(sound) else otherwise()
+    return torch.where(sound, then(), otherwise())
 
 
 def with_protected(view: View, scores: Tensor, kept: Tensor, keep: Tensor) -> Tensor:
