@@ -312,8 +312,19 @@ class Plan:
                 return n
         return None
 
-    def _walk(self, limit: int) -> Iterator[tuple[int, int, Shape]]:
-        n = held = region = region_tokens = 0
+    def scoring_within(
+        self, n: int, held: int, region: tuple[int, int], limit: int
+    ) -> Iterator[int]:
+        """Yields where in (n, limit] a request that holds `held` slots at n has compactions that
+        need scores, if each runs where it is due; `region`: blocks and tokens of its region."""
+        for at, candidates, shape in self._walk(limit, n, held, region):
+            if self.needs_scores(shape.compressed, candidates):
+                yield at
+
+    def _walk(
+        self, limit: int, n: int = 0, held: int = 0, start: tuple[int, int] = (0, 0)
+    ) -> Iterator[tuple[int, int, Shape]]:
+        region, region_tokens = start
         while (check := self.next_compaction(n, held, limit)) is not None:
             held, n = held + check - n, check
             shape = self.shape(n, held)

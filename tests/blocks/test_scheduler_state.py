@@ -468,10 +468,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.elastic(request_id):
             assert self.settings.pressure is not None
             assert self.scheduler.kvcrush_stats.pressure > self.settings.pressure
-            plan = self.scheduler._plans[request_id]
-            left = len(command.target) + len(command.tail)
-            least = plan.packings[0].blocks(command.computed) if plan.packings else left
-            assert left >= min(plan.blocks(command.computed), least + len(command.tail))
+            # Nobody is squeezed below the budget.
+            plan, n = self.scheduler._plans[request_id], command.computed
+            least = plan.blocks(n) - len(command.tail)
+            if plan.packings:
+                least = min(least, plan.packings[0].blocks(n - command.tail_tokens))
+            assert len(command.target) >= least
         else:
             assert request_id in due or request_id in self.overdue, (
                 f"{request_id} was compacted at {command.computed}, which is no compaction position"

@@ -281,13 +281,18 @@ class KVCrushSchedulerMixin(_Base):
             wanted = near_by and pressure.may_score(self._holder(request_id, start))
             return max(0, end - window) if wanted else end
         near = plan.next_compaction(start, start - shift, end + window)
+        if near is None:
+            return end
         # If it is put off, others than itself may need scores.
-        if near is None or not any(
+        if not any(
             self._scores_at(request_id, tracked, n - shift, n)
             for n in (near, near + window // 2, near + window)
         ):
-            return end
-        return max(end - window, near - window)
+            # So may those that follow it at once.
+            region = self._manager.regions.get(request_id, (0, 0))
+            scoring = plan.scoring_within(start, start - shift, region, end + window)
+            near = next(scoring, end + window)
+        return min(end, max(end - window, near - window))
 
     def _scores_at(self, request_id: str, tracked: _Tracked, held: int, n: int) -> bool:
         """Whether a compaction at n would have the policy choose among tokens."""
