@@ -45,6 +45,7 @@ SHARING = {
     "tests/engine/test_containment.py": "demo engine",
     "tests/engine/test_contract.py": "demo engine",
     "tests/engine/test_engine.py": "demo engine",
+    "tests/engine/test_pressure.py": "demo engine",
     "tests/server/test_endpoints.py": "server",
     "tests/server/test_server.py": "server",
 }

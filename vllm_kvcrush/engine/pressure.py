@@ -16,8 +16,9 @@ from vllm_kvcrush.plan import Plan, Shape
 # Where the pool is too full, so much of the limit is aimed at, so that the next step does not
 # compact something again.
 RELIEF = 0.9
-# From this share of the limit on, queries are kept for scores.
-NEAR = 0.75
+# From this share of the limit on, queries are kept for scores: a burst of prompts fills the rest in
+# fewer steps than a window has tokens.
+NEAR = 0.5
 # A compaction reads all that a request holds, so giving back less of it is not worth while.
 _WORTH_WHILE = 0.125
 

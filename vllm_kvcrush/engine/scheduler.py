@@ -105,6 +105,7 @@ class KVCrushSchedulerMixin(_Base):
         self._allocating: Request | None = None
         # Before this step it is of no use to look for blocks again.
         self._rest_until = 0
+        self._may_come = False
         self._manager.plans = self._plans
         self.kvcrush_stats = Stats()
         # Every rank holds its share of the heads; bytes are counted over all of them.
@@ -252,6 +253,7 @@ class KVCrushSchedulerMixin(_Base):
 
     def _observed(self, output: SchedulerOutput) -> dict[str, int]:
         """Of how many of this step's newest tokens of a request the queries are to be kept."""
+        self._may_come = self._pressure_may_come()
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -277,8 +279,7 @@ class KVCrushSchedulerMixin(_Base):
         if tracked.deferred:
             return max(0, end - window)
         if tracked.params.elastic:
-            near_by = self._under_pressure(pressure.NEAR)
-            wanted = near_by and pressure.may_score(self._holder(request_id, start))
+            wanted = self._may_come and pressure.may_score(self._holder(request_id, end))
             return max(0, end - window) if wanted else end
         near = plan.next_compaction(start, start - shift, end + window)
         if near is None:
@@ -306,10 +307,18 @@ class KVCrushSchedulerMixin(_Base):
 
     # -- pressure -------------------------------------------------------------------------------
 
-    def _under_pressure(self, share: float = 1.0) -> bool:
-        """Whether the pool is filled to that share of `--kv-pressure`."""
-        limit = self._settings.pressure
-        return limit is not None and self.kvcrush_stats.pressure > share * limit
+    def _pressure_may_come(self) -> bool:
+        """Whether the pool, with all that waits, would be nearly as full as `--kv-pressure`."""
+        if (limit := self._settings.pressure) is None:
+            return False
+        pool, size = self.kv_cache_manager.block_pool, self._manager.block_size
+        near = pressure.NEAR * limit * (pool.num_gpu_blocks - 1)
+        wanted = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        for request in self.waiting:
+            if wanted > near:
+                break
+            wanted += cdiv(request.num_tokens, size)
+        return wanted > near
 
     def _press(self) -> None:
         """Marks the requests that are to give blocks back now, if the pool is too full."""
@@ -321,7 +330,7 @@ class KVCrushSchedulerMixin(_Base):
         growth = sum(self._blocks_wanted(request) for request in self.running)
         head = self._head_wants() if growth <= free else 0
         self.kvcrush_stats.pressure = (total - free + growth + head) / total
-        if not self._under_pressure():
+        if self.kvcrush_stats.pressure <= limit:
             for tracked in self._tracked.values():
                 if tracked.pressed:
                     tracked.pressed, tracked.deferred = False, None
