@@ -90,6 +90,7 @@ def test_round_trip_through_json() -> None:
         budget_max=0.5,
         allow="snapkv, none",
         min_tokens="100",
+        pressure="0.8",
         config={
             "window": "8",
             "sinks": 0,
@@ -105,6 +106,7 @@ def test_round_trip_through_json() -> None:
     assert made.clients == {"kvcrush": {"ratio": [0, 0.5], "anchor": ["mean", "random"]}}
     assert made.allow == ("kvcrush", "snapkv", "none")  # the default policy is always allowed
     assert (made.window, made.sinks, made.budget, made.min_tokens) == (8, 0, 512, 100)
+    assert made.pressure == 0.8
     assert (made.tables, made.page) == ("model.safetensors", (64, 64, 4))
     assert made.fitted == {"tc4": (((752, 30), (816, 30)),), "tc8": (((1312, 20), (1408, 40)),)}
 
@@ -125,6 +127,11 @@ def test_round_trip_through_json() -> None:
         ({"min_tokens": "few"}, "--kv-min-tokens"),
         ({"min_tokens": 0.5}, "--kv-min-tokens"),
         ({"min_tokens": 2**24 + 1}, "--kv-min-tokens"),
+        ({"pressure": 0}, "--kv-pressure"),
+        ({"pressure": "1.01"}, "--kv-pressure"),
+        ({"pressure": "half"}, "--kv-pressure"),
+        ({"pressure": True}, "--kv-pressure"),
+        ({"pressure": float("nan")}, "--kv-pressure"),
         ({"typo": 1}, "typo"),
         ({"config": [1]}, "--kv-policy-config"),
         ({"config": {"typo": 1}}, "--kv-policy-config"),
@@ -756,3 +763,13 @@ def test_additional_config_is_read_like_a_dict() -> None:
     again = pickle.loads(pickle.dumps(made))
     assert dict(again) == plain and again.compute_hash() == made.compute_hash()
     assert json.loads(json.dumps(dict(made))) == plain
+
+
+def test_requests_that_state_no_budget_are_elastic_under_pressure() -> None:
+    made = settings(pressure=0.8)
+    for extra, elastic in (({}, True), ({"kv_policy": "h2o"}, True), ({"kv_budget": 0.25}, False)):
+        params = made.validate_request(extra, BLOCK, 4096)
+        assert params.elastic is elastic
+        assert params.reason == ("pressure" if elastic else "budget")
+        assert made.plan(params, 1000, BLOCK).budget == 0.25  # the least that it is squeezed to
+    assert not settings().validate_request({}, BLOCK, 4096).elastic

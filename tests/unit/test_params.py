@@ -443,6 +443,8 @@ def report(
         "kv_block_bytes": 1000,
         "kv_side_bytes": 7,
         "compactions": compactions,
+        "first_compaction": 64 if compactions else None,
+        "reason": "budget",
         "policy_failures": failures,
         "policy": "kvcrush",
     }
@@ -453,7 +455,8 @@ def kept(held: int, raw: int, compactions: int = 1, **more: Any) -> dict[str, An
     """Returns the details of a request with such a report."""
     sizes = {"kv_bytes_held": -(-held // 16) * 1000 + 7, "kv_bytes_raw": -(-raw // 16) * 1000}
     counts = {"held": held, "raw": raw, "compactions": compactions}
-    return counts | sizes | {"policy": "kvcrush"} | more
+    why = {"reason": "budget", "first_compaction": 64} if compactions else {}
+    return counts | sizes | {"policy": "kvcrush"} | why | more
 
 
 class Request:
@@ -573,6 +576,8 @@ def test_samples_add_up_in_whatever_order_they_end() -> None:
         "kv_bytes_held": 1007 + 2007 + 2007,
         "kv_bytes_raw": 3 * 7000,
         "policy": "kvcrush",
+        "reason": "budget",
+        "first_compaction": 64,
     }
 
 
@@ -600,6 +605,11 @@ def test_totals() -> None:
     assert mixed == {"held": 2, "raw": 4, "compactions": 6}
     sized = part | {"kv_bytes_held": 5, "kv_bytes_raw": 7, "policy_failures": 1}
     assert usage.total([sized, sized])["kv_bytes_held"] == 10  # type: ignore[index]
+    early, late = (part | {"reason": "pressure", "first_compaction": n} for n in (40, 90))
+    both = usage.total([late, early, part])
+    assert both is not None and (both["reason"], both["first_compaction"]) == ("pressure", 40)
+    both = usage.total([late, early | {"reason": "budget"}])
+    assert both is not None and "reason" not in both
     # Of one that ended before the engine said anything the size is not known.
     assert usage.total([sized, part]) == {
         "held": 2, "raw": 4, "compactions": 6, "policy_failures": 1, "policy": "h2o",
@@ -813,8 +823,8 @@ def test_responses() -> None:
 
 def test_stats_are_increments() -> None:
     stats = Stats()
-    stats.record_compaction("h2o", blocks=6)
-    stats.record_compaction("h2o", blocks=-2)
+    stats.record_compaction("h2o", "budget", blocks=6)
+    stats.record_compaction("h2o", "pressure", blocks=-2)
     stats.record_moved("h2o", evicted=100, seconds=0.002)
     stats.record_moved("h2o", evicted=50, seconds=0.2)
     # One whose compaction was counted before the last `take`, and that dropped nothing.
@@ -830,13 +840,13 @@ def test_stats_are_increments() -> None:
     taken = stats.take()
     assert taken["policies"] == {
         "h2o": {
-            "compactions": 2,
+            "compactions": {"budget": 1, "pressure": 1},
             "tokens_evicted": 150,
             "blocks_freed": 6,
             "seconds": [0.002, 0.2],
         },
         "int8": {
-            "compactions": 0,
+            "compactions": {},
             "tokens_evicted": 0,
             "blocks_freed": 0,
             "seconds": [0.1, 0.1],
@@ -850,8 +860,8 @@ def test_stats_are_increments() -> None:
     assert (again["policies"], again["deferrals"], again["policy_failures"]) == ({}, {}, {})
     assert again["uncompressed"] == 0
     # Increments are the taker's: what is counted later is not added to them.
-    stats.record_compaction("h2o", 1)
-    assert taken["policies"]["h2o"]["compactions"] == 2
+    stats.record_compaction("h2o", "budget", 1)
+    assert taken["policies"]["h2o"]["compactions"] == {"budget": 1, "pressure": 1}
     # These are what is, not what was added.
     assert (again["kv_bytes_held"], again["worker_bytes"]) == ({"h2o": 7}, {"staging": 9})
 
@@ -860,10 +870,10 @@ def test_samples_that_nobody_takes_are_bounded() -> None:
     stats = Stats()
     for _ in range(2):
         for _ in range(5000):
-            stats.record_compaction("h2o", 1)
+            stats.record_compaction("h2o", "budget", 1)
             stats.record_moved("h2o", 3, 0.1)
         taken = stats.take()["policies"]["h2o"]
-        assert (taken["compactions"], taken["tokens_evicted"]) == (5000, 15000)
+        assert (taken["compactions"], taken["tokens_evicted"]) == ({"budget": 5000}, 15000)
         assert 1000 < len(taken["seconds"]) < 5000
 
 
@@ -879,11 +889,13 @@ def scraped() -> dict[str, float]:
 
 
 def test_the_logger_adds_up_and_can_be_made_again() -> None:
-    config = vllm_config({"policy": "snapkv"})
-    stats = Stats(kv_bytes_held={"snapkv": 10}, kv_bytes_raw_equivalent={"snapkv": 40})
+    config = vllm_config({"policy": "snapkv", "pressure": 0.8})
+    stats = Stats(
+        pressure=0.5, kv_bytes_held={"snapkv": 10}, kv_bytes_raw_equivalent={"snapkv": 40}
+    )
     for engine in (0, 1, 0):
         logger = metrics.KVCrushStatLogger(config, engine)
-        stats.record_compaction("snapkv", 6)
+        stats.record_compaction("snapkv", "budget", 6)
         stats.record_moved("snapkv", 100, 0.002)
         stats.record_uncompressed()
         stats.record_deferral("no_room")
@@ -898,8 +910,9 @@ def test_the_logger_adds_up_and_can_be_made_again() -> None:
         labels = {"engine": str(engine), "model_name": MODEL, **more}
         return found[f"vllm_kvcrush:{name}{sorted(labels.items())}"]
 
-    assert at("compactions_total", 0, policy="snapkv") == 2
-    assert at("compactions_total", 1, policy="snapkv") == 1
+    assert at("compactions_total", 0, policy="snapkv", reason="budget") == 2
+    assert at("compactions_total", 1, policy="snapkv", reason="budget") == 1
+    assert (at("pressure", 0), at("pressure_limit", 0)) == (0.5, 0.8)
     assert at("tokens_evicted_total", 0, policy="snapkv") == 200
     assert at("blocks_freed_total", 0, policy="snapkv") == 12
     assert at("deferrals_total", 0, reason="no_room") == 2
