@@ -112,13 +112,13 @@ class Model:
         """A step: query rows of each sequence, all of which have pages of the codecs."""
         directory, n = None, len(rows)
         if codecs:
-            directory = Directory.of(*self.entries(codecs, self.layers * n))
+            directory = Directory.of(*self.entries(codecs, n))
             # What one layer of several sees of the directory of all.
-            runs = directory.runs.view(n, self.layers, *directory.runs.shape[1:])
+            runs = directory.runs.unsqueeze(1).repeat(1, self.layers, 1, 1, 1)
             directory.runs = runs[:, self.index]
         start = torch.tensor([0, *rows]).cumsum(0).int()
         table = torch.zeros(n, 17, dtype=torch.int32)
-        return Batch(start, torch.tensor(rows).int(), table, directory, max(rows))
+        return Batch.of(start, torch.tensor(rows).int(), table, directory, max(rows), BLOCK_SIZE)
 
     def step(self, rows: list[int], codecs: tuple[str, ...] = ()) -> None:
         """Stores and attends, as a forward pass does. Query, key and value are parts of one

@@ -41,7 +41,7 @@ def test_a_graph_follows_lengths(draw: random.Random, device: str, mode: str, pa
     layer = cache.layer
     cache.put(["int8", "int4"], 13, [layer.capacity("int8"), 5])
     batch = cache.batch([1])
-    batch.tail_table[0, 1] = spare = cache.free.pop()
+    batch.table[0, 2] = spare = cache.free.pop()  # behind the pages' block
     query = torch.empty(1, 4, 64, dtype=dtype, device=device)
     key, value = torch.zeros(2, 1, 1, 64, dtype=dtype, device=device)
     slot = torch.full((1,), -1, dtype=torch.int64, device=device)
@@ -62,7 +62,7 @@ def test_a_graph_follows_lengths(draw: random.Random, device: str, mode: str, pa
         value.copy_(new[1])
         slot.fill_(blocks[length // 16] * 16 + length % 16)
         length += 1
-        batch.tail_length.fill_(length)
+        batch.length.fill_(16 + length)
         replay()
         keys, values = (
             torch.cat([keys, new[0, 0].double()]),

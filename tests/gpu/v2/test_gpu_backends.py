@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gpu.v2.engine import Answer, Engine
 from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
@@ -78,6 +79,56 @@ def compare(ours: Engine, v1: Engine, job: tuple[Any, ...]) -> tuple[list[Answer
     assert not ledgers[0].failures.total()
     assert_equal(got, want)
     return got, ledgers[0]
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def builder_of(engine: Engine) -> Any:
+    ((group,),) = engine.runner.attn_groups
+    (builder,) = group.metadata_builders
+    return builder
+
+
+def read_by(metadata: Any) -> list[torch.Tensor]:
+    """All that the launches of a step read, of every layer."""
+    found = [metadata.slot_mapping]
+    for batch in metadata.batches:
+        own = batch.directory
+        found += [batch.query_start, batch.length, batch.table, batch.states]
+        found += [own.runs, own.blocks, own.page, own.count, own.bias]
+    return found
+
+
+def test_a_step_neither_copies_nor_moves_what_it_reads(
+    ours: Engine, v1: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metadata are views of tensors that never move, whatever comes, goes and is compacted."""
+    builder, seen, made = builder_of(ours), [], Operations()
+    build = builder.build
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with made:
+            metadata = build(*args, **kwargs)
+        if builder.paged:
+            seen.append([x.data_ptr() for x in read_by(metadata)])
+        return metadata
+
+    monkeypatch.setattr(builder, "build", watched)
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "mikv", "none", "int4")]
+    got, _ = compare(ours, v1, (prompts(150, 250, 60, 130, seed=9), 24, extra))
+    assert sum(a.compactions for a in got) >= 6 and len(seen) >= 24
+    assert {tuple(addresses) for addresses in seen} == {tuple(seen[0])}
+    assert made.names == {"aten::slice.Tensor"}
 
 
 def test_packed_pages_under_ours(ours: Engine, v1: Engine) -> None:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.worker.backends.stock import StockCacheLayer
 from vllm_kvcrush.engine.worker.backends.triton import (
     KVCrushTritonMetadataBuilder,
     TritonCacheLayer,
 )
+from vllm_kvcrush.engine.worker.directory import ResidentDirectory
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.shift import shift
@@ -33,7 +35,9 @@ def test_shift(rows: list[int]) -> None:
     index = torch.tensor(states)
     if len(rows) == 3:
         index[1] = -1  # a row of nobody
-    shift(lengths, slots, seq_lens, positions, index, start, slot_shift)
+    own = torch.full((6,), 77, dtype=torch.int32)
+    shift(lengths, slots, own, seq_lens, positions, index, start, slot_shift)
+    assert torch.equal(own[: len(rows)], index.int()) and (own[len(rows) :] == -1).all()
     gone = torch.where(index >= 0, slot_shift[index], 0)
     assert torch.equal(lengths[: len(rows)], seq_lens - gone)
     assert (lengths[len(rows) :] == 0).all()
@@ -203,8 +207,13 @@ def check_attention(
     """A batch of the compacted request and of one without a region, as the engine has it."""
     spec = types.SimpleNamespace(block_size=BLOCK)
     builder = KVCrushTritonMetadataBuilder(spec, [], None, torch.device("cpu"))
-    builder.kv_cache_spec, builder.device = spec, torch.device("cpu")
-    builder.regions = [region, None]
+    settings = Settings(policy="mikv", allow=("mikv",))
+    builder.directory = ResidentDirectory(5, LAYERS, HEADS, 30, settings, torch.device("cpu"))
+    builder.directory.write(3, region)
+    builder.directory.stage_blocks(3, region.blocks)
+    builder.directory.apply()
+    builder.states = torch.tensor([3, 1, -1, -1, -1], dtype=torch.int32)
+    builder.paged = True
     table = torch.zeros(2, 12, dtype=torch.int32)
     blocks = [8, 17, 18, *tail]
     table[0, : len(blocks)] = torch.tensor(blocks)
@@ -220,7 +229,7 @@ def check_attention(
         slot_mapping=torch.zeros(3, dtype=torch.int64),
     )
     metadata = builder.build(0, common)
-    assert builder.build(0, common).directory is metadata.directory  # made once
+    assert len(metadata.batches) == LAYERS
     query = torch.randn(3, GROUP * HEADS, SIZE)
     for i, layer in enumerate(layers):
         out = torch.empty_like(query)

@@ -369,6 +369,8 @@ class CompactionMixin(_Base):
         if state.plan.next_compaction(n, left, n + state.plan.window - 1) is None:
             state.queries = None
         self._install(command.request_id, [*command.target, *command.tail], command.slot_shift)
+        if state.region is not None:
+            state.region.uploaded = None
         seconds = time.perf_counter() - began
         self._compacted.append(Compacted(command.request_id, state.label, seconds, held, evicted))
 
@@ -395,6 +397,8 @@ class CompactionMixin(_Base):
             self._unsettled.append((name, state, torch.stack(move.sound).all()))
             if cpus:
                 self._settle()
+        if state.region is not None:
+            state.region.uploaded = None  # others may have the same
         state.region = move.target if state.owns_pages else None
         state.kept_state, state.positions = move.kept_state, move.positions
         state.finer = move.finer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -35,20 +35,28 @@ class Pages(Protocol):
 
 @dataclass
 class Region:
-    """Pages that each layer and head owns, in slot order; n pages in all.
+    """Pages that each layer and head owns, in slot order; n pages in all, which are owned by one
+    layer and head after the other. All but `log_bias` is on the host.
 
     Attributes:
-        blocks: number of blocks that they lie in.
+        block_ids: int64, the blocks that they lie in, as the request's block table has them.
+        codecs: of the parts of a layer and head, which follow each other.
+        bounds: int32 [layers, kv_heads, parts + 1], the entry at which each part begins, and the
+            end of the last.
         begin, end: int32 [layers, kv_heads]: entries [begin, end) of a layer and head.
         page: int32 [n], page index in the pool.
         count: uint16 [n], tokens in it.
         codec: uint8 [n].
         tokens: int64 [layers, kv_heads], tokens of each layer and head.
         bias: int64 [n], where in `log_bias` the tokens of a page start; None: no token has one.
-        log_bias: float32, by token in the order of the pages: added to its logit.
+        log_bias: float32, by token in the order of the pages: added to its logit; on the device
+            where the cache is.
+        uploaded: what a backend has made of it while a compaction reads or fills it.
     """
 
-    blocks: int
+    block_ids: Tensor
+    codecs: tuple[str, ...]
+    bounds: Tensor
     begin: Tensor
     end: Tensor
     page: Tensor
@@ -57,6 +65,12 @@ class Region:
     tokens: Tensor
     bias: Tensor | None = None
     log_bias: Tensor | None = None
+    uploaded: Any = None
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks that its pages lie in."""
+        return len(self.block_ids)
 
     @classmethod
     def of(
@@ -102,9 +116,12 @@ class Region:
         wanted = pages.sum(1)
         end = wanted.cumsum()
         begin = end - wanted
+        bounds = begin[:, None] + np.pad(pages.cumsum(1), ((0, 0), (1, 0)))
         page, order = _shared_out(np.array(blocks), wanted, heads, np.array(raw), old)
         region = cls(
-            len(blocks),
+            torch.tensor(blocks, dtype=torch.int64),
+            tuple(codecs),
+            torch.from_numpy(bounds.astype(np.int32)).view(-1, heads, len(codecs) + 1),
             torch.from_numpy(begin.astype(np.int32)).view(-1, heads),
             torch.from_numpy(end.astype(np.int32)).view(-1, heads),
             torch.from_numpy(page.astype(np.int32)),
@@ -127,11 +144,11 @@ class Region:
             self.log_bias,
         )
 
-    def open_biases(self) -> None:
-        """Gives every token a log bias, 0 so far."""
+    def open_biases(self, device: torch.device | str = "cpu") -> None:
+        """Gives every token a log bias on a device, 0 so far."""
         counts = self.count.long()
         self.bias = counts.cumsum(0) - counts
-        self.log_bias = torch.zeros(int(counts.sum()))
+        self.log_bias = torch.zeros(int(counts.sum()), device=device)
 
     def biases(self, layer: int) -> list[Tensor]:
         """The log biases of a layer's tokens, by head: parts of `log_bias`, to read or to set."""

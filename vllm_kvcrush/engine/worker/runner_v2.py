@@ -39,12 +39,18 @@ class V2Mixin(CompactionMixin):
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        # Slot shift of each of vLLM's request states, here and on the device, and the states in
-        # which the two differ: a state is written once a step, as the device's writes race.
+        # Slot shift and blocks of the region of each of vLLM's request states, here and on the
+        # device (blocks in the directory), and the states in which the two may differ: a state is
+        # written once a step, as the device's writes race.
         self._slot_shift = np.zeros(self.max_num_reqs, dtype=np.int32)
+        self._region_blocks = np.zeros(self.max_num_reqs, dtype=np.int32)
         self._shift_device = StagedWriteTensor(self.max_num_reqs, torch.int32, device)
         self._changed: set[int] = set()
+        self._directory: Any = None
+        self._builders: list[Any] = []
+        # By row of the batch.
         self._slot_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        self._row_states = torch.full_like(self._slot_lens, -1)
         self._slots = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
         self._due: list[Command] = []
         self._batch: InputBatch | None = None
@@ -77,6 +83,20 @@ class V2Mixin(CompactionMixin):
         state.__class__ = KVCrushModelState
         state.as_held = self._as_held
 
+    def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self._backend.directory is None:
+            return
+        first = self._layers[0]
+        self._directory = self._backend.directory(
+            self.max_num_reqs, len(self._layers), first.heads, first.pages.num_blocks,
+            self._settings, self.device,
+        )  # fmt: skip
+        ((group,),) = self.attn_groups
+        self._builders = group.metadata_builders
+        for builder in self._builders:
+            builder.directory, builder.states = self._directory, self._row_states
+
     def execute_model(
         self,
         scheduler_output: Any,
@@ -94,7 +114,7 @@ class V2Mixin(CompactionMixin):
         # Every way out of the batch leads here, and only now its state is known.
         state = self.req_states.req_id_to_index.get(req_id)
         if state is not None:
-            self._set_shift(state, 0)
+            self._set_state(state, 0, 0)
         return super()._remove_request(req_id)
 
     def update_requests(self, scheduler_output: Any) -> None:
@@ -103,18 +123,26 @@ class V2Mixin(CompactionMixin):
         self._due = []
         for state in sorted(self._changed):
             self._shift_device.stage_write_elem(state, int(self._slot_shift[state]))
+            if self._directory is not None:
+                self._directory.stage_blocks(state, int(self._region_blocks[state]))
         self._changed.clear()
         self._shift_device.apply_write()
+        if self._directory is not None:
+            self._directory.apply()
         super().update_requests(scheduler_output)
 
     def _install(self, request_id: str, blocks: list[int], slot_shift: int) -> None:
         state = self.req_states.req_id_to_index[request_id]
         self.block_tables.append_block_ids(state, (blocks,), overwrite=True)
-        self._set_shift(state, slot_shift)
+        region = self._requests[request_id].region
+        if region is not None and self._directory is not None:
+            assert blocks[: region.blocks] == region.block_ids.tolist()
+            self._directory.write(state, region)
+        self._set_state(state, slot_shift, 0 if region is None else region.blocks)
 
-    def _set_shift(self, state: int, slot_shift: int) -> None:
-        if self._slot_shift[state] != slot_shift:
-            self._slot_shift[state] = slot_shift
+    def _set_state(self, state: int, slot_shift: int, region_blocks: int) -> None:
+        if (self._slot_shift[state], self._region_blocks[state]) != (slot_shift, region_blocks):
+            self._slot_shift[state], self._region_blocks[state] = slot_shift, region_blocks
             self._changed.add(state)
 
     def prepare_attn(self, input_batch: InputBatch) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -124,9 +152,12 @@ class V2Mixin(CompactionMixin):
             input_batch.num_scheduled_tokens,
         )
         self._batch = input_batch
+        for builder in self._builders:
+            builder.paged = bool(self._region_blocks[input_batch.idx_mapping_np].any())
         shift(
             self._slot_lens,
             self._slots,
+            self._row_states,
             input_batch.seq_lens,
             input_batch.positions,
             input_batch.idx_mapping,
@@ -147,6 +178,9 @@ class V2Mixin(CompactionMixin):
         else:
             # A dummy, or a batch to capture: of nobody's requests, but in the same buffer.
             lengths.copy_(batch.seq_lens[: batch.num_reqs_after_padding])
+            self._row_states.fill_(-1)
+            for builder in self._builders:
+                builder.paged = False
             if self._backend.builder is not None:
                 self._backend.builder.regions = []
         return dataclasses.replace(batch, seq_lens=lengths, seq_lens_cpu_upper_bound=bound)

@@ -57,7 +57,7 @@ def window_scores(
     start = torch.arange(2, dtype=torch.int32, device=device) * window
     length = torch.full((1,), source.tail_length, dtype=torch.int32, device=device)
     table = source.tail_table.view(1, -1)
-    batch = Batch(start, length, table, Directory.ordered(source), window)
+    batch = Batch.of(start, length, table, Directory.ordered(source), window, layer.block_size)
     lse = torch.empty(window, layer.heads, dtype=torch.float32, device=device)
     attention(layer, batch, rows, None, lse)
     own = [candidates] * layer.kv_heads if isinstance(candidates, int) else list(candidates)

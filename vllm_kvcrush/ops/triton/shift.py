@@ -12,6 +12,7 @@ ROWS = 1024  # of a pass
 def shift(
     slot_lens: Tensor,
     slots: Tensor,
+    row_states: Tensor,
     seq_lens: Tensor,
     positions: Tensor,
     states: Tensor,
@@ -25,6 +26,7 @@ def shift(
     Args:
         slot_lens: int32 [most], receives slots held; 0 in rows past the batch's.
         slots: int64 [most tokens], receives the tokens' slots, counted within their request.
+        row_states: int32 [most], receives `states`; -1 in rows past the batch's.
         seq_lens: int32 [requests or more], tokens with this step's.
         positions: int64 [tokens or more].
         states: int64 [requests], index of each request in `slot_shift`; -1: nobody's.
@@ -32,6 +34,6 @@ def shift(
         slot_shift: int32 [states].
     """
     shift_kernel[(len(states) + 1,)](
-        slot_lens, slots, seq_lens, positions, states, query_start, slot_shift, len(slot_lens),
-        ROWS=ROWS,
+        slot_lens, slots, row_states, seq_lens, positions, states, query_start, slot_shift,
+        len(slot_lens), ROWS=ROWS,
     )  # fmt: skip

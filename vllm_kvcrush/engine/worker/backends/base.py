@@ -73,13 +73,16 @@ class Backend(NamedTuple):
     Attributes:
         layer: makes a CacheLayer of (vLLM's attention layer, number of layers, its tables).
         builder: metadata builder that is told the regions of the requests in a batch, or None
-            where all pages are raw.
+            where all pages are raw or regions lie in a directory.
         table: makes what `layer` wants for a fitted codec; arguments as `LayerTable`.
+        directory: makes the directory in which attention finds the regions of requests, or None;
+            arguments as `directory.ResidentDirectory`, which not every backend can import.
     """
 
     layer: Callable[[Any, int, Mapping[str, Any]], CacheLayer]
     builder: Any
     table: Callable[[Tables, int, range, int, int, Angles], Any] = LayerTable
+    directory: Callable[..., Any] | None = None
 
 
 def pages_of(
