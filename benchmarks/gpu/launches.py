@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu import builds
 from vllm_kvcrush.codecs import CODECS
-from vllm_kvcrush.ops.triton import attention, compaction, scores, store
+from vllm_kvcrush.ops.triton import attention, compaction, scores, store, tap
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 
@@ -128,6 +128,8 @@ class Model:
         projected = torch.zeros(total, sum(sizes), layer.k_size, dtype=self.dtype)
         query, key, value = projected.split(sizes, 1)
         store.store(layer, key, value, torch.arange(total))
+        ring = torch.zeros(16, layer.heads, layer.k_size, dtype=self.dtype)
+        tap.tap(ring, query, torch.full((total + 1,), -1, dtype=torch.int32)[1:])
         attention.attention(layer, self.batch(rows, codecs), query, torch.empty_like(query))
 
     def source(self, codecs: tuple[str, ...], tail: int) -> Source:

@@ -14,7 +14,7 @@ import torch
 from tests.gpu.cache import Cache
 from vllm_kvcrush.codecs import by_number
 from vllm_kvcrush.config import Settings
-from vllm_kvcrush.engine.worker import directory as resident
+from vllm_kvcrush.engine.worker import allowed
 from vllm_kvcrush.engine.worker.directory import ResidentDirectory
 from vllm_kvcrush.engine.worker.region import Region, joined
 from vllm_kvcrush.ops.triton.attention import attention
@@ -88,8 +88,8 @@ def read(directory: Directory, state: int, table: list[int], head: int) -> Itera
 def test_requests_come_and_go(draw: random.Random, biases: bool) -> None:
     """Each is found as it was written, alone and beside one that shares its blocks; nothing that
     attention reads ever moves."""
-    allowed = settings("mikv", "int4", "keepkv" if biases else "adakv")
-    directory = ResidentDirectory(STATES, LAYERS, HEADS, BLOCKS, allowed, CPU)
+    own = settings("mikv", "int4", "keepkv" if biases else "adakv")
+    directory = ResidentDirectory(STATES, LAYERS, HEADS, BLOCKS, own, CPU)
     first = directory.layers[0]
     assert first.shift == 3 and (first.bias is not None) == biases
     assert {r for r, there in zip(RUNS, first.present, strict=True) if there} == {
@@ -164,7 +164,7 @@ def test_what_settings_allow(
 ) -> None:
     rooms = {codec: (((20, 4),),) for codec in fitted}
     own = Settings(policy=allow[0], allow=allow, fitted=rooms)
-    assert resident.region_codecs(own) == codecs and resident.has_biases(own) == biases
+    assert allowed.region_codecs(own) == codecs and allowed.has_biases(own) == biases
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,6 +72,38 @@ class QueryTap:
         return torch.stack([t for t in taken if t is not None])
 
 
+class Wanted(NamedTuple):
+    """Queries of a step that are wanted: `count` of one request's, from query row `first_row` on,
+    the first at position `first`; `row` is the request's in the batch."""
+
+    request: WorkerRequest
+    row: int
+    first_row: int
+    first: int
+    count: int
+
+
+class Answer:
+    """A truth value that a device may still be computing: nobody waits for it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value, self._event = value, None
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    @property
+    def known(self) -> bool:
+        """Whether the device has told."""
+        return self._event is None or bool(self._event.query())
+
+    def __bool__(self) -> bool:
+        assert self.known
+        return bool(self._value)
+
+
 def _rope_of(model_config: Any) -> Rope | None:
     """The model's rotary embedding, for policies; None where it is not one that we know."""
     try:
@@ -107,8 +139,7 @@ class CompactionMixin(_Base):
         self._layers: list[CacheLayer] = []
         self._tap: QueryTap | None = None
         self._attention: dict[str, Any] = {}
-        # Rows of the batch whose queries are wanted: (request, first row, first position, count).
-        self._wanted: list[tuple[WorkerRequest, int, int, int]] = []
+        self._wanted: list[Wanted] = []
         # For the scheduler, with the next output: compactions, and requests in whose compactions a
         # policy failed.
         self._compacted: list[Compacted] = []
@@ -117,7 +148,7 @@ class CompactionMixin(_Base):
         self._peaks: dict[str, int] = {}
         self._higher = False
         # Compactions whose choices the device has not told to be sound yet.
-        self._unsettled: list[tuple[str, WorkerRequest, Tensor]] = []
+        self._unsettled: list[tuple[str, WorkerRequest, Answer]] = []
         # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
         self.on_select: Callable[[Compact, int, Tensor], None] | None = None
 
@@ -129,6 +160,11 @@ class CompactionMixin(_Base):
 
     def _install(self, request_id: str, blocks: list[int], slot_shift: int) -> None:
         """Takes the blocks of a compacted request, before those that this step adds."""
+        raise NotImplementedError
+
+    def _last_queries(self, request_id: str, state: WorkerRequest, computed: int) -> Tensor:
+        """The queries of a request's last `window` tokens before position `computed`, all of which
+        were wanted: see `_window`."""
         raise NotImplementedError
 
     # -- start-up -------------------------------------------------------------------------------
@@ -267,10 +303,10 @@ class CompactionMixin(_Base):
     def _prepare_batch(
         self, ids: Sequence[str], computed: np.ndarray, scheduled: np.ndarray
     ) -> list[WorkerRequest | None]:
-        """Tells the backend and the tap which requests are in the batch, in its order: their
-        tokens with KV so far, and those of this step. Returns their states."""
+        """Tells the backend which requests are in the batch, in its order: their tokens with KV so
+        far, and those of this step; and notes whose queries are wanted. Returns their states."""
         states = [self._requests.get(request_id) for request_id in ids]
-        self._want_queries(ids, states, computed, scheduled)
+        self._wanted = list(self._wanted_queries(ids, states, computed, scheduled))
         if self._backend.builder is not None:
             self._backend.builder.regions = [s.region if s else None for s in states]
         return states
@@ -287,62 +323,34 @@ class CompactionMixin(_Base):
 
     # -- observation window ---------------------------------------------------------------------
 
-    def _want_queries(
+    def _wanted_queries(
         self,
         ids: Sequence[str],
         states: Sequence[WorkerRequest | None],
         computed: np.ndarray,
         scheduled: np.ndarray,
-    ) -> None:
-        """Marks the batch rows whose queries the scheduler wants to be kept."""
-        self._wanted = []
+    ) -> Iterator[Wanted]:
         first_row = 0
         for row, (request_id, state) in enumerate(zip(ids, states, strict=True)):
             first_row += int(scheduled[row])
             count = self._observe.get(request_id, 0)
             if state is not None and count:
                 end = int(computed[row] + scheduled[row])
-                self._wanted.append((state, first_row - count, end - count, count))
-        if self._wanted:
-            assert self._tap is not None
-            rows = [torch.arange(row, row + count) for _, row, _, count in self._wanted]
-            self._tap.rows = torch.cat(rows).to(self.device, non_blocking=True)
-
-    def _keep_queries(self) -> None:
-        """Remembers the queries that the forward pass left in the tap."""
-        if not self._wanted:
-            return
-        assert self._tap is not None
-        taken = self._tap.take()
-        used = 0
-        for state, _, first, count in self._wanted:
-            window = state.plan.window
-            if state.queries is None:
-                layers, _, heads, size = taken.shape
-                state.queries = taken.new_empty(layers, window, heads, size)
-                held = [s.queries for s in self._requests.values() if s.queries is not None]
-                self._holds("queries", sum(queries.nbytes for queries in held))
-            places = torch.arange(first, first + count, device=taken.device) % window
-            state.queries[:, places] = taken[:, used : used + count]
-            state.queries_end = first + count
-            used += count
-        self._wanted = []
+                yield Wanted(state, row, first_row - count, end - count, count)
 
     def _holds(self, kind: str, size: int) -> None:
         """Remembers the most bytes that are held for one kind of thing."""
         if size > self._peaks.get(kind, 0):
             self._peaks[kind], self._higher = size, True
 
-    def _window(self, state: WorkerRequest, computed: int) -> Tensor:
+    def _window(self, request_id: str, state: WorkerRequest, computed: int) -> Tensor:
         """Queries of the last `window` tokens, in order: `[layers, query_heads, window, size]`."""
-        window = state.plan.window
-        if state.queries is None or state.queries_end != computed:
+        if state.queries_end != computed:
             raise PolicyFailure(
                 f"its observation window ends at {state.queries_end}, "
                 f"the compaction is at {computed}"
             )
-        order = torch.arange(computed - window, computed, device=state.queries.device) % window
-        return state.queries[:, order].transpose(1, 2)
+        return self._last_queries(request_id, state, computed)
 
     # -- compaction -----------------------------------------------------------------------------
 
@@ -388,13 +396,13 @@ class CompactionMixin(_Base):
         )
         if move.scores and "queries" in state.needs:
             try:
-                move.queries = self._window(state, command.computed)
+                move.queries = self._window(name, state, command.computed)
             except PolicyFailure as why:
                 move.give_up(why)
         move.run()
         cpus = self._layers[0].device.type == "cpu"
         if move.sound:
-            self._unsettled.append((name, state, torch.stack(move.sound).all()))
+            self._unsettled.append((name, state, Answer(torch.stack(move.sound).all())))
             if cpus:
                 self._settle()
         if state.region is not None:
@@ -426,8 +434,10 @@ class CompactionMixin(_Base):
             )
 
     def _settle(self) -> None:
-        """Counts the choices that turned out to be useless."""
+        """Counts the choices that turned out to be useless, as far as the device has told."""
         unsettled, self._unsettled = self._unsettled, []
         for request_id, state, sound in unsettled:
-            if not sound:
+            if not sound.known:
+                self._unsettled.append((request_id, state, sound))
+            elif not sound:
                 self._failed(request_id, state, PolicyFailure(USELESS))

@@ -6,7 +6,6 @@ V2 runner gives it, as its block table has one.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +14,8 @@ from torch import Tensor
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 
-from vllm_kvcrush.codecs import CODECS
-from vllm_kvcrush.config import NONE, Settings
+from vllm_kvcrush.config import Settings
+from vllm_kvcrush.engine.worker.allowed import has_biases, region_codecs
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.ops.triton.cache import Directory, Source, run_of
 from vllm_kvcrush.ops.triton.codecs import RUNS
@@ -192,24 +191,3 @@ def entries_of_block(pages: int) -> int:
     """Entries of a directory that are kept with a block of so many pages: the next power of two, so
     that a kernel finds them by a shift."""
     return 1 << max(pages - 1, 0).bit_length()
-
-
-def region_codecs(settings: Settings) -> set[str]:
-    """The codecs that regions may have pages of, whichever allowed policy a request names."""
-    stored = [settings.storage(name) for name in settings.allow if name != NONE]
-    found = {"raw"} if any(kind.pages for kind in stored) else set()
-    for codec in {codec for kind in stored for codec in kind.codecs}:
-        record = CODECS[codec]
-        known = not record.needs_tables or codec in settings.fitted
-        found.add(codec if known else record.stand_in or codec)
-    return found
-
-
-def has_biases(settings: Settings) -> bool:
-    """Whether an allowed policy may leave log biases."""
-    for name in settings.allow:
-        # One of a third party that cannot be built leaves none, and has been logged.
-        with contextlib.suppress(Exception):
-            if name != NONE and settings.demands(name).merges:
-                return True
-    return False

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 from vllm.v1.worker.gpu.buffer_utils import StagedWriteTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -20,8 +23,12 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_kvcrush.engine.commands import Command
+from vllm_kvcrush.engine.worker import allowed
 from vllm_kvcrush.engine.worker.backends.base import Backend
 from vllm_kvcrush.engine.worker.compaction import CompactionMixin
+from vllm_kvcrush.engine.worker.memory import SideMemory, Sizes
+from vllm_kvcrush.engine.worker.queries import QueryRing
+from vllm_kvcrush.engine.worker.state import WorkerRequest
 from vllm_kvcrush.ops.triton.shift import shift
 
 
@@ -48,7 +55,11 @@ class V2Mixin(CompactionMixin):
         self._changed: set[int] = set()
         self._directory: Any = None
         self._builders: list[Any] = []
-        # By row of the batch.
+        self._ring: QueryRing | None = None
+        self._observing = False
+        # By row of the batch, and by row of the query.
+        self._observed = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
+        self._places = torch.full((self.max_num_tokens,), -1, dtype=torch.int32, device=device)
         self._slot_lens = torch.zeros(self.max_num_reqs, dtype=torch.int32, device=device)
         self._row_states = torch.full_like(self._slot_lens, -1)
         self._slots = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
@@ -83,8 +94,33 @@ class V2Mixin(CompactionMixin):
         state.__class__ = KVCrushModelState
         state.as_held = self._as_held
 
+    def left_for_pool(self, available: int) -> int:
+        """Bytes that the pool may take of `available` ones, beside all that we hold."""
+        sizes = self._sizes()
+        side = SideMemory.of(self._settings, sizes)
+        return side.left_for_pool(available, sizes.block_bytes)
+
+    def _sizes(self) -> Sizes:
+        layers = list(get_layers_from_vllm_config(self.vllm_config, Attention).values())
+        impl = layers[0].impl
+        return Sizes(
+            layers=len(layers),
+            heads=impl.num_heads,
+            kv_heads=impl.num_kv_heads,
+            head_size=impl.head_size,
+            itemsize=self.model_config.dtype.itemsize,
+            block_size=self.cache_config.block_size,
+            requests=self.max_num_reqs,
+            max_model_len=self.model_config.max_model_len,
+        )
+
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        if self._ring is None and allowed.needs_queries(self._settings):
+            self._ring = QueryRing(
+                list(self._attention.values()), self.max_num_reqs, self._settings.window,
+                self._places, self.model_config.dtype,
+            )  # fmt: skip
         if self._backend.directory is None:
             return
         first = self._layers[0]
@@ -104,11 +140,11 @@ class V2Mixin(CompactionMixin):
         dummy_run: bool = False,
         **kwargs: Any,
     ) -> Any:
-        if not dummy_run:
+        if dummy_run:
+            self._places.fill_(-1)
+        else:
             self._due = self._begin_step(scheduler_output)
-        output = super().execute_model(scheduler_output, intermediate_tensors, dummy_run, **kwargs)
-        self._keep_queries()
-        return output
+        return super().execute_model(scheduler_output, intermediate_tensors, dummy_run, **kwargs)
 
     def _remove_request(self, req_id: str) -> bool:
         # Every way out of the batch leads here, and only now its state is known.
@@ -152,20 +188,41 @@ class V2Mixin(CompactionMixin):
             input_batch.num_scheduled_tokens,
         )
         self._batch = input_batch
+        self._tell_observed()
         for builder in self._builders:
             builder.paged = bool(self._region_blocks[input_batch.idx_mapping_np].any())
         shift(
             self._slot_lens,
             self._slots,
             self._row_states,
+            self._places,
             input_batch.seq_lens,
             input_batch.positions,
             input_batch.idx_mapping,
             input_batch.query_start_loc,
             self._shift_device.gpu,
+            self._observed,
+            self._settings.window,
         )
         slots = self._slots[: input_batch.num_tokens_after_padding]
         return super().prepare_attn(dataclasses.replace(input_batch, positions=slots))
+
+    def _tell_observed(self) -> None:
+        """Tells the device of how many of this step's newest tokens of each request the queries are
+        to be kept."""
+        if self._wanted or self._observing:
+            counts = np.zeros(self.max_num_reqs, dtype=np.int32)
+            for wanted in self._wanted:
+                counts[wanted.row] = wanted.count
+                wanted.request.queries_end = wanted.first + wanted.count
+            async_tensor_h2d(counts, out=self._observed)
+        if self._wanted and self._ring is not None:
+            self._holds("queries", self._ring.kept.nbytes)
+        self._observing = bool(self._wanted)
+
+    def _last_queries(self, request_id: str, state: WorkerRequest, computed: int) -> Tensor:
+        assert self._ring is not None, "the policy's queries were not asked for"
+        return self._ring.last(self.req_states.req_id_to_index[request_id], computed)
 
     def _as_held(self, batch: InputBatch) -> InputBatch:
         """The batch as attention is to see it: slots held, on the device and on the host."""
@@ -179,6 +236,7 @@ class V2Mixin(CompactionMixin):
             # A dummy, or a batch to capture: of nobody's requests, but in the same buffer.
             lengths.copy_(batch.seq_lens[: batch.num_reqs_after_padding])
             self._row_states.fill_(-1)
+            self._places.fill_(-1)
             for builder in self._builders:
                 builder.paged = False
             if self._backend.builder is not None:

@@ -24,8 +24,9 @@ class WorkerRequest:
         blocks: of the compressed region.
         region: its pages; None while they are raw ones in the order of their blocks.
         queries: the last `window` queries, `[layers, window, query_heads, head_size]`; the one of
-            token p is at p % window. None until a compaction is near.
-        queries_end: position after the last of them.
+            token p is at p % window. None until a compaction is near, and under the V2 runner,
+            which keeps those of all requests together.
+        queries_end: position after the last query that was kept.
         kept_state: by name and layer, what the policy keeps of the region's tokens, [H, k, ...].
         positions: by layer, where the region's tokens stand, int32 [H, k], if that is kept.
         finer: leading slots of the region that are in the finer of two codecs.

@@ -40,6 +40,13 @@ def runs_of(codecs: Tensor) -> tuple[str, ...]:
     return tuple(RUNS[i] for i in sorted(set(_RANK[codecs.long()].tolist())))
 
 
+@functools.lru_cache(maxsize=64)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns numbers as int32 on a device, to be read only. A compaction asks for the same in
+    every layer: copied once."""
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+
+
 _FLAT = 30  # the shift of a directory with all entries in one list
 
 

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from vllm_kvcrush.ops.triton.attention import attention
-from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Source
+from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Source, on_device
 from vllm_kvcrush.ops.triton.config import product_options
 from vllm_kvcrush.ops.triton.kernels.scores import scores_kernel
 
@@ -64,7 +64,7 @@ def window_scores(
     if len(own) != layer.kv_heads:
         raise ValueError(f"candidates of {len(own)} heads for {layer.kv_heads} KV heads")
     most = max(own)
-    limits = torch.tensor(own, dtype=torch.int32).to(device, non_blocking=True)
+    limits = on_device(tuple(own), device)
     out = torch.zeros(layer.heads, most, dtype=torch.float32, device=device)
     biased = source.bias is not None and source.log_bias is not None
     width = min(ROWS, max(16, triton.next_power_of_2(window)))

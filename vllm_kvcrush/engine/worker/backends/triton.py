@@ -80,7 +80,9 @@ class KVCrushTritonMetadataBuilder(AttentionMetadataBuilder[Metadata]):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        return AttentionCGSupport.NEVER
+        # Tiles are compiled in: those of decode, which a graph of single tokens has, are no good
+        # for a chunk of a prompt.
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(
         self,
@@ -88,11 +90,20 @@ class KVCrushTritonMetadataBuilder(AttentionMetadataBuilder[Metadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Metadata:
-        common, n = common_attn_metadata, common_attn_metadata.num_reqs
+        # Without compressed pages the kernel that knows none has the more registers.
+        return self._metadata(common_attn_metadata, self.paged)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> Metadata:
+        # Whoever is replayed may have any pages.
+        return self._metadata(common_attn_metadata, True)
+
+    def _metadata(self, common: CommonAttentionMetadata, paged: bool) -> Metadata:
+        n = common.num_reqs
         rows = (common.query_start_loc[: n + 1], common.seq_lens[:n], common.block_table_tensor[:n])
         states, longest = self.states[:n], common.max_query_len
-        # Without compressed pages the kernel that knows none has the more registers.
-        directories = self.directory.layers if self.paged else [None]
+        directories = self.directory.layers if paged else [None]
         batches = [Batch(*rows, states, own, longest) for own in directories]
         return Metadata(common.num_actual_tokens, common.slot_mapping, batches)
 
@@ -176,9 +187,8 @@ class TritonCacheLayer:
         return compaction.positions(self.pages, source, tokens)
 
     def compact(self, source: Source, slots: Tensor, counts: Sequence[int], target: Region) -> None:
-        past = torch.arange(slots.shape[1], device=self.device)
-        past = past >= torch.tensor(counts, device=self.device).unsqueeze(1)
-        compaction.compact(self.pages, source, slots.masked_fill(past, -1), self._target(target))
+        own = compaction.within(slots, counts)
+        compaction.compact(self.pages, source, own, self._target(target))
 
     def fill(
         self,
