@@ -56,6 +56,8 @@ def seconds(call: Callable[[], Any], least: float) -> list[float]:
 
 def measure(requests: int, block_size: int, tokens: int, least: float) -> dict[str, list[float]]:
     """Times of each way to make the metadata of a step, by its name."""
+    import vllm.v1.worker.cpu.shm  # noqa: F401 (lets its buffers do without pinned memory)
+
     from vllm_kvcrush.codecs import CODECS
     from vllm_kvcrush.config import Settings
     from vllm_kvcrush.engine.worker.backends.triton import KVCrushTritonMetadataBuilder

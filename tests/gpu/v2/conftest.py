@@ -29,7 +29,8 @@ if os.environ.get("KVCRUSH_V2_TESTS"):
 @pytest.fixture(autouse=True, scope="session")
 def quick_launches(interpreter: None) -> None:
     """After a launch the interpreter copies every argument's whole storage back to the device,
-    which here is where it came from."""
+    which here is where it came from. And vLLM's buffers want no pinned memory."""
+    import vllm.v1.worker.cpu.shm  # noqa: F401
     from triton.runtime.interpreter import GridExecutor
 
     GridExecutor._restore_args_dev = lambda *_: None

@@ -44,13 +44,13 @@ def settings(*allow: str) -> Settings:
 
 def fill_of(draw: random.Random, blocks: list[int], codecs: list[str], biased: bool) -> Region:
     """A region with unequal heads in any of its parts, of which one may be empty."""
-    while True:
-        tokens = np.array(
-            [[[draw.randrange(25) for _ in range(HEADS)] for _ in range(LAYERS)] for _ in codecs]
-        )
-        rooms = np.array([Pages().capacity(codec) for codec in codecs])[:, None, None]
-        if 0 < (-(-tokens // rooms)).sum() <= len(blocks) * LAYERS * HEADS:
-            break
+    tokens = np.zeros((len(codecs), LAYERS, HEADS), dtype=int)
+    for _ in range(draw.randrange(1, len(blocks) * LAYERS * HEADS + 1)):
+        # A page more for any of them, of which the last need not be full.
+        part, layer, head = (draw.randrange(n) for n in tokens.shape)
+        tokens[part, layer, head] += Pages().capacity(codecs[part])
+    tokens -= np.array([[[draw.randrange(4) for _ in range(HEADS)] for _ in range(LAYERS)]])
+    tokens = tokens.clip(0)
     region, _ = Region.of(blocks, codecs, tokens, [Pages()] * LAYERS)
     if biased:
         region.open_biases()

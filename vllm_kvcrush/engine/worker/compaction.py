@@ -73,25 +73,26 @@ class QueryTap:
 
 
 class Wanted(NamedTuple):
-    """Queries of a step that are wanted: `count` of one request's, from query row `first_row` on,
+    """Queries of a step that are wanted: `queries` of one request's, from query row `first_row` on,
     the first at position `first`; `row` is the request's in the batch."""
 
     request: WorkerRequest
     row: int
     first_row: int
     first: int
-    count: int
+    queries: int
 
 
 class Answer:
     """A truth value that a device may still be computing: nobody waits for it."""
 
     def __init__(self, value: Tensor) -> None:
-        self._value, self._event = value, None
+        self._value = value
+        self._event: Any = None
         if value.is_cuda:
             self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     @property

@@ -82,22 +82,22 @@ class UploadedRegion:
         bias = None
         if region.bias is not None:
             bias = async_tensor_h2d(region.bias, device=device)
-        region.uploaded = cls(
-            *(blocks, begins, ends, tokens, *rest[3:], bias, region.log_bias, starts),
-            tuple(dict.fromkeys(run_of(codec) for codec in region.codecs)),
-        )
-        return region.uploaded
+        page, counts, codec, head, first = rest[3:]
+        runs = tuple(dict.fromkeys(run_of(codec) for codec in region.codecs))
+        region.uploaded = made = cls(
+            blocks, begins, ends, tokens, page, counts, codec, head, first, bias, region.log_bias,
+            starts, runs,
+        )  # fmt: skip
+        return made
 
     def source(self, layer: int, tail: Tensor, tokens: int, position: int) -> Source:
         """One layer of it, then a tail: see `Source`."""
         own = slice(self.starts[layer], self.starts[layer + 1])
         return Source(
-            *(self.begin[layer], self.end[layer], self.head[own], self.page[own], self.count[own]),
-            *(self.codec[own], self.first[own], self.tokens[layer], tail, tokens, position),
-            self.runs,
-            None if self.bias is None else self.bias[own],
-            self.log_bias,
-        )
+            self.begin[layer], self.end[layer], self.head[own], self.page[own], self.count[own],
+            self.codec[own], self.first[own], self.tokens[layer], tail, tokens, position, self.runs,
+            None if self.bias is None else self.bias[own], self.log_bias,
+        )  # fmt: skip
 
 
 class ResidentDirectory:

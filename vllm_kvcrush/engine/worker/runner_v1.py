@@ -35,7 +35,7 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
         states = self._prepare_batch(ids, computed, num_scheduled_tokens)
         if self._wanted:
             assert self._tap is not None
-            rows = [torch.arange(w.first_row, w.first_row + w.count) for w in self._wanted]
+            rows = [torch.arange(w.first_row, w.first_row + w.queries) for w in self._wanted]
             self._tap.rows = torch.cat(rows)
         shift = np.array([s.slot_shift if s else 0 for s in states], dtype=np.int32)
         if shift.any():

@@ -213,8 +213,8 @@ class V2Mixin(CompactionMixin):
         if self._wanted or self._observing:
             counts = np.zeros(self.max_num_reqs, dtype=np.int32)
             for wanted in self._wanted:
-                counts[wanted.row] = wanted.count
-                wanted.request.queries_end = wanted.first + wanted.count
+                counts[wanted.row] = wanted.queries
+                wanted.request.queries_end = wanted.first + wanted.queries
             async_tensor_h2d(counts, out=self._observed)
         if self._wanted and self._ring is not None:
             self._holds("queries", self._ring.kept.nbytes)

@@ -217,9 +217,12 @@ class Directory:
         address = None
         if bias is not None and log_bias is not None:
             address = torch.where(bias < 0, 0, log_bias.data_ptr() + 4 * bias.long())[entry]
-        given = (runs, page[entry], count.int()[entry], address)
-        there = (None if x is None else x.to(device, non_blocking=True) for x in given)
-        return cls.flat(*there, present=tuple(present))
+        runs, page, count = (
+            x.to(device, non_blocking=True) for x in (runs, page[entry], count.int()[entry])
+        )
+        if address is not None:
+            address = address.to(device, non_blocking=True)
+        return cls.flat(runs, page, count, address, tuple(present))
 
     @classmethod
     def flat(

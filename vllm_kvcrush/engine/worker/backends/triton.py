@@ -176,7 +176,9 @@ class TritonCacheLayer:
         if region is None:
             heads = torch.zeros(self.heads, dtype=torch.int32, device=self.device)
             none = heads[:0]
-            return Source(heads, heads, *[none] * 5, heads, tail, tokens, position, ())
+            return Source(
+                heads, heads, none, none, none, none, none, heads, tail, tokens, position, ()
+            )  # fmt: skip
         there = UploadedRegion.of(region, self.device)
         return there.source(self.index, tail, tokens, position)
 
