@@ -123,6 +123,9 @@ def _start_up() -> Iterator[Hook]:
         "CacheConfig", "block_size user_specified_block_size", "Fixes the size of a block early."
     )
     yield from at.reads("CacheConfig", "num_gpu_blocks", "Refuses what no pool could hold.")
+    yield from at.reads(
+        "CacheConfig", "kv_cache_memory_bytes", "Leaves the pool alone that the user sized."
+    )
     yield from at.reads("DeviceConfig", "device_type", "CPUs have blocks of another size.")
     yield from at.reads(
         "ParallelConfig", "worker_cls", "Our workers in place of vLLM's, by their dotted names."
@@ -410,11 +413,18 @@ def _worker() -> Iterator[Hook]:
     yield at("override", "Worker._make_model_runner()", "Makes ours.")
     yield at(
         "override",
+        "Worker.determine_available_memory()",
+        "Leaves free what lies beside the pool.",
+    )
+    yield at(
+        "override",
         "Worker.compile_or_warm_up_model()",
         "Takes statistics before there are graphs.",
     )
     yield from at.reads(
-        "Worker", "device model_runner use_v2_model_runner vllm_config", "For our runner."
+        "Worker",
+        "cache_config device model_runner use_v2_model_runner vllm_config",
+        "For our runner.",
     )
 
     at = _In("vllm.v1.worker.cpu_model_runner")

@@ -43,18 +43,21 @@ class Pages:
         return self.room
 
 
-def seconds(call: Callable[[], Any], least: float) -> list[float]:
-    """Times of single calls, for `least` seconds and five times at least."""
-    call()
+def seconds(call: Callable[[], Any], least: float) -> dict[str, float]:
+    """Median and quartiles of the times of single calls, for `least` seconds and three calls at
+    least."""
     found: list[float] = []
-    while len(found) < 5 or sum(found) < least:
+    while len(found) < 3 or sum(found) < least:
         began = time.perf_counter()
         call()
         found.append(time.perf_counter() - began)
-    return sorted(found)
+    low, value, high = np.quantile(found, [0.25, 0.5, 0.75]).tolist()
+    return {"value": value, "low": low, "high": high, "n": len(found)}
 
 
-def measure(requests: int, block_size: int, tokens: int, least: float) -> dict[str, list[float]]:
+def measure(
+    requests: int, block_size: int, tokens: int, least: float
+) -> dict[str, dict[str, float]]:
     """Times of each way to make the metadata of a step, by its name."""
     import vllm.v1.worker.cpu.shm  # noqa: F401 (lets its buffers do without pinned memory)
 
@@ -124,7 +127,7 @@ def measure(requests: int, block_size: int, tokens: int, least: float) -> dict[s
 def main() -> None:
     parser = arguments(__doc__)
     args = parser.parse_args()
-    tokens, least = (4096, 0.2) if args.quick else (TOKENS, 3.0)
+    tokens, least = (4096, 0.2) if args.quick else (TOKENS, 1.0)
     run = Run("directory", args)
     print(f"{LAYERS} layers, {HEADS} KV heads of {HEAD_SIZE}, {tokens} tokens in {CODEC} each\n")
     for size, requests in itertools.product(BLOCK_SIZES, (16, 64)):
@@ -132,13 +135,12 @@ def main() -> None:
         case = requests, size, tokens, least
         found = run.step(mode, lambda case=case: measure(*case))
         for way, times in found.items():
-            middle = times[len(times) // 2]
             run.add(
-                "host_s", middle, "s", n=len(times), policy=CODEC, codec=CODEC, context=tokens,
-                task="metadata", mode=f"{mode},{way}",
-                low=times[len(times) // 4], high=times[3 * len(times) // 4],
+                "host_s", times["value"], "s", n=int(times["n"]), policy=CODEC, codec=CODEC,
+                context=tokens, task="metadata", mode=f"{mode},{way}", low=times["low"],
+                high=times["high"],
             )  # fmt: skip
-            print(f"blocks of {size}, {requests} requests, {way}: {middle * 1e3:.3f} ms")
+            print(f"blocks of {size}, {requests} requests, {way}: {times['value'] * 1e3:.3f} ms")
     run.finish()
 
 

@@ -31,7 +31,7 @@ def test_what_is_allowed_decides() -> None:
     assert side("h2o").kept == 2 * plain.kept
     packed = side("int4")
     assert packed.directory == 65 * 80 * 6 * 8 and packed.entries == 128 * 8
-    assert packed.kept == 80 * 4 * 56  # an int4 page holds 56 tokens
+    assert packed.kept == 80 * 4 * 48  # an int4 page holds 48 tokens
     assert side("keepkv", "int4").entries == 2 * packed.entries
     assert side("none", "int4") == packed
 

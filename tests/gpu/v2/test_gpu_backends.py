@@ -119,14 +119,15 @@ def test_a_step_neither_copies_nor_moves_what_it_reads(
     build = builder.build
 
     def watched(*args: Any, **kwargs: Any) -> Any:
+        metadata = build(*args, **kwargs)  # which notes what it was told
         with made:
-            metadata = build(*args, **kwargs)
+            type(builder).build(builder, *args, **kwargs)
         if builder.paged:
             seen.append([x.data_ptr() for x in read_by(metadata)])
         return metadata
 
     monkeypatch.setattr(builder, "build", watched)
-    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "mikv", "none", "int4")]
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "adakv", "none", "kvcrush")]
     got, _ = compare(ours, v1, (prompts(150, 250, 60, 130, seed=9), 24, extra))
     assert sum(a.compactions for a in got) >= 6 and len(seen) >= 24
     assert {tuple(addresses) for addresses in seen} == {tuple(seen[0])}
@@ -164,7 +165,8 @@ def test_a_replay_reads_what_was_captured(
         return graphs[key]
 
     monkeypatch.setattr(builder, "build", replayed)
-    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "mikv", "none", "kvcrush")]
+    policies = ("int8", "keepkv(streaming)@int8", "none", "kvcrush")
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in policies]
     got, _ = compare(ours, v1, (prompts(150, 250, 60, 130, seed=11), 24, extra))
     assert sum(a.compactions for a in got) >= 6 and replays >= 16
     assert all(len(m.batches[0].states) == 4 for m in graphs.values())
