@@ -462,7 +462,8 @@ def gpu_metadata() -> str:
     lines = []
     for case, times in found.items():
         size, requests = re.findall(r"\d+", case)
-        lines.append([f"{size} tokens, {requests}", *(f"{times[way]:.3g}" for way in ways)])
+        cells = (f"{t:,.0f}" if (t := times[way]) >= 100 else f"{t:.2g}" for way in ways)
+        lines.append([f"{size} tokens, {requests}", *cells])
     return table(head, lines)
 
 

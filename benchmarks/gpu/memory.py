@@ -20,7 +20,7 @@ MEMORY, SHARE = 141e9, 0.92
 CASES: tuple[tuple[str, float], ...] = (
     ("none", 1.0),
     ("int8", 0.55),
-    ("int4", 0.3),
+    ("int4", 0.25),
     ("int4", 0.125),
     ("kvcrush", 0.125),
 )

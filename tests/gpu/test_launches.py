@@ -78,7 +78,7 @@ def test_steps(shape: str, codecs: tuple[str, ...]) -> None:
     assert max(launch.constants["TILES"].rows for launch in attention) <= MOST_ROWS
     kinds = {(x.constants["UNIFORM"], x.constants["SPLIT"]) for x in attention}
     assert len({launch.hash for launch in attention}) == len(kinds) <= 4
-    for name in ("merge_kernel", "store_kernel", "tap_kernel"):
+    for name in ("merge_kernel", "store_kernel", "tap_kernel", "shift_kernel"):
         assert len({launch.hash for launch in found if launch.name == name}) == 1
 
 
