@@ -109,11 +109,14 @@ class Model:
         page = torch.arange(len(codec), dtype=torch.int32) % BLOCKS
         return begin, begin + each, page, torch.full_like(page, 5), codec
 
-    def batch(self, rows: list[int], codecs: tuple[str, ...] = ()) -> Batch:
-        """A step: query rows of each sequence, all of which have pages of the codecs."""
+    def batch(self, rows: list[int], codecs: tuple[str, ...] = (), biased: bool = False) -> Batch:
+        """A step: query rows of each sequence, all of which have pages of the codecs, perhaps with
+        log biases."""
         directory, n = None, len(rows)
         if codecs:
-            directory = Directory.of(*self.entries(codecs, n))
+            entries = self.entries(codecs, n)
+            biases = (torch.arange(len(entries[2])), torch.zeros(1)) if biased else ()
+            directory = Directory.of(*entries, *biases)
             # What one layer of several sees of the directory of all.
             runs = directory.runs.unsqueeze(1).repeat(1, self.layers, 1, 1, 1)
             directory.runs = runs[:, self.index]
@@ -121,11 +124,12 @@ class Model:
         table = torch.zeros(n, 17, dtype=torch.int32)
         return Batch.of(start, torch.tensor(rows).int(), table, directory, max(rows), BLOCK_SIZE)
 
-    def step(self, rows: list[int], codecs: tuple[str, ...] = ()) -> None:
+    def step(self, rows: list[int], codecs: tuple[str, ...] = (), biased: bool = False) -> None:
         """Shifts, keeps queries, stores and attends, as a forward pass and what comes before it do.
         Query, key and value are parts of one projection."""
         layer, total = self.layer, sum(rows)
-        batch, most = self.batch(rows, codecs), [torch.zeros(512).int() for _ in range(4)]
+        batch = self.batch(rows, codecs, biased)
+        most = [torch.zeros(512).int() for _ in range(4)]
         long = torch.zeros(MOST_TOKENS, dtype=torch.int64)
         shift.shift(
             most[0], long, most[1], long.int(), batch.length, long[:total],

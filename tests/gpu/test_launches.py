@@ -82,6 +82,17 @@ def test_steps(shape: str, codecs: tuple[str, ...]) -> None:
         assert len({launch.hash for launch in found if launch.name == name}) == 1
 
 
+@pytest.mark.parametrize("codecs", [("raw",), ("int4", "int8", "raw"), ("int8", "tc4")])
+def test_steps_with_log_biases(codecs: tuple[str, ...]) -> None:
+    """What a server compiles whose policies may merge: biases are found by their addresses."""
+    with launches.compiled(TARGET) as found:
+        model("llama").step([1] * 64, codecs, biased=True)
+        model("llama").step([300, 1], codecs, biased=True)
+    check(found)
+    attention = [launch for launch in found if launch.name == "attention_kernel"]
+    assert [launch.constants["BIAS"] for launch in attention] == [True, True]
+
+
 @pytest.mark.parametrize("codec", ["raw", "int8", "int4", "tc6"])
 def test_compactions(codec: str) -> None:
     """Gathering, encoding and scoring, of requests of several sizes."""

@@ -14,6 +14,7 @@ from vllm_kvcrush.engine.worker.backends import cpu
 from vllm_kvcrush.engine.worker.backends.base import Backend
 from vllm_kvcrush.engine.worker.compaction import CompactionMixin
 from vllm_kvcrush.engine.worker.state import WorkerRequest
+from vllm_kvcrush.policies.choice import PolicyFailure
 
 
 class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
@@ -77,7 +78,8 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
         self._wanted = []
 
     def _last_queries(self, request_id: str, state: WorkerRequest, computed: int) -> Tensor:
-        assert state.queries is not None
+        if state.queries is None:
+            raise PolicyFailure("its observation window was not kept")
         window = state.plan.window
         order = torch.arange(computed - window, computed) % window
         return state.queries[:, order].transpose(1, 2)

@@ -30,6 +30,7 @@ from vllm_kvcrush.engine.worker.memory import SideMemory, Sizes
 from vllm_kvcrush.engine.worker.queries import QueryRing
 from vllm_kvcrush.engine.worker.state import WorkerRequest
 from vllm_kvcrush.ops.triton.shift import shift
+from vllm_kvcrush.policies.choice import PolicyFailure
 
 
 class KVCrushModelState(DefaultModelState):
@@ -221,7 +222,8 @@ class V2Mixin(CompactionMixin):
         self._observing = bool(self._wanted)
 
     def _last_queries(self, request_id: str, state: WorkerRequest, computed: int) -> Tensor:
-        assert self._ring is not None, "the policy's queries were not asked for"
+        if self._ring is None:  # of a policy that could not be built when the server started
+            raise PolicyFailure("its observation window was not kept")
         return self._ring.last(self.req_states.req_id_to_index[request_id], computed)
 
     def _as_held(self, batch: InputBatch) -> InputBatch:
