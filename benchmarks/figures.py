@@ -444,8 +444,35 @@ def gpu_floor() -> str:
     return table(["", *DEVICES], lines)
 
 
+def gpu_memory() -> str:
+    """docs/gpu.md's table of what a large model's ranks hold."""
+    from benchmarks.gpu import memory
+
+    return memory.table()
+
+
+def gpu_metadata() -> str:
+    """docs/gpu.md's table: host time of a decode step's metadata, by block size and requests."""
+    found: dict[str, dict[str, float]] = {}
+    for row in read(RESULTS / "directory.json")["rows"]:
+        case, _, way = row["mode"].rpartition(",")
+        found.setdefault(case, {})[way] = row["value"] * 1e3
+    head = ["blocks of, requests", "built anew", "resident", "no compressed pages", "a compaction"]
+    ways = ("rebuilt", "resident", "plain", "written")
+    lines = []
+    for case, times in found.items():
+        size, requests = re.findall(r"\d+", case)
+        cells = (f"{t:,.0f}" if (t := times[way]) >= 100 else f"{t:.2g}" for way in ways)
+        lines.append([f"{size} tokens, {requests}", *cells])
+    return table(head, lines)
+
+
 PARTS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (summary, capacity, quality, bits, serving, overhead, kernels, gpu_floor)
+    f.__name__: f
+    for f in (
+        *(summary, capacity, quality, bits, serving, overhead, kernels),
+        *(gpu_floor, gpu_metadata, gpu_memory),
+    )
 }
 
 

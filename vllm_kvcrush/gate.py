@@ -356,9 +356,11 @@ def _data_parallel(config: Any) -> bool:
 def _v2_runner(config: Any) -> bool | str:
     if not _get(config, "use_v2_model_runner"):
         return False
-    # Full CUDA graphs would skip our Python code, such as the one that keeps queries.
+    # CPUs capture none, so nobody has seen a replay: only who measures on a GPU may have graphs.
+    device = str(_get(config, "device_config.device_type", "cpu"))
+    measured = device == "cuda" and os.environ.get(UNVERIFIED_GPU) == "1"
     found = {
-        "graphs": not _get(config, "model_config.enforce_eager"),
+        "graphs": not (measured or _get(config, "model_config.enforce_eager")),
         "several ranks": _above(
             1, "parallel_config.tensor_parallel_size", "parallel_config.data_parallel_size"
         )(config),

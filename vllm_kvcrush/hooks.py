@@ -125,6 +125,9 @@ def _start_up() -> Iterator[Hook]:
         "CacheConfig", "block_size user_specified_block_size", "Fixes the size of a block early."
     )
     yield from at.reads("CacheConfig", "num_gpu_blocks", "Refuses what no pool could hold.")
+    yield from at.reads(
+        "CacheConfig", "kv_cache_memory_bytes", "Leaves the pool alone that the user sized."
+    )
     yield from at.reads("DeviceConfig", "device_type", "CPUs have blocks of another size.")
     yield from at.reads(
         "ParallelConfig", "worker_cls", "Our workers in place of vLLM's, by their dotted names."
@@ -410,7 +413,21 @@ def _worker() -> Iterator[Hook]:
     at = _In("vllm.v1.worker.gpu_worker")
     yield at("subclass", "Worker", "vLLM's worker on GPUs, with our runner.")
     yield at("override", "Worker._make_model_runner()", "Makes ours.")
-    yield from at.reads("Worker", "device use_v2_model_runner vllm_config", "For our runner.")
+    yield at(
+        "override",
+        "Worker.determine_available_memory()",
+        "Leaves free what lies beside the pool.",
+    )
+    yield at(
+        "override",
+        "Worker.compile_or_warm_up_model()",
+        "Takes statistics before there are graphs.",
+    )
+    yield from at.reads(
+        "Worker",
+        "cache_config device model_runner use_v2_model_runner vllm_config",
+        "For our runner.",
+    )
 
     at = _In("vllm.v1.worker.cpu_model_runner")
     yield at("subclass", "CPUModelRunner", "The V1 runner on CPUs.")
@@ -486,8 +503,11 @@ def _worker() -> Iterator[Hook]:
     yield at("override", "GPUModelRunner.sample_tokens(grammar_output)", "Reports.")
     yield from at.reads(
         "GPUModelRunner",
-        "block_tables max_num_reqs model_state req_states",
+        "attn_groups block_tables max_num_reqs model_state req_states",
         "States of requests, to which slot shifts belong.",
+    )
+    yield from _In("vllm.v1.worker.utils").reads(
+        "AttentionGroup", "metadata_builders", "Where attention finds the pages of all requests."
     )
     yield from _runner(at, "GPUModelRunner")
     at = _In("vllm.v1.worker.gpu.states")
@@ -543,6 +563,8 @@ def _worker() -> Iterator[Hook]:
     at = _In("vllm.distributed.parallel_state")
     yield at("call", "GroupCoordinator.all_gather(input_, *, dim)", "Scores of all heads.")
     yield from at.reads("GroupCoordinator", "cpu_group world_size", "Agreement between ranks.")
+    at = _In("vllm.utils.torch_utils")
+    yield at("call", "async_tensor_h2d(data, *, device, out)", "Copies without waiting.")
     at = _In("vllm.logger")
     yield at("call", "init_logger(name)", "Lines that show in vLLM's log.")
     at = _In("vllm.tokenizers")
@@ -571,6 +593,7 @@ def _runner(at: _In, owner: str) -> Iterator[Hook]:
 
 def _attention() -> Iterator[Hook]:
     at = _In("vllm.v1.attention.backend")
+    graphs = "Graphs of decode steps only."
     yield at("subclass", "AttentionMetadataBuilder", "What our attention needs to know of a step.")
     yield at(
         "override",
@@ -585,11 +608,16 @@ def _attention() -> Iterator[Hook]:
     yield at(
         "override",
         "AttentionMetadataBuilder.get_cudagraph_support(vllm_config, kv_cache_spec)",
-        "No graphs.",
+        graphs,
     )
-    yield from at.reads("AttentionMetadataBuilder", "device kv_cache_spec", "Sizes.")
-    yield at("import", "AttentionCGSupport", "No graphs.")
-    yield at("attribute", "AttentionCGSupport.NEVER", "No graphs.")
+    yield at(
+        "override",
+        "AttentionMetadataBuilder.build_for_cudagraph_capture(common_attn_metadata)",
+        "A graph must know all kinds of pages.",
+    )
+    yield from at.reads("AttentionMetadataBuilder", "kv_cache_spec", "Sizes.")
+    yield at("import", "AttentionCGSupport", graphs)
+    yield at("attribute", "AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE", graphs)
     yield at("import", "CommonAttentionMetadata", "What vLLM knows of a step.")
     yield from at.reads(
         "CommonAttentionMetadata",

@@ -53,7 +53,8 @@ PLAIN = ("int4", "int8", "raw")
 # Pointers whose type is not the model's dtype.
 POINTERS = {
     **dict.fromkeys(("lse", "partial", "partial_lse", "log_bias"), "*fp32"),
-    **dict.fromkeys(("query_start", "tail_length", "tail_table", "runs", "pages"), "*i32"),
+    **dict.fromkeys(("query_start", "lengths", "table", "states", "region_blocks"), "*i32"),
+    **dict.fromkeys(("tail_table", "runs", "pages"), "*i32"),
     **dict.fromkeys(("counts", "begins", "ends", "codecs", "firsts", "heads"), "*i32"),
     **dict.fromkeys(("tail_slot", "position", "wide", "candidates"), "*i32"),
     **dict.fromkeys(("bias", "slots"), "*i64"),
@@ -148,6 +149,7 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
         **{"HEADS": KV_HEADS * group, "GROUP": group, "G": page, "TILES": tiles},
         **{"DTYPE": DTYPES[dtype], "UNIFORM": decode, "SPLIT": decode},
         **{"RUNS": len(RUNS), **loops, "BIAS": False, "VALUES": True},
+        "PAGED": bool(parts),
     }
     first = next((loop for kind in loops.values() for loop in kind), None)
     tile = first.tokens if first and codec != "mixed" else tiles.tail
@@ -195,7 +197,7 @@ def _tokens(codecs: tuple[str, ...], size: int, group: int, dtype: str) -> Itera
             "scores", codec, *same, scores_kernels.scores_kernel,
             {"T": slots, "W": 32, "GROUP": group, "HEADS": KV_HEADS * group}
             | {"TAIL": codec == "raw", "BIAS": False, **own},
-            warps, stages, {"out": "*fp32", "tail_length": "i32"},
+            warps, stages, {"out": "*fp32"},
         )  # fmt: skip
 
 

@@ -19,12 +19,13 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu import builds
 from vllm_kvcrush.codecs import CODECS
-from vllm_kvcrush.ops.triton import attention, compaction, scores, store
+from vllm_kvcrush.ops.triton import attention, compaction, scores, shift, store, tap
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 
 PROCESSORS = 132  # of an H100 or H200
 BLOCK_SIZE = 32  # tokens of a raw page
+MOST_TOKENS = 16_384  # of a step
 BLOCKS = 64  # in the pool, all of whose contents are zero
 
 
@@ -108,27 +109,39 @@ class Model:
         page = torch.arange(len(codec), dtype=torch.int32) % BLOCKS
         return begin, begin + each, page, torch.full_like(page, 5), codec
 
-    def batch(self, rows: list[int], codecs: tuple[str, ...] = ()) -> Batch:
-        """A step: query rows of each sequence, all of which have pages of the codecs."""
+    def batch(self, rows: list[int], codecs: tuple[str, ...] = (), biased: bool = False) -> Batch:
+        """A step: query rows of each sequence, all of which have pages of the codecs, perhaps with
+        log biases."""
         directory, n = None, len(rows)
         if codecs:
-            directory = Directory.of(*self.entries(codecs, self.layers * n))
+            entries = self.entries(codecs, n)
+            biases = (torch.arange(len(entries[2])), torch.zeros(1)) if biased else ()
+            directory = Directory.of(*entries, *biases)
             # What one layer of several sees of the directory of all.
-            runs = directory.runs.view(n, self.layers, *directory.runs.shape[1:])
+            runs = directory.runs.unsqueeze(1).repeat(1, self.layers, 1, 1, 1)
             directory.runs = runs[:, self.index]
         start = torch.tensor([0, *rows]).cumsum(0).int()
         table = torch.zeros(n, 17, dtype=torch.int32)
-        return Batch(start, torch.tensor(rows).int(), table, directory, max(rows))
+        return Batch.of(start, torch.tensor(rows).int(), table, directory, max(rows), BLOCK_SIZE)
 
-    def step(self, rows: list[int], codecs: tuple[str, ...] = ()) -> None:
-        """Stores and attends, as a forward pass does. Query, key and value are parts of one
-        projection."""
+    def step(self, rows: list[int], codecs: tuple[str, ...] = (), biased: bool = False) -> None:
+        """Shifts, keeps queries, stores and attends, as a forward pass and what comes before it do.
+        Query, key and value are parts of one projection."""
         layer, total = self.layer, sum(rows)
+        batch = self.batch(rows, codecs, biased)
+        most = [torch.zeros(512).int() for _ in range(4)]
+        long = torch.zeros(MOST_TOKENS, dtype=torch.int64)
+        shift.shift(
+            most[0], long, most[1], long.int(), batch.length, long[:total],
+            torch.arange(len(rows)), batch.query_start, most[2], most[3], 16,
+        )  # fmt: skip
         sizes = [layer.heads, layer.kv_heads, layer.kv_heads]
         projected = torch.zeros(total, sum(sizes), layer.k_size, dtype=self.dtype)
         query, key, value = projected.split(sizes, 1)
         store.store(layer, key, value, torch.arange(total))
-        attention.attention(layer, self.batch(rows, codecs), query, torch.empty_like(query))
+        ring = torch.zeros(16, layer.heads, layer.k_size, dtype=self.dtype)
+        tap.tap(ring, query, torch.full((total + 1,), -1, dtype=torch.int32)[1:])
+        attention.attention(layer, batch, query, torch.empty_like(query))
 
     def source(self, codecs: tuple[str, ...], tail: int) -> Source:
         """A request's tokens: a page of each codec for every head, and a tail."""

@@ -93,7 +93,7 @@ class Cache:
         start = torch.arange(case.batch + 1, dtype=torch.int32) * case.rows
         length = torch.full((case.batch,), self.tail, dtype=torch.int32)
         start, length, table = (x.to(self.device) for x in (start, length, self.table.int()))
-        return Batch(start, length, table, directory, case.rows)
+        return Batch.of(start, length, table, directory, case.rows, case.block_size)
 
     def source(self, layer: Layer, seq: int) -> Source:
         """One sequence, as compactions see it."""

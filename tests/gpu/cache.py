@@ -211,7 +211,9 @@ class Cache:
         page, count, codec = self._entries()
         offsets, log_bias = self._draw_biases(bias)
         begin, end = (torch.tensor(x, dtype=torch.int32) for x in (self.begin, self.end))
-        return Directory.of(begin, end, page, count, codec, offsets, log_bias, self.device)
+        # Kept for as long as the directory may be read.
+        self.device_bias = None if log_bias is None else log_bias.to(self.device)
+        return Directory.of(begin, end, page, count, codec, offsets, self.device_bias, self.device)
 
     def source(self, seq: int, bias: bool = False) -> Source:
         offsets, log_bias = (
@@ -251,12 +253,13 @@ class Cache:
         for row, blocks in zip(table, self.tails, strict=True):
             row[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
         starts = torch.tensor([0, *rows]).cumsum(0).int()
-        return Batch(
+        return Batch.of(
             starts.to(self.device),
             torch.tensor(self.lengths, dtype=torch.int32, device=self.device),
             table.to(self.device),
             self.directory(bias) if self.entries else None,
             max(rows),
+            self.block_size,
         )
 
     def check(

@@ -5,6 +5,7 @@ In the interpreter a replay is the launch itself.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from tests.gpu.test_attention import TOLERANCE
 from vllm_kvcrush.codecs import reference
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.store import store
+from vllm_kvcrush.ops.triton.tap import tap
 
 
 def captured(call: Callable[[], None], mode: str) -> Callable[[], None]:
@@ -42,7 +44,7 @@ def test_a_graph_follows_lengths(draw: random.Random, device: str, mode: str, pa
     layer = cache.layer
     cache.put(["int8", "int4"], 13, [layer.capacity("int8"), 5])
     batch = cache.batch([1])
-    batch.tail_table[0, 1] = spare = cache.free.pop()
+    batch.table[0, 2] = spare = cache.free.pop()  # behind the pages' block
     query = torch.empty(1, 4, 64, dtype=dtype, device=device)
     key, value = torch.zeros(2, 1, 1, 64, dtype=dtype, device=device)
     slot = torch.full((1,), -1, dtype=torch.int64, device=device)
@@ -63,7 +65,7 @@ def test_a_graph_follows_lengths(draw: random.Random, device: str, mode: str, pa
         value.copy_(new[1])
         slot.fill_(blocks[length // 16] * 16 + length % 16)
         length += 1
-        batch.tail_length.fill_(length)
+        batch.length.fill_(16 + length)
         replay()
         keys, values = (
             torch.cat([keys, new[0, 0].double()]),
@@ -72,6 +74,60 @@ def test_a_graph_follows_lengths(draw: random.Random, device: str, mode: str, pa
         want, _ = reference.attention(asked, [keys], [values], layer.scale, length)
         error = (out.cpu() - want).abs().max() / values.abs().max()
         assert error <= TOLERANCE[dtype], f"{length} tokens in the tail: {error}"
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_graph_follows_its_directory(
+    draw: random.Random, device: str, mode: str, parts: int
+) -> None:
+    """One capture of attention, and of keeping its query; then the row of the batch is another
+    request's, with other pages, and one's that has none any more."""
+    dtype, size = torch.float16, 64
+    cache = Cache(draw, device, 4, size, size, dtype, kv_heads=1, block_size=16)
+    layer = cache.layer
+    cache.put(["int8", "int4"], 13, [layer.capacity("int8"), 5])
+    cache.put(["int4"], 30, [layer.capacity("int4")])
+    both = cache.batch([1, 1])
+    directory = both.directory
+    assert directory is not None
+    batch = dataclasses.replace(
+        both,
+        query_start=both.query_start[:2].clone(),
+        length=both.length[:1].clone(),
+        table=both.table[:1].clone(),
+        states=torch.full((1,), -1, dtype=torch.int32, device=device),
+    )
+    query = torch.empty(1, 4, size, dtype=dtype, device=device)
+    out = torch.empty(1, 4, size, device=device)
+    ring = torch.zeros(6, 4, size, dtype=dtype, device=device)
+    place = torch.full((1,), -1, dtype=torch.int32, device=device)
+
+    def step() -> None:
+        tap(ring, query, place)
+        attention(layer, batch, query, out, parts=parts)
+
+    replay = captured(step, mode)
+    want_ring = torch.zeros(6, 4, size, dtype=dtype)
+    for state, has_pages, kept in ((0, True, 3), (1, True, -1), (0, True, 5), (1, False, 0)):
+        tail = cache.lengths[state]
+        keys, values = cache.keys[state][0], cache.values[state][0]
+        if not has_pages:
+            directory.blocks[state] = 0
+            keys, values = keys[-tail:], values[-tail:]
+        row = [*([0] if has_pages else []), *cache.tails[state]]
+        batch.table[0, : len(row)] = torch.tensor(row, dtype=torch.int32, device=device)
+        batch.length.fill_(tail + 16 * has_pages)
+        batch.states.fill_(state)
+        place.fill_(kept)
+        asked = torch.randn(1, 4, size).to(dtype)
+        query.copy_(asked)
+        replay()
+        want, _ = reference.attention(asked, [keys], [values], layer.scale, tail)
+        error = (out.cpu() - want).abs().max() / values.abs().max()
+        assert error <= TOLERANCE[dtype], f"state {state}: {error}"
+        if kept >= 0:
+            want_ring[kept] = asked[0]
+        assert torch.equal(ring.cpu(), want_ring)
 
 
 @pytest.mark.parametrize("codec", ["raw", "int8", "int4"])

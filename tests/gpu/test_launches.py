@@ -76,8 +76,19 @@ def test_steps(shape: str, codecs: tuple[str, ...]) -> None:
     assert max(launch.constants["TILES"].rows for launch in attention) <= MOST_ROWS
     kinds = {(x.constants["UNIFORM"], x.constants["SPLIT"]) for x in attention}
     assert len({launch.hash for launch in attention}) == len(kinds) <= 4
-    for name in ("merge_kernel", "store_kernel"):
+    for name in ("merge_kernel", "store_kernel", "tap_kernel", "shift_kernel"):
         assert len({launch.hash for launch in found if launch.name == name}) == 1
+
+
+@pytest.mark.parametrize("codecs", [("raw",), ("int4", "int8", "raw"), ("int8", "tc4")])
+def test_steps_with_log_biases(codecs: tuple[str, ...]) -> None:
+    """What a server compiles whose policies may merge: biases are found by their addresses."""
+    with launches.compiled(TARGET) as found:
+        model("llama").step([1] * 64, codecs, biased=True)
+        model("llama").step([300, 1], codecs, biased=True)
+    check(found)
+    attention = [launch for launch in found if launch.name == "attention_kernel"]
+    assert [launch.constants["BIAS"] for launch in attention] == [True, True]
 
 
 @pytest.mark.parametrize("codec", ["raw", "int8", "int4", "tc6"])

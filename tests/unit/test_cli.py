@@ -553,6 +553,12 @@ def test_a_gpu_passes_only_where_the_operator_insists(monkeypatch: pytest.Monkey
         assert "platform cuda" in gate.refusals(config)[0]
     monkeypatch.setenv(gate.UNVERIFIED_GPU, "1")
     assert gate.refusals(config) == []
+    # Graphs are a GPU's to show: no CPU captures any.
+    config.model_config.enforce_eager = False
+    assert gate.refusals(config) == []
+    config.device_config.device_type = "cpu"
+    assert "the V2 model runner with graphs" in gate.refusals(config)[0]
+    config.device_config.device_type = "cuda"
     (warning,) = gate.unverified(config)
     assert "never verified on cuda" in warning
     monkeypatch.setattr(gate, "distribution", lambda: ("vllm", "0.33.0"))

@@ -29,7 +29,9 @@ if os.environ.get("KVCRUSH_V2_TESTS"):
 @pytest.fixture(autouse=True, scope="session")
 def quick_launches(interpreter: None) -> None:
     """Skips a step of the interpreter: after a launch it copies every argument's whole storage back
-    to the device, which is the same memory here."""
+    to the device, which is the same memory here.
+    Also keeps vLLM's buffers from asking for pinned memory."""
+    import vllm.v1.worker.cpu.shm  # noqa: F401
     from triton.runtime.interpreter import GridExecutor
 
     GridExecutor._restore_args_dev = lambda *_: None

@@ -3,17 +3,20 @@ it has on GPUs, and ours with pages of every codec."""
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.gpu.v2.engine import Answer, Engine
 from tests.gpu.v2.test_runner import RAW, assert_equal, assert_slots_follow, prompts
 from tests.ledger import Ledger
 from vllm_kvcrush.codecs import FITTED
+from vllm_kvcrush.engine.worker.memory import SideMemory
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.policies.adakv import AdaKV
 
@@ -81,6 +84,95 @@ def compare(ours: Engine, v1: Engine, job: tuple[Any, ...]) -> tuple[list[Answer
     return got, ledgers[0]
 
 
+class Operations(TorchDispatchMode):
+    """Notes the operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def builder_of(engine: Engine) -> Any:
+    ((group,),) = engine.runner.attn_groups
+    (builder,) = group.metadata_builders
+    return builder
+
+
+def read_by(metadata: Any) -> list[torch.Tensor]:
+    """All that the launches of a step read, of every layer."""
+    found = [metadata.slot_mapping]
+    for batch in metadata.batches:
+        own = batch.directory
+        found += [batch.query_start, batch.length, batch.table, batch.states]
+        found += [own.runs, own.blocks, own.page, own.count, own.bias]
+    return found
+
+
+def test_a_step_neither_copies_nor_moves_what_it_reads(
+    ours: Engine, v1: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metadata are views of tensors that never move, whatever comes, goes and is compacted."""
+    builder, seen, made = builder_of(ours), [], Operations()
+    build = builder.build
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        metadata = build(*args, **kwargs)  # which notes what it was told
+        with made:
+            type(builder).build(builder, *args, **kwargs)
+        if builder.paged:
+            seen.append([x.data_ptr() for x in read_by(metadata)])
+        return metadata
+
+    monkeypatch.setattr(builder, "build", watched)
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "adakv", "none", "kvcrush")]
+    got, _ = compare(ours, v1, (prompts(150, 250, 60, 130, seed=9), 24, extra))
+    assert sum(a.compactions for a in got) >= 6 and len(seen) >= 24
+    assert {tuple(addresses) for addresses in seen} == {tuple(seen[0])}
+    assert made.names == {"aten::slice.Tensor"}
+
+
+def test_a_replay_reads_what_was_captured(
+    ours: Engine, v1: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay runs no Python: decode steps are given the metadata that were made for the first of
+    their size, padded as for a graph, and requests come, go and are compacted all the same."""
+    builder, runner = builder_of(ours), ours.runner
+    build, graphs, replays = builder.build, {}, 0
+
+    def captured(size: int, common: Any) -> Any:
+        padded = dataclasses.replace(
+            common,
+            num_reqs=size,
+            query_start_loc=runner.input_buffers.query_start_loc[: size + 1],
+            seq_lens=runner._slot_lens[:size],
+            block_table_tensor=runner.block_tables.input_block_tables[0][:size],
+        )
+        return builder.build_for_cudagraph_capture(padded)
+
+    def replayed(common_prefix_len: int, common: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal replays
+        now = build(common_prefix_len, common, *args, **kwargs)
+        if common.max_query_len > 1:
+            return now
+        # The interpreter's rows are the batch's, whatever the graph was captured for.
+        key = common.num_reqs
+        replays += key in graphs
+        if key not in graphs:
+            graphs[key] = captured(-(-key // 4) * 4, common)
+        return graphs[key]
+
+    monkeypatch.setattr(builder, "build", replayed)
+    policies = ("int8", "keepkv(streaming)@int8", "none", "kvcrush")
+    extra: list[dict[str, Any]] = [{"kv_policy": p} for p in policies]
+    got, _ = compare(ours, v1, (prompts(150, 250, 60, 130, seed=11), 24, extra))
+    assert sum(a.compactions for a in got) >= 6 and replays >= 16
+    assert all(len(m.batches[0].states) == 4 for m in graphs.values())
+
+
 def test_packed_pages_under_ours(ours: Engine, v1: Engine) -> None:
     """Pages of int8 are as on a CPU, bit for bit but for the order of sums; pages of int4 are
     beside them."""
@@ -102,6 +194,24 @@ def test_unequal_heads_and_merges_under_ours(
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in policies]
     got, ledger = compare(ours, v1, (prompts(150, 230, seed=7), 20, extra))
     assert [a.compactions >= 2 for a in got] == [True, True] and ledger.unequal
+
+
+def test_what_lies_beside_the_pool_is_what_was_said(ours: Engine) -> None:
+    """To the byte what is there from the start, and no less than what compactions took."""
+    runner = ours.runner
+    side = SideMemory.of(runner._settings, runner._sizes())
+    blocks = runner._layers[0].pages.num_blocks
+    first = runner._directory.layers[0]
+    assert runner._directory._runs.nbytes == side.directory
+    entries = (first.page, first.count, first.bias)
+    assert sum(x.nbytes for x in entries) == side.entries * blocks
+    assert runner._ring.kept.nbytes == side.queries
+    extra = [{"kv_policy": p} for p in ("h2o", "keepkv(adakv)@int8", "kvcrush", "int4")]
+    ours.run(prompts(300, 280, 250, 200, seed=3), 30, [{"kv_budget": 0.5, **e} for e in extra])
+    peaks = runner._peaks
+    assert 0 < peaks["gathered"] <= side.compaction
+    assert 0 < peaks["running"] <= side.kept * blocks
+    assert peaks["queries"] == side.queries
 
 
 def test_pages_of_fitted_codecs_under_ours(

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.worker.backends.stock import StockCacheLayer
 from vllm_kvcrush.engine.worker.backends.triton import (
     KVCrushTritonMetadataBuilder,
     TritonCacheLayer,
 )
+from vllm_kvcrush.engine.worker.directory import ResidentDirectory
+from vllm_kvcrush.engine.worker.queries import QueryRing
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.ops.triton.attention import attention
 from vllm_kvcrush.ops.triton.shift import shift
@@ -33,13 +36,55 @@ def test_shift(rows: list[int]) -> None:
     index = torch.tensor(states)
     if len(rows) == 3:
         index[1] = -1  # a row of nobody
-    shift(lengths, slots, seq_lens, positions, index, start, slot_shift)
+    own = torch.full((6,), 77, dtype=torch.int32)
+    places = torch.full((len(positions) + 1500,), 77, dtype=torch.int32)
+    observed = torch.tensor([random.randrange(min(n, 7) + 1) for n in rows] + [5]).int()
+    shift(
+        lengths, slots, own, places, seq_lens, positions, index, start, slot_shift, observed, 7
+    )  # fmt: skip
+    assert torch.equal(own[: len(rows)], index.int()) and (own[len(rows) :] == -1).all()
+    kept = torch.full_like(places, -1)
+    for i, (state, count) in enumerate(zip(index.tolist(), observed.tolist(), strict=False)):
+        newest = torch.arange(int(start[i + 1]) - count, int(start[i + 1]))
+        if state >= 0:
+            kept[newest] = (state * 7 + positions[newest] % 7).int()
+    assert torch.equal(places, kept)
     gone = torch.where(index >= 0, slot_shift[index], 0)
     assert torch.equal(lengths[: len(rows)], seq_lens - gone)
     assert (lengths[len(rows) :] == 0).all()
     want = positions - gone.long().repeat_interleave(torch.tensor(rows))
     assert torch.equal(slots[: len(want)], want)
     assert (slots[len(want) :] == -77).all()
+
+
+def test_the_last_queries_of_each_request() -> None:
+    """Over steps of several rows, of which only the newest have a place; rows may be strided."""
+    heads, size, window, states = 3, 24, 5, 4
+    impls = [types.SimpleNamespace(num_heads=heads, head_size=size) for _ in range(2)]
+    for impl in impls:
+        impl.forward = lambda layer, query, *_: query
+    layers = [types.SimpleNamespace(impl=impl) for impl in impls]
+    places = torch.full((40,), -1, dtype=torch.int32)
+    ring = QueryRing(layers, states, window, places, torch.float32)
+    at = ring.kept.data_ptr()
+    asked: dict[int, list[torch.Tensor]] = {1: [], 3: []}
+    for rows in ({1: 7, 3: 2}, {3: 4}, {1: 1, 3: 1}, {1: 1}):
+        places.fill_(-1)
+        total, first = sum(rows.values()), 0
+        query = torch.randn(2, total, heads + 2, size)
+        for state, count in rows.items():
+            for row in range(first, first + count):
+                asked[state].append(query[:, row, :heads])
+            for row in range(max(first, first + count - window), first + count):
+                position = len(asked[state]) - (first + count - row)
+                places[row] = state * window + position % window
+            first += count
+        for own, impl in zip(query, impls, strict=True):
+            assert torch.equal(impl.forward(None, own[:, :heads], None), own[:, :heads])
+    for state, own in asked.items():
+        want = torch.stack(own[-window:], 2)
+        assert torch.equal(ring.last(state, len(own)), want)
+    assert ring.kept.data_ptr() == at and not ring.kept[:, :window].any()
 
 
 @pytest.mark.parametrize("order", ["BHN", "BNH", "HBN"])
@@ -210,8 +255,13 @@ def check_attention(
     makes it."""
     spec = types.SimpleNamespace(block_size=BLOCK)
     builder = KVCrushTritonMetadataBuilder(spec, [], None, torch.device("cpu"))
-    builder.kv_cache_spec, builder.device = spec, torch.device("cpu")
-    builder.regions = [region, None]
+    settings = Settings(policy="mikv", allow=("mikv",))
+    builder.directory = ResidentDirectory(5, LAYERS, HEADS, 30, settings, torch.device("cpu"))
+    builder.directory.write(3, region)
+    builder.directory.stage_blocks(3, region.blocks)
+    builder.directory.apply()
+    builder.states = torch.tensor([3, 1, -1, -1, -1], dtype=torch.int32)
+    builder.paged = True
     table = torch.zeros(2, 12, dtype=torch.int32)
     blocks = [8, 17, 18, *tail]
     table[0, : len(blocks)] = torch.tensor(blocks)
@@ -227,7 +277,7 @@ def check_attention(
         slot_mapping=torch.zeros(3, dtype=torch.int64),
     )
     metadata = builder.build(0, common)
-    assert builder.build(0, common).directory is metadata.directory  # made once
+    assert len(metadata.batches) == LAYERS
     query = torch.randn(3, GROUP * HEADS, SIZE)
     for i, layer in enumerate(layers):
         out = torch.empty_like(query)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +73,39 @@ class QueryTap:
         return torch.stack([t for t in taken if t is not None])
 
 
+class Wanted(NamedTuple):
+    """Queries of a step that are wanted: `queries` of one request's, from query row `first_row` on,
+    the first at position `first`; `row` is the request's in the batch."""
+
+    request: WorkerRequest
+    row: int
+    first_row: int
+    first: int
+    queries: int
+
+
+class Answer:
+    """A truth value that a device may still be computing: nobody waits for it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+        self._event: Any = None
+        if value.is_cuda:
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    @property
+    def known(self) -> bool:
+        """Whether the device has told."""
+        return self._event is None or bool(self._event.query())
+
+    def __bool__(self) -> bool:
+        assert self.known
+        return bool(self._value)
+
+
 def _rope_of(model_config: Any) -> Rope | None:
     """Returns the model's rotary embedding, for policies, or None if it is not a known one."""
     try:
@@ -108,8 +141,7 @@ class CompactionMixin(_Base):
         self._layers: list[CacheLayer] = []
         self._tap: QueryTap | None = None
         self._attention: dict[str, Any] = {}
-        # Rows of the batch whose queries are wanted: (request, first row, first position, count).
-        self._wanted: list[tuple[WorkerRequest, int, int, int]] = []
+        self._wanted: list[Wanted] = []
         # What the next output tells the scheduler: compactions, and (request id, policy) where a
         # policy failed.
         self._compacted: list[Compacted] = []
@@ -118,8 +150,8 @@ class CompactionMixin(_Base):
         # report.
         self._peaks: dict[str, int] = {}
         self._higher = False
-        # Compactions of which it is not known yet whether their choices are sound.
-        self._unsettled: list[tuple[str, WorkerRequest, Tensor]] = []
+        # Compactions of which the device has not told yet whether their choices are sound.
+        self._unsettled: list[tuple[str, WorkerRequest, Answer]] = []
         # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
         self.on_select: Callable[[Compact, int, Tensor], None] | None = None
 
@@ -132,6 +164,11 @@ class CompactionMixin(_Base):
     def _install(self, request_id: str, blocks: list[int], slot_shift: int) -> None:
         """Sets the blocks and the slot shift of a compacted request, before this step adds
         blocks."""
+        raise NotImplementedError
+
+    def _last_queries(self, request_id: str, state: WorkerRequest, computed: int) -> Tensor:
+        """The queries of a request's last `window` tokens before position `computed`, all of which
+        were wanted: see `_window`."""
         raise NotImplementedError
 
     # -- start-up -------------------------------------------------------------------------------
@@ -271,8 +308,8 @@ class CompactionMixin(_Base):
     def _prepare_batch(
         self, ids: Sequence[str], computed: np.ndarray, scheduled: np.ndarray
     ) -> list[WorkerRequest | None]:
-        """Tells the backend and the tap which requests are in the batch, and returns their states,
-        None for those without an active policy.
+        """Tells the backend which requests are in the batch, notes whose queries are wanted, and
+        returns the requests' states, None for those without an active policy.
 
         Args:
             ids: ids of the requests, in the order of the batch.
@@ -280,7 +317,7 @@ class CompactionMixin(_Base):
             scheduled: number of tokens of each in this step.
         """
         states = [self._requests.get(request_id) for request_id in ids]
-        self._want_queries(ids, states, computed, scheduled)
+        self._wanted = list(self._wanted_queries(ids, states, computed, scheduled))
         if self._backend.builder is not None:
             self._backend.builder.regions = [s.region if s else None for s in states]
         return states
@@ -297,63 +334,35 @@ class CompactionMixin(_Base):
 
     # -- observation window ---------------------------------------------------------------------
 
-    def _want_queries(
+    def _wanted_queries(
         self,
         ids: Sequence[str],
         states: Sequence[WorkerRequest | None],
         computed: np.ndarray,
         scheduled: np.ndarray,
-    ) -> None:
-        """Marks the batch rows whose queries the scheduler wants to be kept."""
-        self._wanted = []
+    ) -> Iterator[Wanted]:
         first_row = 0
         for row, (request_id, state) in enumerate(zip(ids, states, strict=True)):
             first_row += int(scheduled[row])
             count = self._observe.get(request_id, 0)
             if state is not None and count:
                 end = int(computed[row] + scheduled[row])
-                self._wanted.append((state, first_row - count, end - count, count))
-        if self._wanted:
-            assert self._tap is not None
-            rows = [torch.arange(row, row + count) for _, row, _, count in self._wanted]
-            self._tap.rows = torch.cat(rows).to(self.device, non_blocking=True)
-
-    def _keep_queries(self) -> None:
-        """Remembers the queries that the forward pass left in the tap."""
-        if not self._wanted:
-            return
-        assert self._tap is not None
-        taken = self._tap.take()
-        used = 0
-        for state, _, first, count in self._wanted:
-            window = state.plan.window
-            if state.queries is None:
-                layers, _, heads, size = taken.shape
-                state.queries = taken.new_empty(layers, window, heads, size)
-                held = [s.queries for s in self._requests.values() if s.queries is not None]
-                self._holds("queries", sum(queries.nbytes for queries in held))
-            places = torch.arange(first, first + count, device=taken.device) % window
-            state.queries[:, places] = taken[:, used : used + count]
-            state.queries_end = first + count
-            used += count
-        self._wanted = []
+                yield Wanted(state, row, first_row - count, end - count, count)
 
     def _holds(self, kind: str, size: int) -> None:
         """Remembers the most bytes that are held for one use, see `stats.Stats.worker_bytes`."""
         if size > self._peaks.get(kind, 0):
             self._peaks[kind], self._higher = size, True
 
-    def _window(self, state: WorkerRequest, computed: int) -> Tensor:
+    def _window(self, request_id: str, state: WorkerRequest, computed: int) -> Tensor:
         """Returns the queries of the last `window` tokens, in order, `[layers, query_heads, window,
         size]`. Raises PolicyFailure if they were not all kept."""
-        window = state.plan.window
-        if state.queries is None or state.queries_end != computed:
+        if state.queries_end != computed:
             raise PolicyFailure(
                 f"its observation window ends at {state.queries_end}, "
                 f"the compaction is at {computed}"
             )
-        order = torch.arange(computed - window, computed, device=state.queries.device) % window
-        return state.queries[:, order].transpose(1, 2)
+        return self._last_queries(request_id, state, computed)
 
     # -- compaction -----------------------------------------------------------------------------
 
@@ -381,6 +390,8 @@ class CompactionMixin(_Base):
         if state.plan.next_compaction(n, left, n + state.plan.window - 1) is None:
             state.queries = None
         self._install(command.request_id, [*command.target, *command.tail], command.slot_shift)
+        if state.region is not None:
+            state.region.uploaded = None
         seconds = time.perf_counter() - began
         self._compacted.append(Compacted(command.request_id, state.label, seconds, held, evicted))
 
@@ -399,15 +410,17 @@ class CompactionMixin(_Base):
         )
         if move.scores and "queries" in state.needs:
             try:
-                move.queries = self._window(state, command.computed)
+                move.queries = self._window(name, state, command.computed)
             except PolicyFailure as why:
                 move.give_up(why)
         move.run()
         cpus = self._layers[0].device.type == "cpu"
         if move.sound:
-            self._unsettled.append((name, state, torch.stack(move.sound).all()))
+            self._unsettled.append((name, state, Answer(torch.stack(move.sound).all())))
             if cpus:
                 self._settle()
+        if state.region is not None:
+            state.region.uploaded = None  # others may have the same
         state.region = move.target if state.owns_pages else None
         state.kept_state, state.positions = move.kept_state, move.positions
         state.finer = move.finer
@@ -436,8 +449,11 @@ class CompactionMixin(_Base):
             )
 
     def _settle(self) -> None:
-        """Counts the compactions whose choices turned out not to be sound."""
+        """Counts the compactions whose choices turned out not to be sound, as far as the device has
+        told."""
         unsettled, self._unsettled = self._unsettled, []
         for request_id, state, sound in unsettled:
-            if not sound:
+            if not sound.known:
+                self._unsettled.append((request_id, state, sound))
+            elif not sound:
                 self._failed(request_id, state, PolicyFailure(USELESS))

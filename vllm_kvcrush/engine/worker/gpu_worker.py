@@ -16,3 +16,14 @@ class KVCrushGPUWorker(Worker):
     def _make_model_runner(self) -> Any:
         assert self.use_v2_model_runner, "the gate refuses V1 on GPUs"
         return KVCrushGPUModelRunnerV2(self.vllm_config, self.device)
+
+    def determine_available_memory(self) -> int:
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:
+            return available  # by the user, who knows what else there is
+        return self.model_runner.left_for_pool(available)
+
+    def compile_or_warm_up_model(self) -> Any:
+        # Before graphs are captured, which would keep the addresses of tables that are to come.
+        self.model_runner.take_statistics()
+        return super().compile_or_warm_up_model()

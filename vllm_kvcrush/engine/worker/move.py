@@ -154,7 +154,7 @@ class Move:
             self._state.region,
         )
         if self._state.merges or (self._state.region and self._state.region.log_bias is not None):
-            self.target.open_biases()
+            self.target.open_biases(self._device)
         ranks = get_tensor_model_parallel_world_size()
         if self._chooses and ranks > 1 and order != sorted(order):
             # Ranks fill their layers in different orders, but must choose in the same one.
@@ -291,7 +291,7 @@ class Move:
             self.positions[index] = reordered(view.positions, columns)
         bias = view.log_bias if choice.merged is None else choice.merged.log_bias
         if self.target.log_bias is not None and bias is not None:
-            own = reordered(bias, columns).to("cpu", torch.float32)
+            own = reordered(bias, columns).float()
             for head, part in enumerate(self.target.biases(index)):
                 part.copy_(own[head, : len(part)])
 
@@ -385,10 +385,10 @@ class Move:
         region = self._state.region
         if region is None or region.log_bias is None:
             return None
-        wide = torch.zeros(self._heads, m)
+        wide = torch.zeros(self._heads, m, device=self._device)
         for head, own in enumerate(region.biases(index)):
             wide[head, : len(own)] = own
-        return wide.to(self._device)
+        return wide
 
     def _positions(self, index: int, known: Tensor, new: Tensor) -> Tensor | None:
         """Returns the positions of the candidates, int32 [H, m], or None unless they are kept.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,10 +36,14 @@ class Pages(Protocol):
 
 @dataclass
 class Region:
-    """Pages that each layer and head owns, in slot order; n pages in all.
+    """Pages that each layer and head owns, in slot order; n pages in all, which are owned by one
+    layer and head after the other. All but `log_bias` is on the host.
 
     Attributes:
-        blocks: number of blocks that the pages lie in.
+        block_ids: int64, the blocks that the pages lie in, as the request's block table has them.
+        codecs: codecs of the parts of a layer and head, which follow each other.
+        bounds: int32 [layers, kv_heads, parts + 1], the entry at which each part begins, and the
+            end of the last.
         begin, end: int32 [layers, kv_heads], the entries [begin, end) of each layer and head in
             `page`, `count`, `codec` and `bias`.
         page: int32 [n], indices of the pages in the pool.
@@ -49,10 +53,13 @@ class Region:
         bias: int64 [n], where in `log_bias` the tokens of each page start; None if no token has a
             log bias.
         log_bias: float32 [tokens], in the order of the pages, what is added to a token's logit; or
-            None.
+            None. It is on the cache's device.
+        uploaded: what a backend has made of the region while a compaction reads or fills it.
     """
 
-    blocks: int
+    block_ids: Tensor
+    codecs: tuple[str, ...]
+    bounds: Tensor
     begin: Tensor
     end: Tensor
     page: Tensor
@@ -61,6 +68,12 @@ class Region:
     tokens: Tensor
     bias: Tensor | None = None
     log_bias: Tensor | None = None
+    uploaded: Any = None
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks that its pages lie in."""
+        return len(self.block_ids)
 
     @classmethod
     def of(
@@ -106,9 +119,12 @@ class Region:
         wanted = pages.sum(1)
         end = wanted.cumsum()
         begin = end - wanted
+        bounds = begin[:, None] + np.pad(pages.cumsum(1), ((0, 0), (1, 0)))
         page, order = _shared_out(np.array(blocks), wanted, heads, np.array(raw), old)
         region = cls(
-            len(blocks),
+            torch.tensor(blocks, dtype=torch.int64),
+            tuple(codecs),
+            torch.from_numpy(bounds.astype(np.int32)).view(-1, heads, len(codecs) + 1),
             torch.from_numpy(begin.astype(np.int32)).view(-1, heads),
             torch.from_numpy(end.astype(np.int32)).view(-1, heads),
             torch.from_numpy(page.astype(np.int32)),
@@ -131,11 +147,11 @@ class Region:
             self.log_bias,
         )
 
-    def open_biases(self) -> None:
-        """Gives every token a log bias, 0 so far."""
+    def open_biases(self, device: torch.device | str = "cpu") -> None:
+        """Gives every token a log bias on a device, 0 so far."""
         counts = self.count.long()
         self.bias = counts.cumsum(0) - counts
-        self.log_bias = torch.zeros(int(counts.sum()))
+        self.log_bias = torch.zeros(int(counts.sum()), device=device)
 
     def biases(self, layer: int) -> list[Tensor]:
         """Returns the log biases of a layer's tokens, by head: parts of `log_bias`, to read or to

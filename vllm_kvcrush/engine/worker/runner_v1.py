@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_kvcrush.engine.worker.backends import cpu
 from vllm_kvcrush.engine.worker.backends.base import Backend
 from vllm_kvcrush.engine.worker.compaction import CompactionMixin
+from vllm_kvcrush.engine.worker.state import WorkerRequest
+from vllm_kvcrush.policies.choice import PolicyFailure
 
 
 class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
@@ -31,6 +34,10 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
         n = len(ids)
         computed = self.input_batch.num_computed_tokens_cpu[:n]
         states = self._prepare_batch(ids, computed, num_scheduled_tokens)
+        if self._wanted:
+            assert self._tap is not None
+            rows = [torch.arange(w.first_row, w.first_row + w.queries) for w in self._wanted]
+            self._tap.rows = torch.cat(rows)
         shift = np.array([s.slot_shift if s else 0 for s in states], dtype=np.int32)
         if shift.any():
             # Slots and lengths are shifted, positions (for RoPE) are not.
@@ -48,8 +55,34 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
 
     def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super()._model_forward(*args, **kwargs)
-        self._keep_queries()
+        if self._wanted:
+            self._keep_queries()
         return output
+
+    def _keep_queries(self) -> None:
+        """Remembers the queries that the forward pass left in the tap."""
+        assert self._tap is not None
+        taken = self._tap.take()
+        used = 0
+        for state, _, _, first, count in self._wanted:
+            window = state.plan.window
+            if state.queries is None:
+                layers, _, heads, size = taken.shape
+                state.queries = taken.new_empty(layers, window, heads, size)
+                held = [s.queries for s in self._requests.values() if s.queries is not None]
+                self._holds("queries", sum(queries.nbytes for queries in held))
+            places = torch.arange(first, first + count) % window
+            state.queries[:, places] = taken[:, used : used + count]
+            state.queries_end = first + count
+            used += count
+        self._wanted = []
+
+    def _last_queries(self, request_id: str, state: WorkerRequest, computed: int) -> Tensor:
+        if state.queries is None:
+            raise PolicyFailure("its observation window was not kept")
+        window = state.plan.window
+        order = torch.arange(computed - window, computed) % window
+        return state.queries[:, order].transpose(1, 2)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         # When vLLM 0.32 discards the sample of a prompt's chunk, it rewinds the request's generator

@@ -26,8 +26,9 @@ class WorkerRequest:
         region: pages of the compressed region; None while they are raw ones in the order of their
             blocks.
         queries: the last `window` queries, `[layers, window, query_heads, head_size]`; the query of
-            token p is at p % window. None until a compaction is near.
-        queries_end: position after the last of them.
+            token p is at p % window. None until a compaction is near, and under the V2 runner,
+            which keeps those of all requests together.
+        queries_end: position after the last query that was kept.
         kept_state: by name and layer, what the policy remembers about the region's tokens,
             [H, k, ...].
         positions: by layer, positions of the region's tokens, int32 [H, k], if they are kept.

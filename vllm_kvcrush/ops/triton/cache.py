@@ -30,9 +30,24 @@ for _i, _traits in enumerate(TRAITS):
     _RANK[[CODECS[name].number for name in _traits.pages]] = _i
 
 
+def run_of(codec: str) -> str:
+    """Which of RUNS has the pages of a codec."""
+    return RUNS[int(_RANK[CODECS[codec].number])]
+
+
 def runs_of(codecs: Tensor) -> tuple[str, ...]:
     """Which of RUNS occur among codec numbers, which are on the host."""
     return tuple(RUNS[i] for i in sorted(set(_RANK[codecs.long()].tolist())))
+
+
+@functools.lru_cache(maxsize=64)
+def on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns numbers as int32 on a device, to be read only. A compaction asks for the same in
+    every layer: copied once."""
+    return torch.tensor(numbers, dtype=torch.int32).to(device, non_blocking=True)
+
+
+_FLAT = 30  # the shift of a directory with all entries in one list
 
 
 @functools.cache
@@ -146,23 +161,32 @@ class Layer:
 
 @dataclass
 class Directory:
-    """Which pages each (row, KV head) owns, ordered by codec.
+    """Which pages each KV head of a layer owns in the regions of all requests, by the state that a
+    request has in the engine.
+
+    A region has up to 2^shift entries for each of its blocks. They are kept with the block:
+    entry e of a region lies in the columns at `block << shift`, plus e modulo 2^shift, where block
+    is number e >> shift of the region's. So the directory has room for every region that the pool
+    has blocks for, nothing is moved when requests come and go, and no address ever changes.
 
     Attributes:
-        runs: int32 [rows, kv_heads, len(RUNS) + 1]: where the entries of a head begin that are in
-            each of RUNS, and where its last ones end.
-        page, count: int32 [entries].
-        bias, log_bias: int64 [entries], where in `log_bias`, float32, an entry's tokens start, or
-            -1 if they have none; what is added to their logits. Or both None.
+        runs: int32 [states + 1, kv_heads, len(RUNS), 2]: row s + 1 has, for state s, in which
+            entries [begin, end) each head has its pages of each of RUNS. The first row is 0.
+        blocks: int32 [states], of each state's region; 0: it has none.
+        page, count: int32, page index in the pool and tokens of each entry.
+        bias: int64, address of the float32 log biases of an entry's tokens, 0 if they have none;
+            None: none has. Whoever made the directory keeps what lies there.
+        shift: see above.
         present: for each of RUNS whether any head may have such pages. What is absent here is
             compiled out, so a captured graph needs a directory that allows all that may come.
     """
 
     runs: Tensor
+    blocks: Tensor
     page: Tensor
     count: Tensor
-    bias: Tensor | None = None
-    log_bias: Tensor | None = None
+    bias: Tensor | None
+    shift: int
     present: tuple[bool, ...] = (True,) * len(RUNS)
 
     @classmethod
@@ -177,8 +201,9 @@ class Directory:
         log_bias: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Directory:
-        """Orders the entries [begin, end) of each (row, KV head) by codec, on the host, and copies
-        them to `device`. Arguments as `cpu.Directory` takes them."""
+        """Makes a `flat` directory: orders the entries [begin, end) of each (row, KV head) by
+        codec, on the host, and copies them to `device`. Row r is state r. Arguments as
+        `cpu.Directory` takes them, but `log_bias` is on the device, and the caller keeps it."""
         lengths = (end - begin).flatten().long()
         owner = torch.arange(len(lengths)).repeat_interleave(lengths)
         shift = begin.flatten().long() - (lengths.cumsum(0) - lengths)
@@ -186,40 +211,62 @@ class Directory:
         key = owner * len(RUNS) + _RANK[codec[entry].long()]
         order = key.argsort(stable=True)
         entry, sizes = entry[order], key.bincount(minlength=len(lengths) * len(RUNS))
-        runs = torch.zeros(len(lengths), len(RUNS) + 1, dtype=torch.int32)
-        ends = sizes.cumsum(0).view(-1, len(RUNS))
-        runs[:, 1:] = ends
-        runs[:, 0] = ends[:, 0] - sizes.view(-1, len(RUNS))[:, 0]
+        ends = sizes.cumsum(0)
+        runs = torch.stack((ends - sizes, ends), 1).view(*begin.shape, len(RUNS), 2)
         present = sizes.view(-1, len(RUNS)).any(0).tolist()
+        address = None
+        if bias is not None and log_bias is not None:
+            address = torch.where(bias < 0, 0, log_bias.data_ptr() + 4 * bias.long())[entry]
+        runs, page, count = (
+            x.to(device, non_blocking=True) for x in (runs, page[entry], count.int()[entry])
+        )
+        if address is not None:
+            address = address.to(device, non_blocking=True)
+        return cls.flat(runs, page, count, address, tuple(present))
 
-        def put(x: Tensor, dtype: torch.dtype) -> Tensor:
-            return x.to(dtype).to(device, non_blocking=True)
-
+    @classmethod
+    def flat(
+        cls,
+        runs: Tensor,
+        page: Tensor,
+        count: Tensor,
+        bias: Tensor | None,
+        present: tuple[bool, ...],
+    ) -> Directory:
+        """A directory whose entries are in one list, on the tensors' device and without waiting for
+        it: as if every row of `runs`, [rows, kv_heads, len(RUNS), 2], had a region of the one block
+        0, which `Batch.of` puts before the tails."""
+        # One more of each: an empty tensor has no address.
         return cls(
-            put(runs.view(*begin.shape, -1), torch.int32),
-            # One more: an empty tensor has no address.
-            put(F.pad(page.int()[entry], (0, 1)), torch.int32),
-            put(F.pad(count.int()[entry], (0, 1)), torch.int32),
-            None if bias is None else put(bias[entry], torch.int64),
-            None if log_bias is None else put(log_bias, torch.float32),
-            tuple(present),
+            F.pad(runs.int(), (0, 0, 0, 0, 0, 0, 1, 0)),
+            torch.ones(len(runs), dtype=torch.int32, device=runs.device),
+            F.pad(page.int(), (0, 1)),
+            F.pad(count.int(), (0, 1)),
+            None if bias is None else F.pad(bias, (0, 1)),
+            _FLAT,
+            present,
         )
 
     @classmethod
-    def ordered(cls, source: Source) -> Directory:
-        """A request's pages as the directory of a batch of one, without waiting for the device."""
+    def ordered(cls, source: Source) -> Directory | None:
+        """A request's pages as the directory of a batch of one, without waiting for the device;
+        None if it has none."""
+        if not source.runs or not len(source.page):
+            return None
         kinds = len(RUNS)
         key = source.head * kinds + _rank(source.codec.device)[source.codec.long()]
         order = key.argsort(stable=True)
-        starts = torch.arange(len(source.begin) + 1, device=key.device) * kinds
-        bounds = starts[:-1, None] + torch.arange(kinds + 1, device=key.device)
-        runs = (key < bounds.unsqueeze(-1)).sum(-1, dtype=torch.int32)
-        return cls(
+        bounds = torch.arange(len(source.begin) * kinds, device=key.device).view(-1, kinds, 1)
+        runs = torch.cat(((key < bounds).sum(-1, True), (key <= bounds).sum(-1, True)), -1)
+        bias = None
+        if source.bias is not None and source.log_bias is not None:
+            bias = torch.where(source.bias < 0, 0, source.log_bias.data_ptr() + 4 * source.bias)
+            bias = bias[order]
+        return cls.flat(
             runs.unsqueeze(0),
-            F.pad(source.page[order], (0, 1)),
-            F.pad(source.count[order], (0, 1)),
-            None if source.bias is None else F.pad(source.bias[order], (0, 1)),
-            source.log_bias,
+            source.page[order],
+            source.count[order],
+            bias,
             present=tuple(run in source.runs for run in RUNS),
         )
 
@@ -230,17 +277,39 @@ class Batch:
 
     Attributes:
         query_start: int32 [seqs + 1], rows of the query that belong to each sequence.
-        tail_length: int32 [seqs], tokens in the raw tail, this step's included.
-        tail_table: int32 [seqs, columns], block ids of the tail; rows may be strided.
+        length: int32 [seqs], slots that each holds, this step's tokens included; a region counts as
+            so many full blocks.
+        table: int32 [seqs, columns], block ids, those of the region first; rows may be strided.
+        states: int32 [seqs], the state in the directory that each sequence has, negative if it has
+            none; not read without a directory.
         directory: compressed pages, or None if no sequence has any.
         longest: no sequence has more query rows than this; 1: a decode step.
     """
 
     query_start: Tensor
-    tail_length: Tensor
-    tail_table: Tensor
+    length: Tensor
+    table: Tensor
+    states: Tensor
     directory: Directory | None
     longest: int
+
+    @classmethod
+    def of(
+        cls,
+        query_start: Tensor,
+        tail_length: Tensor,
+        tail_table: Tensor,
+        directory: Directory | None,
+        longest: int,
+        block_size: int,
+    ) -> Batch:
+        """The batch of sequences with raw tails of `tail_length` tokens in the blocks `tail_table`
+        (int32 [seqs, columns]), of which sequence i has row i of a `flat` directory."""
+        length, table = tail_length, tail_table
+        if directory is not None:
+            length, table = length + block_size, F.pad(table, (1, 0))
+        states = torch.arange(len(length), dtype=torch.int32, device=length.device)
+        return cls(query_start, length, table, states, directory, longest)
 
     @property
     def seqs(self) -> int:

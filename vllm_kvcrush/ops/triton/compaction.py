@@ -16,7 +16,7 @@ from triton import knobs
 
 from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.codecs.layout import GROUP
-from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Source
+from vllm_kvcrush.ops.triton.cache import DTYPES, Layer, Source, on_device
 from vllm_kvcrush.ops.triton.codecs import BY_NAME
 from vllm_kvcrush.ops.triton.codecs.traits import Traits
 from vllm_kvcrush.ops.triton.config import encode_tiles, gather_warps, product_options
@@ -73,10 +73,16 @@ def first_slots(tokens: int | Sequence[int], layer: Layer) -> Tensor:
     """Returns each head's first `tokens` slots, as `padded` does: of all heads equally many, or of
     each its own number."""
     own = [tokens] * layer.kv_heads if isinstance(tokens, int) else list(tokens)
-    # On the host, where the numbers are: one copy.
-    slots = torch.arange(max(own)).repeat(len(own), 1)
-    slots.masked_fill_(slots >= torch.tensor(own).unsqueeze(1), -1)
-    return slots.to(layer.pool.device, non_blocking=True)
+    slots = torch.arange(max(own), device=layer.pool.device)
+    return within(slots.repeat(len(own), 1), own)
+
+
+def within(slots: Tensor, counts: Sequence[int]) -> Tensor:
+    """Returns slots [kv_heads, n], with -1 past each head's first `counts`."""
+    if min(counts) >= slots.shape[1]:
+        return slots
+    columns = torch.arange(slots.shape[1], device=slots.device)
+    return slots.masked_fill(columns >= on_device(tuple(counts), slots.device).unsqueeze(1), -1)
 
 
 def positions(layer: Layer, source: Source, tokens: int | Sequence[int]) -> Tensor:

@@ -13,8 +13,9 @@ SCORES_WARPS, SCORES_STAGES = 8, 2
 # kernel anew for each kind of number or address that it may look at: what differs from step to
 # step, layer to layer or request to request is kept from it, or it would compile while serving.
 ANY_ADDRESS = (
-    *("query_start", "tail_length", "tail_table", "tail_slot", "slots", "runs", "begins", "ends"),
-    *("heads", "pages", "counts", "codecs", "firsts", "candidates", "bias", "log_bias", "info"),
+    *("query_start", "lengths", "table", "states", "region_blocks", "runs", "pages", "counts"),
+    *("bias", "log_bias", "info", "slots", "tail_table", "tail_slot", "begins", "ends", "heads"),
+    *("codecs", "firsts", "candidates"),
 )
 MOST_SPLITS = 64
 MERGE_TILE = 8  # splits that are merged at a time: with 64 at once, heads of 128 spill

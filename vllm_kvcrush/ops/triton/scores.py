@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from vllm_kvcrush.ops.triton.attention import attention
-from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Source
+from vllm_kvcrush.ops.triton.cache import DTYPES, Batch, Directory, Layer, Source, on_device
 from vllm_kvcrush.ops.triton.config import product_options
 from vllm_kvcrush.ops.triton.kernels.scores import scores_kernel
 
@@ -57,14 +57,14 @@ def window_scores(
     start = torch.arange(2, dtype=torch.int32, device=device) * window
     length = torch.full((1,), source.tail_length, dtype=torch.int32, device=device)
     table = source.tail_table.view(1, -1)
-    batch = Batch(start, length, table, Directory.ordered(source), window)
+    batch = Batch.of(start, length, table, Directory.ordered(source), window, layer.block_size)
     lse = torch.empty(window, layer.heads, dtype=torch.float32, device=device)
     attention(layer, batch, rows, None, lse)
     own = [candidates] * layer.kv_heads if isinstance(candidates, int) else list(candidates)
     if len(own) != layer.kv_heads:
         raise ValueError(f"candidates of {len(own)} heads for {layer.kv_heads} KV heads")
     most = max(own)
-    limits = torch.tensor(own, dtype=torch.int32).to(device, non_blocking=True)
+    limits = on_device(tuple(own), device)
     out = torch.zeros(layer.heads, most, dtype=torch.float32, device=device)
     biased = source.bias is not None and source.log_bias is not None
     width = min(ROWS, max(16, triton.next_power_of_2(window)))

@@ -75,14 +75,17 @@ class Backend(NamedTuple):
         layer: makes a CacheLayer from vLLM's attention layer, the number of layers, and the layer's
             tables.
         builder: metadata builder whose `regions` are set to those of the requests in a batch, or
-            None where all pages are raw.
+            None where all pages are raw or regions lie in a directory.
         table: makes the table of one fitted codec that `layer` takes; arguments are those of
             `LayerTable`.
+        directory: makes the directory in which attention finds the regions of requests, or None;
+            arguments are those of `directory.ResidentDirectory`, which not all backends import.
     """
 
     layer: Callable[[Any, int, Mapping[str, Any]], CacheLayer]
     builder: Any
     table: Callable[[Tables, int, range, int, int, Angles], Any] = LayerTable
+    directory: Callable[..., Any] | None = None
 
 
 def pages_of(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +18,11 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvcrush import gate
 from vllm_kvcrush.engine.worker.backends.base import Backend, pages_of
-from vllm_kvcrush.engine.worker.region import Region, joined
+from vllm_kvcrush.engine.worker.directory import ResidentDirectory, UploadedRegion
+from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.attention import attention
-from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
+from vllm_kvcrush.ops.triton.cache import Batch, Layer, Source
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 from vllm_kvcrush.ops.triton.layer_kv import LayerKV
 from vllm_kvcrush.ops.triton.store import store
@@ -48,37 +48,41 @@ class KVCrushTritonBackend(TritonAttentionBackend):
 
 @dataclass
 class Metadata:
-    """What the layers need to know of a step; `directory` has the compressed pages of all layers,
-    `runs` as [requests, layers, kv_heads, 4]."""
+    """What the layers need to know of a step. `batches` has one for each layer, or a single one for
+    all if no request has compressed pages."""
 
     num_actual_tokens: int
     slot_mapping: Tensor
-    batch: Batch
-    directory: Directory | None
+    batches: list[Batch]
 
     def of(self, layer: int) -> Batch:
         """The batch as layer number `layer` sees it."""
-        if self.directory is None:
-            return self.batch
-        own = dataclasses.replace(self.directory, runs=self.directory.runs[:, layer])
-        return dataclasses.replace(self.batch, directory=own)
+        return self.batches[layer if len(self.batches) > 1 else 0]
 
 
 class KVCrushTritonMetadataBuilder(AttentionMetadataBuilder[Metadata]):
-    """Splits each request's blocks into compressed ones and its tail. The runner leaves the regions
-    of the requests in the batch here."""
+    """Hands vLLM's tensors on, and with them the directory, which is on the device already: nothing
+    is computed or copied at a step. The runner leaves three things here.
 
-    regions: ClassVar[list[Region | None]] = []
+    Attributes:
+        directory: of all requests.
+        states: int32 [most requests], vLLM's state of each row of the batch, -1 past its end; its
+            address never changes.
+        paged: whether a request of the batch has compressed pages.
+    """
+
+    directory: ResidentDirectory
+    states: Tensor
+    paged: bool = False
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: Any):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # The regions of the last step and what was made of them: they change at compactions only.
-        self._known: list[Region | None] = []
-        self._made: tuple[Directory, Tensor]
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        return AttentionCGSupport.NEVER
+        # Tiles are compiled in: those of decode, which a graph of single tokens has, are no good
+        # for a chunk of a prompt.
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(
         self,
@@ -86,37 +90,22 @@ class KVCrushTritonMetadataBuilder(AttentionMetadataBuilder[Metadata]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Metadata:
-        common, n = common_attn_metadata, common_attn_metadata.num_reqs
-        length, table = common.seq_lens[:n], common.block_table_tensor[:n]
-        regions, directory = self.regions[:n], None
-        if any(regions):
-            if len(regions) != len(self._known) or any(
-                a is not b for a, b in zip(regions, self._known, strict=True)
-            ):
-                self._known, self._made = regions, self._directory(regions)
-            directory, blocks = self._made
-            columns = torch.arange(table.shape[1], device=table.device) + blocks.unsqueeze(1)
-            table = table.gather(1, columns.clamp_(max=table.shape[1] - 1))
-            length = length - blocks * self.kv_cache_spec.block_size
-        start = common.query_start_loc[: n + 1]
-        batch = Batch(start, length, table, None, common.max_query_len)
-        return Metadata(common.num_actual_tokens, common.slot_mapping, batch, directory)
+        # Without compressed pages the kernel that knows none has the more registers.
+        return self._metadata(common_attn_metadata, self.paged)
 
-    def _directory(self, regions: Sequence[Region | None]) -> tuple[Directory, Tensor]:
-        """Pages of all requests and layers, and blocks that they take: int32 [requests]."""
-        own = joined(regions)
-        made = Directory.of(
-            own.begin.flatten(0, 1),
-            own.end.flatten(0, 1),
-            own.page,
-            own.count,
-            own.codec,
-            own.bias,
-            own.log_bias,
-            device=self.device,
-        )
-        made.runs = made.runs.view(*own.begin.shape, -1)
-        return made, own.blocks.to(self.device, non_blocking=True)
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> Metadata:
+        # Whoever is replayed may have any pages.
+        return self._metadata(common_attn_metadata, True)
+
+    def _metadata(self, common: CommonAttentionMetadata, paged: bool) -> Metadata:
+        n = common.num_reqs
+        rows = (common.query_start_loc[: n + 1], common.seq_lens[:n], common.block_table_tensor[:n])
+        states, longest = self.states[:n], common.max_query_len
+        directories = self.directory.layers if paged else [None]
+        batches = [Batch(*rows, states, own, longest) for own in directories]
+        return Metadata(common.num_actual_tokens, common.slot_mapping, batches)
 
 
 class KVCrushTritonImpl(TritonAttentionImpl):
@@ -160,7 +149,7 @@ def install(attention: Sequence[Any]) -> Backend:
             )
         impl.__class__ = KVCrushTritonImpl
         layer.attn_backend = KVCrushTritonBackend
-    return Backend(TritonCacheLayer, KVCrushTritonMetadataBuilder, LayerTable)
+    return Backend(TritonCacheLayer, None, LayerTable, ResidentDirectory)
 
 
 class TritonCacheLayer:
@@ -184,29 +173,14 @@ class TritonCacheLayer:
 
     def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Source:
         """See `base.CacheLayer`, as for all of these."""
-        counts = torch.zeros(self.heads, dtype=torch.int32)
-        parts = [torch.zeros(0, dtype=torch.int32)] * 3
-        bias = log_bias = None
-        if region is not None:
-            begin, end = region.begin[self.index], region.end[self.index]
-            own = slice(int(begin[0]), int(end[-1]))  # a layer's heads follow each other
-            counts = end - begin
-            parts = [x[own] for x in (region.page, region.count.int(), region.codec)]
-            if region.bias is not None and region.log_bias is not None and len(parts[0]):
-                # A layer's tokens follow each other, too; pages without a bias have -1.
-                starts = region.bias[own]
-                first = int(torch.where(starts < 0, len(region.log_bias), starts).min())
-                bias = torch.where(starts < 0, -1, starts - first)
-                log_bias = region.log_bias[first : first + int(parts[1].sum())]
-                bias, log_bias = (x.to(self.device, non_blocking=True) for x in (bias, log_bias))
-        ends = counts.cumsum(0)
-        page, count, codec, begins, ends = (
-            x.to(self.device, non_blocking=True) for x in (*parts, ends - counts, ends)
-        )
-        runs = runs_of(parts[2])
-        return Source.of(
-            *(begins, ends, page, count, codec, tail, tokens, position, runs, bias, log_bias)
-        )
+        if region is None:
+            heads = torch.zeros(self.heads, dtype=torch.int32, device=self.device)
+            none = heads[:0]
+            return Source(
+                heads, heads, none, none, none, none, none, heads, tail, tokens, position, ()
+            )  # fmt: skip
+        there = UploadedRegion.of(region, self.device)
+        return there.source(self.index, tail, tokens, position)
 
     def held(self, source: Source, tokens: Sequence[int]) -> LayerKV:
         return LayerKV(self.pages, source, tokens)
@@ -215,9 +189,8 @@ class TritonCacheLayer:
         return compaction.positions(self.pages, source, tokens)
 
     def compact(self, source: Source, slots: Tensor, counts: Sequence[int], target: Region) -> None:
-        past = torch.arange(slots.shape[1], device=self.device)
-        past = past >= torch.tensor(counts, device=self.device).unsqueeze(1)
-        compaction.compact(self.pages, source, slots.masked_fill(past, -1), self._target(target))
+        own = compaction.within(slots, counts)
+        compaction.compact(self.pages, source, own, self._target(target))
 
     def fill(
         self,

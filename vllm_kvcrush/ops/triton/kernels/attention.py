@@ -94,20 +94,21 @@ def _tail_run(
 @triton.jit(
     do_not_specialize=(
         *("splits", "seqs", "block_pages", "first_page", "limit", "table_stride", "runs_stride"),
+        "shift",
     ),
     do_not_specialize_on_alignment=ANY_ADDRESS,
 )
 def attention_kernel(
     out, lse, query, raw, grid, half, words, wide, codes,
-    query_start, tail_length, tail_table,
-    runs, pages, counts, bias, log_bias,
+    query_start, lengths, table, states,
+    region_blocks, runs, pages, counts, bias,
     info, fields, inverse, base, coarse, fine, limit,
     scale, splits, seqs, block_pages, first_page,
-    query_stride, out_stride, table_stride, runs_stride,
+    query_stride, out_stride, table_stride, runs_stride, shift,
     HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, TILES: tl.constexpr,
     DTYPE: tl.constexpr, UNIFORM: tl.constexpr, SPLIT: tl.constexpr,
-    RUNS: tl.constexpr, FOUR: tl.constexpr, TWO: tl.constexpr, ONE: tl.constexpr,
-    BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
+    PAGED: tl.constexpr, RUNS: tl.constexpr, FOUR: tl.constexpr, TWO: tl.constexpr,
+    ONE: tl.constexpr, BIAS: tl.constexpr, VALUES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of query rows, KV heads, splits).
 
@@ -115,10 +116,10 @@ def attention_kernel(
         out: [rows, HEADS, v_size], or with SPLIT float32 [rows, HEADS, splits, v_size].
         lse: float32 [rows, HEADS], or with SPLIT [rows, HEADS, splits] in powers of two; -inf of
             no tokens.
-        runs: int32 [seqs, KV heads, RUNS + 1]: where the entries of a head begin that are in each
-            of RUNS codecs, and where the last end; `runs_stride` from one sequence to the next.
-        pages, counts: int32 [entries].
-        bias: int64 [entries], where an entry's tokens start in log_bias, or -1.
+        lengths: int32 [seqs], slots held: each block of a region counts as a full one.
+        table: int32 [seqs, ...], block ids, those of the region first; `table_stride` from one
+            sequence to the next.
+        states to bias: of `cache.Directory`, if PAGED; `runs_stride` from one state to the next.
         info to limit: of `Fitted`.
         scale: of q·k.
         UNIFORM: every sequence has at most TILES.queries query rows: block i is sequence i.
@@ -150,8 +151,17 @@ def attention_kernel(
     total = tl.zeros([M], tl.float32)
     pool = Pool(raw, grid, half, words, wide, codes)
     tables = Tables(info, fields, inverse, base, coarse, fine, limit)
-    at = runs + seq * runs_stride + head * (RUNS + 1)
-    entries = Entries(at, pages, counts, bias, log_bias)
+    blocks = table + seq.to(tl.int64) * table_stride
+    length = tl.load(lengths + seq)
+    taken = 0
+    at = runs
+    if PAGED:
+        state = tl.load(states + seq)
+        taken = tl.load(region_blocks + state, mask=state >= 0, other=0)
+        own = tl.where(taken > 0, state + 1, 0)  # the first row is empty
+        at = runs + own.to(tl.int64) * runs_stride + head * (RUNS * 2)
+        length -= taken * G.block_size
+    entries = Entries(at, blocks, shift, pages, counts, bias)
     query_rows = Rows(query, query_at, row_mask)
     acc = tl.full([M, G.v_pad], 0.0, tl.float32)
     if len(FOUR) > 0:
@@ -182,11 +192,10 @@ def attention_kernel(
         )  # fmt: skip
     acc = one[0]
     q = query_row(query_rows, G, DTYPE)
-    length = tl.load(tail_length + seq)
     seen = tl.maximum(length - rows + row + 1, 0)
     length = tl.minimum(length, tl.maximum(length - rows + first_row + TILES.queries, 0))
     acc, peak, total = _tail_run(
-        q, raw, tail_table + seq.to(tl.int64) * table_stride, block_pages, first_page + head,
+        q, raw, blocks + taken, block_pages, first_page + head,
         length, seen, factor, split, splits, acc, peak, total, G, TILES, DTYPE, VALUES,
     )  # fmt: skip
     row_at = (start + row).to(tl.int64)

@@ -28,8 +28,8 @@ def page_loop(
     """
     T: tl.constexpr = LOOP.tokens
     tables = LOOP.codec.head(tables, head, LOOP.codec, G)
-    begin = tl.load(entries.runs + LOOP.run)
-    end = tl.load(entries.runs + LOOP.run + 1)
+    begin = tl.load(entries.runs + LOOP.run * 2)
+    end = tl.load(entries.runs + LOOP.run * 2 + 1)
     end = tl.where(LOOP.codec.serves(tables, LOOP.codec), end, begin)
     q = LOOP.codec.query(rows, tables, LOOP.codec, G, DTYPE)
     # A loop for each codec, since loads under a run-time branch are not made asynchronous.
@@ -37,8 +37,9 @@ def page_loop(
     for i in range(begin * each + split, end * each, splits):
         entry = i // each
         first = i % each * T
-        page = tl.load(entries.pages + entry).to(tl.int64)
-        n = tl.load(entries.counts + entry) - first
+        at = entry_at(entries, entry, tl.load(entries.table + (entry >> entries.shift)))
+        page = tl.load(entries.pages + at).to(tl.int64)
+        n = tl.load(entries.counts + at) - first
         seen, tile = LOOP.codec.prepare(
             q, pool, tables, page, first, n, scale, T, VALUES, LOOP.codec, G, DTYPE
         )
@@ -46,7 +47,7 @@ def page_loop(
             q, tile, pool, page, first, n, scale, TILES.rows, T, LOOP.codec, G, DTYPE, PTX
         )
         if BIAS:
-            logits += entry_bias(entries, entry, first, n, T)[None, :] * LOG2E
+            logits += entry_bias(entries, at, first, n, T)[None, :] * LOG2E
         logits = tl.where(seen[None, :], logits, float("-inf"))
         weights, factor, peak, total = softmax_step(logits, peak, total)
         if VALUES:
@@ -57,12 +58,19 @@ def page_loop(
 
 
 @triton.jit
-def entry_bias(entries, entry, first, n, T: tl.constexpr):
+def entry_at(entries, entry, block):
+    """Where a directory has an entry of a region, which lies with `block`: int64."""
+    return (block.to(tl.int64) << entries.shift) + (entry & ((1 << entries.shift) - 1))
+
+
+@triton.jit
+def entry_bias(entries, at, first, n, T: tl.constexpr):
     """float32 [T], what is added to the logits of an entry's tokens from `first`."""
     t = tl.arange(0, T)
-    start = tl.load(entries.bias + entry)
-    biased = tl.where(start >= 0, n, 0)
-    return tl.load(entries.log_bias + start + first + t, mask=t < biased, other=0.0)
+    address = tl.load(entries.bias + at)
+    biased = tl.where(address != 0, n, 0)
+    log_bias = address.to(tl.pointer_type(tl.float32))
+    return tl.load(log_bias + first + t, mask=t < biased, other=0.0)
 
 
 @triton.jit

@@ -29,14 +29,16 @@ class Tables(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """A directory: where each run of a head's entries begins, and of each entry its page, how many
-    tokens are in it and where their log biases begin."""
+    """A head's part of a directory: where each of its runs begins and ends, `table`, the region's
+    blocks, with each of which lie the 2^shift next entries, and of each entry its page, how many
+    tokens are in it and the address of their log biases."""
 
     runs: Any
+    table: Any
+    shift: Any
     pages: Any
     counts: Any
     bias: Any
-    log_bias: Any
 
 
 class Rows(NamedTuple):

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from vllm_kvcrush.ops.triton.codecs.fitted import tiles
 from vllm_kvcrush.ops.triton.codecs.fitted.tiles import CAPACITY, EXCEPTIONS, ROW, V_BITS, WORDS
-from vllm_kvcrush.ops.triton.kernels.pages import query_pairs
+from vllm_kvcrush.ops.triton.kernels.pages import entry_at, query_pairs
 from vllm_kvcrush.ops.triton.kernels.tiles import LOG2E, codes8, dot, softmax_step
 from vllm_kvcrush.ops.triton.kernels.views import Tables
 
@@ -118,14 +118,16 @@ def exceptions_loop(
     t = tl.arange(0, T)
     info = LOOP.codec.head(tables, head, LOOP.codec, G).info
     q0, q1 = query_pairs(rows, G, DTYPE)
-    begin = tl.load(entries.runs + LOOP.run)
-    end = tl.load(entries.runs + LOOP.run + 1)
+    begin = tl.load(entries.runs + LOOP.run * 2)
+    end = tl.load(entries.runs + LOOP.run * 2 + 1)
     most = tl.maximum(tl.load(info + EXCEPTIONS), 1)
     for i in range(split, ((end - begin) * most + T - 1) // T, splits):
         entry = begin + (i * T + t) // most
         number = (i * T + t) % most
-        mask = number < tl.load(entries.counts + entry, mask=entry < end, other=0)
-        page = tl.load(entries.pages + entry, mask=mask, other=0).to(tl.int64)
+        block = tl.load(entries.table + (entry >> entries.shift), mask=entry < end, other=0)
+        at = entry_at(entries, entry, block)
+        mask = number < tl.load(entries.counts + at, mask=entry < end, other=0)
+        page = tl.load(entries.pages + at, mask=mask, other=0).to(tl.int64)
         k, k_scale = tiles.exception_rows(
             pool.words, pool.half, page, number, mask, info, 0, G.k_size, G.k_pad, G
         )
@@ -133,9 +135,10 @@ def exceptions_loop(
         logits = dot(q1, tl.trans(codes8(k, 1, DTYPE, PTX)), logits)
         logits *= (k_scale * scale)[None, :]
         if BIAS:
-            where = tl.load(entries.bias + entry, mask=mask, other=-1)
+            address = tl.load(entries.bias + at, mask=mask, other=0)
             token = tiles.exception_tokens(pool.words, page, number, mask, info, T, G)
-            added = tl.load(entries.log_bias + where + token, mask=mask & (where >= 0), other=0.0)
+            log_bias = address.to(tl.pointer_type(tl.float32))
+            added = tl.load(log_bias + token, mask=mask & (address != 0), other=0.0)
             logits += added[None, :] * LOG2E
         logits = tl.where(mask[None, :], logits, float("-inf"))
         weights, factor, peak, total = softmax_step(logits, peak, total)
