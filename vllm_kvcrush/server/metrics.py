@@ -25,6 +25,8 @@ from vllm_kvcrush.stats import COMPACTION_BUCKETS
 
 _PREFIX = "vllm_kvcrush:"
 _ENGINE = ("model_name", "engine")
+# Reasons of an active server; one where the plugin is not active has "inactive" alone.
+REFUSALS = ("budget", "policy", "cap", "pool", "unknown_key", "conflict", "endpoint", "spans")
 
 
 def install() -> None:
@@ -186,17 +188,17 @@ class KVCrushStatLogger(StatLoggerBase):
         self.labels = (model_name, str(engine_index))
         # Series that exist from the start let rate() see their first increment.
         policy = _label(raw.get("policy"))
-        requests().labels(model_name, policy)
         self.policies = {policy, "none", *map(_label, raw.get("allow") or ())}
         for allowed in self.policies:
+            requests().labels(model_name, allowed)
             kv_bytes_held().labels(*self.labels, allowed)
             kv_bytes_raw_equivalent().labels(*self.labels, allowed)
             if allowed != "none":
-                policy_failures().labels(*self.labels, allowed)
-        if policy != "none":
-            for collector in (compactions(), tokens_evicted(), blocks_freed()):
-                collector.labels(*self.labels, policy)
-            compaction_seconds().labels(*self.labels, policy)
+                for counter in (compactions(), tokens_evicted(), blocks_freed(), policy_failures()):
+                    counter.labels(*self.labels, allowed)
+                compaction_seconds().labels(*self.labels, allowed)
+        for reason in REFUSALS:
+            refusals().labels(model_name, reason)
         for reason in ("shared", "no_room"):
             deferrals().labels(*self.labels, reason)
         uncompressed().labels(*self.labels)
