@@ -1,4 +1,4 @@
-"""Prometheus watches two replicas under load: every panel has data, every alert fires and clears."""
+"""Prometheus watches two replicas under load: panels have data, alerts fire and clear."""
 
 from __future__ import annotations
 
