@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -28,10 +29,11 @@ CONFIGS = {
 SERVE = yaml.safe_load((DEPLOY / "vllm" / "serve.yaml").read_text(encoding="utf-8"))
 
 
+@functools.cache
 def options() -> set[str]:
     """Options of `vllm serve` with this plugin's, without dashes."""
     script = """
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 load_general_plugins()
@@ -291,7 +293,8 @@ def test_chart_makes_valid_objects(
 def test_chart_serves_what_compose_serves(tools: pathlib.Path) -> None:
     (text,) = documents(tools, {})["ConfigMap"]["data"].values()
     tools_only = {"enable-auto-tool-choice", "tool-call-parser", "enforce-eager"}
-    assert yaml.safe_load(text) == {k: v for k, v in SERVE.items() if k not in tools_only}
+    served = {key: str(value) for key, value in yaml.safe_load(text).items()}
+    assert served == {k: str(v) for k, v in SERVE.items() if k not in tools_only}
 
 
 def test_chart_says_policy_tables_and_rules(tools: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pathlib
 import re
@@ -36,15 +37,14 @@ def exported() -> dict[str, set[str]]:
             more = {"le"} if suffix == "_bucket" else set()
             found[name + suffix] = {*labels, *more, *SCRAPED}
 
+    kinds = {"Counter", "Gauge", "Histogram"}
     for made in vars(metrics).values():
         # Collectors are functions without parameters.
-        if callable(made) and getattr(made, "__annotations__", {}).get("return") in (
-            *("Counter", "Gauge", "Histogram"),
-        ):
-            if made.__code__.co_argcount == 0:
-                collector = made()
-                assert isinstance(collector, MetricWrapperBase)
-                add(collector._name, tuple(collector._labelnames), type(collector))
+        returned = getattr(made, "__annotations__", {}).get("return")
+        if returned in kinds and not inspect.signature(made).parameters:
+            collector = made()
+            assert isinstance(collector, MetricWrapperBase)
+            add(collector._name, tuple(collector._labelnames), type(collector))
     for name, labels, kind in vllm_metrics():
         add(name, labels, kind)
     for rule in ALL_RULES:
@@ -52,7 +52,7 @@ def exported() -> dict[str, set[str]]:
             by = re.findall(r"by \(([^)]*)\)", rule["expr"])
             found[rule["record"]] = {x.strip() for x in ",".join(by).split(",")} - {"le"}
             # A ratio of recorded rates has their labels.
-            for name in re.findall(r"instance:\w+", rule["expr"]):
+            for name in re.findall(r"instance:[\w:]+", rule["expr"]):
                 found[rule["record"]] |= found[name]
     found[""] = set()
     return found
