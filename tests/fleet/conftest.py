@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import openai
@@ -56,7 +58,24 @@ def running(model_path: str, control: pathlib.Path) -> Iterator[Fleet]:
     environment = {"PYTHONPATH": path, "KVCRUSH_FLEET_FAULT": str(control)}
     with fleet(model_path, faster=FACTOR, environment=environment) as made:
         made.start(("nginx", "haproxy"), *FLAGS, *OURS)
+        start_router(made)
         yield made
+
+
+def start_router(made: Fleet) -> None:
+    """Starts vLLM's own router before the replicas, as a third front."""
+    script = pathlib.Path(__file__).parent.parent.parent / "scripts" / "deploy_tools.sh"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    tools = subprocess.run([script], env=environment, check=True, capture_output=True, text=True)
+    made.run(
+        "router",
+        *(sys.executable, "-m", "vllm_router.launch_router", "--policy=round_robin"),
+        *("--host=127.0.0.1", f"--port={made.port('router')}"),
+        f"--prometheus-port={made.port('router-metrics')}",
+        *("--worker-urls", made.url("replica-0"), made.url("replica-1")),
+        environment={"PYTHONPATH": tools.stdout.strip()},
+    )
+    made.wait("router", "/health", 60)
 
 
 def server(made: Fleet, name: str) -> Server:
