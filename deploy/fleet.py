@@ -176,6 +176,7 @@ class Fleet:
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             **self.environment,
+            **({"VLLM_PLUGINS": ""} if plain else {}),
         }
         vllm = str(pathlib.Path(sys.executable).with_name("vllm"))
         where = ("--host=127.0.0.1", f"--port={self.port(name)}")
