@@ -25,6 +25,8 @@ FLAGS = (
     "--max-num-batched-tokens=512",
     "--max-num-seqs=16",
 )
+# Plain vLLM wants room for the longest request.
+PLAIN = (*FLAGS, "--kv-cache-memory-bytes=134217728")
 OURS = (
     "--kv-policy-allow=auto,int8,int4,snapkv,faulty,none",
     "--kv-policy-config.prefill_interval=256",

@@ -19,7 +19,7 @@ import pydantic
 import pytest
 
 from deploy.fleet import Fleet, answers
-from tests.fleet.conftest import FLAGS, NAME, OURS, client, server
+from tests.fleet.conftest import FLAGS, NAME, OURS, PLAIN, client, server
 from tests.server.conftest import details
 
 pytestmark = pytest.mark.server
@@ -159,7 +159,7 @@ def ask(base: str, method: str, path: str, body: Any) -> tuple[int, str, Any]:
 @pytest.fixture(scope="module")
 def plain(running: Fleet) -> Iterator[str]:
     """A vLLM without this plugin, and without a front."""
-    running.replica(2, *FLAGS, plain=True)
+    running.replica(2, *PLAIN, plain=True)
     yield running.url("replica-2")
     running.stop("replica-2")
 

@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from deploy.fleet import HERE, Fleet
-from tests.fleet.conftest import FACTOR, FLAGS, NAME, OURS, client, server
+from tests.fleet.conftest import FACTOR, FLAGS, NAME, OURS, PLAIN, client, server
 from tests.fleet.test_fronts import REPLICAS, eventually
 
 pytestmark = pytest.mark.server
@@ -292,7 +292,7 @@ def test_replicas_that_are_down_or_have_no_plugin(running: Fleet, received: Any)
     running.stop("replica-1", signal.SIGKILL)
     fires(running, "KVCrushReplicaDown")
     assert [x["instance"] for x in firing(running)["KVCrushReplicaDown"]] == [instance]
-    running.replica(1, *FLAGS, plain=True)
+    running.replica(1, *PLAIN, plain=True)
     clears(running, "KVCrushReplicaDown")
     assert number(running, 'sum(up{job="vllm"})') == 2
     fires(running, "KVCrushInactive")
