@@ -131,6 +131,11 @@ def shapes(answer: Any) -> Any:
     return shape(answer)
 
 
+def words(choices: Any) -> Any:
+    """Choices less their log-probabilities, whose last digits are those of a kernel."""
+    return [{k: v for k, v in choice.items() if "logprobs" not in k} for choice in choices]
+
+
 def without_details(value: Any, found: list[Any]) -> Any:
     """The answer less what this plugin adds to it, which goes into `found`."""
     if isinstance(value, dict):
@@ -180,7 +185,7 @@ def test_answers_are_those_of_plain_vllm(running: Fleet, plain: str, front: str,
     assert bool(added) == generates
     # A prompt this short is left alone, so that even the words are the same.
     if generates and isinstance(answer, dict) and "choices" in answer and "seed" not in body:
-        assert answer["choices"] == wanted[2]["choices"]
+        assert words(answer["choices"]) == words(wanted[2]["choices"])
 
 
 def test_there_are_the_same_endpoints(running: Fleet, plain: str) -> None:
@@ -206,18 +211,22 @@ class Answer(pydantic.BaseModel):
 
 
 @pytest.mark.parametrize("front", ROUTED)
-def test_openai_client(running: Fleet, front: str, long: str) -> None:
-    api = client(running, front)
+def test_openai_client(running: Fleet, plain: str, front: str, long: str) -> None:
+    api, theirs = client(running, front), client(running, "replica-2")
     assert [model.id for model in api.models.list()] == [NAME]
     ours: Any = {"model": NAME, "temperature": 0}
     messages: Any = [{"role": "user", "content": SHORT}]
     said = api.chat.completions.create(messages=messages, max_tokens=12, **ours)
     assert said.choices[0].message.content and details(said)["compactions"] == 0
-    called = api.chat.completions.create(
-        messages=messages, max_tokens=60, tools=[TOOL], tool_choice=CHOSEN, **ours
+    (call,), (wanted,) = (
+        asked.chat.completions.create(
+            messages=messages, max_tokens=60, tools=[TOOL], tool_choice=CHOSEN, **ours
+        )
+        .choices[0]
+        .message.tool_calls
+        for asked in (api, theirs)
     )
-    (call,) = called.choices[0].message.tool_calls
-    assert call.function.name == "weather" and list(json.loads(call.function.arguments)) == ["city"]
+    assert call.function == wanted.function and call.function.name == "weather"
     formed = api.chat.completions.create(
         messages=messages, max_tokens=40, response_format=SCHEMA, **ours
     )
@@ -379,7 +388,7 @@ def test_a_client_that_leaves_frees_its_replica(running: Fleet, front: str, long
 
 def test_nginx_drains_a_replica(running: Fleet, long: str) -> None:
     """By `down` and a reload, and then by SIGTERM: the stream on it runs to its end."""
-    streams = [stream(running, "nginx", f"drain {n} {long}", 700) for n in range(2)]
+    streams = [stream(running, "nginx", f"drain {n} {long}", 250) for n in range(2)]
     assert where(running) == [*REPLICAS]
     config = running.folder / "nginx.conf"
     text = config.read_text(encoding="utf-8")
@@ -397,7 +406,7 @@ def test_nginx_drains_a_replica(running: Fleet, long: str) -> None:
     assert eventually(lambda: all(elsewhere() for _ in range(5)), 20)
     assert "replica-1" in where(running)
     running.running["replica-1"].send_signal(signal.SIGTERM)
-    assert [finished(found) for found in streams] == [700, 700]
+    assert [finished(found) for found in streams] == [250, 250]
     running.running["replica-1"].wait(30)
     running.stop("replica-1")
     config.write_text(text, encoding="utf-8")
@@ -436,12 +445,12 @@ def test_haproxy_drains_a_replica(running: Fleet, long: str) -> None:
             admin.sendall(command.encode() + b"\n")
             assert not admin.recv(1000).strip()
 
-    streams = [stream(running, "haproxy", f"drain {n} {long}", 500) for n in range(2)]
+    streams = [stream(running, "haproxy", f"drain {n} {long}", 150) for n in range(2)]
     assert where(running) == [*REPLICAS]
     tell("set server vllm/replica-0 state drain")
     taken = server(running, "replica-0").metric(PREFIX + "requests_total")
     for _ in range(5):
         client(running, "haproxy").completions.create(model=NAME, prompt="Hello", max_tokens=2)
     assert server(running, "replica-0").metric(PREFIX + "requests_total") == taken
-    assert [finished(found) for found in streams] == [500, 500]
+    assert [finished(found) for found in streams] == [150, 150]
     tell("set server vllm/replica-0 state ready")
