@@ -119,7 +119,7 @@ def received(running: Fleet) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     found.shutdown()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def loaded(running: Fleet, text: str, received: Any) -> Iterator[dict[str, float]]:
     """A steady load of several policies, and what the replicas themselves say of it: tokens
     generated in each second."""
@@ -158,62 +158,65 @@ def shown(running: Fleet, name: str, expr: str) -> str:
     return expr
 
 
-@pytest.mark.parametrize(
-    ("name", "index"),
-    [(name, index) for name in DASHBOARDS for index in range(len(panels(name)))],
-    ids=[f"{name}: {panel['title']}" for name in DASHBOARDS for panel in panels(name)],
-)
-def test_every_panel_shows_data(
-    running: Fleet, loaded: dict[str, float], name: str, index: int
-) -> None:
-    panel = panels(name)[index]
-    for target in panel["targets"]:
-        expr = shown(running, name, target["expr"])
-        # Between two requests a ratio has no value for a moment.
-        assert eventually(lambda expr=expr: bool(query(running, expr)), 10), expr
-        series = query(running, expr)
-        for labels, value in series:
-            legend = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
-            assert set(labels) == legend, expr
-            # A policy that nobody asks for has compactions of no length.
-            assert value >= 0 or (math.isnan(value) and "histogram_quantile" in expr)
-            if panel["fieldConfig"]["defaults"]["unit"] == "percentunit":
-                assert value <= 1
-        assert any(not math.isnan(value) for _, value in series), expr
-
-
-def test_panels_show_what_is_so(running: Fleet, loaded: dict[str, float]) -> None:
-    """The magnitudes of a load that we know."""
-    found: dict[str, Any] = {}
-    for panel in panels("fleet"):
+class TestUnderLoad:
+    @pytest.mark.parametrize(
+        ("name", "index"),
+        [(name, index) for name in DASHBOARDS for index in range(len(panels(name)))],
+        ids=[f"{name}: {panel['title']}" for name in DASHBOARDS for panel in panels(name)],
+    )
+    def test_every_panel_shows_data(
+        self, running: Fleet, loaded: dict[str, float], name: str, index: int
+    ) -> None:
+        panel = panels(name)[index]
         for target in panel["targets"]:
-            expr = shown(running, "fleet", target["expr"])
-            found[f"{panel['title']}: {target['legendFormat']}"] = dict(
-                (next(iter(labels.values()), ""), value) for labels, value in query(running, expr)
-            )
-    print(json.dumps(found, indent=1))
-    assert found["Replicas up: up"][""] == 2
-    tokens = found["Tokens a second: generated"][""]
-    assert tokens == pytest.approx(loaded["tokens"], rel=0.35)
-    # Three clients, who wait for their answers.
-    running_now = found["Requests running and waiting: running {{instance}}"]
-    assert set(running_now) == {f"127.0.0.1:{running.port(r)}" for r in REPLICAS}
-    assert 1 <= sum(running_now.values()) <= 3
-    assert 1.3 < found["Times less KV: compression"][""] < 8
-    held = found["KV held, and what it would be raw: held"][""]
-    raw = found["KV held, and what it would be raw: raw equivalent"][""]
-    assert 1e6 < held < raw < 2 * 88473600
-    taken = found["Requests a second, by policy: {{policy}}"]
-    assert all(taken[policy] > 0 for policy in ("auto", "int4", "snapkv")) and taken["none"] == 0
-    evicted = found["Tokens evicted a second: {{policy}}"]
-    assert evicted["snapkv"] > 0 and evicted["int4"] == 0
-    refused = found["Refusals a second, by reason: {{reason}}"]
-    assert refused["cap"] > 0 and refused["policy"] == 0
-    assert set(found["Compactions put off a second: {{reason}}"]) == {"shared", "no_room"}
-    times = [found[f"Time to first token: p{p}"][""] for p in (50, 95, 99)]
-    assert 0.01 < times[0] <= times[1] <= times[2] < 60
-    costs = found["Time of a compaction: p95 {{policy}}"]
-    assert 0 < costs["auto"] < 1
+            expr = shown(running, name, target["expr"])
+            # Between two requests a ratio has no value for a moment.
+            assert eventually(lambda expr=expr: bool(query(running, expr)), 10), expr
+            series = query(running, expr)
+            for labels, value in series:
+                legend = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+                assert set(labels) == legend, expr
+                # A policy that nobody asks for has compactions of no length.
+                assert value >= 0 or (math.isnan(value) and "histogram_quantile" in expr)
+                if panel["fieldConfig"]["defaults"]["unit"] == "percentunit":
+                    assert value <= 1
+            assert any(not math.isnan(value) for _, value in series), expr
+
+    def test_panels_show_what_is_so(self, running: Fleet, loaded: dict[str, float]) -> None:
+        """The magnitudes of a load that we know."""
+        found: dict[str, Any] = {}
+        for panel in panels("fleet"):
+            for target in panel["targets"]:
+                expr = shown(running, "fleet", target["expr"])
+                found[f"{panel['title']}: {target['legendFormat']}"] = dict(
+                    (next(iter(labels.values()), ""), value)
+                    for labels, value in query(running, expr)
+                )
+        print(json.dumps(found, indent=1))
+        assert found["Replicas up: up"][""] == 2
+        tokens = found["Tokens a second: generated"][""]
+        assert tokens == pytest.approx(loaded["tokens"], rel=0.35)
+        # Three clients, who wait for their answers.
+        running_now = found["Requests running and waiting: running {{instance}}"]
+        assert set(running_now) == {f"127.0.0.1:{running.port(r)}" for r in REPLICAS}
+        assert 1 <= sum(running_now.values()) <= 3
+        assert 1.3 < found["Times less KV: compression"][""] < 8
+        held = found["KV held, and what it would be raw: held"][""]
+        raw = found["KV held, and what it would be raw: raw equivalent"][""]
+        assert 1e6 < held < raw < 2 * 88473600
+        taken = found["Requests a second, by policy: {{policy}}"]
+        assert (
+            all(taken[policy] > 0 for policy in ("auto", "int4", "snapkv")) and taken["none"] == 0
+        )
+        evicted = found["Tokens evicted a second: {{policy}}"]
+        assert evicted["snapkv"] > 0 and evicted["int4"] == 0
+        refused = found["Refusals a second, by reason: {{reason}}"]
+        assert refused["cap"] > 0 and refused["policy"] == 0
+        assert set(found["Compactions put off a second: {{reason}}"]) == {"shared", "no_room"}
+        times = [found[f"Time to first token: p{p}"][""] for p in (50, 95, 99)]
+        assert 0.01 < times[0] <= times[1] <= times[2] < 60
+        costs = found["Time of a compaction: p95 {{policy}}"]
+        assert 0 < costs["auto"] < 1
 
 
 # -- alerts ----------------------------------------------------------------------------------------
