@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Puts the programs of deploy/requirements.txt into .cache/deploy-tools and prints that path, which
 # its tests name in PYTHONPATH; programs are in its bin. Its place is not .venv: they are large, and
-# only tests/deploy needs them.
+# only tests/deployment needs them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

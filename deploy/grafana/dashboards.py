@@ -2,7 +2,7 @@
 
     python -m deploy.grafana.dashboards
 
-A new panel is one `panel(...)` in `FLEET` or `SERVER`. tests/deploy holds the JSON against this
+A new panel is one `panel(...)` in `FLEET` or `SERVER`. tests/deployment holds the JSON against this
 file, and every metric against what vLLM and the plugin export; `make fleet-check` asks a real
 Prometheus for each panel's data. Needs grafana-foundation-sdk, which `make setup` installs.
 """

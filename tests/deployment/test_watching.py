@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import DEPLOY, Program
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from deploy.grafana import dashboards
+from tests.deployment.conftest import DEPLOY, Program
 from vllm_kvcrush.server import metrics
 
 RULES = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text(encoding="utf-8"))

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import DEPLOY, ROOT, Program, run
 
 from deploy import fleet
+from tests.deployment.conftest import DEPLOY, ROOT, Program, run
 from vllm_kvcrush import gate
 
 CHART = DEPLOY / "helm" / "vllm-kvcrush"
