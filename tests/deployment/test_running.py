@@ -106,6 +106,22 @@ def test_a_process_that_does_not_start_is_told(made: fleet.Fleet) -> None:
     assert not made.running
 
 
+def test_what_is_missing_is_named(
+    made: fleet.Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fleet, "PATH", str(made.folder))
+    line = "apt-get install nginx-light haproxy prometheus prometheus-alertmanager"
+    with pytest.raises(fleet.FleetError, match=line):
+        made.start()
+    (made.folder / "haproxy").touch(0o755)
+    assert fleet.missing() == ["nginx-light", "prometheus", "prometheus-alertmanager"]
+    monkeypatch.setattr(sys, "argv", ["fleet"])
+    monkeypatch.setenv("MODEL", "/somewhere/model")
+    assert fleet.main() == 1
+    assert "apt-get install nginx-light prometheus" in capsys.readouterr().err
+    assert not made.running
+
+
 def test_processes_end_with_all_they_started(made: fleet.Fleet) -> None:
     made.run("parent", "sh", "-c", "trap '' TERM; sleep 600 & echo $!; wait; sleep 600")
     log = made.folder / "parent.log"
