@@ -28,7 +28,7 @@ FLAGS = (
 # Plain vLLM wants room for the longest request.
 PLAIN = (*FLAGS, "--kv-cache-memory-bytes=134217728")
 OURS = (
-    "--kv-policy-allow=auto,int8,int4,snapkv,faulty,none",
+    "--kv-policy-allow=auto,int8,int4,snapkv,faulty",
     "--kv-policy-config.prefill_interval=256",
     "--kv-policy-config.decode_interval=32",
 )

@@ -283,7 +283,10 @@ def test_policies_that_fail_and_that_dawdle(
 
 
 def test_a_pool_that_is_exhausted(running: Fleet, text: str, received: Any) -> None:
-    load = Load(running, [asking(text[30000:34000], kv_policy="none", max_tokens=200)] * 12)
+    load = Load(
+        running,
+        [asking(text[30000:34000], kv_policy="snapkv", kv_budget=0.75, max_tokens=200)] * 12,
+    )
     fires(running, "KVCrushPoolExhausted")
     load.stop()
     clears(running, "KVCrushPoolExhausted")

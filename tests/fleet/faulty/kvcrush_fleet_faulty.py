@@ -29,5 +29,5 @@ class Faulty(Policy):
         if view.layer == 0 and fault == "raise":
             raise RuntimeError("this policy was told to fail")
         if view.layer == 0 and fault == "sleep":
-            time.sleep(0.3)
+            time.sleep(1)
         return view.window_scores()
