@@ -16,7 +16,7 @@
 #              with vLLM 0.32 for GPUs (make bench-gpu PYTHON=/path/to/python ARGS="--minutes 10")
 # make fleet   set up, then two replicas, nginx, HAProxy, Prometheus and Alertmanager as processes,
 #              from the files of deploy/ (make fleet ARGS="--kv-budget=0.5"); make fleet-check runs
-#              the tests of such a fleet, some 10 minutes
+#              the tests of such a fleet, a quarter of an hour
 # make figures draw the pictures and fill the tables from benchmarks/results/*.json
 # make clean   remove what the others made, except .venv and the model
 
