@@ -328,7 +328,7 @@ def test_chart_says_policy_tables_and_rules(tools: pathlib.Path) -> None:
         own = found["ConfigMap-dashboards"]["data"][f"kvcrush-{name}.json"]
         assert json.loads(own) == json.loads((DEPLOY / "grafana" / f"{name}.json").read_text())
     (metric,) = found["HorizontalPodAutoscaler"]["spec"]["metrics"]
-    assert metric["pods"]["target"]["averageValue"] == "800m"
+    assert metric["pods"]["target"]["averageValue"] == "600m"
     image = found["Deployment"]["spec"]["template"]["spec"]["containers"][0]["image"]
     assert image == "vllm-kvcrush@sha256:" + "0" * 64
 
