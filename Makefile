@@ -14,6 +14,9 @@
 # make bench-gpu  for whoever has a GPU: correctness, kernels and serving in under 20 minutes, into
 #              gpu-results.json; docs/gpu.md says where to send it. Nothing is set up: name a Python
 #              with vLLM 0.32 for GPUs (make bench-gpu PYTHON=/path/to/python ARGS="--minutes 10")
+# make fleet   set up, then two replicas, nginx, HAProxy, Prometheus and Alertmanager as processes,
+#              from the files of deploy/ (make fleet ARGS="--kv-budget=0.5"); make fleet-check runs
+#              the tests of such a fleet, a quarter of an hour
 # make figures draw the pictures and fill the tables from benchmarks/results/*.json
 # make clean   remove what the others made, except .venv and the model
 
@@ -28,7 +31,7 @@ export VLLM_KVCRUSH_CACHE ?= $(CURDIR)/.cache
 # processes would compile everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup model serve test test-all lint sanitize soak bench bench-gpu figures clean
+.PHONY: help setup model serve test test-all lint sanitize soak bench bench-gpu figures fleet fleet-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -79,3 +82,10 @@ figures: setup
 clean:
 	rm -rf build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache benchmarks/results/tmp benchmarks/results/quick
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+fleet: model
+	@$(BIN)/python -m deploy.fleet $(ARGS)
+
+fleet-check: export KVCRUSH_FLEET = 1
+fleet-check: model
+	$(BIN)/python -m pytest tests/fleet $(ARGS)

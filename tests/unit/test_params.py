@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import pathlib
+import re
 from collections.abc import AsyncIterator, Iterator
 from types import SimpleNamespace as Namespace
 from typing import Any
@@ -935,6 +937,29 @@ def test_the_logger_adds_up_and_can_be_made_again() -> None:
     assert at("kv_bytes_held", 0, policy="none") == 3
     assert at("kv_bytes_held", 1, policy="snapkv") == 10
     assert list(COMPACTION_BUCKETS) == sorted(set(COMPACTION_BUCKETS))
+
+
+def test_all_that_may_be_counted_is_there_from_the_start() -> None:
+    """A series that begins at 1 has no first increment for rate()."""
+    config = vllm_config({"policy": "snapkv", "allow": ["snapkv", "tc8", "none"]})
+    metrics.KVCrushStatLogger(config, 6)
+    found = scraped()
+
+    def at(name: str, **labels: str) -> float:
+        return found[f"vllm_kvcrush:{name}{sorted((labels | {'model_name': MODEL}).items())}"]
+
+    for policy in ("snapkv", "tc8"):
+        for name in ("compactions_total", "tokens_evicted_total", "blocks_freed_total"):
+            assert at(name, engine="6", policy=policy) == 0
+        assert at("policy_failures_total", engine="6", policy=policy) == 0
+        assert at("compaction_seconds_count", engine="6", policy=policy) == 0
+        assert at("requests_total", policy=policy) >= 0
+    assert at("requests_total", policy="none") >= 0
+    usage = pathlib.Path("docs/usage.md").read_text(encoding="utf-8")
+    (row,) = (line for line in usage.splitlines() if "`vllm_kvcrush:refusals_total`" in line)
+    assert re.findall(r"`(\w+)`", row.split("|")[3]) == [*metrics.REFUSALS, "inactive"]
+    for reason in metrics.REFUSALS:
+        assert at("refusals_total", reason=reason) >= 0
 
 
 def test_policies_that_another_front_end_saw_are_set_too() -> None:

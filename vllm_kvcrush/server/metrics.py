@@ -25,6 +25,8 @@ from vllm_kvcrush.stats import COMPACTION_BUCKETS, REASONS
 
 _PREFIX = "vllm_kvcrush:"
 _ENGINE = ("model_name", "engine")
+# Reasons of an active server; one where the plugin is not active has "inactive" alone.
+REFUSALS = ("budget", "policy", "cap", "pool", "unknown_key", "conflict", "endpoint", "spans")
 
 
 def install() -> None:
@@ -199,21 +201,21 @@ class KVCrushStatLogger(StatLoggerBase):
         self.labels = (model_name, str(engine_index))
         # Series are made at the start, so that rate() sees their first increment.
         policy = _label(raw.get("policy"))
-        requests().labels(model_name, policy)
         self.policies = {policy, "none", *map(_label, raw.get("allow") or ())}
         for allowed in self.policies:
+            requests().labels(model_name, allowed)
             kv_bytes_held().labels(*self.labels, allowed)
             kv_bytes_raw_equivalent().labels(*self.labels, allowed)
             if allowed != "none":
-                policy_failures().labels(*self.labels, allowed)
+                for reason in REASONS if raw.get("pressure") else REASONS[:1]:
+                    compactions().labels(*self.labels, allowed, reason)
+                for counter in (tokens_evicted(), blocks_freed(), policy_failures()):
+                    counter.labels(*self.labels, allowed)
+                compaction_seconds().labels(*self.labels, allowed)
         pressure().labels(*self.labels)
         pressure_limit().labels(*self.labels).set(raw.get("pressure") or 0)
-        if policy != "none":
-            for reason in REASONS if raw.get("pressure") else REASONS[:1]:
-                compactions().labels(*self.labels, policy, reason)
-            for collector in (tokens_evicted(), blocks_freed()):
-                collector.labels(*self.labels, policy)
-            compaction_seconds().labels(*self.labels, policy)
+        for reason in REFUSALS:
+            refusals().labels(model_name, reason)
         for reason in ("shared", "no_room"):
             deferrals().labels(*self.labels, reason)
         uncompressed().labels(*self.labels)

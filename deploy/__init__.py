@@ -1,0 +1,1 @@
+"""How to run a fleet of vLLM servers with this plugin, and how to watch it (README.md)."""
