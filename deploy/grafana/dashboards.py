@@ -134,8 +134,11 @@ PREFIX = panel(
 COMPACTIONS = panel(
     "Compactions a second",
     "none",
-    "How often requests were brought back to their budgets.",
-    per_second("vllm_kvcrush:compactions_total", POLICY, "policy"),
+    "How often requests were brought back to their budgets, or gave blocks back under pressure.",
+    (
+        f"sum by (policy, reason) (rate(vllm_kvcrush:compactions_total{{{POLICY}}}{RATE}))",
+        "{{policy}}, {{reason}}",
+    ),
 )
 COST = panel(
     "Time of a compaction",
@@ -208,6 +211,18 @@ def usage(by: str) -> Panel:
         "Share of the blocks that running requests hold: the pressure to scale on.",
         (f"max by ({by}) (vllm:kv_cache_usage_perc{{{ENGINE}}})", f"{{{{{by}}}}}"),
         most=1,
+    )
+
+
+def pressure(by: str) -> Panel:
+    """Returns the panel of what requests hold and ask for, beside the limit."""
+    return panel(
+        "Pressure",
+        "percentunit",
+        "Blocks in use and asked for by the next step; beyond the limit (--kv-pressure) "
+        "requests that state no budget of their own give blocks back.",
+        (f"max by ({by}) (vllm_kvcrush:pressure{{{ENGINE}}})", f"{{{{{by}}}}}"),
+        (f"max(vllm_kvcrush:pressure_limit{{{ENGINE}}})", "limit"),
     )
 
 
@@ -299,7 +314,15 @@ FLEET: Rows = {
     "Memory": (BYTES, usage("instance"), MIX),
     "Speed": (TTFT, TPOT, TOKENS),
     "Load": (queues("instance"), PREFIX, preemptions("instance")),
-    "Compression": (RATIOS, COMPACTIONS, COST, share("instance"), EVICTED, TAKEN),
+    "Compression": (
+        RATIOS,
+        COMPACTIONS,
+        COST,
+        share("instance"),
+        EVICTED,
+        TAKEN,
+        pressure("instance"),
+    ),
     "Trouble": (REFUSALS, FAILURES, DEFERRALS),
 }
 
@@ -349,7 +372,15 @@ SERVER: Rows = {
         PREFIX,
         preemptions("engine"),
     ),
-    "Compression": (COMPACTIONS, COST, share("engine"), EVICTED, TAKEN, DEFERRALS),
+    "Compression": (
+        COMPACTIONS,
+        COST,
+        share("engine"),
+        EVICTED,
+        TAKEN,
+        DEFERRALS,
+        pressure("engine"),
+    ),
     "Trouble": (REFUSALS, FAILURES, UNCOMPRESSED),
 }
 
