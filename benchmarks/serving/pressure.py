@@ -185,17 +185,11 @@ def report(run: Run, found: dict[tuple[int, str], list[dict[str, Any]]]) -> str:
             "policy": own["policy"],
             "budget": own.get("budget", 1.0),
             "context": PROMPT + OUTPUT,
+            "task": f"closed-{at_once}",
+            "mode": mode,
         }
         for metric, (value, unit) in values.items():
-            run.add(
-                metric,
-                value,
-                unit,
-                n=len(lost),
-                context=PROMPT + OUTPUT,
-                task=f"closed-{at_once}",
-                **where,
-            )
+            run.add(metric, value, unit, n=len(lost), **where)
         lines.append([str(at_once), WHAT[mode], *(f"{value:.3g}" for value, _ in values.values())])
     return table(["at once", "engine", *values], lines)
 
