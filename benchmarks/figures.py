@@ -363,6 +363,31 @@ def serving() -> str:
     return f"{_measured_on(path)}\n\n{markdown(read(path)['rows'])}"
 
 
+def pressure() -> str:
+    """The table of what `--kv-pressure` gives up at rising load."""
+    from benchmarks.serving.pressure import WHAT
+
+    path = RESULTS / "pressure.json"
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for row in read(path)["rows"]:
+        found.setdefault((row["task"], row["mode"]), {})[row["metric"]] = row["value"]
+    lines = [
+        [
+            task.removeprefix("closed-"),
+            WHAT[mode],
+            f"{own['peak_running']:.0f}",
+            f"{own['preemptions']:.0f}",
+            f"{own['output_tokens_per_s']:.1f}",
+            f"{own['left_whole']:.0%}",
+            f"{own['delta_nll']:+.4f}",
+            f"{own['bytes_ratio']:.2f}",
+        ]
+        for (task, mode), own in found.items()
+    ]
+    head = ["requests", "engine", "at once", "preempted", "tokens/s", "whole", "loss", "× less KV"]
+    return f"{_measured_on(path)}\n\n{table(head, lines)}"
+
+
 def overhead() -> str:
     """Share of compaction by prompt length, and the cost of an idle plugin."""
     path = RESULTS / "overhead.json"
@@ -470,7 +495,7 @@ def gpu_metadata() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(summary, capacity, quality, bits, serving, overhead, kernels),
+        *(summary, capacity, quality, bits, serving, pressure, overhead, kernels),
         *(gpu_floor, gpu_metadata, gpu_memory),
     )
 }
