@@ -1,5 +1,4 @@
 // The C interface: checks what it is given, then hands the work on.
-#include <sys/mman.h>
 
 #include <cstring>
 #include <exception>
@@ -242,22 +241,4 @@ KVC_EXPORT int kvc_mask_slots(int64_t rows, int64_t n, const uint8_t *mask, cons
         while (at < width) slots[at++] = -1;
     }
     return 0;
-}
-
-KVC_EXPORT void kvc_huge_pages(void *memory, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge;
-    const uintptr_t last =
-        (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
-    if (first >= last) return;
-    void *whole = reinterpret_cast<void *>(first);
-    if (madvise(whole, last - first, MADV_HUGEPAGE) != 0) return;
-    // What is there already is moved at once; kernels before 6.1 do it when they find time.
-    constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
-    (void)madvise(whole, last - first, kCollapse);
-#else
-    (void)memory;
-    (void)bytes;
-#endif
 }

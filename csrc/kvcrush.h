@@ -246,11 +246,6 @@ int kvc_represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t 
 int kvc_mask_slots(int64_t rows, int64_t n, const uint8_t *mask, const int64_t *count,
                    int64_t *slots);
 
-/* Asks the system to back memory with huge pages, now if it can: attention over raw pages scattered
- * over 400 MB then takes a sixth less time. What is there already is copied. Nothing depends on
- * whether the system does it. */
-void kvc_huge_pages(void *memory, int64_t bytes);
-
 #ifdef __cplusplus
 }
 #endif

@@ -252,6 +252,15 @@ def _scheduler() -> Iterator[Hook]:
         "kv_cache_config kv_cache_manager max_model_len requests running vllm_config",
         why,
     )
+    why = "What the next step will ask of the pool, for --kv-pressure."
+    yield from at.reads(
+        "Scheduler", "max_num_active_reqs max_num_scheduled_tokens scheduler_config waiting", why
+    )
+    yield from _In("vllm.v1.request").reads(
+        "Request", "num_tokens_with_spec num_output_placeholders", why
+    )
+    yield from _In("vllm.config").reads("SchedulerConfig", "long_prefill_token_threshold", why)
+    yield _In("vllm.v1.core.sched.request_queue")("call", "RequestQueue.peek_request()", why)
     at = _In("vllm.v1.core.sched.async_scheduler")
     yield at("subclass", "AsyncScheduler", "The same for asynchronous scheduling.")
 

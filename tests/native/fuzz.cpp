@@ -560,7 +560,6 @@ class Case {
         if (random_.chance(40)) mask_slots();
         if (random_.chance(40)) capacity();
         if (random_.chance(40)) bad_tables();
-        if (random_.chance(2)) kvc_huge_pages(cache_.layer.pool, cache_.bytes);
         g_call = "nothing";
     }
 

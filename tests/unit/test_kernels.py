@@ -1220,12 +1220,6 @@ def test_choosing_refuses_what_cannot_be(draw: random.Random) -> None:
         cpu.window_scores(cache.layer, request, torch.zeros(2, 4, 64), [4, -1])
 
 
-def test_huge_pages_keep_the_contents() -> None:
-    tensor = torch.arange(3 * 2**20, dtype=torch.float32)
-    cpu.huge_pages(tensor)
-    assert torch.equal(tensor, torch.arange(3 * 2**20, dtype=torch.float32))
-
-
 # -- refusals -------------------------------------------------------------------------------------
 
 

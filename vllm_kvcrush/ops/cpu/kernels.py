@@ -306,11 +306,3 @@ def positions(layer: Layer, source: Source, tokens: int | Sequence[int] | Tensor
             )
         )
     return found
-
-
-def huge_pages(tensor: Tensor) -> None:
-    """Asks the system to back a tensor with huge pages, which save address translations in a
-    scattered cache: attention over raw pages (llama's heads, 8K tokens, 400 MB) takes 16 % less
-    time with them, over int4 pages 4 % less. Contents are kept; touched memory is copied at once,
-    which takes about as long as filling it did. Where the system refuses, nothing changes."""
-    LIBRARY.kvc_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.itemsize)

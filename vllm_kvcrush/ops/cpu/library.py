@@ -167,13 +167,11 @@ def _load() -> ctypes.CDLL:
         "kvc_top_mask": [_i64, _i64, _ptr, _ptr, _ptr],
         "kvc_represent": [_i64, _i64, _i64, _ptr, _ptr, _i64, _ptr, _i64],
         "kvc_mask_slots": [_i64, _i64, _ptr, _ptr, _ptr],
-        "kvc_huge_pages": [_ptr, _i64],
     }
     for name, arguments in pointers.items():
         getattr(library, name).argtypes = arguments
     library.kvc_capacity.argtypes = [_i32, _i64, _i32, _i32, _i32]
     library.kvc_capacity.restype = library.kvc_scratch_peak.restype = _i64
-    library.kvc_huge_pages.restype = None
     library.kvc_error.restype = library.kvc_isa.restype = ctypes.c_char_p
     library.kvc_use_isa.argtypes = [ctypes.c_char_p]
     return library
