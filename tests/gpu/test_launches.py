@@ -41,8 +41,9 @@ def check(found: list[launches.Launch], spills: int = 0) -> None:
     """No kernel spills, whatever it is; or no more bytes than is known."""
     for launch in {launch.hash: launch for launch in found}.values():
         facts = disassembly.facts(launch.kernel, TARGET)
-        assert facts.spills <= spills, f"{launch.name} {launch.constants} spills {facts.spills} bytes"
-        assert facts.blocks >= 1, f"{launch.name} {launch.constants} does not fit a processor"
+        said = f"{launch.name} {launch.constants}"
+        assert facts.spills <= spills, f"{said} spills {facts.spills} bytes"
+        assert facts.blocks >= 1, f"{said} does not fit a processor"
 
 
 STEPS = [
