@@ -252,5 +252,5 @@ def test_what_cannot_run_is_refused_in_a_sentence() -> None:
         with pytest.raises(ValueError, match=r"Unknown.*--attention-backend TRITON_ATTN"):
             refuse()
     good = [types.SimpleNamespace(impl=object.__new__(TritonAttentionImpl))]
-    assert backend_triton.install(good).builder is not None
+    assert backend_triton.install(good).directory is not None
     assert type(good[0].impl).__name__ == "KVCrushTritonImpl"
