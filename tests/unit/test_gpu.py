@@ -8,9 +8,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import pytest
 
@@ -33,69 +30,26 @@ def triton() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": cache}
 
 
-class Job:
-    """A process that runs beside the others from the first test on.
-
-    Args:
-        triton, more: its environment variables.
-        arguments: arguments after `python -m`.
-    """
-
-    def __init__(self, triton: dict[str, str], arguments: list[str], **more: str):
-        # Files, since nobody reads pipes until the process is over.
-        self._out = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the process)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            env=triton | more,
-            cwd=ROOT,
-            stdout=self._out,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def wait(self) -> tuple[int, str]:
-        """Returns the exit status and what was printed."""
-        status = self._process.wait()
-        self._out.seek(0)
-        return status, self._out.read()
-
-    def end(self) -> None:
-        """Ends the process if it is still running."""
-        self._process.kill()
-        self._process.wait()
-        self._out.close()
+RUNS = {
+    "interpreted": (["tests/gpu"], {"TRITON_INTERPRET": "1"}),
+    "compiled": (["tests/gpu/test_launches.py"], {}),
+}
 
 
-class Jobs(NamedTuple):
-    """The processes of these tests."""
-
-    interpreted: Job
-    compiled: Job
-
-
-@pytest.fixture(scope="module")
-def jobs(triton: dict[str, str]) -> Iterator[Jobs]:
-    """Starts the processes at the same time, since each uses one core."""
-    tests = ["pytest", "-q", "-p", "no:cacheprovider"]
-    known = {"KVCRUSH_GPU_TESTS": "1"}
-    started = Jobs(
-        Job(triton, [*tests, "tests/gpu", "--durations=20"], TRITON_INTERPRET="1", **known),
-        Job(triton, [*tests, "tests/gpu/test_launches.py", "--durations=20"], **known),
-    )
-    yield started
-    for job in started:
-        job.end()
-
-
-@pytest.mark.parametrize("name", ["interpreted", "compiled"])
-def test_kernels(jobs: Jobs, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_kernels(triton: dict[str, str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs the kernels in the interpreter, against plain torch, and compiles them: as an engine
     launches them, and a sample of `python -m benchmarks.gpu`."""
-    status, printed = getattr(jobs, name).wait()
+    paths, more = RUNS[name]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
+    environment = triton | {"KVCRUSH_GPU_TESTS": "1"} | more
+    done = subprocess.run(
+        [*command, "--durations=20"], env=environment, cwd=ROOT, capture_output=True, text=True
+    )
     with capsys.disabled():
-        summary = (printed.strip().splitlines() or ["no output"])[-1]
+        summary = (done.stdout.strip().splitlines() or ["no output"])[-1]
         print(f"\ntests/gpu, {name}: {summary}")
-    assert status == 0, printed
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_device_benchmark_runs_dry(triton: dict[str, str], tmp_path: pathlib.Path) -> None:
