@@ -555,9 +555,10 @@ class KVCrushSchedulerMixin(_Base):
         held = num_computed_tokens - self._manager.slot_shift.get(request.request_id, 0)
         if self._tracked[request.request_id].params.elastic:
             # Ends it where the pool does: then others, or this one, give blocks back.
+            # Blocks that a new request found in the prefix cache may be among the free ones.
             pool, size = self.kv_cache_manager.block_pool, self._manager.block_size
-            known = max(self._num_blocks(request.request_id), cdiv(held, size))
-            room = (known + pool.get_num_free_blocks()) * size - held
+            own = self._num_blocks(request.request_id)
+            room = (own + pool.get_num_free_blocks()) * size - held
             return min(num_new_tokens, room) if room > 0 else num_new_tokens
         limit = num_computed_tokens + num_new_tokens
         stop = plan.next_compaction(num_computed_tokens, held, limit)
