@@ -17,6 +17,8 @@
 # make fleet   set up, then two replicas, nginx, HAProxy, Prometheus and Alertmanager as processes,
 #              from the files of deploy/ (make fleet ARGS="--kv-budget=0.5"); make fleet-check runs
 #              the tests of such a fleet, a quarter of an hour
+# make chaos   set up, then five minutes of a fleet in which things go wrong, under load (make chaos
+#              ARGS="--minutes 60 --seed 7"); a table, and build/chaos.json
 # make figures draw the pictures and fill the tables from benchmarks/results/*.json
 # make clean   remove what the others made, except .venv and the model
 
@@ -31,7 +33,7 @@ export VLLM_KVCRUSH_CACHE ?= $(CURDIR)/.cache
 # processes would compile everything anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup model serve test test-all lint sanitize soak bench bench-gpu figures fleet fleet-check clean
+.PHONY: help setup model serve test test-all lint sanitize soak bench bench-gpu figures fleet fleet-check chaos clean
 .DEFAULT_GOAL := help
 
 help:
@@ -89,3 +91,6 @@ fleet: model
 fleet-check: export KVCRUSH_FLEET = 1
 fleet-check: model
 	$(BIN)/python -m pytest tests/fleet $(ARGS)
+
+chaos: model
+	$(BIN)/python -m tests.chaos $(ARGS)

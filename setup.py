@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -19,25 +20,51 @@ from setuptools.errors import CompileError
 
 SOURCE = pathlib.Path("csrc")
 KERNELS = SOURCE / "kernels.cpp"
+# Kernels that leave to those of the instruction set below what they do not do better.
+MATRIX = SOURCE / "matrix.cpp"
 FLAGS = [
     *("-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", f"-I{SOURCE}"),
     *("-fno-math-errno", "-fno-trapping-math", "-fno-tree-reassoc", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Wno-psabi"),
 ]
 # The kernels are compiled once for each instruction set; the library chooses when it is loaded.
+AVX2 = "-mavx2 -mfma -mf16c"
+# GCC warns about its own AVX-512 headers.
+AVX512 = (
+    f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni"
+    " -Wno-uninitialized -Wno-maybe-uninitialized"
+)
+
+BF16 = f"{AVX512} -mavx512bf16 -DKVC_BELOW=kAvx512"
+EMULATE = f"{AVX2} -DKVC_EMULATED"
+
+
+class Unit(NamedTuple):
+    """What an instruction set is compiled from, the table that it fills, and with which flags."""
+
+    source: pathlib.Path
+    table: str
+    flags: str
+
+
 ISAS = {
     "x86_64": {
-        "avx2": ("kAvx2", "-mavx2 -mfma -mf16c"),
-        "avx512": (
-            "kAvx512",
-            # GCC warns about its own AVX-512 headers.
-            "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni"
-            " -Wno-uninitialized -Wno-maybe-uninitialized",
-        ),
+        "avx2": Unit(KERNELS, "kAvx2", AVX2),
+        "avx512": Unit(KERNELS, "kAvx512", AVX512),
+        "avx512bf16": Unit(MATRIX, "kAvx512Bf16", BF16),
+        "amx": Unit(MATRIX, "kAmx", f"{BF16} -DKVC_TILES"),
     },
-    "aarch64": {"neon": ("kNeon", "-DKVC_NEON")},
+    "aarch64": {"neon": Unit(KERNELS, "kNeon", "-DKVC_NEON")},
 }
 ISAS["arm64"] = ISAS["aarch64"]
+# Sets that do in plain C++ what most CPUs lack: for tests, and only built where they are named.
+EMULATED = {
+    "x86_64": {
+        "avx512_emulated": Unit(KERNELS, "kAvx512Emulated", EMULATE),
+        "avx512bf16_emulated": Unit(MATRIX, "kAvx512Bf16Emulated", f"{EMULATE} -DKVC_BELOW=kAvx2"),
+        "amx_emulated": Unit(MATRIX, "kAmxEmulated", f"{EMULATE} -DKVC_BELOW=kAvx2 -DKVC_TILES"),
+    }
+}
 # Names in this variable leave the other instruction sets out: sanitizers make them slow to compile,
 # and what this CPU lacks would not be run.
 ONLY = "KVCRUSH_BUILD_ISAS"
@@ -50,20 +77,35 @@ def target() -> str:
     return asked.stdout.partition("-")[0] or platform.machine()
 
 
+def knows_tiles(flags: str) -> bool:
+    """Returns whether compiler and assembler know the instructions of AMX, and says so if not."""
+    command = [*compiler(), *flags.split(), "-x", "c++", "-c", "-", "-o", os.devnull]
+    source = b'void f() { asm("tilerelease"); }'
+    known = subprocess.run(command, input=source, stderr=subprocess.DEVNULL).returncode == 0
+    if not known:
+        print(f"{compiler()[0]} does not know AMX and AVX-512 BF16: their kernels are left out")
+    return known
+
+
 def units() -> list[tuple[pathlib.Path, str, list[str]]]:
     """Returns the translation units: source, name of the object file, and further flags."""
     known = ISAS.get(target(), {})
     wanted = os.environ.get(ONLY, " ".join(known)).split()
-    isas = {"baseline": ("kBaseline", ""), **{n: own for n, own in known.items() if n in wanted}}
-    without = [f"-DKVC_WITHOUT_{isa.upper()}" for isa in known if isa not in isas]
-    plain = [(path, path.stem, without) for path in sorted(SOURCE.glob("*.cpp")) if path != KERNELS]
-    return plain + [
+    everything = {**known, **EMULATED.get(target(), {})}
+    isas = {
+        name: unit
+        for name, unit in everything.items()
+        if name in wanted and (unit.source != MATRIX or knows_tiles(unit.flags))
+    }
+    without = [f"-DKVC_WITHOUT_{isa.upper()}" for isa in everything if isa not in isas]
+    plain = set(SOURCE.glob("*.cpp")) - {KERNELS, MATRIX}
+    return [(path, path.stem, without) for path in sorted(plain)] + [
         (
-            KERNELS,
+            unit.source,
             f"kernels-{isa}",
-            [f"-DKVC_NAMESPACE={isa}", f"-DKVC_TABLE={table}", *flags.split()],
+            [f"-DKVC_NAMESPACE={isa}", f"-DKVC_TABLE={unit.table}", *unit.flags.split()],
         )
-        for isa, (table, flags) in isas.items()
+        for isa, unit in {"baseline": Unit(KERNELS, "kBaseline", ""), **isas}.items()
     ]
 
 

@@ -21,7 +21,8 @@ FOLDER = RESULTS / "quick"
 
 
 def measured(name: str, restart: bool) -> str:
-    """The benchmark's own tables, measured now unless that was done with this code before."""
+    """Returns the benchmark's own tables, measured now unless that was done with this code
+    before."""
     result, tables = FOLDER / f"{name}.json", FOLDER / f"{name}.md"
     known = not restart and result.exists() and tables.exists()
     if known and json.loads(result.read_text()).get("sources") == sources():

@@ -4,8 +4,8 @@
 
 draws `docs/figures/*.svg` from `benchmarks/results/*.json`, fills the tables between
 `<!-- NAME -->` and `<!-- /NAME -->` in README.md and benchmarks/README.md from the same files,
-writes `benchmarks/results/gpu_compile.md`, and draws `docs/plan.svg` from the plan itself. A test
-fails when any of them disagree.
+writes `benchmarks/results/gpu_compile.md` and `docs/policies.md`, and draws `docs/plan.svg` from
+the plan itself. A test fails when any of them disagree.
 """
 
 from __future__ import annotations
@@ -16,36 +16,23 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from benchmarks.pictures import SHOWN, beside, panels, rows
+from benchmarks.pictures import kernels as kernels_picture
+from benchmarks.pictures import quality as quality_picture
 from benchmarks.plan_picture import picture as plan_picture
 from benchmarks.report import RESULTS, ROOT, Row, read, table
 
 FIGURES = ROOT / "docs" / "figures"
 GPU_PAGE = RESULTS / "gpu_compile.md"
+POLICIES_PAGE = ROOT / "docs" / "policies.md"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "gpu.md")
-OURS = (
-    "auto",
-    "int8",
-    "int4",
-    "tc4",
-    "tc6",
-    "tc8",
-    "mikv",
-    "kvcrush",
-    "snapkv",
-    "h2o",
-    "streaming",
-)
-MODE_NAMES = {"question_before": "question seen before", "question_after": "question after"}
-
-
-def rows(path: pathlib.Path, **where: Any) -> list[Row]:
-    """Rows of a result file whose columns have these values."""
-    return [r for r in read(path)["rows"] if all(r[k] == v for k, v in where.items())]
 
 
 def digest(path: pathlib.Path) -> str:
-    """What a picture says that it was drawn from."""
-    return f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    """Returns what a picture says that it was drawn from: a result file and those beside it."""
+    return ", ".join(
+        f"{p.name} sha256 {hashlib.sha256(p.read_bytes()).hexdigest()[:16]}" for p in beside(path)
+    )
 
 
 # -- pictures -----------------------------------------------------------------------------------
@@ -66,67 +53,12 @@ def draw(name: str, result: pathlib.Path, target: pathlib.Path) -> pathlib.Path 
     return target
 
 
-def _panels(count: int, sharey: bool = True) -> tuple[Any, list[Any]]:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, count, figsize=(4.4 * count, 3.6), sharey=sharey, layout="constrained", squeeze=False
-    )
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="#ddd", linewidth=0.6)
-    return figure, list(axes[0])
-
-
-def _quality(result: pathlib.Path) -> Any:
-    """Gold NLL against bytes held, one line a policy, the full cache as a line across."""
-    found = rows(result, task="all")
-    places = sorted({(r["context"], r["mode"]) for r in found if r["metric"] == "delta_nll"})
-    if not places:
-        return None
-    figure, axes = _panels(len(places))
-    for axis, (context, mode) in zip(axes, places, strict=True):
-        here = [r for r in found if r["context"] == context and r["mode"] == mode]
-        value = {(r["policy"], r["budget"], r["metric"]): r for r in here}
-        names = sorted({r["policy"] for r in here if r["budget"] != 1.0}, key=_ours_first)
-        for name in names:
-            points = sorted(
-                (
-                    (100 / value[name, b, "bytes_ratio"]["value"], r)
-                    for (p, b, metric), r in value.items()
-                    if p == name and metric == "delta_nll" and b != 1.0
-                ),
-                key=lambda point: point[0],
-            )
-            if not points:
-                continue
-            x, y = [p for p, _ in points], [r["value"] for _, r in points]
-            style = PEER_STYLE if "/" in name else {"linewidth": 1.8, "marker": "o"}
-            (line,) = axis.plot(x, y, label=name, markersize=4, **style)
-            if "/" not in name and all(r["low"] is not None for _, r in points):
-                low, high = [r["low"] for _, r in points], [r["high"] for _, r in points]
-                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
-        axis.axhline(0, color="#444", linewidth=1, label="full cache")
-        axis.set_title(f"{context} tokens, {MODE_NAMES[mode]} compaction", fontsize=8)
-        axis.set_xlabel("KV bytes held, % of raw (metadata counted)")
-    axes[0].set_ylabel("gold NLL lost, nats a token")
-    figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    return figure
-
-
-PEER_STYLE = {"linewidth": 0.9, "linestyle": "--", "marker": "."}
-
-
-def _ours_first(name: str) -> tuple[bool, int, str]:
-    # Peers' names are PROJECT/METHOD.
-    return ("/" in name, OURS.index(name) if name in OURS else len(OURS), name)
-
-
 def _serving(result: pathlib.Path) -> Any:
-    """Peak running requests and tokens a second of each workload, plain and policy."""
+    """Draws peak running requests and tokens a second of each workload, plain and with the
+    policy."""
     metrics = (("peak_running", "peak running requests"), ("output_tokens_per_s", "tokens / s"))
     found = rows(result)
-    figure, axes = _panels(len(metrics), sharey=False)
+    figure, axes = panels(len(metrics), sharey=False)
     loads = list(
         dict.fromkeys((r["task"], r["mode"]) for r in found if r["metric"] == "peak_running")
     )
@@ -152,9 +84,9 @@ def _serving(result: pathlib.Path) -> Any:
 
 
 def _overhead(result: pathlib.Path) -> Any:
-    """Share of a request's time that its compactions take, by prompt length."""
+    """Draws the share of a request's time that its compactions take, by prompt length."""
     found = rows(result, metric="compaction_share")
-    figure, (axis,) = _panels(1)
+    figure, (axis,) = panels(1)
     for name in dict.fromkeys(r["policy"] for r in found):
         mine = sorted((r for r in found if r["policy"] == name), key=lambda r: r["context"])
         x, y = [r["context"] for r in mine], [100 * r["value"] for r in mine]
@@ -165,35 +97,11 @@ def _overhead(result: pathlib.Path) -> Any:
     return figure
 
 
-def _kernels(result: pathlib.Path) -> Any:
-    """Speed-up over vLLM's bf16 kernel by context length, one panel a shape and thread count."""
-    found = rows(result, metric="speedup_vs_vllm_bf16", task="decode")
-    modes = list(dict.fromkeys(r["mode"] for r in found))
-    if not modes:
-        return None
-    figure, axes = _panels(len(modes))
-    for axis, mode in zip(axes, modes, strict=True):
-        here = [r for r in found if r["mode"] == mode]
-        for name in dict.fromkeys(r["policy"] for r in here):
-            mine = sorted((r for r in here if r["policy"] == name), key=lambda r: r["context"])
-            x, y = [r["context"] for r in mine], [r["value"] for r in mine]
-            axis.plot(x, y, marker="o", markersize=4, label=name)
-        axis.set(xlabel="context tokens", xscale="log", yscale="log")
-        axis.set_title(mode.replace(",", ", "), fontsize=8)
-        contexts = sorted({r["context"] for r in here})
-        axis.set_xticks(contexts, [str(c) for c in contexts])
-        axis.set_xticks([], minor=True)
-        axis.yaxis.set_major_formatter("{x:g}")
-    axes[0].set_ylabel("× faster than vLLM's bf16 kernel")
-    figure.legend(*axes[-1].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    return figure
-
-
 DRAW: dict[str, Callable[[pathlib.Path], Any]] = {
-    "quality": _quality,
+    "quality": quality_picture,
     "serving": _serving,
     "overhead": _overhead,
-    "kernels": _kernels,
+    "kernels": kernels_picture,
 }
 
 
@@ -201,7 +109,8 @@ DRAW: dict[str, Callable[[pathlib.Path], Any]] = {
 
 
 def fill(page: str, parts: dict[str, str]) -> str:
-    """`page` with every part between its markers. Raises ValueError for a marker without part."""
+    """Returns `page` with every part between its markers. Raises ValueError for a marker without
+    part."""
 
     def put(match: re.Match[str]) -> str:
         name = match[1]
@@ -213,7 +122,7 @@ def fill(page: str, parts: dict[str, str]) -> str:
 
 
 def outdated(page: pathlib.Path, parts: dict[str, str]) -> bool:
-    """Whether a page's tables are not those of the results."""
+    """Returns whether a page's tables are not those of the results."""
     text = page.read_text()
     return fill(text, parts) != text
 
@@ -229,7 +138,7 @@ def undrawn(names: Iterable[str] = DRAW) -> list[str]:
 
 
 def _value(found: list[Row], digits: int = 2, sign: bool = False) -> str:
-    """The single row's value with its interval; a dash if there is none."""
+    """Returns the single row's value with its interval; a dash if there is none."""
     if not found:
         return "–"
     (r,) = found
@@ -259,8 +168,12 @@ PICKED = (
     ("auto", 0.25, "long"),
     ("auto", 0.125, "long"),
     ("tc8", 0.125, "long"),
-    ("kvcrush", 0.5, "quality"),
-    ("kvpress/keydiff", 0.5, "quality"),
+    ("auto", 0.0625, "quality"),
+    ("surfacelogic(keydiff)@tc8", 0.0625, "quality"),
+    ("surfacelogic(keydiff)", 0.25, "quality"),
+    ("kvcrush", 0.25, "quality"),
+    ("snapkv", 0.25, "quality"),
+    ("kvpress/keydiff", 0.25, "quality"),
 )
 
 
@@ -303,7 +216,8 @@ def summary() -> str:
 
 
 def bits() -> str:
-    """What fewer bits lose: the quality benchmark on policies that keep every token."""
+    """Returns the table of what fewer bits lose: the quality benchmark on policies that keep every
+    token."""
     from benchmarks.quality.summary import tables
 
     paths = [RESULTS / f"{name}.json" for name in ("bits", "long", "longest")]
@@ -311,7 +225,7 @@ def bits() -> str:
 
 
 def capacity() -> str:
-    """One sentence about a fixed pool, for README."""
+    """Returns one sentence about a fixed pool, for README."""
     path = RESULTS / "serving.json"
     loads = {r["mode"]: r for r in rows(path, task="long_prompt", metric="ratio_peak_running")}
     mode, ratio = max(loads.items(), key=lambda pair: pair[1]["value"])
@@ -328,35 +242,35 @@ def capacity() -> str:
 
 
 def quality() -> str:
-    """All of the quality benchmark's tables."""
+    """Returns the tables of what README's picture shows, and of all that was measured with it: what
+    evicts on top of fewer bits."""
+    from benchmarks.quality.overview import overview
     from benchmarks.quality.summary import tables
 
     path = RESULTS / "quality.json"
     found = read(path)["rows"]
-    lines = [
+    shown = [r for r in found if r["policy"] in {"none", *SHOWN} or "/" in r["policy"]]
+    return "\n".join(
         [
-            r["policy"],
-            r["metric"].removeprefix("delta_nll_vs_"),
-            r["mode"],
-            f"{r['budget']:g}",
-            str(r["n"]),
-            _value([r], 3, sign=True),
-            "none"
-            if r["low"] is None or r["low"] <= 0 <= r["high"]
-            else "better"
-            if r["value"] < 0
-            else "worse",
+            _measured_on(path),
+            tables(shown),
+            "\n### One line each\n",
+            "Lost nats a token; behind each codec's name its budget.\n",
+            overview(found),
         ]
-        for r in found
-        if r["metric"].startswith("delta_nll_vs_")
-    ]
-    header = ["policy", "against", "mode", "budget", "items", "NLL difference (95 %)", "is"]
-    parts = [_measured_on(path), tables(found), "\n### Paired by item\n", table(header, lines)]
-    return "\n".join(parts)
+    )
+
+
+def methods() -> str:
+    """Returns one line for every method."""
+    from benchmarks.quality.overview import overview
+
+    path = RESULTS / "methods.json"
+    return f"{_measured_on(path)}\n\n{overview(read(path)['rows'])}"
 
 
 def serving() -> str:
-    """The serving benchmark's table."""
+    """Returns the serving benchmark's table."""
     from benchmarks.serving.results import markdown
 
     path = RESULTS / "serving.json"
@@ -364,7 +278,7 @@ def serving() -> str:
 
 
 def pressure() -> str:
-    """The table of what `--kv-pressure` gives up at rising load."""
+    """Returns the table of what `--kv-pressure` gives up at rising load."""
     from benchmarks.serving.pressure import WHAT
 
     path = RESULTS / "pressure.json"
@@ -389,7 +303,8 @@ def pressure() -> str:
 
 
 def overhead() -> str:
-    """Share of compaction by prompt length, and the cost of an idle plugin."""
+    """Returns the tables of compaction's share by prompt length and of the cost of an idle
+    plugin."""
     path = RESULTS / "overhead.json"
     found = rows(path, metric="compaction_share")
     names = list(dict.fromkeys(r["policy"] for r in found))
@@ -430,7 +345,8 @@ def overhead() -> str:
 
 
 def kernels() -> str:
-    """Speed-up over vLLM's bf16 kernel, and share of the memory's speed."""
+    """Returns the table of speed-ups over vLLM's bf16 kernel and of the share of the memory's
+    speed."""
     path = RESULTS / "kernels.json"
     found = rows(path)
     modes = list(dict.fromkeys(r["mode"] for r in found if r["metric"] == "bandwidth_share"))
@@ -492,24 +408,88 @@ def gpu_metadata() -> str:
     return table(head, lines)
 
 
+def pitfalls() -> str:
+    """Returns the table of what policies do to instructions: left to them, by share, protected."""
+    path = RESULTS / "pitfalls.json"
+    found = {(r["policy"], r["mode"], r["task"], r["metric"]): r for r in rows(path)}
+    tasks, ways = ("conflict", "system_rule", "system_secret"), ("plain", "fair", "protected")
+
+    def cells(policy: str, task: str, metric: str) -> list[str]:
+        at = [found.get((policy, way, task, metric)) for way in ways]
+        if metric == "rule_kept":
+            return ["-" if r is None else f"{r['value'] * r['n']:.0f}/{r['n']}" for r in at]
+        return ["-" if r is None else f"{r['value']:+.1f}" for r in at]
+
+    lines = []
+    for policy in dict.fromkeys(r["policy"] for r in rows(path, mode="fair")):
+        kept = (" ".join(cells(policy, task, "rule_kept")) for task in tasks)
+        lost = (" ".join(cells(policy, task, "delta_nll")) for task in ("system_rule", "neutral"))
+        lines.append([f"`{policy}`", *kept, *lost])
+    head = ["policy", *(f"{task}: kept" for task in tasks), "system_rule: loss", "neutral: loss"]
+    return f"{_measured_on(path)}\n\n{table(head, lines)}"
+
+
 PARTS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(summary, capacity, quality, bits, serving, pressure, overhead, kernels),
-        *(gpu_floor, gpu_metadata, gpu_memory),
+        *(summary, capacity, quality, methods, bits, serving, pressure, overhead, kernels),
+        *(gpu_floor, gpu_metadata, gpu_memory, pitfalls),
     )
 }
 
 
 def gpu_page() -> str:
-    """What GPU_PAGE says: tables of what the GPU kernels compile to."""
+    """Returns what GPU_PAGE says: tables of what the GPU kernels compile to."""
     from benchmarks.gpu.tables import page
 
     return page(read(GPU_PAGE.with_suffix(".json")))
 
 
+def policies_page() -> str:
+    """What POLICIES_PAGE says: each policy by its docstring, with what was measured of it."""
+    from vllm_kvcrush.policies import BUILT_IN
+    from vllm_kvcrush.tools import policies
+
+    path = RESULTS / "policies.json"
+    head = (
+        "# Policies\n\nWritten by `make figures` from the docstrings and what was measured "
+        "(`python -m benchmarks.policies`); `vllm-kvcrush policies NAME` prints the same, of "
+        "installed packages too. [A policy of your own](own_policy.md) takes 20 lines."
+    )
+    figures: dict[str, dict[str, str]] = {}
+    cost = rows(path, metric="compaction_s") if path.exists() else []
+    lost = rows(path, metric="delta_nll") if path.exists() else []
+    if cost:
+        figures["ms"] = {r["policy"]: f"{1000 * r['value']:.1f}" for r in cost}
+        head += (
+            f"\n\n*ms*: processor time of a layer, scores and choice, at {cost[0]['context']} "
+            f"tokens, copies included, one thread. {_measured_on(path)}"
+        )
+    for row in rows(path, metric="prefill_s") if path.exists() else []:
+        head += (
+            f" The prefill of these tokens, in transformers, takes {row['value']:.0f} s of "
+            f"processor time: {10 * row['value'] / row['layers']:.1f} ms a layer are 1 % of that."
+        )
+    for budget in sorted({r["budget"] for r in lost}, reverse=True):
+        figures[f"loss at {budget:g}"] = {
+            r["policy"]: f"{r['value']:+.2f}" for r in lost if r["budget"] == budget
+        }
+    if lost:
+        variants = [
+            f"`{r['policy']}` {r['value']:+.2f} at {r['budget']:g}"
+            for r in lost
+            if "(" in r["policy"]
+        ]
+        head += (
+            f"\n\n*Loss*: nats a token over the full cache's, one compaction at "
+            f"{lost[0]['context']} tokens before the question, offline, {lost[0]['n']} items. "
+            f"Small differences are chance. {'; '.join(variants)}."
+        )
+    return f"{head}\n\n{policies.page(BUILT_IN, figures)}"
+
+
 def parts() -> dict[str, str]:
-    """All generated texts by name."""
+    """Returns all generated texts by name."""
     return {name: make() for name, make in PARTS.items()}
 
 
@@ -517,6 +497,7 @@ def main() -> None:
     """Rewrites pictures and tables."""
     (ROOT / "docs" / "plan.svg").write_text(plan_picture())
     GPU_PAGE.write_text(gpu_page())
+    POLICIES_PAGE.write_text(policies_page())
     for name in DRAW:
         draw(name, RESULTS / f"{name}.json", FIGURES / f"{name}.svg")
     filled = parts()

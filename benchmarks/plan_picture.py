@@ -6,7 +6,7 @@ from vllm_kvcrush.plan import Plan, cdiv
 
 
 def picture() -> str:
-    """SVG: blocks held against tokens computed, raw and under a budget of 0.25."""
+    """Returns an SVG: blocks held against tokens computed, raw and under a budget of 0.25."""
     prompt, total, size = 6144, 7680, 32
     plan = Plan(0.25, prompt, size)
     held = peak = 0

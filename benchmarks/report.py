@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor, threads and commit."""
+    """Returns the versions, processor, threads and commit."""
 
     def installed(name: str) -> str | None:
         try:
@@ -63,7 +63,8 @@ def environment() -> dict[str, Any]:
 
 
 def sources() -> str:
-    """A digest of the code that produces results: figures of two versions are never mixed."""
+    """Returns a digest of the code that produces results: figures of two versions are never
+    mixed."""
     digest = hashlib.sha256()
     for folder in ("vllm_kvcrush", "benchmarks"):
         for path in sorted((ROOT / folder).rglob("*")):
@@ -73,22 +74,24 @@ def sources() -> str:
 
 
 def row(metric: str, value: float | None, unit: str, n: int = 1, **where: Any) -> Row:
-    """One measurement in long form; no value: it could not be made, and `mode` says why. Raises
-    ValueError for a column that the schema lacks."""
+    """Returns one measurement in long form. Without a value it could not be made, and `mode` says
+    why. Raises ValueError for a column that the schema lacks."""
     if unknown := where.keys() - set(WHERE):
         raise ValueError(f"no such column: {', '.join(sorted(unknown))}")
     return {**dict.fromkeys(WHERE), "metric": metric, "value": value, "unit": unit, "n": n, **where}
 
 
 def codec(policy: str) -> str:
-    """What a policy stores the tokens in that it compresses, for the column of that name."""
+    """Returns what a policy stores the tokens in that it compresses, for the column of that
+    name."""
     from vllm_kvcrush import spec
 
     return "raw" if policy == "none" else "+".join(spec.storage(spec.parse(policy)).codecs) or "raw"
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
-    """The flags that all benchmarks have, with the first line of `doc` as description."""
+    """Returns a parser of the flags that all benchmarks have, with the first line of `doc` as
+    description."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {_module()}",
         description=doc.strip().split("\n")[0],
@@ -152,11 +155,11 @@ class Run:
             say(f"going on after {len(whole)} finished steps (--restart measures all anew)")
 
     def has(self, step: str) -> bool:
-        """Whether an earlier, killed run finished this step."""
+        """Returns whether an earlier, killed run finished this step."""
         return step in self._known
 
     def step(self, step: str, measure: Callable[[], Any]) -> Any:
-        """The step's result (anything JSON can hold): an earlier run's, or measured now."""
+        """Returns the step's result (anything JSON can hold): an earlier run's, or measured now."""
         if step not in self._known:
             result = measure()
             with self._parts.open("a") as out:
@@ -193,7 +196,7 @@ def write(path: pathlib.Path, rows: Sequence[Row], **extra: Any) -> None:
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:
-    """A result file. Raises ValueError if it has another schema."""
+    """Returns the contents of a result file. Raises ValueError if it has another schema."""
     result = json.loads(path.read_text())
     if result.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {result.get('schema')}, this code reads {SCHEMA}")
@@ -230,14 +233,15 @@ def say(line: str) -> None:
 
 
 def progress(iterable: Iterable[Any] | None, label: str, total: int | None = None) -> Any:
-    """A progress bar on stderr around `iterable`, or, without one, to `update()` by hand."""
+    """Returns a progress bar on stderr around `iterable`, or, without one, to `update()` by
+    hand."""
     from tqdm import tqdm
 
     return tqdm(iterable, desc=label, total=total, file=sys.stderr, dynamic_ncols=True)
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Returns a Markdown table."""
     rows = [header, ["---"] * len(header), *lines]
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)
 
@@ -245,8 +249,8 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 def interval(
     values: Sequence[float], resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float | None, float | None]:
-    """Mean and percentile bootstrap interval of `values`, always with the same resamples. One
-    value has no interval. Raises ValueError if there are none."""
+    """Returns the mean and percentile bootstrap interval of `values`, always with the same
+    resamples. One value has no interval. Raises ValueError if there are none."""
     x = np.asarray(values, dtype=np.float64)
     if not len(x):
         raise ValueError("no values to average")
@@ -258,6 +262,6 @@ def interval(
 
 
 def median(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, smallest and largest of repeated measurements."""
+    """Returns the median, smallest and largest of repeated measurements."""
     x = np.asarray(values, dtype=np.float64)
     return float(np.median(x)), float(x.min()), float(x.max())

@@ -1,6 +1,6 @@
 // The C interface: checks what it is given, then hands the work on.
 
-#include <cstring>
+#include <algorithm>
 #include <exception>
 
 #include "calls.h"
@@ -188,7 +188,7 @@ KVC_EXPORT int kvc_window_scores(const kvc_layer *given, const kvc_source *sourc
             return fail("a window of %d queries in a tail of %d tokens", scoring->window,
                         source->tail_length);
         if (scoring->pool < 1 || scoring->pool % 2 == 0 || scoring->reduce < 0 ||
-            scoring->reduce > 2)
+            scoring->reduce > 3)
             return fail("pool %d, reduce %d", scoring->pool, scoring->reduce);
         return window_scores(layer, *source, query, query_dtype, head_stride, row_stride, *scoring,
                              candidates, out);
@@ -219,6 +219,77 @@ KVC_EXPORT int kvc_represent(int64_t bit_heads, int64_t units, int64_t unit, con
         if (!represent(bit_heads, units, unit, bits, anchor, heads, mask, count))
             return fail("cannot pick %lld representatives beside the important ones of %lld units",
                         static_cast<long long>(count), static_cast<long long>(units));
+        return 0;
+    });
+}
+
+static int check_keys(const kvc_keys &keys) {
+    if (kernels() == nullptr) return fail("KVCRUSH_ISA names no kernels that this CPU has");
+    if (!good_heads(keys.size) || keys.heads < 0 || keys.slots < 0 ||
+        keys.slots > INT64_MAX / (4 * int64_t{kMaxHead}) || keys.stride < keys.slots * keys.size)
+        return fail("%lld keys of %d channels in %d heads, %lld floats apart",
+                    static_cast<long long>(keys.slots), keys.size, keys.heads,
+                    static_cast<long long>(keys.stride));
+    return 0;
+}
+
+KVC_EXPORT int kvc_nearest_kept(const kvc_keys *keys, const uint8_t *gone, const uint8_t *kept,
+                                int64_t *target, float *cosine) {
+    return guarded([&] {
+        if (check_keys(*keys) != 0) return -1;
+        for (int64_t h = 0, n = keys->slots; h < keys->heads; ++h)
+            if (!nearest_kept(n, keys->size, keys->data + h * keys->stride, gone + h * n,
+                              kept + h * n, target + h * n, cosine + h * n))
+                return no_memory();
+        return 0;
+    });
+}
+
+KVC_EXPORT int kvc_redundancy(const kvc_keys *keys, const int64_t *counts, float threshold,
+                              float *out) {
+    return guarded([&] {
+        if (check_keys(*keys) != 0) return -1;
+        if (!(threshold >= 0))
+            return fail("a threshold of %g is not 0 or more", static_cast<double>(threshold));
+        for (int64_t h = 0, n = keys->slots; h < keys->heads; ++h) {
+            if (counts[h] < 0 || counts[h] > n)
+                return fail("%lld keys of a head among %lld slots",
+                            static_cast<long long>(counts[h]), static_cast<long long>(n));
+            float *own = out + h * n;
+            if (!redundancy(counts[h], keys->size, keys->data + h * keys->stride, threshold, own))
+                return no_memory();
+            std::fill(own + counts[h], own + n, 0.0f);
+        }
+        return 0;
+    });
+}
+
+KVC_EXPORT int kvc_merge(const kvc_keys *x, const int64_t *target, const float *weight,
+                         float *out) {
+    return guarded([&] {
+        if (check_keys(*x) != 0) return -1;
+        const int64_t n = x->slots;
+        for (int64_t i = 0; i < x->heads * n; ++i)
+            if (target[i] < 0 || target[i] >= n)
+                return fail("slot %lld is not among %lld", static_cast<long long>(target[i]),
+                            static_cast<long long>(n));
+        const bool done = each(x->heads, 0, x->heads * n < 1024, [&](int64_t h, uint8_t *) {
+            merge(n, x->size, x->data + h * x->stride, target + h * n, weight + h * n,
+                  out + h * n * x->size);
+        });
+        return done ? 0 : no_memory();
+    });
+}
+
+KVC_EXPORT int kvc_spread(int32_t heads, int64_t slots, int32_t size, const uint8_t *kept,
+                          const float *part, int64_t width, float *values) {
+    return guarded([&] {
+        if (heads < 0 || slots < 0 || !good_heads(size) || width < 1)
+            return fail("values of %d channels of %lld slots in %d heads over %lld slots", size,
+                        static_cast<long long>(slots), heads, static_cast<long long>(width));
+        for (int64_t h = 0; h < heads; ++h)
+            spread(slots, size, kept + h * slots, part + h * slots, width,
+                   values + h * slots * size);
         return 0;
     });
 }

@@ -36,7 +36,8 @@ int check_layer(const kvc_layer *given, Layer &layer) {
     static_cast<kvc_layer &>(layer) = *given;
     if (kernels() == nullptr)
         return fail(
-            "KVCRUSH_ISA=%s is not one of baseline, avx2, avx512 and neon that this CPU has",
+            "KVCRUSH_ISA=%s is not one of baseline, avx2, avx512, avx512bf16, amx and neon that "
+            "this CPU has",
             std::getenv("KVCRUSH_ISA"));
     if (!good_heads(layer.k_size) || !good_heads(layer.v_size))
         return fail("head sizes %d and %d: both must be multiples of 8, at most %d", layer.k_size,

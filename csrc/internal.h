@@ -70,6 +70,19 @@ struct Layer : kvc_layer {
 // into ranges of this many strips, so that the result depends on neither threads nor batch.
 constexpr int kSplitStrips = 64;
 
+// What kernels with products of matrices do for those of the set below, in decode. Rows are at most
+// kRows and kMaxHead floats apart; fields count up to the next multiple of 32.
+struct TableProducts {
+    static constexpr int kRows = 32;
+    // The weights of a table's fields, as `multiply` reads them: k_size up to a multiple of 32
+    // times fields.
+    void (*pack)(const kvc_head_table &head, int k_size, uint16_t *to);
+    // to[row * stride + field] = sum over channels c of x[row][c] * weight[c][field]; all kRows
+    // rows are written.
+    void (*multiply)(const uint16_t *packed, int k_size, int fields, const float *x, int rows,
+                     float *to, int64_t stride);
+};
+
 struct Attention {
     const Layer *layer;
     const kvc_batch *batch;
@@ -78,11 +91,12 @@ struct Attention {
     float *lse;
     int64_t query_stride, out_stride;
     int32_t query_dtype, out_dtype;
-    int32_t block_rows;            // query tokens of an item of several
-    const int64_t *first_item;     // [num_seqs + 1]
-    float *partial;                // of split sequences
-    const int64_t *first_partial;  // [num_seqs], in floats
-    int32_t *arrived;              // [num_seqs, num_kv_heads], zero: splits that are done
+    int32_t block_rows;             // query tokens of an item of several
+    const int64_t *first_item;      // [num_seqs + 1]
+    float *partial;                 // of split sequences
+    const int64_t *first_partial;   // [num_seqs], in floats
+    int32_t *arrived;               // [num_seqs, num_kv_heads], zero: splits that are done
+    const TableProducts *products;  // or null
 };
 
 // The newest queries of a request.
@@ -91,6 +105,30 @@ struct WindowQueries {
     int64_t head_stride, row_stride;
     int32_t dtype, window;
     int32_t begin, count;  // of the window's rows, those that one call takes
+    bool greatest;         // of each row only the greatest weight among the heads counts
+};
+
+// Rows that are compared with columns together.
+constexpr int kAlikeRows = 240;
+
+// The keys of a head, of which some slots are columns that others are compared with.
+struct Alike {
+    const float *keys;  // [slots, size]
+    int size;
+    const int64_t *column_slots;  // ascending; null: all slots
+    int64_t columns;
+    const uint8_t *packed;  // columns in strips, as the kernels want them
+    const float *inverse;   // 1 / norm of each column
+
+    const float *key(int64_t slot) const {
+        return keys + slot * size;
+    }
+    int64_t column(int64_t index) const {
+        return column_slots != nullptr ? column_slots[index] : index;
+    }
+    int64_t strips() const {
+        return (columns + kStrip - 1) / kStrip;
+    }
 };
 
 // What an instruction set brings.
@@ -117,12 +155,29 @@ struct Kernels {
     void (*window_weights)(const Layer &, const kvc_batch &, const WindowQueries &, int first,
                            int heads, float factor, float *out, int64_t out_stride,
                            uint8_t *scratch);
+
+    // Bytes of a strip of columns, and for a call of nearest or latest.
+    int64_t (*strip_bytes)(int size);
+    size_t (*alike_scratch)(const Alike &);
+    void (*pack_strip)(const Alike &, int64_t strip, uint8_t *packed, float *inverse);
+    void (*nearest)(const Alike &, const int64_t *rows, int count, int64_t *nearest, float *cosine,
+                    uint8_t *scratch);
+    void (*latest)(const Alike &, int64_t first, int count, float threshold, int64_t *latest,
+                   float *cosine, uint8_t *scratch);
+    void (*add_units)(const float *keys, int64_t n, int size, double *sum);
+    void (*total_cosines)(const float *keys, int64_t n, int size, const float *sum, float *out);
 };
 
 extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
+extern const Kernels kAmx;
+// Instructions that this CPU may lack, in plain C++: for tests, only where a build names them.
+extern const Kernels kAvx512Emulated;
+extern const Kernels kAvx512Bf16Emulated;
+extern const Kernels kAmxEmulated;
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
 #endif
@@ -151,6 +206,15 @@ KVC_OWN void get_positions(const PageLayout &at, int codec, int64_t page_bytes, 
 void top_row(const float *scores, int64_t n, int64_t keep, uint8_t *mask);
 bool represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bits,
                const uint8_t *anchor, int64_t heads, uint8_t *mask, int64_t count);
+
+// merge.cpp
+bool nearest_kept(int64_t slots, int size, const float *keys, const uint8_t *gone,
+                  const uint8_t *kept, int64_t *target, float *cosine);
+bool redundancy(int64_t slots, int size, const float *keys, float threshold, float *out);
+void merge(int64_t slots, int64_t size, const float *x, const int64_t *target, const float *weight,
+           float *out);
+void spread(int64_t slots, int64_t size, const uint8_t *kept, const float *part, int64_t width,
+            float *values);
 
 // Working memory. What all objects hold together is counted.
 class Scratch {

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KVC_VERSION 6
+#define KVC_VERSION 7
 
 enum { KVC_F32 = 0, KVC_BF16 = 1, KVC_F16 = 2 };
 
@@ -33,9 +33,11 @@ enum {
     KVC_INT4 = 3,
     KVC_TC4 = 4,
     KVC_TC6 = 5,
-    KVC_TC8 = 6
+    KVC_TC8 = 6,
+    KVC_TADA = 7,
+    KVC_GEAR = 8
 };
-#define KVC_CODECS 7
+#define KVC_CODECS 9
 
 /* Four components of a key that share a field of bits in every token's codes. */
 typedef struct {
@@ -129,8 +131,8 @@ int kvc_version(void);
  * "name size: field offset size, field offset size, ...". */
 const char *kvc_structs(void);
 const char *kvc_error(void);
-/* "baseline", "avx2", "avx512" or "neon": the best that this CPU runs, or what KVCRUSH_ISA names.
- */
+/* "baseline", "avx2", "avx512", "avx512bf16", "amx" or "neon": the best that this CPU runs, or what
+ * KVCRUSH_ISA names. */
 const char *kvc_isa(void);
 /* Makes later calls use the named kernels; for tests. */
 int kvc_use_isa(const char *name);
@@ -215,8 +217,10 @@ typedef struct {
     int32_t window;
     int32_t pool;     /* width of the centred pooling window along the slots, odd; 1: none */
     int32_t pool_max; /* maximum instead of mean; at the edges the window is cut */
-    int32_t reduce;   /* over the query heads of a KV head: 0 none, 1 mean, 2 maximum */
-    float factor;     /* of the sum over the window: 1 / window for its mean */
+    /* Over the query heads of a KV head: 0 none, 1 mean, 2 maximum, 3 maximum for each query,
+     * before the sum over the window. */
+    int32_t reduce;
+    float factor; /* of the sum over the window: 1 / window for its mean */
 } kvc_scoring;
 
 /* Scores of slots [0, candidates[h]) of each KV head h: softmax attention of the newest `window`
@@ -240,6 +244,37 @@ int kvc_top_mask(int64_t rows, int64_t n, const float *scores, const int64_t *ke
  * index, evenly spaced ones are marked too: those at floor(i * others / count). */
 int kvc_represent(int64_t bit_heads, int64_t units, int64_t unit, const uint8_t *bits,
                   const uint8_t *anchor, int64_t heads, uint8_t *mask, int64_t count);
+
+/* Keys of `heads` heads, floats [heads, slots, size]; heads begin `stride` floats apart. Sizes are
+ * those of a layer's heads. */
+typedef struct {
+    const float *data;
+    int64_t stride;
+    int32_t heads;
+    int32_t size;
+    int64_t slots;
+} kvc_keys;
+
+/* For each slot that `gone` [heads, slots] marks, the one that `kept` marks whose key has the
+ * greatest cosine with its own, of equal ones the first: target and cosine [heads, slots]. Other
+ * slots get themselves and 1; the cosine is -2, and the target the slot itself, where a head keeps
+ * nothing or no cosine is a number. */
+int kvc_nearest_kept(const kvc_keys *keys, const uint8_t *gone, const uint8_t *kept,
+                     int64_t *target, float *cosine);
+
+/* out [heads, slots]: for the first counts[h] keys of head h the mean over all of them of the
+ * cosine with it, in which a key's cosine with itself, and with the latest other one that it has a
+ * cosine above `threshold` with, are 0; 0 for the slots past them. threshold >= 0. */
+int kvc_redundancy(const kvc_keys *keys, const int64_t *counts, float threshold, float *out);
+
+/* out [heads, slots, size]: the sum of weight[h, i] times x [h, i] over the slots i whose
+ * target [heads, slots] a slot is; 0 where it is nobody's. A weight of 0 leaves its slot out. */
+int kvc_merge(const kvc_keys *x, const int64_t *target, const float *weight, float *out);
+
+/* Adds part[h, i] times the value of each slot i that `kept` [heads, slots] does not mark to the
+ * values of the next `width` slots that it marks. values [heads, slots, size]. */
+int kvc_spread(int32_t heads, int64_t slots, int32_t size, const uint8_t *kept, const float *part,
+               int64_t width, float *values);
 
 /* Indices of the ones of each row i of mask [rows, n], of which there must be count[i]: rows of the
  * largest count, -1 past their own. */

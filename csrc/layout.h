@@ -29,6 +29,19 @@
 //           V: H S v = scale * (code - 7.5), one scale per token, S the signs of rotation_sign(),
 //              H orthonormal Hadamard transforms over blocks of rotation_block(v_size) channels
 //
+//   tada    page = means | groups of 1, without anything between them
+//           means: of the rotated keys and of the rotated values of the page, float16
+//           group headers: [K scales 16][V scales 16]
+//           H S k = mean + scale * (code - (2^bits - 1) / 2), with the rotation of k_size channels;
+//           values likewise. K: panels of 16 channels, each stored as one of V's is whose lanes
+//           are tokens and whose rows are channels
+//   gear    page = [K scales k_size][K zeros k_size][K factors][V factors] | groups of 1
+//           factors: kGearRank rows of k_size, or v_size, float16
+//           group headers: [V scales 16][K weights][V weights]: kGearRank rows of 16 tokens; then
+//           of k_size / 8 single channels their places, 256 * token + channel, and their rests
+//           K: k = zero + scale * code + sum of weights times factors (+ rest); panels as in tada
+//           V: H S v = scale * (code - (2^bits - 1) / 2) + sum of weights times factors
+//
 //   tc4, tc6, tc8 (fitted: see kvc_table)
 //           page = strip | strip | ... | TokenScales of each strip | exceptions | positions | ...
 //           K: [words][lanes][4 bytes]: byte j of a word holds component j of several quads
@@ -92,7 +105,13 @@ struct Format {
     int32_t group_strips;    // strips whose scales lie together
     int32_t token_scales;    // of each token
     int32_t channel_scales;  // of each channel of K in a group
+    // Where a page is one chunk.
+    bool panels = false;   // K lies in panels of 16 channels
+    int32_t page_k = 0;    // numbers of each channel of K at the page's start
+    int32_t page_v = 0;    // and of V
+    int32_t per_rest = 0;  // channels of K for each one that a strip keeps a rest of; 0: none
 };
+constexpr int kGearRank = 1;
 constexpr Format kFormats[] = {
     {KVC_RAW, "raw", false, false, 1, false, KVC_RAW, 0, 1, 0, 0},
     {KVC_EXACT, "exact", false, true, 1, false, KVC_RAW, 0, 1, 0, 0},
@@ -101,6 +120,9 @@ constexpr Format kFormats[] = {
     {KVC_TC4, "tc4", true, true, kStrip, true, KVC_TC4, 0, 0, 0, 0},
     {KVC_TC6, "tc6", true, true, kStrip, true, KVC_TC6, 0, 0, 0, 0},
     {KVC_TC8, "tc8", true, true, kStrip, true, KVC_TC8, 0, 0, 0, 0},
+    {KVC_TADA, "tada", false, true, 1, true, KVC_TADA, 3, 1, 2, 0, true, 1, 1},
+    {KVC_GEAR, "gear", false, true, 1, true, KVC_GEAR, 4, 1, 1 + 2 * kGearRank, 0, true,
+     2 + kGearRank, kGearRank, 8},
 };
 constexpr bool formats_are_in_order() {
     for (int i = 0; i < KVC_CODECS; ++i)
@@ -111,6 +133,7 @@ static_assert(formats_are_in_order());
 
 struct PageLayout {
     int32_t group_strips;  // strips of a group
+    int64_t first;         // bytes of a page before its groups
     int64_t header;        // bytes of a group before its strips
     int64_t v;             // of a strip before its V
     int64_t strip;         // bytes
@@ -124,7 +147,7 @@ struct PageLayout {
         return header + group_strips * strip;
     }
     constexpr int64_t group_at(int64_t index) const {
-        return index / group_strips * group();
+        return first + index / group_strips * group();
     }
     constexpr int64_t strip_at(int64_t index) const {
         return group_at(index) + header + index % group_strips * strip;
@@ -134,22 +157,6 @@ struct PageLayout {
     }
 };
 
-constexpr PageLayout page_layout(int codec, int64_t capacity, int k_size, int v_size, int dtype) {
-    PageLayout at{};
-    const Format &format = kFormats[codec];
-    const int bits = format.bits != 0 ? format.bits : 8 * dtype_bytes(dtype);
-    at.group_strips = format.group_strips;
-    const int64_t scales = int64_t{format.token_scales} * format.group_strips * kStrip +
-                           int64_t{format.channel_scales} * k_size;
-    at.header = (2 * scales + 63) / 64 * 64;
-    at.v = int64_t{kStrip} * k_size * bits / 8;
-    at.strip = at.v + int64_t{kStrip} * v_size * bits / 8;
-    const int64_t strips = capacity / kStrip;
-    at.positions = strips != 0 ? at.strip_at(strips - 1) + at.strip : 0;
-    at.end = at.positions + (format.positions ? 2 * capacity : 0);
-    return at;
-}
-
 // Bytes of a panel of a strip of V in codes of `bits` bits: high bits of 8 lanes take a place
 // for 16.
 constexpr int code_panel_bytes(int bits, int lanes) {
@@ -157,6 +164,31 @@ constexpr int code_panel_bytes(int bits, int lanes) {
 }
 constexpr int code_bytes(int bits, int v_size) {
     return v_size / 16 * code_panel_bytes(bits, 16) + v_size % 16 / 8 * code_panel_bytes(bits, 8);
+}
+
+// Bytes up to whole cache lines.
+constexpr int64_t lines(int64_t bytes) {
+    return (bytes + 63) / 64 * 64;
+}
+
+constexpr PageLayout page_layout(int codec, int64_t capacity, int k_size, int v_size, int dtype) {
+    PageLayout at{};
+    const Format &format = kFormats[codec];
+    const int bits = format.bits != 0 ? format.bits : 8 * dtype_bytes(dtype);
+    at.group_strips = format.group_strips;
+    const int64_t scales = int64_t{format.token_scales} * format.group_strips * kStrip +
+                           int64_t{format.channel_scales} * k_size;
+    const int64_t rests = format.per_rest != 0 ? k_size / format.per_rest : 0;
+    at.first = lines(2 * (int64_t{format.page_k} * k_size + int64_t{format.page_v} * v_size));
+    at.header = format.panels ? (2 * scales + 4 * rests + 31) / 32 * 32 : lines(2 * scales);
+    at.v = format.panels ? int64_t{code_bytes(bits, (k_size + 15) / 16 * 16)}
+                         : int64_t{kStrip} * k_size * bits / 8;
+    at.strip =
+        at.v + (format.panels ? code_bytes(bits, v_size) : int64_t{kStrip} * v_size * bits / 8);
+    const int64_t strips = capacity / kStrip;
+    at.positions = strips != 0 ? at.strip_at(strips - 1) + at.strip : 0;
+    at.end = at.positions + (format.positions ? 2 * capacity : 0);
+    return at;
 }
 
 // A page of a codec with tables.

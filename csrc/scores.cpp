@@ -60,12 +60,13 @@ int window_scores(const Layer &layer, const kvc_source &given, const void *query
     Scratch weights_memory, pooled_memory;
     float *weights = reinterpret_cast<float *>(weights_memory.get(whole * sizeof(float)));
     float *pooled = out;
-    if (scoring.reduce != 0)
+    const bool greatest = scoring.reduce == 3;
+    if (scoring.reduce != 0 && !greatest)
         pooled = reinterpret_cast<float *>(
             pooled_memory.get(static_cast<size_t>(layer.num_heads * width) * sizeof(float)));
     if (weights == nullptr || pooled == nullptr) return no_memory();
     // A KV head is one item, and more where there are threads for more.
-    int parts = max_threads() / layer.num_kv_heads;
+    int parts = greatest ? 1 : max_threads() / layer.num_kv_heads;
     parts = parts < 1 ? 1 : (parts > layer.group ? layer.group : parts);
     const int most = (layer.group + parts - 1) / parts;
     // All weights of the rows that go together lie in memory: fewer heads, or less than a window,
@@ -76,12 +77,16 @@ int window_scores(const Layer &layer, const kvc_source &given, const void *query
     if (scratch > Scratch::kKept) {
         together = together * static_cast<int64_t>(Scratch::kKept) / static_cast<int64_t>(scratch);
         together = std::max<int64_t>(together / kRowUnit * kRowUnit, kRowUnit);
-        if (together > window) together = together / window * window;
+        if (greatest)
+            together = std::max<int64_t>(together / layer.group, 1) * layer.group;
+        else if (together > window)
+            together = together / window * window;
         scratch = kernel.window_scratch(layer, batch, static_cast<int>(together));
     }
-    const int count = static_cast<int>(std::min<int64_t>(together, window));
+    const int count =
+        static_cast<int>(greatest ? together / layer.group : std::min<int64_t>(together, window));
     const int at_once = static_cast<int>(together / count);
-    const WindowQueries queries{query, head_stride, row_stride, dtype, window, 0, 0};
+    const WindowQueries queries{query, head_stride, row_stride, dtype, window, 0, 0, greatest};
     auto score = [&](int64_t item, uint8_t *memory) {
         const int place = static_cast<int>(item % parts) * most;
         const int heads = layer.group - place < most ? layer.group - place : most;
@@ -98,15 +103,15 @@ int window_scores(const Layer &layer, const kvc_source &given, const void *query
                                       own + head * longest, longest, memory);
             }
         const int64_t n = candidates[item / parts];
-        for (int i = 0; i < heads; ++i) {
-            float *to = pooled + (first + i) * width;
+        for (int i = 0; i < (greatest ? 1 : heads); ++i) {
+            float *to = pooled + (greatest ? item : first + i) * width;
             pool_row(own + i * longest, n, scoring.pool, scoring.pool_max != 0, to);
             std::fill(to + n, to + width, -__builtin_inff());
         }
     };
     const bool done = each(int64_t{layer.num_kv_heads} * parts, scratch, longest < 512, score);
     if (!done) return no_memory();
-    if (scoring.reduce == 0) return 0;
+    if (scoring.reduce == 0 || greatest) return 0;
     const float share = 1.0f / static_cast<float>(layer.group);
     for (int64_t h = 0; h < layer.num_kv_heads; ++h) {
         const float *from = pooled + h * layer.group * width;

@@ -85,6 +85,12 @@ std::string all_lines() {
                      {KVC_FIELD(window), KVC_FIELD(pool), KVC_FIELD(pool_max), KVC_FIELD(reduce),
                       KVC_FIELD(factor)});
     }
+    {
+        using S = kvc_keys;
+        text += line("kvc_keys", sizeof(S),
+                     {KVC_FIELD(data), KVC_FIELD(stride), KVC_FIELD(heads), KVC_FIELD(size),
+                      KVC_FIELD(slots)});
+    }
     return text;
 }
 

@@ -131,7 +131,8 @@ class Fleet:
         text = ADDRESS.sub(address, text)
         if path.startswith(("prometheus", "alertmanager")):
             text = faster(text, self.faster)
-        text = MODEL.sub(f"model: {self.model}", text).replace("/tmp/", f"{self.folder}/")
+        # The model last: it may lie under /tmp too.
+        text = MODEL.sub(f"model: {self.model}", text.replace("/tmp/", f"{self.folder}/"))
         target = self.folder / pathlib.Path(path).name
         target.write_text(text, encoding="utf-8")
         return target
@@ -151,7 +152,7 @@ class Fleet:
                 start_new_session=True,
             )
 
-    def wait(self, name: str, path: str, seconds: float = 300) -> None:
+    def wait(self, name: str, path: str, seconds: float = 600) -> None:
         """Waits until a process answers. Raises FleetError with its log's end if it does not."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -165,7 +166,11 @@ class Fleet:
 
     def replica(self, number: int, *flags: str, plain: bool = False) -> None:
         """Starts a replica and waits for it; a plain one is vLLM without this plugin."""
-        name = f"replica-{number}"
+        self.vllm(f"replica-{number}", *flags, plain=plain)
+        self.wait(f"replica-{number}", "/health")
+
+    def vllm(self, name: str, *flags: str, plain: bool = False) -> None:
+        """Starts a vLLM with serve.yaml."""
         config = self.local("vllm/serve.yaml", name)
         lines = config.read_text(encoding="utf-8").splitlines(keepends=True)
         own = self.folder / f"{name}.yaml"
@@ -175,15 +180,14 @@ class Fleet:
             "VLLM_NO_USAGE_STATS": "1",
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            **self.environment,
             **({"VLLM_PLUGINS": ""} if plain else {}),
+            **self.environment,
         }
         vllm = str(pathlib.Path(sys.executable).with_name("vllm"))
         where = ("--host=127.0.0.1", f"--port={self.port(name)}")
         # vLLM knows its own --config only as two words.
         command = (vllm, "serve", "--config", str(own), *where, *flags)
         self.run(name, *command, environment=environment)
-        self.wait(name, "/health")
 
     def front(self, name: str) -> None:
         """Starts "nginx" or "haproxy" and waits for it."""

@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
-# Puts the programs of deploy/requirements.txt into .cache/deploy-tools and prints that path, which
-# its tests name in PYTHONPATH; programs are in its bin. Its place is not .venv: they are large, and
-# only tests/deployment needs them.
+# deploy_tools.sh [FILE]: puts the programs of deploy/requirements.txt, or of another such file, into
+# .cache/deploy-tools-..., named after the file's folder, and prints that path, which tests name in
+# PYTHONPATH; programs are in its bin. Its place is not .venv: they are large or want other versions
+# than vLLM, and only tests of deploy/ need them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+file=${1:-deploy/requirements.txt}
 cache=${VLLM_KVCRUSH_CACHE:-$PWD/.cache}
-wanted=$(sha256sum <deploy/requirements.txt)
-folder=$cache/deploy-tools-${wanted:0:12}
+name=$(basename "$(dirname "$file")")-tools
+wanted=$(sha256sum <"$file")
+folder=$cache/$name-${wanted:0:12}
 if [[ ! -f $folder/.complete ]]; then
     mkdir -p "$cache"
     if command -v flock >/dev/null; then
-        exec 9>"$cache/.deploy-tools-lock"
+        exec 9>"$cache/.$name-lock"
         flock 9
     fi
     if [[ ! -f $folder/.complete ]]; then
-        printf 'deploy tools: installing deploy/requirements.txt into %s\n' "$folder" >&2
-        rm -rf "$cache"/deploy-tools-*
+        printf 'deploy tools: installing %s into %s\n' "$file" "$folder" >&2
+        rm -rf "$cache/$name"-*
         "${PYTHON:-.venv/bin/python}" -m pip install -q --disable-pip-version-check --no-deps \
-            --no-compile --target "$folder" -r deploy/requirements.txt >&2
+            --no-compile --target "$folder" -r "$file" >&2
         touch "$folder/.complete"
     fi
 fi

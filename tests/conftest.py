@@ -16,6 +16,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nor may vLLM pin the threads of both to the same core.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# vLLM keeps the stream that is standard output when it is first imported: inside a test that
+# captures output, that one is closed when the test ends, and each line logged later is a traceback.
+os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.__stdout__")
 
 import pytest
 from hypothesis import core
@@ -42,11 +45,14 @@ def pytest_report_header() -> str:
 # an engine or a server, so that each is started once. Tests that run in processes of their own need
 # not wait for each other.
 SHARING = {
+    "tests/engine/test_canary.py": "demo engine",
     "tests/engine/test_containment.py": "demo engine",
     "tests/engine/test_contract.py": "demo engine",
     "tests/engine/test_engine.py": "demo engine",
     "tests/engine/test_pressure.py": "demo engine",
+    "tests/server/test_canary.py": "server",
     "tests/server/test_endpoints.py": "server",
+    "tests/server/test_live.py": "server",
     "tests/server/test_server.py": "server",
 }
 APART = ("tests/unit/test_gpu.py", "tests/engine/test_soak.py")

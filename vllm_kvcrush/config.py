@@ -11,13 +11,14 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvcrush import __version__
-from vllm_kvcrush.codecs import CODECS
-from vllm_kvcrush.plan import Packing, Plan, min_blocks
+from vllm_kvcrush.codecs import CODECS, PACKED
+from vllm_kvcrush.plan import Packing, Plan, cdiv, min_blocks
+from vllm_kvcrush.spans import MOST_SPANS, Spans, first_tokens
 from vllm_kvcrush.spec import SpecError, Storage, parse, resolved, storage
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ NONE = "none"
 DEFAULT_BUDGET = 0.25
 # Shorter requests are left alone (benchmarks/results/floor.json).
 DEFAULT_MIN_TOKENS = 256
+# Most that a system prompt is protected of a request's budget.
+DEFAULT_PROTECT_SYSTEM = 0.5
 
 # Request parameters; every other kv_* key in a request is refused (typos must not pass).
 BUDGET_KEY = "kv_budget"
@@ -34,8 +37,25 @@ POLICY_KEY = "kv_policy"
 SPANS_KEY = "kv_spans"
 PROTECT_KEY = "kv_protect"
 KEYS = (POLICY_KEY, BUDGET_KEY, SPANS_KEY, PROTECT_KEY)
+# What a front end adds to the parameters of a request that it resolved; no client may send them.
+ELASTIC_KEY = "kv_elastic"
+RULE_KEY = "kv_rule"
+# Marks a canary (server/canary.py) for the scheduler: how many of its last tokens are scored. It is
+# none of the above, so clients who send it are refused.
+CANARY_KEY = "kv_canary"
 # kv_* keys that belong to vLLM itself.
 FOREIGN_KEYS = frozenset({"kv_transfer_params", "kv_cache_report_mode"})
+
+
+# The flags of those settings that rules (`server.rules`) may narrow, by their keys.
+FLAGS = {
+    "policy": "--kv-policy",
+    "budget": "--kv-budget",
+    "budget_max": "--kv-budget-max",
+    "allow": "--kv-policy-allow",
+    "clients": "--kv-policy-config.clients",
+    "protect_system": "--kv-protect-system",
+}
 
 
 class ConfigError(ValueError):
@@ -79,19 +99,63 @@ def _whole(key: str, value: Any, low: int, high: int) -> int:
     return value
 
 
+def _number(value: Any) -> Any:
+    """Returns the number that a string is, and anything else as it is."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
 def parse_pressure(value: Any) -> float | None:
     """A share of the pool in (0, 1], or its string; None: budgets are kept to all the time."""
     if value is None:
         return None
-    share = value
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            share = float(value)
+    share = _number(value)
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise ConfigError(
             f"--kv-pressure={_quoted(value)} is not a share of the pool: give a number in (0, 1] "
             "such as 0.8.",
             "--kv-pressure",
+        )
+    return float(share)
+
+
+def parse_live_page(value: Any) -> bool:
+    """Returns whether the live page is served, given true or false. Raises ConfigError."""
+    if not isinstance(value, bool):
+        raise ConfigError(
+            f"--kv-live-page={_quoted(value)} is neither true nor false.", "--kv-live-page"
+        )
+    return value
+
+
+def parse_canary(value: Any) -> float:
+    """Returns the share of compressed requests that are compared with exact KV, given a number in
+    [0, 1] or its string; None means 0. Raises ConfigError."""
+    share = 0.0 if value is None else _number(value)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise ConfigError(
+            f"--kv-canary={_quoted(value)} is not a share of requests: give a number in [0, 1] "
+            "such as 0.001.",
+            "--kv-canary",
+        )
+    return float(share)
+
+
+def parse_protect_system(value: Any, key: str) -> float:
+    """Returns the share of a request's budget up to which its system prompt is protected, given a
+    number in [0, 1], its string, or "on" or "off". None means the default. Raises ConfigError, with
+    `key` as the name of the setting."""
+    if isinstance(value, bool):  # what YAML makes of the words
+        value = "on" if value else "off"
+    words = {None: DEFAULT_PROTECT_SYSTEM, "on": DEFAULT_PROTECT_SYSTEM, "off": 0.0}
+    share = words[value] if isinstance(value, str | None) and value in words else _number(value)
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise ConfigError(
+            f"{key}={_quoted(value)} is not a share of the budget: give on, off, or a number in "
+            "[0, 1] such as 0.5.",
+            key,
         )
     return float(share)
 
@@ -102,11 +166,7 @@ def parse_min_tokens(value: Any) -> int:
     return _whole("--kv-min-tokens", value, 0, 2**24)
 
 
-MOST_SPANS = 64
 _MOST_POLICIES = 256
-
-
-Spans = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -118,14 +178,31 @@ class RequestParams:
         budget: as in `plan.Plan`; 1.0 means plain vLLM too.
         spans: (first, end) token positions that a policy may treat each on its own, ascending.
         protect: (first, end) token positions that stay whatever a policy says.
+        system: whether those are the system prompt's, which the server protects of its own accord.
         elastic: whether the budget is kept to only when the pool runs short.
+        rule: name of the rule of --kv-budget-rules that the request met, or None. In the engine it
+            is known only if clients are to be told.
     """
 
     policy: str
     budget: float | int
     spans: Spans = ()
     protect: Spans = ()
+    system: bool = False
     elastic: bool = False
+    rule: str | None = None
+
+    def to_args(self, tell_rule: bool = False) -> dict[str, Any]:
+        """Returns them as part of `extra_args`, of which `Settings.resolved` makes the same."""
+        args: dict[str, Any] = {POLICY_KEY: self.policy, ELASTIC_KEY: self.elastic}
+        if self.policy != NONE:
+            args[BUDGET_KEY] = self.budget
+            for key, spans in ((SPANS_KEY, self.spans), (PROTECT_KEY, self.protect)):
+                if spans:
+                    args[key] = [list(pair) for pair in spans]
+        if tell_rule and self.rule is not None:
+            args[RULE_KEY] = self.rule
+        return args
 
     @property
     def active(self) -> bool:
@@ -180,6 +257,12 @@ def parse_spans(value: Any, key: str, max_model_len: int) -> Spans:
     )
     bad = ConfigError(f"{key}={_quoted(value)} is not a list of token ranges: give {allowed}.", key)
     given = value
+    if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        raise ConfigError(
+            f"{key} names text, which is known where a server gets a chat or the text of a "
+            "completion: give token ranges such as [[0, 64]].",
+            key,
+        )
     if isinstance(value, str):
         given = [part.split(":") for part in value.split(",")] if value.strip() else []
     if not isinstance(given, list | tuple) or len(given) > 2 * MOST_SPANS:
@@ -221,6 +304,11 @@ class Settings:
         min_tokens: requests shorter than this are left alone if their budget is a fraction.
         pressure: share of the pool beyond which requests that state no budget of their own are
             compacted; None: they keep to the default budget all the time.
+        rules: path of the file whose rules narrow these settings by API key, model, adapter or
+            header (`server.rules`), or None.
+        live_page: whether API servers serve the live page, `/kvcrush`.
+        canary: share of compressed requests whose last tokens are scored again with exact KV.
+        protect_system: share of a request's budget up to which its system prompt is protected.
         options: per-policy hyperparameters, `{"kvcrush": {"anchor": "mean"}, ...}`.
         clients: hyperparameters that clients may set, and to what: `{"kvcrush": {"ratio": [0, 0.5],
             "anchor": ["mean", "random"]}}`, two numbers for a range, words for a choice.
@@ -230,6 +318,9 @@ class Settings:
             None until it is known. Policies whose pages are not raw need it for their plans.
         fitted: `plan.Packing.pages` of the codecs for which the model has tables; what the plugin
             found in `tables`. Without `tables`, workers take statistics when they start.
+        losses: the codecs that policies with `Storage.least_loss` choose from, each with its
+            `plan.Packing.loss`, or with None where workers measure it when they start. Empty where
+            nobody does: then the codecs that such a policy names are used in their order.
     """
 
     policy: str
@@ -238,6 +329,10 @@ class Settings:
     allow: tuple[str, ...] = ()
     min_tokens: int = DEFAULT_MIN_TOKENS
     pressure: float | None = None
+    rules: str | None = None
+    live_page: bool = False
+    canary: float = 0.0
+    protect_system: float = DEFAULT_PROTECT_SYSTEM
     sinks: int = 4
     window: int = 16
     prefill_interval: int = 2048
@@ -247,16 +342,24 @@ class Settings:
     tables: str | None = None
     page: tuple[int, int, int] | None = None
     fitted: Mapping[str, tuple[tuple[tuple[int, int], ...], ...]] = field(default_factory=dict)
+    losses: Mapping[str, float | None] = field(default_factory=dict)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> Settings:
+    def from_dict(
+        cls, raw: Mapping[str, Any], named: Callable[[str], str] = FLAGS.__getitem__
+    ) -> Settings:
         """Builds and validates settings from `additional_config["kvcrush"]`: keys `policy`,
-        `budget`, `budget_max`, `allow`, `min_tokens`, `pressure`, `config`, and `page` and
-        `fitted`, which the plugin fills in. Raises ConfigError."""
+        `budget`, `budget_max`, `allow`, `min_tokens`, `pressure`, `rules`, `live_page`, `canary`,
+        `protect_system`, `config`, and `page`, `fitted` and `losses`, which the plugin fills in.
+        Raises ConfigError, in which `named` says what `policy`, `budget`, `budget_max`, `allow`,
+        `clients` and `protect_system` are called."""
         from vllm_kvcrush import policies
 
-        keys = ("policy", "budget", "budget_max", "allow", "min_tokens", "pressure", "config")
-        known = {*keys, "page", "fitted"}
+        keys = (
+            *("policy", "budget", "budget_max", "allow", "min_tokens", "pressure"),
+            *("rules", "live_page", "canary", "protect_system", "config"),
+        )
+        known = {*keys, "page", "fitted", "losses"}
         for key in raw:
             if key not in known:
                 raise ConfigError(
@@ -267,12 +370,12 @@ class Settings:
             names = (*policies.names(), NONE)
         except ValueError as error:  # packages whose policies have one name
             raise ConfigError(f"--kv-policy cannot be used: {error}.", "--kv-policy") from error
-        policy = _policy(raw.get("policy", NONE), "--kv-policy", names)
-        budget = parse_budget(raw.get("budget", DEFAULT_BUDGET), "--kv-budget")
+        policy = _policy(raw.get("policy", NONE), named("policy"), names)
+        budget = parse_budget(raw.get("budget", DEFAULT_BUDGET), named("budget"))
         cap = raw.get("budget_max")
         if cap is not None:
-            cap = parse_budget(cap, "--kv-budget-max")
-        allow = _policy_names(raw.get("allow"), "--kv-policy-allow", names)
+            cap = parse_budget(cap, named("budget_max"))
+        allow = _policy_names(raw.get("allow"), named("allow"), names)
         if policy not in allow:
             allow = (policy, *allow)
 
@@ -300,6 +403,12 @@ class Settings:
                     f"--kv-policy-config.{key}",
                 )
             options[key] = dict(value)
+        rules = raw.get("rules")
+        if rules is not None and (not isinstance(rules, str) or not rules):
+            raise ConfigError(
+                f"--kv-budget-rules={rules!r} is not a path: give a file such as rules.yaml.",
+                "--kv-budget-rules",
+            )
         tables = config.get("tables")
         if tables is not None and not isinstance(tables, str):
             raise ConfigError(
@@ -312,7 +421,7 @@ class Settings:
                 if name != NONE:
                     policies.get(name, options)
             except ValueError as error:
-                key = "--kv-policy" if name == policy else f"--kv-policy-config.{name}"
+                key = named("policy") if name == policy else f"--kv-policy-config.{name}"
                 key = f"--kv-policy-config.{name}" if name in options else key
                 raise ConfigError(str(error), key) from error
 
@@ -327,18 +436,23 @@ class Settings:
             allow=allow,
             min_tokens=parse_min_tokens(raw.get("min_tokens", DEFAULT_MIN_TOKENS)),
             pressure=parse_pressure(raw.get("pressure")),
+            rules=rules,
+            live_page=parse_live_page(raw.get("live_page", False)),
+            canary=parse_canary(raw.get("canary")),
+            protect_system=parse_protect_system(raw.get("protect_system"), named("protect_system")),
             sinks=whole("sinks", 4, 0, 4096),
             window=whole("window", 16, 1, 1024),
             prefill_interval=whole("prefill_interval", 2048, 16, 2**24),
             decode_interval=whole("decode_interval", 128, 1, 2**24),
             options=options,
-            clients=_client_options(config.get("clients"), names),
+            clients=_client_options(config.get("clients"), named("clients"), names),
             tables=tables,
             page=None if raw.get("page") is None else tuple(raw["page"]),
             fitted={
                 codec: tuple(tuple((room, heads) for room, heads in rank) for rank in ranks)
                 for codec, ranks in (raw.get("fitted") or {}).items()
             },
+            losses=dict(raw.get("losses") or {}),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -358,12 +472,17 @@ class Settings:
             "allow": list(self.allow),
             "min_tokens": self.min_tokens,
             "pressure": self.pressure,
+            "rules": self.rules,
+            "live_page": self.live_page,
+            "canary": self.canary,
+            "protect_system": self.protect_system,
             "config": config,
             "page": None if self.page is None else list(self.page),
             "fitted": {
                 codec: [[list(pair) for pair in rank] for rank in ranks]
                 for codec, ranks in self.fitted.items()
             },
+            "losses": dict(self.losses),
         }
 
     def compiled(self) -> dict[str, Any]:
@@ -383,21 +502,54 @@ class Settings:
         tokens."""
         return min_blocks(block_size, self.window, self.sinks + protected) * block_size
 
-    def check(self, block_size: int, max_model_len: int) -> None:
-        """Makes the start-up checks that need the engine's sizes. Raises ConfigError."""
+    def check(
+        self,
+        block_size: int,
+        max_model_len: int,
+        named: Callable[[str], str] = FLAGS.__getitem__,
+    ) -> None:
+        """Makes the start-up checks that need the engine's sizes. Raises ConfigError, with names as
+        in `from_dict`."""
         smallest = self.smallest_budget(block_size)
-        for key, budget in (("--kv-budget", self.budget), ("--kv-budget-max", self.budget_max)):
+        for name, budget in (("budget", self.budget), ("budget_max", self.budget_max)):
             if isinstance(budget, int) and budget < smallest:
+                key = named(name)
                 raise ConfigError(self._too_small(key, budget, block_size), key)
         if problem := self._unpackable(self.policy, block_size):
-            raise ConfigError(f"--kv-policy={problem}", "--kv-policy")
+            raise ConfigError(f"{named('policy')}={problem}", named("policy"))
         own = RequestParams(self.policy, self.budget)
         if not self._within_cap(own, max_model_len):
             raise ConfigError(
-                f"--kv-budget={self.budget} with --kv-policy={self.policy} is above "
-                f"--kv-budget-max={self.budget_max}: lower the one or raise the other.",
-                "--kv-budget",
+                f"{named('budget')}={self.budget} with {named('policy')}={self.policy} is above "
+                f"{named('budget_max')}={self.budget_max}: lower the one or raise the other.",
+                named("budget"),
             )
+
+    def serves_plain(self, max_model_len: int) -> bool:
+        """Returns whether clients may opt out with the policy "none", which keeps everything."""
+        return NONE in self.allow and self._within_cap(PLAIN, max_model_len)
+
+    def exceeds(self, other: Settings, max_model_len: int | None) -> tuple[str, str] | None:
+        """Returns what clients may ask for here and not under `other`: the key of the setting
+        (`budget_max`, `allow` or `clients`) and the end of a sentence, or None if nothing. Without
+        `max_model_len` a fraction is not compared with a number of tokens."""
+        most, least = self.budget_max, other.budget_max
+        if least is not None and (most is None or max_model_len or type(most) is type(least)):
+            asked = RequestParams("", 1.0 if most is None else most)
+            if not other._within_cap(asked, max_model_len or 0):
+                return "budget_max", f"{'no limit' if most is None else most} is above {least}"
+        for policy in self.allow:
+            try:
+                other._served(policy)
+            except ConfigError:
+                return "allow", f"{policy} is none of {', '.join(other.allow)}"
+        for name, options in self.clients.items():
+            for option, allowed in options.items():
+                given = (other.clients.get(name) or {}).get(option)
+                if given is None or not _covers(given, allowed):
+                    what = "not for clients to set" if given is None else _described(given)
+                    return "clients", f"{name}.{option} is {what}"
+        return None
 
     def validate_request(
         self,
@@ -428,8 +580,13 @@ class Settings:
             parse_spans(args.get(PROTECT_KEY, ()), PROTECT_KEY, max_model_len),
             elastic=budget is None and self.pressure is not None,
         )
-        for key in (BUDGET_KEY, SPANS_KEY, PROTECT_KEY):
-            if policy == NONE and key in args and (key != BUDGET_KEY or params.budget != 1.0):
+        asked = {
+            BUDGET_KEY: BUDGET_KEY in args and params.budget != 1.0,
+            SPANS_KEY: params.spans,
+            PROTECT_KEY: params.protect,
+        }
+        for key in asked:
+            if policy == NONE and asked[key]:
                 raise ConfigError(
                     f"{key}={_quoted(args[key])} has no effect with kv_policy='none': name a "
                     f"kv_policy, one of {', '.join(a for a in self.allow if a != NONE)}.",
@@ -443,6 +600,52 @@ class Settings:
             )
         self._check_budget(params, block_size, max_model_len)
         return params
+
+    def resolved(
+        self, extra_args: Mapping[str, Any] | None, block_size: int, max_model_len: int
+    ) -> RequestParams:
+        """Returns what a request runs with that a front end has resolved (`RequestParams.to_args`).
+        It is validated again, against these settings alone: limits of the whole server, of which
+        rules allow a part. A request that came past every front end is validated as a client's.
+        Raises ConfigError."""
+        args = dict(extra_args or {})
+        elastic, rule = args.pop(ELASTIC_KEY, None), args.pop(RULE_KEY, None)
+        params = self.validate_request(args, block_size, max_model_len)
+        if elastic is None:
+            return params
+        return replace(params, elastic=bool(elastic) and self.pressure is not None, rule=rule)
+
+    def with_system(
+        self,
+        params: RequestParams,
+        system: Spans,
+        prompt: int,
+        length: int,
+        block_size: int,
+        max_model_len: int,
+    ) -> RequestParams:
+        """Returns the parameters of a request with its system prompt protected: as many of its
+        first tokens as are `protect_system` of the budget and leave the blocks as they are. A
+        request that never drops a token has nothing to protect.
+
+        Args:
+            system: (first, end) token positions of the system prompt.
+            prompt: tokens of the prompt.
+            length: the most tokens that the request comes to.
+        """
+        plan = self.plan(params, prompt, block_size)
+        if not self.protect_system or plan.first_scoring(length) is None:
+            return params
+        n = plan.first_compaction(length)
+        assert n is not None
+        blocks = plan.blocks(n) - cdiv(self.window + block_size - 1, block_size)
+        most = min(int(self.protect_system * plan.tokens(n)), blocks * block_size - self.sinks)
+        protected = replace(params, protect=first_tokens(system, most), system=True)
+        try:
+            self._check_budget(protected, block_size, max_model_len)
+        except ConfigError:
+            return params
+        return protected if protected.protect else params
 
     def _check_budget(self, params: RequestParams, block_size: int, max_model_len: int) -> None:
         smallest = self.smallest_budget(block_size, params.protected)
@@ -546,6 +749,7 @@ class Settings:
             min_tokens=self.min_tokens,
             packings=self.packings(params.policy, block_size) if params.active else (),
             tiers=params.active and self.storage(params.policy).tiers,
+            least_loss=params.active and self.storage(params.policy).least_loss,
             protected=params.protected,
         )
 
@@ -576,10 +780,13 @@ class Settings:
         empty for raw tokens. Every request asks for it, so it is cached."""
         key = self.storage(policy), block_size
         if key not in self._packings:
-            self._packings[key] = self._pack(policy, key[0].codecs, block_size)
+            self._packings[key] = self._pack(policy, key[0], block_size)
         return self._packings[key]
 
-    def _pack(self, policy: str, codecs: tuple[str, ...], block_size: int) -> tuple[Packing, ...]:
+    def codecs_of(self, stored: Storage) -> tuple[str, ...]:
+        """Returns the codecs that regions may have pages of, those that lose least first where
+        nothing was measured."""
+        codecs = tuple(self.losses) if stored.least_loss and self.losses else stored.codecs
         if len(codecs) > 1:
             # Without tables, stand-ins take the place of the codecs that need them.
             if self.fitted:
@@ -587,6 +794,10 @@ class Settings:
             codecs = tuple(
                 dict.fromkeys(c if self._known(c) else CODECS[c].stand_in or c for c in codecs)
             )
+        return codecs
+
+    def _pack(self, policy: str, stored: Storage, block_size: int) -> tuple[Packing, ...]:
+        codecs = self.codecs_of(stored)
         if not codecs:
             return ()
         if self.page is None:
@@ -603,8 +814,11 @@ class Settings:
                 room = CODECS[codec].capacity(page_bytes, k_size, v_size, itemsize)
                 found.append(Packing(codec, tuple(((room, n),) for n in pairs)))
         # What packs no closer than raw pages is of no use.
-        close = [p for p in found if _packs(p, block_size)]
-        return tuple(close or found[-1:])
+        close = [p for p in found if _packs(p, block_size)] or found[-1:]
+        if stored.least_loss and self.losses:
+            close = [replace(p, loss=self.losses.get(p.codec)) for p in close]
+            close.sort(key=lambda packing: packing.tokens(_MANY_BLOCKS))
+        return tuple(close)
 
     def with_tables(
         self,
@@ -614,9 +828,9 @@ class Settings:
         ranks: int = 1,
         statistics: bool = True,
     ) -> tuple[Settings, str | None]:
-        """Adds `page`, and `fitted` from the model's transform tables: from the file `tables`, or
-        the one in the default place, or, for a policy that needs tables where there is no file,
-        the sizes of the tables that workers will make when they start.
+        """Adds `page`, and `fitted` and `losses` from the model's transform tables: from the file
+        `tables`, or the one in the default place, or, for a policy that needs tables where there is
+        no file, the sizes of the tables that workers will make when they start.
 
         Args:
             model: content of the model's config.json, as `transform.tables.model_config` reads it.
@@ -643,11 +857,14 @@ class Settings:
                 path = str(place) if place is not None and place.exists() else None
             if path is not None:
                 fitted = transform_tables.packings(path, model, page_bytes, page[1], ranks)
-                return replace(settings, tables=path, fitted=fitted), None
+                known = transform_tables.load_losses(path)
+                losses = known.total if known else settings._to_measure(statistics)
+                return replace(settings, tables=path, fitted=fitted, losses=losses), None
             if not (statistics and self.needs_tables):
                 return settings, None
             fitted = transform_tables.even_packings(model, page_bytes, page[1], ranks)
-            return replace(settings, fitted=fitted), None
+            losses = settings._to_measure(statistics)
+            return replace(settings, fitted=fitted, losses=losses), None
         except TablesError as error:
             if self.tables is not None:
                 key = "--kv-policy-config.tables"
@@ -658,12 +875,40 @@ class Settings:
                 raise ConfigError(f"--kv-policy={self.policy}: {error}", "--kv-policy") from None
             return settings, None if path is None else f"Transform tables are not used: {error}"
 
+    def with_heads(self, model: Mapping[str, Any]) -> Settings:
+        """Names the model's head scores in the default place as the `pattern` of the policies that
+        take one and have none, if there are any.
+
+        Args:
+            model: as in `with_tables`.
+        """
+        from vllm_kvcrush.codecs.transform.points import TablesError
+        from vllm_kvcrush.policies import heads
+
+        try:
+            place = heads.default_path(model)
+        except TablesError:  # the default place is for models with plain attention
+            return self
+        if place is None or not place.exists():
+            return self
+        own = {
+            name: {"pattern": str(place), **self.options.get(name, {})} for name in heads.POLICIES
+        }
+        return replace(self, options={**self.options, **own})
+
     @property
     def needs_tables(self) -> bool:
         """Returns whether the default policy has codecs that are fitted to a model."""
         if self.policy == NONE:
             return False
         return any(CODECS[c].needs_tables for c in self.storage(self.policy).codecs)
+
+    def _to_measure(self, statistics: bool) -> dict[str, float | None]:
+        """Returns `losses` where there is no file that has them. Workers measure for the default
+        policy only, as it takes time."""
+        if not statistics or self.policy == NONE or not self.storage(self.policy).least_loss:
+            return {}
+        return dict.fromkeys(PACKED)
 
     def _known(self, codec: str) -> bool:
         return not CODECS[codec].needs_tables or codec in self.fitted
@@ -746,10 +991,12 @@ class AdditionalConfig(Mapping[str, Any]):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+_MANY_BLOCKS = 1024
+
+
 def _packs(packing: Packing, block_size: int) -> bool:
     """Returns whether a codec holds more tokens in many blocks than raw pages do."""
-    many = 1024
-    return packing.tokens(many) > many * block_size
+    return packing.tokens(_MANY_BLOCKS) > _MANY_BLOCKS * block_size
 
 
 def _policy_names(value: Any, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -800,10 +1047,9 @@ def _policy(value: Any, key: str, names: tuple[str, ...]) -> str:
     return str(spec)
 
 
-def _client_options(value: Any, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def _client_options(value: Any, key: str, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     from vllm_kvcrush import policies
 
-    key = "--kv-policy-config.clients"
     if value is None:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(v, Mapping) for v in value.values()):
@@ -844,6 +1090,14 @@ def _is_among(value: Any, allowed: Any) -> bool:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and bool(allowed[0] <= value <= allowed[1])
     return any(type(value) is type(choice) and value == choice for choice in allowed)
+
+
+def _covers(allowed: Any, others: Any) -> bool:
+    """Returns whether clients that may set an option to `others` may set it to nothing else than
+    those that may set it to `allowed`."""
+    if _is_range(others) and not _is_range(allowed):
+        return False
+    return all(_is_among(value, allowed) for value in others)
 
 
 def _described(allowed: Any) -> str:

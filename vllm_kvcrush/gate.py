@@ -361,10 +361,7 @@ def _v2_runner(config: Any) -> bool | str:
     measured = device == "cuda" and os.environ.get(UNVERIFIED_GPU) == "1"
     found = {
         "graphs": not (measured or _get(config, "model_config.enforce_eager")),
-        "several ranks": _above(
-            1, "parallel_config.tensor_parallel_size", "parallel_config.data_parallel_size"
-        )(config),
-        "LoRA": _get(config, "lora_config") is not None,
+        "data parallel ranks": _above(1, "parallel_config.data_parallel_size")(config),
         "watermarking": _get(config, "watermark_config") is not None,
     }
     odd = [name for name, on in found.items() if on]
@@ -389,7 +386,7 @@ REFUSED: tuple[Refusal, ...] = (
     ),
     Refusal(
         "the V2 model runner",
-        "it was verified with one rank in eager mode only",
+        "it was verified in eager mode only, with tensor parallelism and LoRA",
         "start without, which for graphs means with --enforce-eager, or set "
         "VLLM_USE_V2_MODEL_RUNNER=0",
         _v2_runner,

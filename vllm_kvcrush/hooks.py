@@ -81,10 +81,14 @@ def _table() -> Iterator[Hook]:
     yield from _start_up()
     yield from _gate()
     yield from _scheduler()
+    yield from _canary()
     yield from _worker()
     yield from _attention()
     yield from _front_end()
     yield from _endpoints()
+    yield from _rendering()
+    yield from _live_page()
+    yield from _tracing()
 
 
 def _start_up() -> Iterator[Hook]:
@@ -121,6 +125,7 @@ def _start_up() -> Iterator[Hook]:
     yield at("call", "ModelConfig.get_head_size()", why)
     yield at("call", "ModelConfig.get_num_kv_heads(parallel_config)", why)
     yield from at.reads("ModelConfig", "served_model_name", "Label of metrics.")
+    yield from at.reads("ModelConfig", "logprobs_mode", "Canaries compare log-probabilities.")
     yield from at.reads(
         "CacheConfig", "block_size user_specified_block_size", "Fixes the size of a block early."
     )
@@ -156,7 +161,7 @@ def _gate() -> Iterator[Hook]:
     at = _In("vllm.config")
     yield from at.reads(
         "VllmConfig",
-        "diffusion_config kv_events_config kv_transfer_config lora_config speculative_config "
+        "diffusion_config kv_events_config kv_transfer_config speculative_config "
         "use_v2_model_runner watermark_config",
         why,
     )
@@ -268,6 +273,7 @@ def _scheduler() -> Iterator[Hook]:
     yield at("call", "SchedulerOutput(*, " + ", ".join(_OUTPUT) + ")", _STATISTICS)
     yield at("call", "NewRequestData(*, " + ", ".join(_NEW_REQUEST) + ")", _STATISTICS)
     yield at("import", "CachedRequestData", _STATISTICS)
+    yield at("call", "CachedRequestData(*, " + ", ".join(_CACHED_REQUEST) + ")", _STATISTICS)
     yield at("call", "CachedRequestData.make_empty()", _STATISTICS)
     yield from at.reads(
         "SchedulerOutput",
@@ -348,6 +354,7 @@ def _scheduler() -> Iterator[Hook]:
     yield at("call", "BlockPool.free_blocks(ordered_blocks)", why)
     yield at("call", "BlockPool.evict_blocks(block_ids)", why)
     yield at("call", "BlockPool.touch(blocks)", why)
+    yield from at.reads("BlockPool", "blocks", "The live page's map.")
     at = _In("vllm.v1.core.kv_cache_utils")
     yield at("import", "KVCacheBlock", "What a request's list of blocks has.")
     yield from at.reads(
@@ -405,6 +412,17 @@ _NEW_REQUEST = (
     "num_computed_tokens",
     "lora_request",
     "prefill_token_ids",
+)
+
+
+_CACHED_REQUEST = (
+    "req_ids",
+    "resumed_req_ids",
+    "new_token_ids",
+    "all_token_ids",
+    "new_block_ids",
+    "num_computed_tokens",
+    "num_output_tokens",
 )
 
 
@@ -571,6 +589,7 @@ def _worker() -> Iterator[Hook]:
     yield at("call", "get_tp_group()", "Tells other ranks of a policy's scores and failures.")
     at = _In("vllm.distributed.parallel_state")
     yield at("call", "GroupCoordinator.all_gather(input_, *, dim)", "Scores of all heads.")
+    yield at("call", "GroupCoordinator.broadcast_object(obj, *, src)", _STATISTICS)
     yield from at.reads("GroupCoordinator", "cpu_group world_size", "Agreement between ranks.")
     at = _In("vllm.utils.torch_utils")
     yield at("call", "async_tensor_h2d(data, *, device, out)", "Copies without waiting.")
@@ -589,6 +608,7 @@ def _runner(at: _In, owner: str) -> Iterator[Hook]:
         f"{owner}.initialize_kv_cache(kv_cache_config, ...)",
         "Describes the cache to our kernels.",
     )
+    yield at("call", f"{owner}.get_model()", "What it says over compressed KV, for losses.")
     yield from at.reads(
         owner,
         "cache_config compilation_config device max_num_tokens model_config parallel_config "
@@ -681,7 +701,7 @@ def _front_end() -> Iterator[Hook]:
     yield at("wrap", "AsyncLLM.__init__(*, vllm_config, ...)", constructed)
     yield at(
         "wrap",
-        "AsyncLLM.generate(*, prompt, sampling_params, ...)",
+        "AsyncLLM.generate(*, prompt, sampling_params, lora_request=, ...)",
         "Refuses bad parameters in time for an HTTP 400.",
     )
     ready = "Checks requests that their caller made, which pass by the input processor."
@@ -707,12 +727,23 @@ def _front_end() -> Iterator[Hook]:
     yield from at.reads(
         "EngineCoreRequest", "sampling_params prompt_token_ids prompt_embeds", ready
     )
+    why = "Rules of --kv-budget-rules may be for one adapter."
+    yield from at.reads("EngineCoreRequest", "lora_request", why)
+    yield from _In("vllm.lora.request").reads("LoRARequest", "lora_name", why)
+    why = "The one place through which middleware that reads a caller's headers gets in."
+    flags = _In("vllm.entrypoints.launchers.cli_args")
+    yield flags("attribute", "FrontendArgs.middleware", why, until=(0, 32))
+    flags = _In("vllm.entrypoints.common.cli_args")
+    yield flags("attribute", "FrontendArgs.middleware", why, since=(0, 33))
     why = "Carries what a request holds to the API server."
     yield from at.reads("EngineCoreOutput", "request_id kv_transfer_params", why)
     yield from at.reads("EngineCoreOutputs", "outputs", why)
     at = _In("vllm.sampling_params")
     yield at(
-        "call", "SamplingParams(*, temperature, max_tokens, extra_args)", "Carries parameters."
+        "call",
+        "SamplingParams(*, temperature, max_tokens, extra_args, prompt_logprobs, detokenize, "
+        "skip_reading_prefix_cache)",
+        "Carries parameters.",
     )
     yield from at.reads(
         "SamplingParams", "extra_args max_tokens", "Carries a request's parameters."
@@ -756,6 +787,60 @@ def _front_end() -> Iterator[Hook]:
     for name in ("KVConnectorLogging", "KVConnectorProm"):
         yield at("import", name, "Would take our numbers for a connector's.")
         yield at("wrap", f"{name}.observe(transfer_stats_data, ...)", "Keeps ours from it.")
+
+
+def _canary() -> Iterator[Hook]:
+    give_way = "Canaries end when somebody else comes, and their front ends are told."
+    at = _In("vllm.v1.core.sched.scheduler")
+    yield at("call", "Scheduler.finish_requests(request_ids, finished_status)", give_way)
+    at = _In("vllm.v1.request")
+    yield at("import", "RequestStatus", give_way)
+    yield at("attribute", "RequestStatus.FINISHED_ABORTED", give_way)
+    yield at("attribute", "Request.client_index", give_way)
+    at = _In("vllm.v1.engine")
+    yield at("call", "EngineCoreOutput(request_id, new_token_ids, *, finish_reason)", give_way)
+    yield at("call", "EngineCoreOutputs()", give_way)
+    why = "A canary scores the tokens of a request that has ended."
+    yield at("import", "FinishReason", why)
+    yield from at.reads("FinishReason", "ABORT STOP LENGTH REPETITION", why)
+    yield from at.reads(
+        "EngineCoreOutput",
+        "new_token_ids new_logprobs new_prompt_logprobs_tensors finish_reason",
+        why,
+    )
+    yield at(
+        "call",
+        "EngineCoreRequest(*, request_id, external_req_id, prompt_token_ids, mm_features, "
+        "sampling_params, pooling_params, arrival_time, lora_request, cache_salt, "
+        "data_parallel_rank)",
+        why,
+    )
+    yield from at.reads(
+        "EngineCoreRequest",
+        "request_id mm_features cache_salt data_parallel_rank resumable",
+        why,
+    )
+    at = _In("vllm.v1.engine.async_llm")
+    yield from at.reads("AsyncLLM", "output_processor engine_core", why)
+    at = _In("vllm.v1.engine.core_client")
+    yield at("call", "EngineCoreClient.add_request_async(request)", why)
+    yield at("call", "EngineCoreClient.abort_requests_async(request_ids)", why)
+    at = _In("vllm.v1.engine.output_processor")
+    yield at("import", "OutputProcessor", why)
+    yield at("wrap", "OutputProcessor.add_request(request, ...)", "Draws requests by chance.")
+    yield at("wrap", "OutputProcessor.process_outputs(engine_core_outputs, ...)", why)
+    yield at("wrap", "OutputProcessor.abort_requests(...)", "Forgets requests that were drawn.")
+    yield from at.reads("OutputProcessor", "request_states", why)
+    yield at("call", "OutputProcessor.get_num_unfinished_requests()", "Whether a server is idle.")
+    yield from at.reads("RequestState", "prompt_token_ids", why)
+    at = _In("vllm.sampling_params")
+    yield at("call", "SamplingParams.clone()", why)
+    yield from at.reads(
+        "SamplingParams", "logprobs logprob_token_ids structured_outputs", "What is comparable."
+    )
+    at = _In("vllm.v1.outputs")
+    yield from at.reads("LogprobsLists", "logprob_token_ids logprobs", why)
+    yield from at.reads("LogprobsTensors", "logprob_token_ids logprobs", why)
 
 
 def _endpoints() -> Iterator[Hook]:
@@ -857,6 +942,52 @@ def _endpoints() -> Iterator[Hook]:
     yield at("wrap", "_build_anthropic_usage(usage)", usage)
     at = _In("vllm.entrypoints.anthropic.protocol")
     yield from at.reads("", "AnthropicUsage AnthropicMessagesResponse AnthropicStreamEvent", usage)
+
+
+def _rendering() -> Iterator[Hook]:
+    why = "Where a prompt's text and tokens are known, and which chat it was."
+    at = _In("vllm.renderers.online_renderer")
+    yield at("import", "OnlineRenderer", why)
+    yield at("wrap", "OnlineRenderer.preprocess_chat(*, request, messages, ...)", why)
+    yield at("wrap", "OnlineRenderer.preprocess_cmpl(request, ...)", why)
+    yield from at.reads("OnlineRenderer", "renderer", why)
+    at = _In("vllm.renderers.base")
+    again = "How a request was rendered, to render it again."
+    yield at(
+        "call", "BaseRenderer.render_chat_async(conversations, chat_params, tok_params)", again
+    )
+    yield at("call", "BaseRenderer.render_cmpl_async(prompts, tok_params)", again)
+    yield at("call", "BaseRenderer.render_messages_async(messages, params)", again)
+    yield at("call", "BaseRenderer.tokenize_prompts_async(prompts, params)", again)
+    at = _In("vllm.renderers.params")
+    yield from at.reads("TokenizeParams", "return_token_offsets", "Which text a token is.")
+
+
+def _live_page() -> Iterator[Hook]:
+    why = "The live page is one of vLLM's endpoint plug-ins, with a flag of its own."
+    yield _In("vllm")("import", "plugins", why)
+    yield _In("vllm.plugins")("wrap", "load_endpoint_plugins(...)", why)
+    why = "The server's API key guards the live page's data as it guards /v1."
+    yield _In("vllm.entrypoints.serve.middleware")("import", "authenticate", why)
+    at = _In("vllm.entrypoints.serve.middleware.authenticate")
+    yield from at.reads("", "GUARDED_PREFIX", why)
+    why = "API servers ask engines for what the live page shows."
+    at = _In("vllm.v1.engine.core_client")
+    yield from at.reads("AsyncMPClient", "core_engines engine_ranks_managed", why)
+    yield at("call", "AsyncMPClient._call_utility_async(method, *, engine)", why)
+    at = _In("vllm.v1.engine.core")
+    yield at("import", "EngineCore", why)
+    yield from at.reads("EngineCore", "scheduler", why)
+    at = _In("vllm.v1.request")
+    yield from at.reads("Request", "arrival_time", "How long a request has been here.")
+
+
+def _tracing() -> Iterator[Hook]:
+    why = "Adds attributes to the span of a request."
+    yield _In("vllm.v1.engine")("import", "output_processor", why)
+    at = _In("vllm.v1.engine.output_processor")
+    yield at("wrap", "OutputProcessor.do_tracing(engine_core_output, req_state, ...)", why)
+    yield at("wrap", "instrument_manual(*, attributes, ...)", why)
 
 
 HOOKS: tuple[Hook, ...] = tuple(dict.fromkeys(_table()))

@@ -9,8 +9,8 @@ compacted at the same positions with the same result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -37,10 +37,13 @@ class Packing:
         codec: the codec's name in `codecs.CODECS`.
         pages: for each tensor-parallel rank (all have the same number of blocks), pairs of the
             tokens that a page holds and the number of (layer, KV head) pairs with such pages.
+        loss: expected loss of a context in this codec, in nats a later token, or None where it was
+            not measured. Nothing but `Plan.parts` depends on it, so no block count does.
     """
 
     codec: str
     pages: tuple[tuple[tuple[int, int], ...], ...]
+    loss: float | None = None
 
     def blocks(self, tokens: int, other: Packing | None = None, more: int = 0) -> int:
         """Returns the number of blocks that hold `tokens` tokens in this codec and `more` tokens in
@@ -101,6 +104,60 @@ class Part(NamedTuple):
     tokens: int
 
 
+# Losses that differ by less than this, in nats a token, differ by rounding only.
+NO_LOSS = 1e-6
+
+
+def least_loss(packings: Sequence[Packing], blocks: int, tokens: int) -> tuple[Part, ...] | None:
+    """Returns the parts of a region of up to `blocks` blocks that hold `tokens` tokens with the
+    least expected loss: one codec, or two of which the one that loses less has the newest tokens.
+    Returns None if no codec has room for all, or if a packing has no loss. Of codecs that lose
+    alike, it is the first.
+
+    The loss is a sum over tokens, so more than two codecs are never better than the best two,
+    but for pages that are not full."""
+    losses: list[float] = []
+    for i, packing in enumerate(packings):
+        if packing.loss is None:
+            return None
+        losses.append(packing.loss + i * NO_LOSS)
+    found: tuple[float, tuple[Part, ...]] | None = None
+    for own, lost in zip(packings, losses, strict=True):
+        if own.blocks(tokens) > blocks:
+            continue
+        ways = [(own, lost, 0)]
+        for other, less in zip(packings, losses, strict=True):
+            if less < lost:
+                ways.append((other, less, own.most_beside(other, tokens, blocks)))
+        for other, less, newest in ways:
+            loss = newest * less + (tokens - newest) * lost
+            if found is None or loss < found[0]:
+                parts = Part(own.codec, tokens - newest), Part(other.codec, newest)
+                found = loss, tuple(part for part in parts if part.tokens)
+    return None if found is None else found[1]
+
+
+def expected(
+    packings: Sequence[Packing], block_size: int, share: float
+) -> tuple[float, tuple[Part, ...]] | None:
+    """Returns the expected loss of a long context that is compressed to a share of its raw size, in
+    nats a later token, and the parts that have it, with shares of the tokens in percent; None if no
+    codec has room for all of them, or if no losses are known.
+
+    Args:
+        block_size: tokens of a block.
+        share: above 0, up to 1.
+    """
+    blocks = 4096
+    tokens = blocks * block_size
+    parts = least_loss(packings, int(blocks * share), tokens)
+    if parts is None:
+        return None
+    losses = {packing.codec: packing.loss or 0.0 for packing in packings}
+    loss = sum(losses[part.codec] * part.tokens for part in parts) / tokens
+    return loss, tuple(Part(part.codec, round(100 * part.tokens / tokens)) for part in parts)
+
+
 def min_blocks(block_size: int, window: int, sinks: int) -> int:
     """Returns the fewest blocks that a compacted request can hold: the sinks' blocks (at least one
     compressed block) and the longest tail that keeps `window` tokens and starts on a block
@@ -142,6 +199,8 @@ class Plan:
         packings: packings of the codecs that the compressed region may have, those that lose least
             first; empty for raw tokens.
         tiers: whether the most important tokens get the finer of two codecs, instead of the newest.
+        least_loss: whether a region's codecs are those with the least expected loss, if all
+            packings have one, instead of the first in which all tokens fit.
         protected: number of tokens that always stay, beside the sinks and the window.
 
     All positions are counts of computed tokens, `n`; "at n" means tokens [0, n) have KV.
@@ -157,6 +216,7 @@ class Plan:
     min_tokens: int = 0
     packings: tuple[Packing, ...] = ()
     tiers: bool = False
+    least_loss: bool = False
     protected: int = 0
 
     @property
@@ -189,10 +249,13 @@ class Plan:
 
         The first codec in which all candidates fit holds them. If that leaves room, as many as
         possible of the newest (with `tiers`, of the most important, which come first) are in the
-        codec before it, which loses less. If the candidates fit in no codec, the last codec holds
-        as many as it can."""
+        codec before it, which loses less. With `least_loss`, it is the codec, or the two, that are
+        expected to lose least. If the candidates fit in no codec, the last codec holds as many as
+        it can."""
         if not self.packings:
             return (Part("raw", min(candidates, compressed * self.block_size)),)
+        if self.least_loss and (best := least_loss(self.packings, compressed, candidates)):
+            return best
         better: Packing | None = None
         for packing in self.packings:
             if packing.blocks(candidates) <= compressed:
@@ -205,6 +268,17 @@ class Plan:
         newest = packing.most_beside(better, candidates, compressed)
         parts = (Part(packing.codec, candidates - newest), Part(better.codec, newest))
         return tuple(part for part in parts[:: -1 if self.tiers else 1] if part.tokens)
+
+    def with_losses(self, losses: Mapping[str, float]) -> Plan:
+        """Returns the same plan with the losses of codecs, by name, where it goes by losses and has
+        none yet."""
+        if not (self.least_loss and losses):
+            return self
+        known = tuple(
+            replace(packing, loss=losses.get(packing.codec, packing.loss))
+            for packing in self.packings
+        )
+        return replace(self, packings=known)
 
     def kept(self, compressed: int, candidates: int) -> int:
         """Returns how many of `candidates` tokens `compressed` blocks hold: the sum of their

@@ -13,17 +13,22 @@ import inspect
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from vllm_kvcrush import __version__, gate, server
 from vllm_kvcrush.config import (
     DEFAULT_BUDGET,
     DEFAULT_MIN_TOKENS,
+    DEFAULT_PROTECT_SYSTEM,
     NONE,
     AdditionalConfig,
     ConfigError,
     Settings,
 )
+from vllm_kvcrush.server import reload
+from vllm_kvcrush.server.caller import MIDDLEWARE
+from vllm_kvcrush.server.rules import Rules, RulesError, load
 
 # A child of vLLM's logger, so that vLLM's logging configuration shows the lines.
 logger = logging.getLogger("vllm.kvcrush")
@@ -36,6 +41,10 @@ _FLAGS = {
     "kv_policy_allow": "allow",
     "kv_min_tokens": "min_tokens",
     "kv_pressure": "pressure",
+    "kv_budget_rules": "rules",
+    "kv_live_page": "live_page",
+    "kv_canary": "canary",
+    "kv_protect_system": "protect_system",
     "kv_policy_config": "config",
 }
 _SCHEDULERS = {
@@ -179,6 +188,12 @@ def _fold(args: argparse.Namespace) -> None:
         before = extra.get("kvcrush")
         before = before if isinstance(before, dict) else {}
         args.additional_config = {**extra, "kvcrush": {**before, **given}}
+    ours = _raw(getattr(args, "additional_config", None))
+    if isinstance(ours, dict) and ours.get("rules"):
+        # Here, since a process that starts API servers does nothing else of ours.
+        reload.on_hangup()
+    if ours is not None and MIDDLEWARE not in getattr(args, "middleware", (MIDDLEWARE,)):
+        args.middleware = [*args.middleware, MIDDLEWARE]
 
 
 class FromCommandLine(dict[str, Any]):
@@ -247,6 +262,36 @@ def _add_flags(parser: Any) -> None:
         help="Requests that state no budget of their own stay whole until this share of the KV "
         "blocks is in use, such as 0.8; then they are compacted step by step, down to --kv-budget. "
         "Default: they keep to --kv-budget all the time.",
+    )
+    add(
+        "--kv-budget-rules",
+        dest="kv_budget_rules",
+        metavar="FILE",
+        help="YAML file of narrower limits by API key, model, LoRA adapter or header; it is read "
+        "again when it changes and on SIGHUP (docs/rules.md; vllm-kvcrush rules check FILE).",
+    )
+    add(
+        "--kv-live-page",
+        dest="kv_live_page",
+        action="store_true",
+        help="Serve the live page, GET /kvcrush, and what it shows as JSON, GET /kvcrush/state. "
+        "Where the server has an API key, both ask for it.",
+    )
+    add(
+        "--kv-canary",
+        dest="kv_canary",
+        metavar="SHARE",
+        help="Share of compressed requests, such as 0.001, whose last tokens are scored once more "
+        "with exact KV while a server is idle; /metrics tells what compression cost them. "
+        "Default: none.",
+    )
+    add(
+        "--kv-protect-system",
+        dest="kv_protect_system",
+        metavar="SHARE",
+        help="Keep a chat's system prompt whatever the policy says, up to this share of the "
+        f"request's budget; on means {DEFAULT_PROTECT_SYSTEM}, off 0. Requests with kv_protect "
+        "state themselves what is kept. Default: on.",
     )
     add(
         "--kv-policy-config",
@@ -332,13 +377,26 @@ def configure(vllm_config: Any, settings: Settings) -> None:
             f"scheduler class {vllm_config.scheduler_config.scheduler_cls}: "
             "start without --scheduler-cls"
         )
+    if settings.canary and vllm_config.model_config.logprobs_mode != "raw_logprobs":
+        offenders.append(
+            f"--kv-canary and --logprobs-mode={vllm_config.model_config.logprobs_mode}, which "
+            "gives no log-probabilities of the model itself: leave out one of the two"
+        )
     if offenders:
         raise Refused("--kv-policy cannot run with: " + "; ".join(offenders) + ".")
-    settings, dropped = _tried(settings, vllm_config.cache_config.block_size)
+    from vllm_kvcrush.codecs.transform.rope import Rope
+
+    model = vllm_config.model_config.hf_text_config.to_dict()
+    settings, dropped = _tried(
+        settings.with_heads(model),
+        vllm_config.cache_config.block_size,
+        _shape(model),
+        with_rope=Rope.if_known(model) is not None,
+    )
     head_size = vllm_config.model_config.get_head_size()
     page = (head_size, head_size, vllm_config.model_config.dtype.itemsize)
     settings, unused = settings.with_tables(
-        vllm_config.model_config.hf_text_config.to_dict(),
+        model,
         page,
         vllm_config.cache_config.block_size,
         vllm_config.parallel_config.tensor_parallel_size,
@@ -347,7 +405,14 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     )
     others = {k: v for k, v in vllm_config.additional_config.items() if k != "kvcrush"}
     vllm_config.additional_config = AdditionalConfig(others, settings)
-    settings.check(vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len)
+    sizes = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
+    settings.check(*sizes)
+    rules = _rules(settings, *sizes)
+    if NONE in settings.allow and not settings.serves_plain(sizes[1]):
+        dropped.append(
+            f"clients may not ask for the policy none, which keeps everything: it is above "
+            f"--kv-budget-max={settings.budget_max}."
+        )
     choose_scheduler(vllm_config)
     vllm_config.parallel_config.worker_cls = _WORKERS.get(worker, worker)
     for warning in (*gate.unverified(vllm_config), unused, *dropped):
@@ -357,8 +422,8 @@ def configure(vllm_config: Any, settings: Settings) -> None:
     if parallel._api_process_count > 1 and parallel._api_process_rank >= 0:
         return  # one of several API servers: the process that started them has logged it
     logger.info(
-        "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s pressure=%s "
-        "clients may ask for %s; "
+        "vllm-kvcrush %s is active: policy=%s budget=%s budget_max=%s pressure=%s canary=%s "
+        "protect_system=%s clients may ask for %s; "
         "min_tokens=%d sinks=%d window=%d prefill_interval=%d decode_interval=%d, "
         "blocks of %d tokens, "
         "transform tables: %s, read by our own CPU kernels (%s).",
@@ -367,6 +432,8 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         settings.budget,
         settings.budget_max,
         settings.pressure,
+        settings.canary,
+        settings.protect_system,
         ",".join(settings.allow),
         settings.min_tokens,
         settings.sinks,
@@ -377,18 +444,55 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         _tables(settings),
         kernels,
     )
+    if rules is not None:
+        reload.tell(str(settings.rules), rules)
+
+
+def _rules(settings: Settings, block_size: int, max_model_len: int) -> Rules | None:
+    """Returns the rules of the file, if there is one. Raises ConfigError."""
+    if settings.rules is None:
+        return None
+    try:
+        return load(settings.rules, settings, block_size, max_model_len)
+    except RulesError as error:
+        raise ConfigError(f"--kv-budget-rules: {error}", "--kv-budget-rules") from None
 
 
 def _tables(settings: Settings) -> str:
     if not settings.fitted:
         return "none"
-    return settings.tables or (
-        "none, statistics are taken at start-up instead (vllm-kvcrush calibrate makes better ones)"
-    )
+    if settings.tables is None:
+        return (
+            "none, statistics are taken at start-up instead (vllm-kvcrush calibrate makes better "
+            "ones)"
+        )
+    known = {codec: loss for codec, loss in settings.losses.items() if loss is not None}
+    if not known:
+        return settings.tables
+    losses = ", ".join(f"{codec} {loss:.4f}" for codec, loss in known.items())
+    return f"{settings.tables} (with them codecs lose, in nats a token: {losses})"
 
 
-def _tried(settings: Settings, block_size: int) -> tuple[Settings, list[str]]:
+def _shape(model: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns the numbers of layers and of KV heads, or None where the configuration does not say
+    them."""
+    heads = model.get("num_key_value_heads") or model.get("num_attention_heads")
+    layers = model.get("num_hidden_layers")
+    return (layers, heads) if isinstance(layers, int) and isinstance(heads, int) else None
+
+
+def _tried(
+    settings: Settings,
+    block_size: int,
+    model: tuple[int, int] | None = None,
+    with_rope: bool = True,
+) -> tuple[Settings, list[str]]:
     """Builds and dry-runs every policy that may be asked for.
+
+    Args:
+        block_size: tokens in a block.
+        model: numbers of layers and of KV heads of the model, if they are known.
+        with_rope: whether the model's rotary embedding is known.
 
     Returns:
         The settings without the policies that fail, where all policies are allowed by default, and
@@ -406,7 +510,19 @@ def _tried(settings: Settings, block_size: int) -> tuple[Settings, list[str]]:
         try:
             if name != NONE:
                 policy = settings.build(name)
-                dry_run(policy, sinks=settings.sinks, window=settings.window, page_size=block_size)
+                own = policy.made_for
+                if model is not None and own is not None and own != model:
+                    raise ValueError(
+                        f"its file is of a model with {own[0]} layers of {own[1]} KV heads, and "
+                        f"this one has {model[0]} of {model[1]}"
+                    )
+                dry_run(
+                    policy,
+                    sinks=settings.sinks,
+                    window=settings.window,
+                    page_size=block_size,
+                    with_rope=with_rope,
+                )
         except Exception as error:
             failing[name] = str(error)
             if name == settings.policy or not every:

@@ -268,10 +268,12 @@ class _Reader:
 
 # Names that stand for the policy ALIASED with these codecs.
 ALIASES: dict[str, tuple[str, ...]] = {
-    **{name: (name,) for name in ("int8", "int4", "tc4", "tc6", "tc8")},
+    **{name: (name,) for name in ("int8", "int4", "tc4", "tc6", "tc8", "tada", "gear")},
     "auto": ("int8", "tc4", "tc6", "tc8"),
 }
 ALIASED = "kvcrush"
+# The one of them whose codecs follow from what each was measured to lose.
+MEASURED = "auto"
 
 
 @dataclass(frozen=True)
@@ -284,20 +286,28 @@ class Storage:
             codecs; otherwise the newest do.
         pages: whether heads may own other pages than the block table says, which needs our
             attention kernels even where all pages are raw.
+        least_loss: whether it is measured, on the model, which codecs lose least, and any of
+            `codecs.CODECS` may be among them; `codecs` are those where nothing was measured.
     """
 
     codecs: tuple[str, ...] = ()
     tiers: bool = False
     pages: bool = False
+    least_loss: bool = False
 
 
 # What the classes of the built-in policies say, so that a plan can be made without loading torch.
 _BUILT_IN: dict[str, Storage] = {
-    **dict.fromkeys(("streaming", "snapkv", "h2o", "kvcrush", "fair"), Storage()),
-    **{name: Storage(codecs) for name, codecs in ALIASES.items()},
+    **dict.fromkeys(("streaming", "lacache", "knorm", "keydiff", "lagkv", "infinipot"), Storage()),
+    **dict.fromkeys(("snapkv", "tova", "h2o", "expected_attention", "gkv", "rkv"), Storage()),
+    **dict.fromkeys(("critic", "gui_kv", "kvcrush", "fair"), Storage()),
+    **{name: Storage(codecs, least_loss=name == MEASURED) for name, codecs in ALIASES.items()},
     "mikv": Storage(("int8", "tc8"), tiers=True),
-    "adakv": Storage(pages=True),
-    "keepkv": Storage(pages=True),
+    "composed": Storage(),
+    **dict.fromkeys(
+        ("adakv", "keepkv", "rerotate", "pyramidkv", "cake", "duo", "surfacelogic", "d2o", "cam"),
+        Storage(pages=True),
+    ),
 }
 
 
@@ -312,9 +322,14 @@ def storage(spec: Spec) -> Storage:
         own = policies.storage_of(spec.name)
     if spec.base is not None:
         base = storage(spec.base)
-        own = Storage(own.codecs or base.codecs, own.tiers or base.tiers, own.pages or base.pages)
+        own = Storage(
+            own.codecs or base.codecs,
+            own.tiers or base.tiers,
+            own.pages or base.pages,
+            own.least_loss or (base.least_loss and not own.codecs),
+        )
     if spec.codecs is not None:
-        own = replace(own, codecs=spec.codecs)
+        own = replace(own, codecs=spec.codecs, least_loss=False)
     return own
 
 

@@ -59,6 +59,7 @@ class Stats:
         policy_failures: compactions in which the policy failed, by the policy's name.
         kv_bytes_held: bytes of KV that running requests hold now, by policy.
         kv_bytes_raw_equivalent: bytes that they would hold without compression, by policy.
+        kv_codec_bytes: bytes of the blocks that they hold, by the codec of their pages.
         worker_bytes: the most bytes that a worker has held beside its KV cache, by their use:
             "gathered" (keys and values that a policy reads), "queries" (of the window), "running"
             (state that policies keep), "scratch" (working memory of kernels).
@@ -71,6 +72,7 @@ class Stats:
     policy_failures: dict[str, int] = field(default_factory=dict)
     kv_bytes_held: dict[str, int] = field(default_factory=dict)
     kv_bytes_raw_equivalent: dict[str, int] = field(default_factory=dict)
+    kv_codec_bytes: dict[str, int] = field(default_factory=dict)
     worker_bytes: dict[str, int] = field(default_factory=dict)
     pressure: float = 0.0
     uncompressed: int = 0
@@ -81,6 +83,11 @@ class Stats:
         own.compactions[reason] = own.compactions.get(reason, 0) + 1
         # Blocks that stay shared can make a compaction cost some; a counter cannot go down.
         own.blocks_freed += max(0, blocks)
+
+    def forget_compaction(self, policy: str, reason: str) -> None:
+        """Takes back one that was counted since `take` and will not be run, as its request was
+        preempted in the same step."""
+        self.policies[policy].compactions[reason] -= 1
 
     def record_moved(self, policy: str, evicted: int, seconds: float) -> None:
         """Adds what the workers report of a compaction that was counted before: the tokens that it
@@ -111,6 +118,7 @@ class Stats:
             "policy_failures": self.policy_failures,
             "kv_bytes_held": self.kv_bytes_held,
             "kv_bytes_raw_equivalent": self.kv_bytes_raw_equivalent,
+            "kv_codec_bytes": self.kv_codec_bytes,
             "worker_bytes": dict(self.worker_bytes),
             "pressure": self.pressure,
             "uncompressed": self.uncompressed,

@@ -31,22 +31,32 @@ TARGETS = ((8.0, 0.06, 0.04, 0.95), (4.0, 0.015, 0.01, 0.98))
 def contents() -> dict[str, Any]:
     """Contents by name; a name says what a point is in bits, `+` what comes on top."""
     from benchmarks.codecs import contents as c
+    from vllm_kvcrush.codecs.layout import Chunk
 
     return {
         "int8": c.flat("int8"),
         "int4 K/64": c.flat("int4"),
         **{point.name: c.transform(point.name) for point in points()},
+        **{f"tada {bits}": c.tada(Chunk(bits)) for bits in (2, 3, 4)},
+        "tada 2 over heads": c.tada_over_heads(2),
+        "tada 4 over heads": c.tada_over_heads(4),
+        **{f"gear {'/'.join(map(str, own))}": c.gear(Chunk(*own)) for own in GEARS},
         "tc6 + evict 20%": c.transform("tc6", keep=0.8),
         "tc8 + evict 15%": c.transform("tc8", keep=0.85),
         "evict to 25%": c.evicted(0.25),
     }
 
 
-QUICK = ("int8", "int4 K/64", "tc4", "tc6", "tc8")
+QUICK = ("int8", "int4 K/64", "tc4", "tc6", "tc8", "tada 3", "gear 4/1/8")
+# Bits, rank, channels of a key for each one that a strip keeps apart (0: none).
+GEARS = (
+    *((bits, 1, 8) for bits in (2, 3, 4)),
+    *((3, 2, 8), (4, 2, 8), (4, 4, 8), (4, 0, 8), (4, 1, 0), (4, 0, 0)),
+)
 
 
 def points() -> list[Any]:
-    """Every point that a content needs tables for."""
+    """Yields every point that a content needs tables for."""
     from dataclasses import replace
 
     from vllm_kvcrush.codecs.transform.points import POINTS
@@ -99,7 +109,7 @@ class Study:
         self._loaded: Any = None
 
     def _load(self) -> Any:
-        """Forcer and Setting."""
+        """Returns the Forcer and the Setting."""
         if self._loaded is None:
             from benchmarks.codecs.contents import Setting
             from benchmarks.codecs.model import Forcer
@@ -156,7 +166,7 @@ class Study:
 
 
 def verdict(ratio: float, delta: float, kl: float, agreement: float) -> str:
-    """Which targets a content meets on average."""
+    """Returns which targets a content meets on average."""
     for least, most_delta, most_kl, least_agreement in TARGETS:
         if ratio >= least:
             good = delta <= most_delta and kl <= most_kl and agreement >= least_agreement

@@ -3,16 +3,19 @@ back, and counts their bytes."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.codecs.model import Cache, Coded
-from vllm_kvcrush.codecs import CODECS
-from vllm_kvcrush.codecs.transform.points import SINKS
+from vllm_kvcrush.codecs import CODECS, chunk, layout
+from vllm_kvcrush.codecs.layout import SINKS
+from vllm_kvcrush.codecs.reference import token_grids
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 from vllm_kvcrush.plan import Packing
@@ -42,6 +45,7 @@ class Setting:
 
 
 Encode = Callable[[Cache, Setting], Coded]
+Kept = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 # -- bytes ----------------------------------------------------------------------------------------
@@ -93,30 +97,83 @@ def _by_page(
     return keys, values
 
 
-def flat(codec: str) -> Encode:
-    """Returns a content: pages of a codec without tables."""
+def _alike(room: Callable[[int, int, int, int], int], kept_page: Kept) -> Encode:
+    """Returns a content: pages that are alike in all heads.
+
+    Args:
+        room: tokens of a page, of its bytes, both head sizes and an element's bytes.
+        kept_page: what one gives back of keys and values.
+    """
 
     def encode(cache: Cache, setting: Setting) -> Coded:
         layers, heads, n, size = cache.keys.shape
         rooms = {
-            (block, itemsize): torch.full(
+            at: torch.full(
                 (layers, heads),
-                CODECS[codec].capacity(
-                    _page_bytes(cache, block, itemsize),
-                    size,
-                    cache.values.shape[-1],
-                    itemsize,
-                ),
+                room(_page_bytes(cache, *at), size, cache.values.shape[-1], at[1]),
             )
-            for block, itemsize in setting.sizes
+            for at in setting.sizes
         }
 
         def kept(layer: int, head: int, here: slice) -> tuple[Tensor, Tensor]:
-            k, v = cache.keys[layer, head, here], cache.values[layer, head, here]
-            return CODECS[codec].kept(k, v, cache.keys.dtype)
+            return kept_page(cache.keys[layer, head, here], cache.values[layer, head, here])
 
         keys, values = _by_page(cache, rooms[setting.sizes[0]], kept)
         return Coded(keys, values, {at: _bytes(cache, at, r, n) for at, r in rooms.items()})
+
+    return encode
+
+
+def flat(codec: str) -> Encode:
+    """Returns a content: pages of a codec without tables."""
+    record = CODECS[codec]
+    return _alike(record.capacity, lambda k, v: record.kept(k, v, k.dtype))
+
+
+def _chunk_room(pages: Callable[[layout.Chunk, int, int, int], layout.FlatLayout]) -> Any:
+    def room(own: layout.Chunk, page_bytes: int, k_size: int, v_size: int, itemsize: int) -> int:
+        left = page_bytes - layout.HEADER
+        return layout.most_tokens(lambda tokens: pages(own, tokens, k_size, v_size).end, left)
+
+    return room
+
+
+def tada(own: layout.Chunk) -> Encode:
+    """Returns a content: pages as "tada" makes them, with other bits."""
+    return _alike(
+        functools.partial(_chunk_room(layout.tada_pages), own),
+        lambda k, v: (chunk.tada_kept(k, own), chunk.tada_kept(v, own)),
+    )
+
+
+def gear(own: layout.Chunk) -> Encode:
+    """Returns a content: pages as "gear" makes them, with other bits, ranks and single channels."""
+    return _alike(
+        functools.partial(_chunk_room(layout.gear_pages), own),
+        lambda k, v: (chunk.gear_keys(k, own)[0], chunk.gear_values(v, own)),
+    )
+
+
+def tada_over_heads(bits: int) -> Encode:
+    """Returns a content as TaDA's paper has it: of each token the mean over its KV heads in 16
+    bits, and what each head adds in `bits` bits with a float16 scale a side."""
+
+    def side(x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True).half().float()
+        rest = (x - mean).flatten(0, 2)
+        codes, scale = token_grids(rest, bits)
+        return mean + ((codes - (2**bits - 1) / 2) * scale).view(x.shape)
+
+    def encode(cache: Cache, setting: Setting) -> Coded:
+        layers, heads, n, size = cache.keys.shape
+        channels = size + cache.values.shape[-1]
+        token = channels * (bits / 8 + 2 / heads) + 2 * 2 + 2  # mean, scales, position
+        rooms = {
+            at: torch.full((layers, heads), int((_page_bytes(cache, *at) - layout.HEADER) / token))
+            for at in setting.sizes
+        }
+        held = {at: _bytes(cache, at, room, n) for at, room in rooms.items()}
+        return Coded(side(cache.keys), side(cache.values), held)
 
     return encode
 

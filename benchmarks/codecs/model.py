@@ -45,12 +45,14 @@ class Coded:
         keys, values: as in Cache; n differs where tokens were evicted.
         bytes: bytes of the pages, by (block size, bytes of a raw channel).
         kept: bool [L, H, n], tokens that were not evicted; None for all.
+        log_bias: float32 [L, H, n], what is added to the logits of a token; None means nothing.
     """
 
     keys: Tensor
     values: Tensor
     bytes: dict[tuple[int, int], int]
     kept: Tensor | None = None
+    log_bias: Tensor | None = None
 
 
 class Forcer:
@@ -69,7 +71,9 @@ class Forcer:
     def force(self, coded: Coded, start: int, tokens: Sequence[int]) -> Tensor:
         """Returns log-probabilities [m, vocab] after each of m tokens, the first of which has
         position `start`."""
-        return self.probe.log_probabilities(coded.keys, coded.values, start, tokens, coded.kept)
+        return self.probe.log_probabilities(
+            coded.keys, coded.values, start, tokens, coded.kept, coded.log_bias
+        )
 
 
 def measure(

@@ -18,7 +18,7 @@ from benchmarks.gpu.tables import compile_table, floors, model_table, page
 
 
 def compiled(build: builds.Build, target: str) -> dict[str, Any]:
-    """One row: a kernel for a target. Where it does not compile, `error` says why."""
+    """Returns one row: a kernel for a target. Where it does not compile, `error` says why."""
     facts, error = child.call(lambda: disassembly.facts(build.compile(target), target))
     names = [field.name for field in dataclasses.fields(disassembly.Facts)]
     return {
@@ -37,7 +37,7 @@ def compiled(build: builds.Build, target: str) -> dict[str, Any]:
 
 
 def problems(row: dict[str, Any]) -> list[str]:
-    """What a row must not say."""
+    """Returns what a row must not say."""
     if row["error"]:
         return [f"does not compile: {row['error']}"]
     found = []

@@ -102,7 +102,7 @@ class Build:
 
     @property
     def name(self) -> str:
-        """Unique among all builds."""
+        """Returns a name that is unique among all builds."""
         return f"{self.kernel} {self.codec} {self.size}/{self.group} {self.dtype}"
 
     def compile(self, target: str) -> Any:
@@ -132,8 +132,8 @@ class Build:
 
 
 def attention(codec: str, size: int, group: int, dtype: str, decode: bool, target: str) -> Build:
-    """The attention kernel; codec "raw" is a tail alone, as before any compaction, and "int8+tc4"
-    what `auto` makes of most budgets."""
+    """Yields the attention kernel. Codec "raw" is a tail alone, as before any compaction, and
+    "int8+tc4" what `auto` makes of most budgets."""
     parts = set(PLAIN if codec == "mixed" else () if codec == "raw" else codec.split("+"))
     wave = TARGETS[target].warp_size
     page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
@@ -161,7 +161,7 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
 
 
 def others(size: int, group: int, dtype: str) -> Iterator[Build]:
-    """Everything but attention, for codecs without tables."""
+    """Yields everything but attention, for codecs without tables."""
     page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
     yield Build(
@@ -182,7 +182,7 @@ def others(size: int, group: int, dtype: str) -> Iterator[Build]:
 
 
 def _tokens(codecs: tuple[str, ...], size: int, group: int, dtype: str) -> Iterator[Build]:
-    """What reads single tokens of codecs."""
+    """Yields what reads single tokens of codecs."""
     page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
     for codec in codecs:
@@ -196,13 +196,13 @@ def _tokens(codecs: tuple[str, ...], size: int, group: int, dtype: str) -> Itera
         yield Build(
             "scores", codec, *same, scores_kernels.scores_kernel,
             {"T": slots, "W": 32, "GROUP": group, "HEADS": KV_HEADS * group}
-            | {"TAIL": codec == "raw", "BIAS": False, **own},
+            | {"TAIL": codec == "raw", "BIAS": False, "GREATEST": False, **own},
             warps, stages, {"out": "*fp32"},
         )  # fmt: skip
 
 
 def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
-    """Everything but attention for fitted codecs."""
+    """Yields everything but attention for fitted codecs."""
     page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     same = (size, group, dtype)
     yield from _tokens(FITTED, *same)
@@ -228,7 +228,7 @@ def fitted(size: int, group: int, dtype: str) -> Iterator[Build]:
 
 
 def builds(quick: bool, target: str) -> list[Build]:
-    """All variants for a target, or a sample."""
+    """Returns all variants for a target, or a sample."""
     if quick:
         # What is hardest to compile: these have spilled, or ended in an error of AMD's compiler.
         found = [

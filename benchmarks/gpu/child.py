@@ -13,8 +13,8 @@ ERROR = re.compile("error|bad machine code", re.IGNORECASE)
 
 
 def call(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What `work` returns in a process of its own, or None and why there is nothing. What the
-    process writes to stderr is only read for that."""
+    """Returns what `work` returns in a process of its own, or None and why there is nothing. What
+    the process writes to stderr is only read for that."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     with tempfile.TemporaryFile("w+", errors="replace") as stderr:

@@ -29,7 +29,7 @@ FEW = ("", "int4", "int8", "int8+tc4")  # of the second shape
 
 
 def jobs(shape: str, target: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What an engine does, by name."""
+    """Yields what an engine does, by name."""
     heads, kv_heads, size = SHAPES[shape]
     tables = tables_of(size, kv_heads)
     angles = Angles(tables["tc4"].rope, POSITIONS)

@@ -44,8 +44,8 @@ class Pages:
 
 
 def seconds(call: Callable[[], Any], least: float) -> dict[str, float]:
-    """Median and quartiles of the times of single calls, for `least` seconds and three calls at
-    least."""
+    """Returns the median and quartiles of the times of single calls, for `least` seconds and three
+    calls at least."""
     found: list[float] = []
     while len(found) < 3 or sum(found) < least:
         began = time.perf_counter()

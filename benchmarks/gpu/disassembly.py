@@ -49,7 +49,7 @@ class Facts:
 
 
 def _loops(lines: list[tuple[str, str]], labels: dict[str, int]) -> list[range]:
-    """Outermost loops: ranges of instructions that end in a branch back."""
+    """Returns the outermost loops: ranges of instructions that end in a branch back."""
     found: list[range] = []
     for i, (name, rest) in enumerate(lines):
         if name.startswith(("BRA", "s_cbranch", "s_branch")):
@@ -89,7 +89,7 @@ def _amdgcn(kernel: Any) -> tuple[list[tuple[str, str]], dict[str, int]]:
 
 
 def _resources(kernel: Any) -> dict[str, int]:
-    """What cuobjdump says of a cubin: REG, STACK, SHARED, LOCAL."""
+    """Returns what cuobjdump says of a cubin: REG, STACK, SHARED, LOCAL."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         pathlib.Path(file.name).write_bytes(kernel.asm["cubin"])
         tool = knobs.nvidia.cuobjdump.path
@@ -154,7 +154,7 @@ def _amd_blocks(registers: int, shared: int, warps: int) -> int:
 
 
 def loop_counts(kernel: Any, target: str) -> Iterator[dict[str, int]]:
-    """For each loop that multiplies, how often it has each instruction."""
+    """Yields, for each loop that multiplies, how often it has each instruction."""
     amd = target.startswith("gfx")
     lines, labels = _amdgcn(kernel) if amd else _sass(kernel)
     tensor = AMD_TENSOR if amd else NVIDIA_TENSOR

@@ -40,7 +40,7 @@ class Launch:
 
     @property
     def hash(self) -> str:
-        """The same for launches that need no new compilation."""
+        """Tells launches apart that need compilations of their own."""
         return str(self.kernel.hash)
 
 
@@ -62,7 +62,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def compiled(target: str = "sm_90") -> Iterator[list[Launch]]:
-    """Within, a launch compiles its kernel for a target and is put on the list. Tensors are the
+    """Compiles each launch's kernel for a target, within, and puts it on the list. Tensors are the
     CPU's, and what kernels would write stays what it was."""
     found: list[Launch] = []
     run, processors = JITFunction.run, attention._processors
@@ -101,8 +101,8 @@ class Model:
         self.layer.ptx = True  # as on such a device
 
     def entries(self, codecs: tuple[str, ...], rows: int) -> tuple[Tensor, ...]:
-        """begin, end [rows, KV heads], page, count and codec: a page of each codec for every row
-        and head."""
+        """Returns begin, end [rows, KV heads], page, count and codec: a page of each codec for
+        every row and head."""
         heads, each = self.layer.kv_heads, len(codecs)
         begin = torch.arange(rows * heads, dtype=torch.int32).view(rows, heads) * each
         codec = torch.tensor([CODECS[c].number for c in codecs] * (rows * heads), dtype=torch.uint8)
@@ -110,8 +110,8 @@ class Model:
         return begin, begin + each, page, torch.full_like(page, 5), codec
 
     def batch(self, rows: list[int], codecs: tuple[str, ...] = (), biased: bool = False) -> Batch:
-        """A step: query rows of each sequence, all of which have pages of the codecs, perhaps with
-        log biases."""
+        """Returns a step: query rows of each sequence, all of which have pages of the codecs,
+        perhaps with log biases."""
         directory, n = None, len(rows)
         if codecs:
             entries = self.entries(codecs, n)
@@ -144,7 +144,7 @@ class Model:
         attention.attention(layer, batch, query, torch.empty_like(query))
 
     def source(self, codecs: tuple[str, ...], tail: int) -> Source:
-        """A request's tokens: a page of each codec for every head, and a tail."""
+        """Returns a request's tokens: a page of each codec for every head, and a tail."""
         begin, end, page, count, codec = self.entries(codecs, 1)
         table = torch.zeros(-(-tail // self.layer.block_size), dtype=torch.int32)
         return Source.of(begin, end, page, count, codec, table, tail, 9, runs_of(codec))

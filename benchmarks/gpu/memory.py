@@ -41,14 +41,14 @@ class Need:
 
 
 def sizes() -> Sizes:
-    """One rank of the model."""
+    """Returns the sizes of one rank of the model."""
     return Sizes(
         LAYERS, HEADS // RANKS, KV_HEADS // RANKS, HEAD_SIZE, ITEMSIZE, BLOCK_SIZE, REQUESTS, TOKENS
     )
 
 
 def need(policy: str, budget: float) -> Need:
-    """What the requests need, all at their longest, prompt and output together."""
+    """Returns what the requests need, all at their longest, prompt and output together."""
     page = (HEAD_SIZE, HEAD_SIZE, ITEMSIZE)
     settings = Settings(policy=policy, budget=budget, allow=(policy,), page=page)
     plan = settings.plan(RequestParams(policy, budget), TOKENS - 1024, BLOCK_SIZE)
@@ -59,7 +59,7 @@ def need(policy: str, budget: float) -> Need:
 
 
 def table() -> str:
-    """Markdown, in GB of one rank."""
+    """Returns a Markdown table, in GB of one rank."""
     weights = PARAMETERS * ITEMSIZE / RANKS
     head = ["policy, budget", "pool", "directory", "queries", "kept", "compaction", "with weights"]
     lines = []

@@ -60,7 +60,8 @@ def decode_bytes(codec: str, geometry: Geometry, tokens: int, layers: int, kv_he
 def issue_seconds(
     device: Device, loop: int, warps: int, tile: int, tokens: int, layers: int, kv_heads: int
 ) -> float:
-    """Least time to issue the loop's instructions for every tile, all processors busy."""
+    """Returns the least time to issue the loop's instructions for every tile, all processors
+    busy."""
     tiles = tokens / tile * layers * kv_heads
     return tiles * loop * warps / (device.issue * device.processors * device.clock)
 
@@ -68,5 +69,5 @@ def issue_seconds(
 def prefill_seconds(
     device: Device, rows: int, context: int, layers: int, heads: int, size: int
 ) -> float:
-    """Least time of the products of `rows` queries with `context` tokens each."""
+    """Returns the least time of the products of `rows` queries with `context` tokens each."""
     return 4.0 * rows * context * layers * heads * size / device.flops

@@ -75,7 +75,8 @@ class Cache:
                 every[block] = content
 
     def entries(self, layer: Layer) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """begin, end [batch, kv_heads], page, count and codec of a directory, on the host."""
+        """Returns begin, end [batch, kv_heads], page, count and codec of a directory, on the
+        host."""
         batch, heads = self.case.batch, layer.kv_heads
         begin = torch.arange(batch * heads, dtype=torch.int32).view(batch, heads) * self.pages
         page = self.page_blocks[:, None] * layer.block_pages
@@ -96,7 +97,7 @@ class Cache:
         return Batch.of(start, length, table, directory, case.rows, case.block_size)
 
     def source(self, layer: Layer, seq: int) -> Source:
-        """One sequence, as compactions see it."""
+        """Returns one sequence, as compactions see it."""
         begin, end, page, count, codec = self.entries(layer)
         first, last = int(begin[seq, 0]), int(end[seq, -1])
         own = slice(first, last)
@@ -105,7 +106,7 @@ class Cache:
         return _source(self.device, *entries, table, self.tail, self.paged, runs_of(codec[own]))
 
     def tokens(self, layer: Layer, seq: int) -> tuple[Tensor, Tensor]:
-        """Float32 keys and values of a sequence: [kv_heads, context, size] each."""
+        """Returns float32 keys and values of a sequence: [kv_heads, context, size] each."""
         slots = torch.arange(self.case.context, device=self.device).repeat(layer.kv_heads, 1)
         key, value, _ = compaction.gather(layer, self.source(layer, seq), slots)
         assert value is not None
@@ -113,13 +114,13 @@ class Cache:
 
 
 def _source(device: str, *arguments: Any) -> Source:
-    """`Source.of`, from the host's tensors."""
+    """Returns `Source.of` from the host's tensors."""
     there: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in arguments]
     return Source.of(*there)
 
 
 def target(layer: Layer, blocks: Tensor, codec: str, tokens: int, device: str) -> Source:
-    """Fresh pages for `tokens` tokens of each KV head, in blocks of the pool."""
+    """Returns fresh pages for `tokens` tokens of each KV head, in blocks of the pool."""
     full = layer.capacity(codec)
     pages = -(-tokens // full)
     heads = torch.arange(layer.kv_heads)

@@ -35,18 +35,19 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Unique among the cases of a run."""
+        """Returns a name that is unique among the cases of a run."""
         return (
             f"{self.task} {self.shape} batch={self.batch} context={self.context} rows={self.rows}"
         )
 
     def job(self) -> dict[str, Any]:
-        """What the worker is asked."""
+        """Returns what the worker is asked."""
         return dataclasses.asdict(self)
 
 
 def cases(dry: bool) -> list[Case]:
-    """The cases of a run, what matters most first: a run that is out of time lacks the last."""
+    """Returns the cases of a run, what matters most first: a run that is out of time lacks the
+    last."""
     attention = (FLASH, *OURS)
     if dry:
         tiny: dict[str, Any] = {"shape": "tiny", "block_size": 16}

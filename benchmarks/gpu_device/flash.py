@@ -16,7 +16,7 @@ class Unavailable(RuntimeError):
 
 
 def load(size: int) -> tuple[Any, int]:
-    """The function and the version of FlashAttention that vLLM chooses for a head size."""
+    """Returns the function and the version of FlashAttention that vLLM chooses for a head size."""
     try:
         import vllm.vllm_flash_attn as package
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
@@ -56,7 +56,7 @@ class Flash:
         self.out = torch.empty_like(self.query)
 
     def call(self, layer: int) -> None:
-        """Attention of one layer, into `out`. As vLLM calls it, but for FlashAttention 3's
+        """Computes attention of one layer, into `out`, as vLLM calls it, but for FlashAttention 3's
         schedule, which vLLM makes once a step and this leaves to each call."""
         self._function(
             q=self.query,
@@ -74,11 +74,12 @@ class Flash:
         )
 
     def calls(self) -> list[Call]:
-        """One a layer."""
+        """Returns one call a layer."""
         return [lambda i=i: self.call(i) for i in range(len(self._key))]  # type: ignore[misc]
 
     def tokens(self, seq: int) -> tuple[Tensor, Tensor]:
-        """Float32 keys and values of a sequence in the first layer: [kv_heads, context, size]."""
+        """Returns float32 keys and values of a sequence in the first layer: [kv_heads, context,
+        size]."""
         found = []
         for pool in (self._key, self._value):
             rows = pool[0, self._table[seq].long()].flatten(0, 1)[: self._case.context]

@@ -23,17 +23,17 @@ def _write(**line: Any) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """All tests, before the first runs."""
+    """Writes down all tests, before the first runs."""
     _write(collected=[item.nodeid for item in session.items])
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """What has begun and is never heard of again has hung or crashed."""
+    """Writes down that a test has begun: one that is never heard of again has hung or crashed."""
     _write(began=nodeid)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """One line a test, two where its teardown fails too."""
+    """Writes one line a test, two where its teardown fails too."""
     if report.when == "call" or report.outcome != "passed":
         text = ""
         if report.outcome == "failed":

@@ -30,8 +30,8 @@ class Worker:
         self._dry, self._child = dry, None  # type: tuple[bool, Child | None]
 
     def ask(self, timeout: float, **job: Any) -> Any:
-        """An answer. Raises SystemExit with the worker's last words; the next question goes to a
-        new one."""
+        """Returns an answer. Raises SystemExit with the worker's last words; the next question goes
+        to a new one."""
         if self._child is None:
             environment = {**os.environ, "TRITON_INTERPRET": "1" if self._dry else "0"}
             device = "cpu" if self._dry else "cuda"
@@ -52,8 +52,8 @@ class Worker:
 
 
 def measure(worker: Worker, case: Case, settings: dict[str, Any], timeout: float) -> Result:
-    """A case's result. Where the whole fails, each candidate by itself: one that breaks the device
-    must not hide the others."""
+    """Returns a case's result. Where the whole fails, each candidate by itself: one that breaks the
+    device must not hide the others."""
 
     def ask(names: Sequence[str]) -> Result:
         job = {**case.job(), "candidates": list(names)}
@@ -99,7 +99,7 @@ def run_all(
 
 
 def add_rows(run: Run, results: dict[Case, Result]) -> None:
-    """Everything in long form."""
+    """Adds everything in long form."""
     limits: dict[str, list[float]] = {"copy": [], "product": []}
     for case, result in results.items():
         for limit, values in limits.items():
@@ -133,7 +133,8 @@ def add_rows(run: Run, results: dict[Case, Result]) -> None:
 def figures(
     case: Case, found: Result, result: Result, mode: str, seconds: Sequence[float]
 ) -> list[tuple[str, list[float], str]]:
-    """Metric, its value in each round, and unit of one candidate's launches in one mode."""
+    """Returns the metric, its value in each round, and unit of one candidate's launches in one
+    mode."""
     made = [("seconds", list(seconds), "s")]
     if case.task == "prefill":
         rates, work, metric = found.get("product") or result["product"], "flops", "product_share"
@@ -157,7 +158,7 @@ def _add(
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """What a reader wants first: a line for each case, kernel and way to launch."""
+    """Returns what a reader wants first: a line for each case, kernel and way to launch."""
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
         if row["task"] is None or not str(row["policy"]).startswith(("kvcrush-", FLASH)):

@@ -13,7 +13,7 @@ SMI = ("driver_version", "power.limit", "clocks.max.sm", "clocks.max.mem", "util
 
 
 def missing_package() -> str | None:
-    """One sentence that names the packages that are missing, or None."""
+    """Returns one sentence that names the packages that are missing, or None."""
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if not absent:
         return None
@@ -25,7 +25,7 @@ def missing_package() -> str | None:
 
 
 def missing_gpu() -> str | None:
-    """One sentence that says what is missing to run on a device, or None."""
+    """Returns one sentence that says what is missing to run on a device, or None."""
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:
@@ -42,7 +42,8 @@ def missing_gpu() -> str | None:
 
 
 def facts() -> dict[str, Any]:
-    """GPU, driver and what runs on them; sizes in bytes. Without a GPU `gpu` is null."""
+    """Returns the GPU, its driver and what runs on them; sizes in bytes. Without a GPU `gpu` is
+    null."""
     import torch
     import triton
 
@@ -69,7 +70,7 @@ def facts() -> dict[str, Any]:
 
 
 def _smi() -> dict[str, str] | None:
-    """Driver, power limit (W), largest clocks (MHz), load (%) before anything ran."""
+    """Returns the driver, power limit (W), largest clocks (MHz), load (%) before anything ran."""
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader,nounits", "-i0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
@@ -80,5 +81,5 @@ def _smi() -> dict[str, str] | None:
 
 
 def anonymous(text: str, root: pathlib.Path) -> str:
-    """A text to publish, without this machine's paths."""
+    """Returns a text to publish, without this machine's paths."""
     return text.replace(str(root), ".").replace(os.path.expanduser("~"), "~")

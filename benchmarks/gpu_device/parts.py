@@ -18,7 +18,7 @@ _START_SECONDS = 120  # for torch, Triton and the device's context
 
 
 def parse(doc: str) -> argparse.Namespace:
-    """The command line."""
+    """Returns the parsed command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_device",
         description=doc.strip().split("\n")[0],
@@ -57,7 +57,7 @@ class Parts:
         return self._began + 60 * self.args.minutes * ENDS[part]
 
     def look(self) -> None:
-        """The environment report."""
+        """Makes the environment report."""
         if not self.run.has("machine"):
             self._journal.unlink(missing_ok=True)
         ask = functools.partial(self.worker.ask, _START_SECONDS, kind="facts")
@@ -66,7 +66,7 @@ class Parts:
         print(table(["what", "value"], [[k, str(v)] for k, v in shown.items()]), flush=True)
 
     def correctness(self) -> None:
-        """tests/gpu on the device."""
+        """Runs tests/gpu on the device."""
         dry = self.args.dry_run
         tests = suite.SAMPLE if dry else suite.FILES
         began = time.monotonic()
@@ -99,7 +99,7 @@ class Parts:
             )
 
     def kernels(self) -> None:
-        """Speed of the kernels."""
+        """Measures the speed of the kernels."""
         results, late = kernels.run_all(
             self.run, self.worker, self.args.dry_run, self.facts.get("l2_bytes"),
             self._deadline("kernels"),
@@ -112,7 +112,7 @@ class Parts:
         self.parts["kernels"] = {"finished": not late, "not_run": late}
 
     def serving(self) -> None:
-        """The pair of servers, or why there is none."""
+        """Runs the pair of servers, or notes why there is none."""
         path = self.args.json.with_suffix(".serving.json")
         why = serving.refusal()
         if self.args.dry_run:
@@ -150,7 +150,7 @@ def _accepted(arguments: list[str]) -> None:
 
 
 def run(doc: str) -> None:
-    """All parts."""
+    """Runs all parts."""
     args = parse(doc)
     if not args.dry_run and (sentence := machine.missing_gpu()):
         raise SystemExit(f"gpu_device: {sentence}")

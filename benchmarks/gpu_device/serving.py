@@ -20,7 +20,7 @@ _STOP_SECONDS = 60  # in which benchmarks.serving ends its servers
 
 
 def refusal() -> str | None:
-    """Why the pair cannot run on a GPU, in one sentence, or None."""
+    """Returns why the pair cannot run on a GPU, in one sentence, or None."""
     config = SimpleNamespace(
         device_config=SimpleNamespace(device_type="cuda"),
         model_config=SimpleNamespace(enforce_eager=True),
@@ -43,7 +43,7 @@ def refusal() -> str | None:
 
 
 def arguments(model: pathlib.Path | None, path: pathlib.Path) -> list[str]:
-    """Of `python -m benchmarks.serving`."""
+    """Returns the arguments of `python -m benchmarks.serving`."""
     flags = f"--attention-backend=TRITON_ATTN --kv-policy-allow={POLICY},none"
     found = ["--quick", "--policy", POLICY, "--dtype", "bfloat16", f"--policy-flags={flags}"]
     found += ["--workloads", "long_prompt", "long_decode", "--json", str(path)]

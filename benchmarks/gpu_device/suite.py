@@ -33,7 +33,7 @@ _POLL = 0.2
 
 
 def digest() -> str:
-    """Of the tests: results of two versions are never mixed."""
+    """Returns a digest of the tests: results of two versions are never mixed."""
     found = hashlib.sha256()
     for path in sorted((ROOT / "tests" / "gpu").glob("*.py")):
         found.update(path.read_bytes())
@@ -50,7 +50,7 @@ class Journal:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> Journal:
-        """From a file that may end in the middle of a line."""
+        """Returns the records of a file that may end in the middle of a line."""
         found = cls()
         for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
             try:
@@ -101,7 +101,7 @@ def run(path: pathlib.Path, tests: Sequence[str], interpret: bool, seconds: floa
 def _process(
     path: pathlib.Path, tests: Sequence[str], interpret: bool, deadline: float, bar: Any
 ) -> None:
-    """One process, until it ends, or a test hangs, or the time is over."""
+    """Runs one process, until it ends, or a test hangs, or the time is over."""
     environment = {**os.environ, "KVCRUSH_GPU_TESTS": "1", "KVCRUSH_JOURNAL": str(path)}
     environment["TRITON_INTERPRET"] = "1" if interpret else "0"
     environment["PYTHONPATH"] = os.pathsep.join(

@@ -43,7 +43,7 @@ class Burst:
 
 
 def eager(calls: Sequence[Call]) -> Call:
-    """All calls, launched from Python."""
+    """Returns a function that launches all calls from Python."""
 
     def run() -> None:
         for call in calls:
@@ -53,7 +53,8 @@ def eager(calls: Sequence[Call]) -> Call:
 
 
 def graph(calls: Sequence[Call]) -> Call:
-    """All calls as one graph. They must have run before, so that everything is compiled."""
+    """Returns a function that replays all calls as one graph. They must have run before, so that
+    everything is compiled."""
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):

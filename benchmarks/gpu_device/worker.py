@@ -163,8 +163,8 @@ class Job:
     def _check(
         self, query: Tensor, out: Tensor, tokens: Callable[[int], tuple[Tensor, Tensor]], call: Call
     ) -> float:
-        """Largest error of the last rows of the first and the last sequence, over the largest
-        value: that of a benchmark's sizes, which the tests do not have."""
+        """Returns the largest error of the last rows of the first and the last sequence, over the
+        largest value: that of a benchmark's sizes, which the tests do not have."""
         case, worst = self.case, 0.0
         out.fill_(torch.nan)
         call()

@@ -41,7 +41,7 @@ Job = dict[str, Any]
 
 
 def positive(text: str) -> int:
-    """An argument that is a whole number, 1 or more."""
+    """Returns an argument that is a whole number, 1 or more."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
@@ -49,7 +49,7 @@ def positive(text: str) -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line, with --quick worked into it."""
+    """Returns the command line, with --quick worked into it."""
     parser = arguments(__doc__)
     several: dict[str, Any] = {"nargs": "+", "metavar": "N", "type": positive}
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
@@ -70,8 +70,8 @@ def parse() -> argparse.Namespace:
 
 
 def jobs(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any], Job]]:
-    """What is measured with each number of threads: task, what the rows say of it, job. Says what
-    is left out, and where memory makes a difference."""
+    """Yields what is measured with each number of threads: task, what the rows say of it, job. Says
+    what is left out, and where memory makes a difference."""
     said: set[str] = set()
 
     def sized(task: str, where: dict[str, Any], once: Sequence[int], job: Job) -> Iterator[Any]:
@@ -216,7 +216,7 @@ class Report:
         return lines
 
     def bandwidth(self) -> list[list[str]]:
-        """The measured limit, over all rounds of all cases."""
+        """Returns the measured limit, over all rounds of all cases."""
         if self._threads == 1 and self._busy[0] > BUSY * self._busy[1]:
             say(
                 f"the machine was busy: one thread got {self._busy[1] / self._busy[0]:.0%} of a "

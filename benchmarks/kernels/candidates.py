@@ -50,11 +50,11 @@ class Candidate(ABC):
 
     @abstractmethod
     def held(self, index: int, sequence: int) -> tuple[Tensor, Tensor]:
-        """What `run(index)` reads for one sequence, decoded: K and V as float64
-        [kv_heads, tokens held, head_size]; the last `query_len` tokens are the queries' own."""
+        """Returns what `run(index)` reads for one sequence, decoded: K and V as float64 [kv_heads,
+        tokens held, head_size]; the last `query_len` tokens are the queries' own."""
 
     def empty(self) -> Tensor:
-        """An output that nobody has written: all NaN."""
+        """Returns an output that nobody has written: all NaN."""
         return torch.full_like(self.queries, torch.nan)
 
 

@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        """Factor of q·k."""
+        """Returns the factor of q·k."""
         return self.head_size**-0.5
 
 
@@ -37,7 +37,7 @@ SHAPES = {"smol": Shape(9, 3, 64), "llama": Shape(32, 8, 128)}
 
 
 def cache_bytes() -> int:
-    """Size of the last-level cache."""
+    """Returns the size of the last-level cache."""
     largest = 0
     for size in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         largest = max(largest, int(size.read_text().strip().removesuffix("K")) * 1024)
@@ -45,7 +45,8 @@ def cache_bytes() -> int:
 
 
 def free_bytes() -> int:
-    """Memory that this process may still take: the machine's, or what its control group is left."""
+    """Returns the memory that this process may still take: the machine's, or what its control group
+    is left."""
     for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
@@ -82,8 +83,8 @@ class TooLarge(Exception):
 
 
 def sizes(once: Sequence[int], quick: bool = False) -> Sizes:
-    """For a measurement whose candidates need so many bytes for one copy each; together they take
-    up to SHARE of the memory that is free. Raises TooLarge."""
+    """Returns the sizes for a measurement whose candidates need so many bytes for one copy each;
+    together they take up to SHARE of the memory that is free. Raises TooLarge."""
     cache, room = cache_bytes(), int(SHARE * free_bytes())
     wanted = max(MIN_WORKING_SET, CACHES * cache)
     read = max(MIN_WORKING_SET, FLUSH * cache) if quick else wanted
@@ -125,7 +126,7 @@ class Case:
 
     @property
     def batch(self) -> int:
-        """Sequences."""
+        """Returns the number of sequences."""
         return len(self.lengths)
 
     @property
@@ -134,8 +135,8 @@ class Case:
         return sum(self.lengths) * self.shape.kv_heads * 2 * self.shape.head_size * 4
 
     def contents(self, sets: int) -> Tensor:
-        """Which of the distinct pages each page of each sequence holds, for `sets` independent
-        copies of the batch: int64 [sets, batch, pages of the longest sequence]."""
+        """Returns which of the distinct pages each page of each sequence holds, for `sets`
+        independent copies of the batch: int64 [sets, batch, pages of the longest sequence]."""
         draw = torch.Generator().manual_seed(self._seed + 1)
         pages = -(-max(self.lengths) // PAGE)
         return torch.randint(DISTINCT, (sets, self.batch, pages), generator=draw)

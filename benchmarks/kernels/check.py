@@ -21,7 +21,7 @@ class WrongResult(Exception):
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """The oracle, in float64: causal attention of the newest queries, head by KV head.
+    """Returns what is right, in float64: causal attention of the newest queries, head by KV head.
 
     Args:
         queries: [q, heads, D].
@@ -44,8 +44,8 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Te
 
 
 def error(candidate: Candidate, index: int, sequences: Iterable[int]) -> float:
-    """Largest relative error (in the Euclidean norm) of one head's output for one token.
-    Infinite where something was not written: the output is full of NaN before."""
+    """Returns the largest relative error (in the Euclidean norm) of one head's output for one
+    token. Infinite where something was not written: the output is full of NaN before."""
     case, out = candidate.case, candidate.empty()
     candidate.run(index, out)
     worst = 0.0
@@ -60,7 +60,7 @@ def error(candidate: Candidate, index: int, sequences: Iterable[int]) -> float:
 
 
 def require(candidate: Candidate, what: str, index: int, sequences: Iterable[int]) -> float:
-    """`error`, which must be within the candidate's tolerance. Raises WrongResult."""
+    """Returns `error`, which must be within the candidate's tolerance. Raises WrongResult."""
     found = error(candidate, index, sequences)
     if not found <= candidate.tolerance:
         raise WrongResult(
@@ -72,7 +72,7 @@ def require(candidate: Candidate, what: str, index: int, sequences: Iterable[int
 
 @functools.cache
 def check_ragged(kind: type[Candidate], shape: Shape, query_len: int, seed: int) -> None:
-    """A batch of ragged lengths, in decode or, with `query_len` above 1, in prefill."""
+    """Checks a batch of ragged lengths, in decode or, with `query_len` above 1, in prefill."""
     count = min(query_len, RAGGED_QUERIES)
     case = Case(shape, [count - 1 + n for n in RAGGED], count, seed)
     # Two copies or more, so that a kernel that always reads the first one is found out.
@@ -83,7 +83,7 @@ def check_ragged(kind: type[Candidate], shape: Shape, query_len: int, seed: int)
 
 
 def check(candidate: Candidate, seed: int) -> float:
-    """Ragged lengths first, then the first and the last sequence of the case that is to be
+    """Checks ragged lengths first, then the first and the last sequence of the case that is to be
     timed. Returns the latter's error. Raises WrongResult."""
     case = candidate.case
     check_ragged(type(candidate), case.shape, case.query_len, seed)

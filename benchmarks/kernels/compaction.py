@@ -22,7 +22,7 @@ STAGES = ("score", "select", "total")
 
 
 def plan(context: int) -> Plan:
-    """The plan of a prompt of `context` tokens at the default settings."""
+    """Returns the plan of a prompt of `context` tokens at the default settings."""
     return Plan(BUDGET, context, PAGE)
 
 
@@ -63,7 +63,7 @@ class Layers:
         self._queries = case.queries[-self._plan.window :].transpose(0, 1).contiguous()
 
     def view(self, index: int, needs: frozenset[str]) -> View:
-        """What a policy with these needs sees of layer `index`."""
+        """Returns what a policy with these needs sees of layer `index`."""
         layer = self._layers[index]
         assert needs <= {"queries", "state"}
         attention = torch.zeros(layer.kv_heads, self.candidates)
@@ -80,7 +80,8 @@ class Layers:
         )
 
     def compact(self, policy: policies.Policy, index: int, spent: Parts) -> torch.Tensor:
-        """The slots of layer `index` that stay; adds the seconds of each stage to `spent`."""
+        """Returns the slots of layer `index` that stay; adds the seconds of each stage to
+        `spent`."""
         view, began = self.view(index, policy.needs), now()
         scores, _ = choice.scored(policy, view)
         scored, middle = since(began), now()

@@ -237,6 +237,18 @@ class OursTC8(Ours):
     name, codec, tolerance = "kvcrush-tc8", "tc8", 4e-2
 
 
+class OursTada(Ours):
+    """Every token in three bits around its page's mean."""
+
+    name, codec, tolerance = "kvcrush-tada", "tada", 4e-2
+
+
+class OursGear(Ours):
+    """Every token in four bits, with a product of low rank and single channels beside them."""
+
+    name, codec, tolerance = "kvcrush-gear", "gear", 4e-2
+
+
 OURS: tuple[type[Candidate], ...] = (
     OursRaw,
     OursFp32,
@@ -245,6 +257,8 @@ OURS: tuple[type[Candidate], ...] = (
     OursTC4,
     OursTC6,
     OursTC8,
+    OursTada,
+    OursGear,
     OursRawEvicted,
     OursInt8Evicted,
     OursInt4Evicted,

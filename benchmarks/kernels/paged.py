@@ -17,7 +17,7 @@ class PagedCache:
     """
 
     def __init__(self, case: Case, dtype: torch.dtype, contents: Tensor):
-        """Block i gets the contents of the case's distinct page `contents[i]`."""
+        """Gives block i the contents of the case's distinct page `contents[i]`."""
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
         heads, size = case.shape.kv_heads, case.shape.head_size
@@ -32,7 +32,7 @@ class PagedCache:
 
 
 def split(cache: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's cache as vLLM's ops take it: K and V."""
+    """Returns a layer's cache as vLLM's ops take it, K and V."""
     blocks, heads, page, double = cache.shape
     key, value = cache.view(blocks, heads, 2 * page, double // 2).chunk(2, dim=2)
     return key, value

@@ -120,7 +120,7 @@ def pages(shape: str) -> dict[str, Callable[[], Any]]:
 
 
 def number_of(codec: str) -> int:
-    """Number of a codec in either checkout."""
+    """Returns the number of a codec in either checkout."""
     try:
         from vllm_kvcrush.codecs import CODECS
     except ImportError:

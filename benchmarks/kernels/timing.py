@@ -15,7 +15,7 @@ CLOCKS = ("wall", "cpu")
 
 
 def now() -> tuple[float, float]:
-    """Both clocks. The CPU's counts all threads of this process."""
+    """Returns both clocks. The CPU's counts all threads of this process."""
     return time.perf_counter(), time.process_time()
 
 
@@ -62,7 +62,7 @@ class Burst:
 def take_turns(
     bursts: Mapping[str, Callable[[], Parts]], rounds: int, seed: int = 0
 ) -> dict[str, list[Parts]]:
-    """One burst of everything a round, in an order drawn anew for every round."""
+    """Measures one burst of everything a round, in an order drawn anew for every round."""
     found: dict[str, list[Parts]] = {name: [] for name in bursts}
     draw = random.Random(seed)
     for _ in range(rounds):
@@ -72,11 +72,11 @@ def take_turns(
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, lower and upper quartile."""
+    """Returns the median, lower and upper quartile."""
     low, middle, high = np.quantile(np.asarray(values, dtype=np.float64), [0.25, 0.5, 0.75])
     return float(middle), float(low), float(high)
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
-    """Round by round: what slowed a whole round cancels."""
+    """Returns the ratios round by round: what slowed a whole round cancels."""
     return [a / b for a, b in zip(over, under, strict=True)]

@@ -29,7 +29,7 @@ def start(threads: int) -> Child:
 
 @functools.lru_cache(maxsize=1)
 def reader(size: int) -> Any:
-    """The read benchmark; which way is fastest is found out once."""
+    """Returns the read benchmark; which way is fastest is found out once."""
     from benchmarks.kernels.bandwidth import Reader
 
     return Reader(size)

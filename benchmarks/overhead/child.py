@@ -51,8 +51,8 @@ class Child:
             raise self._failed("has ended") from None
 
     def receive(self, timeout: float = 1800) -> Any:
-        """The result of the job sent last. Raises SystemExit with the child's last words if it
-        fails, ends, or takes longer than `timeout` seconds."""
+        """Returns the result of the job sent last. Raises SystemExit with the child's last words if
+        it fails, ends, or takes longer than `timeout` seconds."""
         assert self._process.stdout
         ready, _, _ = select.select([self._process.stdout], [], [], timeout)
         if not ready:
@@ -66,7 +66,7 @@ class Child:
         return answer["result"]
 
     def ask(self, **job: Any) -> Any:
-        """`send` and `receive`."""
+        """Sends a job and returns its result."""
         self.send(**job)
         return self.receive()
 
@@ -76,7 +76,7 @@ class Child:
 
 
 def serve(handle: Callable[[dict[str, Any]], Any]) -> None:
-    """The child's end: answers every job with `handle(job)` until the parent closes the pipe.
+    """Answers, in the child, every job with `handle(job)` until the parent closes the pipe.
     Whatever prints goes to stderr, so that nothing mixes with the answers."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -100,5 +100,5 @@ class Quiet:
         return time.process_time() - self._since
 
     def end(self) -> None:
-        """The work is done."""
+        """Marks the work as done."""
         self._since = time.process_time()

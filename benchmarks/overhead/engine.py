@@ -42,7 +42,8 @@ def start(name: str, plugin: bool) -> Child:
 
 
 def steps_to_read(batch: int, prompt: int) -> int:
-    """Most steps in which so many prompts are read; chunks also end where compactions are due."""
+    """Returns the most steps in which so many prompts are read; chunks also end where compactions
+    are due."""
     return batch * (prompt // 1024 + 2)
 
 
@@ -115,7 +116,8 @@ class Engine:
     def request(
         self, prompt: int, output: int, offset: int, extra: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """One request alone, with a cold prefix cache, from submission to its last token."""
+        """Measures one request alone, with a cold prefix cache, from submission to its last
+        token."""
         assert self.llm.reset_prefix_cache()
         self._seconds.clear()
         began = time.perf_counter()

@@ -38,7 +38,7 @@ NOISE = 0.25
 
 
 def measure(run: Run, model: str, rounds: int, tokens: int) -> list[dict[str, dict[str, float]]]:
-    """One measurement of every engine a round, in random order; a round is a step of `run`.
+    """Takes one measurement of every engine a round, in random order; a round is a step of `run`.
     The engines live side by side, so that whatever slows the machine slows all of them."""
     with contextlib.ExitStack() as stack:
         children = {}
@@ -85,7 +85,7 @@ def _round(children: dict[str, Child], number: int, tokens: int) -> dict[str, di
 def median_interval(
     values: Sequence[float], resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """Median and its percentile bootstrap interval, always with the same resamples."""
+    """Returns the median and its percentile bootstrap interval, always with the same resamples."""
     x = np.asarray(values, dtype=np.float64)
     picks = np.random.default_rng(0).integers(0, len(x), (resamples, len(x)))
     medians = np.median(x[picks], axis=1)
@@ -94,8 +94,8 @@ def median_interval(
 
 
 def difference(ratio: tuple[float, float, float], control: float) -> str:
-    """The finding in words: "none" if the interval of `ratio` (value, low, high) contains 1.
-    Processes differ a little for good, by where their memory lies, which no number of rounds
+    """Returns the finding in words: "none" if the interval of `ratio` (value, low, high) contains
+    1. Processes differ a little for good, by where their memory lies, which no number of rounds
     averages out: so it is none, too, where two plain engines differ as much (`control`)."""
     value, low, high = ratio
     if low <= 1 <= high:

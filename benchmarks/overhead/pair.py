@@ -3,7 +3,8 @@
 Each checkout, built in place, has a process of its own with one engine (the demo model, float32),
 and the two take turns job by job, the first to go drawn anew each time. A ratio is that of two
 neighbouring jobs. What is measured: one request alone, with its prompt and its compactions, and
-decode steps of a batch that is compressed, and of one that opted out.
+decode steps of a batch that is compressed, and of one that opted out. The engines are started
+several times, since a process differs from the next for good, by where its memory lies.
 
     python -m benchmarks.overhead.pair --old DIRECTORY [--new DIRECTORY] [--json FILE]
     python -m benchmarks.overhead.pair --old . --set THP_MEM_ALLOC_ENABLE=1
@@ -81,33 +82,36 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], help="environment of the new one: NAME=VALUE"
     )
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--starts", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2, help="of each start")
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
 
     from vllm_kvcrush.tools import demo_model
 
     model, draw = str(demo_model.prepare()), random.Random(os.getpid())
+    sides = (
+        ("the old checkout", args.old, {}),
+        ("the new checkout", args.new, dict(pair.split("=", 1) for pair in args.set)),
+    )
     ratios: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    with contextlib.ExitStack() as stack:
-        children = [
-            start(stack, name, where, model, more)
-            for name, where, more in (
-                ("the old checkout", args.old, {}),
-                ("the new checkout", args.new, dict(pair.split("=", 1) for pair in args.set)),
-            )
-        ]
-        for child in children:
-            child.receive()
-        for number in range(-1, args.rounds):
-            for name, job in JOBS.items():
-                order = draw.sample((0, 1), 2)
-                found = {i: ask(children[i], job, number + 1) for i in order}
-                for figure in FIGURES:
-                    if number >= 0 and figure in found[0]:  # the first round warms up
-                        pair = found[0][figure], found[1][figure]
-                        ratios.setdefault((name, figure), []).append(pair)
-            print(f"round {number + 1} of {args.rounds} is done", file=sys.stderr)
+    for begun in range(args.starts):
+        with contextlib.ExitStack() as stack:
+            children = [start(stack, name, where, model, more) for name, where, more in sides]
+            for child in children:
+                child.receive()
+            for number in range(-1, args.rounds):
+                for name, job in JOBS.items():
+                    order = draw.sample((0, 1), 2)
+                    found = {i: ask(children[i], job, number + 1) for i in order}
+                    for figure in FIGURES:
+                        if number >= 0 and figure in found[0]:  # the first round warms up
+                            pair = found[0][figure], found[1][figure]
+                            ratios.setdefault((name, figure), []).append(pair)
+                print(
+                    f"start {begun + 1} of {args.starts}, round {number + 1} of {args.rounds}",
+                    file=sys.stderr,
+                )
     rows = []
     for (name, figure), pairs in ratios.items():
         low, middle, high = statistics.quantiles((new / old for old, new in pairs), n=4)

@@ -66,7 +66,7 @@ def _extra(policy: str) -> dict[str, Any]:
 
 
 def below(shares: Sequence[float]) -> str:
-    """Whether the published claim holds here: "yes" or "no" if in all repeats."""
+    """Returns whether the published claim holds here: "yes" or "no" if in all repeats."""
     met = sum(share < CLAIM for share in shares)
     return "yes" if met == len(shares) else f"in {met} of {len(shares)}" if met else "no"
 

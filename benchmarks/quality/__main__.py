@@ -18,6 +18,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks.quality import chosen
 from benchmarks.quality.items import MODES, TokenItem
 from benchmarks.quality.peers import PeerError
 from benchmarks.quality.summary import (
@@ -32,46 +33,30 @@ from benchmarks.quality.summary import (
 )
 from benchmarks.report import Run, arguments, codec, environment, interruptible, progress, say
 
-POLICIES = (
-    "streaming",
-    "snapkv",
-    "h2o",
-    "kvcrush",
-    "int8",
-    "int4",
-    "tc4",
-    "tc6",
-    "tc8",
-    "auto",
-    "mikv",
-)
-# A quick run: KVCrush beside its base, the simplest rival, and fewer bits.
-QUICK_POLICIES = ("streaming", "snapkv", "kvcrush", "int4", "auto")
 FULL = "none"
+# Requests that one call runs at once: a step of many takes little more time than one of a few.
+SEATS = 96
 
 # Tokens held after compaction by (task, index, mode, budget).
 Kept = dict[tuple[str, int, str, Any], int]
 
 
 def parse() -> argparse.Namespace:
-    from vllm_kvcrush import policies
-    from vllm_kvcrush.config import parse_budget
-
-    def words(text: str) -> list[str]:
-        return [w for w in text.split(",") if w]
-
     def budgets(text: str) -> list[float | int]:
         try:
-            return [parse_budget(w, "") for w in words(text)]
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: give fractions such as 0.25 and whole numbers of tokens such as 256"
-            ) from None
+            return chosen.budgets(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
+    words = chosen.words
     parser = arguments(__doc__ or "")
     parser.add_argument("--model", help="model directory; else the demo model")
     parser.add_argument(
-        "--policies", type=words, help=f"else all (quick: {','.join(QUICK_POLICIES)})"
+        "--policies",
+        type=words,
+        help="names, some with budgets of their own (tc8:0.125/0.0625), and groups of them, "
+        f"{', '.join(chosen.GROUPS)}; else {','.join(chosen.POLICIES)} "
+        f"(quick: {','.join(chosen.QUICK_POLICIES)})",
     )
     parser.add_argument(
         "--budgets",
@@ -84,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--per-task", type=int, help="items a task; else 8 (quick: 2)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peers", type=words, help="else kvpress,openvino (quick: none)")
+    parser.add_argument("--presses", type=words, default=[], help="of kvpress; else all we know")
     parser.add_argument(
         "--peer-per-task", type=int, default=2, help="items a task that peers get; they are slow"
     )
@@ -101,15 +87,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pool-tokens", type=int, default=49152, help="KV pool, in raw tokens")
     args = parser.parse_args()
     quick = args.quick
-    args.policies = args.policies or list(QUICK_POLICIES if quick else POLICIES)
+    args.policies = args.policies or list(chosen.QUICK_POLICIES if quick else chosen.POLICIES)
     args.budgets = args.budgets or ([0.5, 0.25] if quick else [0.5, 0.25, 0.125, 256])
     args.contexts = [int(c) for c in args.contexts or ([768] if quick else [1024, 2048])]
     args.per_task = args.per_task or (2 if quick else 8)
     if args.peers is None:
         args.peers = [] if quick else ["kvpress", "openvino"]
-    if unknown := set(args.policies) - set(policies.names()):
-        names = ", ".join(policies.names())
-        parser.error(f"--policies {','.join(sorted(unknown))}: choose from {names}.")
+    try:
+        args.settings = chosen.settings(args.policies, args.budgets)
+    except ValueError as error:
+        parser.error(f"--policies {error}")
     if unknown := set(args.modes) - set(MODES):
         parser.error(f"--modes {','.join(sorted(unknown))}: choose from {', '.join(MODES)}.")
     if unknown := set(args.peers) - {"kvpress", "openvino"}:
@@ -137,7 +124,12 @@ class Bench:
             say("starting the engine …")
             longest = 8192 if self.args.longbench or self.args.ruler else max(self.args.contexts)
             self._engine = Engine(
-                self.model, min(8192, longest + 512), self.args.pool_tokens, max_num_seqs=64
+                self.model,
+                min(8192, longest + 512),
+                self.args.pool_tokens,
+                max_num_seqs=SEATS,
+                # Options are not for clients to set, but where the whole is allowed.
+                also=sorted({policy for policy, _ in self.args.settings if "=" in policy}),
             )
         return self._engine
 
@@ -147,8 +139,8 @@ class Bench:
         from vllm_kvcrush.codecs import FITTED
         from vllm_kvcrush.codecs.transform import calibrate
 
-        chosen = [spec.parse(policy) for policy in self.args.policies if policy != FULL]
-        codecs = {codec for own in chosen for codec in spec.storage(own).codecs}
+        named = [spec.parse(policy) for policy, _ in self.args.settings]
+        codecs = {codec for own in named for codec in spec.storage(own).codecs}
         path = calibrate.output_path(self.model)
         if codecs & set(FITTED) and not path.exists() and not self.args.no_tables:
             say("making the model's transform tables, once …")
@@ -161,60 +153,79 @@ class Bench:
             self._engine.close()
             self._engine = None
 
-    def settings(self) -> Iterator[tuple[str, float | int]]:
-        """Policies and budgets to measure."""
-        for policy in self.args.policies:
-            for budget in self.args.budgets:
-                yield policy, budget
-
     # -- generated items ------------------------------------------------------------------------
 
     def forced(self, items: Sequence[TokenItem], context: int) -> Kept:
         """Measures all settings on items of one context length. Returns how many tokens' KV the
         requests held once compacted, which is what a peer may keep."""
-        # What one batch reads must fit the pool, next to the blocks that compaction writes.
-        size = max(1, int(self.args.pool_tokens * 0.6) // (context + 256))
+        # The exact contexts stay in the pool, for the prefix cache, next to what one call holds.
+        size = max(1, int(self.args.pool_tokens * 0.4) // (context + 256))
         groups = [items[i : i + size] for i in range(0, len(items), size)]
-        settings = [(FULL, 1.0), *self.settings()]
         kept: Kept = {}
-        with progress(
-            None, f"{context} tokens", len(groups) * len(self.args.modes) * len(settings)
-        ) as bar:
+        total = len(groups) * len(self.args.modes) * (1 + len(self.args.settings))
+        with progress(None, f"{context} tokens", total) as bar:
             for number, group in enumerate(groups):
                 for mode in self.args.modes:
-                    steps = {s: f"{context}/{number}/{mode}/{s[0]}/{s[1]}" for s in settings}
-                    if not all(self.run.has(step) for step in steps.values()):
-                        # Also when it is known: the uncompressed run's distributions, which the
-                        # others are compared with, are too large to keep between runs.
-                        full = self._force(group, mode, FULL, 1.0)
-                        self.run.step(steps[FULL, 1.0], lambda full=full: full)
-                    for policy, budget in settings:
-                        results = self.run.step(
-                            steps[policy, budget],
-                            lambda at=(group, mode, policy, budget): self._force(*at),
-                        )
-                        if policy == FULL:
-                            reference = results
+                    found = self._group(group, mode, f"{context}/{number}/{mode}", bar)
+                    reference = found[FULL, 1.0]
+                    for (policy, budget), results in found.items():
                         for item, result, full in zip(group, results, reference, strict=True):
                             self._record(item, context, mode, policy, budget, result, full)
                             if codec(policy) == "raw":
                                 kept[item.task, item.index, mode, budget] = result["kept"]
-                        bar.update()
-                    if self._engine is not None:
-                        self._engine.forget()
         return kept
 
+    def _group(
+        self, group: Sequence[TokenItem], mode: str, label: str, bar: Any
+    ) -> dict[chosen.Setting, list[dict[str, Any]]]:
+        """Returns the results of all settings, the uncompressed run first, item by item."""
+        steps = {s: f"{label}/{s[0]}/{s[1]}" for s in [(FULL, 1.0), *self.args.settings]}
+        missing = [s for s, step in steps.items() if not self.run.has(step)]
+        bar.update(len(steps) - len(missing))
+        if missing:
+            # Also when it is known: the uncompressed run's distributions, which the others are
+            # compared with, are too large to keep between runs.
+            if missing[0] != (FULL, 1.0):
+                missing.insert(0, (FULL, 1.0))
+            for part in self._calls(missing, group):
+                found = self._force(group, mode, part)
+                for setting, results in found.items():
+                    self.run.step(steps[setting], lambda results=results: results)
+                bar.update(len(part))
+            self.engine.forget()
+        return {s: self.run.step(step, list) for s, step in steps.items()}
+
+    def _calls(
+        self, settings: Sequence[chosen.Setting], group: Sequence[TokenItem]
+    ) -> Iterator[list[chosen.Setting]]:
+        """Yields what one call measures: the uncompressed run, then as many as find room."""
+        yield [settings[0]]
+        context = max(len(item.context) for item in group) + 256
+        room = self.args.pool_tokens * 0.9 - len(group) * context
+        part: list[chosen.Setting] = []
+        wanted = 0.0
+        for policy, budget in settings[1:]:
+            tokens = context * budget if isinstance(budget, float) else budget
+            need = len(group) * (min(context, tokens) + 256)
+            full = (len(part) + 1) * len(group) > SEATS or wanted + need > room
+            if part and full:
+                yield part
+                part, wanted = [], 0.0
+            part, wanted = [*part, (policy, budget)], wanted + need
+        if part:
+            yield part
+
     def _force(
-        self, group: Sequence[TokenItem], mode: str, policy: str, budget: float | int
-    ) -> list[dict[str, Any]]:
+        self, group: Sequence[TokenItem], mode: str, settings: Sequence[chosen.Setting]
+    ) -> dict[chosen.Setting, list[dict[str, Any]]]:
         from benchmarks.quality.engine import Job
 
-        jobs = []
-        for item in group:
-            tokens, scored, rivals = item.forced(mode)
-            name = f"{item.task}/{item.index}/{mode}"
-            jobs.append(
-                Job(
+        jobs: dict[chosen.Setting, list[Job]] = {}
+        for policy, budget in settings:
+            for item in group:
+                tokens, scored, rivals = item.forced(mode)
+                name = f"{item.task}/{item.index}/{mode}"
+                job = Job(
                     f"{name}/{policy}/{budget}",
                     item.prompt(mode),
                     tokens,
@@ -224,9 +235,9 @@ class Bench:
                     budget,
                     reference=None if policy == FULL else f"{name}/{FULL}/1.0",
                 )
-            )
-        results = self.engine.forced(jobs)
-        return [results[job.name] for job in jobs]
+                jobs.setdefault((policy, budget), []).append(job)
+        results = self.engine.forced([job for own in jobs.values() for job in own])
+        return {s: [results[job.name] for job in own] for s, own in jobs.items()}
 
     def _record(
         self,
@@ -244,10 +255,11 @@ class Bench:
     # -- data that the user has -----------------------------------------------------------------
 
     def generated(self, items: Sequence[Any], label: str) -> None:
-        """Free greedy generation on LongBench's or RULER's items, scored by their own metrics."""
+        """Generates freely and greedily on LongBench's or RULER's items, scored by their own
+        metrics."""
         from benchmarks.quality.engine import Job
 
-        settings = [(FULL, 1.0), *self.settings()]
+        settings = [(FULL, 1.0), *self.args.settings]
         with progress(None, label, len(items) * len(self.args.modes) * len(settings)) as bar:
             for item in items:
                 for mode in self.args.modes:
@@ -282,7 +294,7 @@ class Bench:
     # -- peers ----------------------------------------------------------------------------------
 
     def peers(self, name: str, items: Sequence[TokenItem], context: int, kept: Kept) -> None:
-        """The same items at the same number of kept tokens through another project."""
+        """Runs the same items at the same number of kept tokens through another project."""
         from benchmarks.quality import peers
 
         budgets = self.args.budgets[: self.args.peer_budgets]
@@ -306,7 +318,7 @@ class Bench:
             job = {
                 "model": self.model,
                 "threads": _threads(),
-                "presses": list(peers.PRESSES),
+                "presses": self.args.presses or list(peers.PRESSES),
                 "items": jobs,
             }
             with progress(None, f"{name}, {context} tokens", len(jobs)) as bar:

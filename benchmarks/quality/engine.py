@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from vllm_kvcrush.spec import parse
 
 BLOCK = 32
 
@@ -14,7 +18,7 @@ BLOCK = 32
 class Job:
     """One continuation of `prompt` under a policy: `tokens` are forced, then up to `free` more
     are decoded greedily. A job with `reference` is compared with the job of that name, which must
-    be uncompressed and of an earlier call."""
+    be uncompressed and of an earlier call. `extra`: other parameters, such as `kv_spans`."""
 
     name: str
     prompt: list[int]
@@ -25,6 +29,19 @@ class Job:
     budget: float | int = 1.0
     reference: str | None = None
     free: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    spans: int = 8
+
+    @property
+    def extra_args(self) -> dict[str, Any]:
+        """Returns the parameters of the request."""
+        if self.policy == "none":
+            return {"kv_policy": "none", **self.extra}
+        args: dict[str, Any] = {"kv_policy": self.policy, "kv_budget": self.budget}
+        if any(spec.name == "fair" for spec in parse(self.policy).chain):
+            edges = [len(self.prompt) * i // self.spans for i in range(self.spans + 1)]
+            args["kv_spans"] = list(itertools.pairwise(edges))
+        return args | self.extra
 
 
 @dataclass
@@ -40,17 +57,38 @@ class Held:
     steps: set[int] = field(default_factory=set)
 
     def see(self, step: int, blocks: int, side: int) -> None:
-        """One decode step, before the forward pass that yields the logits of `step`."""
+        """Takes note of one decode step, before the forward pass that yields the logits of
+        `step`."""
         if step == 1:
             self.kept = blocks * BLOCK
         if step in self.steps or step >= self.forced:
             self.scored = max(self.scored, blocks * self.block_bytes + side)
 
 
-class Engine:
-    """vLLM in this process with all policies allowed; requests name theirs."""
+def _compact_all(manager: Any, jobs: Sequence[Any]) -> Any:
+    """Stands in for `KVCrushManager.compact`, which puts off what frees no block: one prompt under
+    many policies at once shares its blocks, and each is to be compacted at its end."""
+    from vllm_kvcrush.engine.blocks import Deferred, twins
 
-    def __init__(self, model: str, max_model_len: int, pool_tokens: int, max_num_seqs: int = 64):
+    regions = {job.request_id: manager._region(job) for job in jobs}
+    if missing := manager._missing_room(twins(jobs), regions):
+        return Deferred("no_room", missing)
+    manager.epoch += 1
+    return [command for unit in twins(jobs) for command in manager._compact_unit(unit, regions)]
+
+
+class Engine:
+    """vLLM in this process with all policies allowed, and `also` whole expressions; requests name
+    theirs."""
+
+    def __init__(
+        self,
+        model: str,
+        max_model_len: int,
+        pool_tokens: int,
+        max_num_seqs: int = 64,
+        also: Sequence[str] = (),
+    ):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -59,7 +97,10 @@ class Engine:
         from vllm import LLM
 
         from benchmarks.quality.force import Forcing
+        from vllm_kvcrush.config import Settings
 
+        active: dict[str, Any] = {"policy": "auto", "budget": 0.25, "min_tokens": 0}
+        active["allow"] = [*Settings.from_dict(active).allow, *also]
         config = AutoConfig.from_pretrained(model)
         head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         token_bytes = config.num_hidden_layers * config.num_key_value_heads * 2 * head * 4
@@ -73,13 +114,15 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=2048,
             logits_processors=[Forcing],
-            additional_config={"kvcrush": {"policy": "auto", "budget": 0.25, "min_tokens": 0}},
+            additional_config={"kvcrush": active},
         )
         self.tokenizer = self.llm.get_tokenizer()
         core = self.llm.llm_engine.engine_core.engine_core
         self._scheduler = core.scheduler
         self._runner = core.model_executor.driver_worker.worker.model_runner
         self._held: dict[str, Held] = {}
+        manager = self._scheduler._manager
+        manager.compact = functools.partial(_compact_all, manager)
         schedule = self._scheduler.schedule
 
         def watched(*args: Any, **kwargs: Any) -> Any:
@@ -111,16 +154,13 @@ class Engine:
                 self._held[name].see(step, len(blocks[request_id]), side)
 
     def _check_compacted(self, request: Any, scheduled: int) -> None:
-        # Copies of a prompt in one batch share its blocks; compacting them would free none, so
-        # the scheduler puts it off, and the figures would be those of the full cache.
         plan = self._scheduler._plans.get(request.request_id)
         prompt = request.num_prompt_tokens
         evicted = self._scheduler._manager.slot_shift.get(request.request_id, 0)
         computed = request.num_computed_tokens - scheduled
         if plan and computed == prompt and plan.due(prompt, prompt - evicted):
             raise RuntimeError(
-                "a compaction was put off: give one call one job for each context, and a pool "
-                "that holds them all"
+                "a compaction was put off: give one call fewer jobs, or the engine a larger pool"
             )
 
     def forced(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
@@ -152,11 +192,7 @@ class Engine:
                     max_tokens=len(job.tokens) + job.free,
                     ignore_eos=not job.free,
                     detokenize=False,
-                    extra_args={
-                        KEY: job.name,
-                        "kv_policy": job.policy,
-                        **({"kv_budget": job.budget} if job.policy != "none" else {}),
-                    },
+                    extra_args={KEY: job.name, **job.extra_args},
                 )
             )
         prompts = [{"prompt_token_ids": job.prompt} for job in jobs]

@@ -17,7 +17,7 @@ POLICIES = ("auto", "int4", "kvcrush")
 
 
 def jobs(engine: Engine, lengths: tuple[int, ...], excerpts: int, policy: str) -> list[Job]:
-    """One job for each excerpt; no two excerpts overlap."""
+    """Returns one job for each excerpt; no two excerpts overlap."""
     ids = engine.tokenizer.encode(prose.span(0, prose.length()))
     start, found = 0, []
     for number in range(excerpts):

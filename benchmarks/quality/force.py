@@ -39,7 +39,7 @@ class Forced:
 
     @property
     def steps(self) -> list[int]:
-        """The scored steps."""
+        """Returns the scored steps."""
         return [i for i, wanted in enumerate(self.scored) if wanted]
 
     def measure(self, step: int, logits: Tensor) -> None:

@@ -27,23 +27,23 @@ class Generation:
     score: Callable[[str], float]
 
     def split(self, mode: str) -> tuple[list[int], list[int]]:
-        """What is read before compaction, and what is forced after it: the question, or in mode
-        "question_before" the last token alone, so that not even the answer's first token comes
+        """Returns what is read before compaction, and what is forced after it: the question, or in
+        mode "question_before" the last token alone, so that not even the answer's first token comes
         from the uncompressed prompt."""
         at = len(self.prompt) - 1 if mode == "question_before" else self.question_start
         return self.prompt[:at], self.prompt[at:]
 
 
 def folder_of(folder: pathlib.Path, what: str) -> pathlib.Path:
-    """`folder`, if it is one. Raises ValueError otherwise."""
+    """Returns `folder` if it is one. Raises ValueError otherwise."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder} to read {what} from")
     return folder
 
 
 def records(path: pathlib.Path, limit: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The first `limit` records of a JSON-lines file with their places (from 0), blank lines left
-    out. Raises ValueError naming file and line."""
+    """Yields the first `limit` records of a JSON-lines file with their places (from 0), blank lines
+    left out. Raises ValueError naming file and line."""
     found = 0
     with path.open(encoding="utf-8") as lines:
         for place, line in enumerate(lines):
@@ -68,14 +68,14 @@ def broken(path: pathlib.Path, place: int, what: str) -> ValueError:
 
 
 def text_field(path: pathlib.Path, place: int, record: dict[str, Any], field: str) -> str:
-    """A field that must be text."""
+    """Returns a field that must be text."""
     if not isinstance(record.get(field), str):
         raise broken(path, place, f"the field {field!r} must be text")
     return str(record[field])
 
 
 def texts_field(path: pathlib.Path, place: int, record: dict[str, Any], field: str) -> list[str]:
-    """A field that must be a list of at least one text."""
+    """Returns a field that must be a list of at least one text."""
     values = record.get(field)
     if not (isinstance(values, list) and values and all(isinstance(v, str) for v in values)):
         raise broken(path, place, f"the field {field!r} must be a list of texts, and not empty")
@@ -83,7 +83,7 @@ def texts_field(path: pathlib.Path, place: int, record: dict[str, Any], field: s
 
 
 def encode(tokenizer: Any, text: str) -> Any:
-    """The tokenizer's encoding, with its own beginning unless the text has that already."""
+    """Returns the tokenizer's encoding, with its own beginning unless the text has that already."""
     begins = tokenizer.bos_token and text.startswith(tokenizer.bos_token)
     return tokenizer(
         text, add_special_tokens=not begins, return_offsets_mapping=True, verbose=False
@@ -91,7 +91,8 @@ def encode(tokenizer: Any, text: str) -> Any:
 
 
 def encode_at(tokenizer: Any, text: str, question: int) -> tuple[list[int], int]:
-    """Token ids, and the first token that lies wholly in `text[question:]` (or else the last)."""
+    """Returns token ids, and the first token that lies wholly in `text[question:]` (or else the
+    last)."""
     encoded = encode(tokenizer, text)
     tokens = list(encoded["input_ids"])
     inside = (

@@ -73,12 +73,13 @@ class TokenItem:
         return cls(item.task, item.index, ids(item.context, first=True), turns)
 
     def prompt(self, mode: str) -> list[int]:
-        """What is read before compaction: the context, and in mode "question_before" the first
-        question too."""
+        """Returns what is read before compaction: the context, and in mode "question_before" the
+        first question too."""
         return self.context + (self.turns[0].question if mode == "question_before" else [])
 
     def forced(self, mode: str) -> tuple[list[int], list[bool], list[int | None]]:
-        """What follows the prompt: token ids, which of them are scored, and rival tokens."""
+        """Returns what follows the prompt: token ids, which of them are scored, and rival
+        tokens."""
         tokens: list[int] = []
         scored: list[bool] = []
         rivals: list[int | None] = []

@@ -214,7 +214,7 @@ def load(
     limit: int | None = None,
     chat: bool | None = None,
 ) -> list[Generation]:
-    """The first `limit` prompts of each dataset in `folder`, or of `tasks` among them.
+    """Returns the first `limit` prompts of each dataset in `folder`, or of `tasks` among them.
 
     Prompts longer than `max_tokens` lose their middle, as LongBench does it. `chat`: whether they
     are put into the tokenizer's chat template; by default if it has one. Raises ValueError naming
@@ -281,7 +281,7 @@ def _generation(
 def _prompt(
     tokenizer: Any, dataset: Dataset, fields: dict[str, str], room: int, chat: bool
 ) -> tuple[list[int], int]:
-    """The prompt in at most `room` tokens, and where its question begins."""
+    """Returns the prompt in at most `room` tokens, and where its question begins."""
     whole = dataset.prompt.format(**fields)
     question = dataset.prompt.partition("{context}")[2].format(**fields).strip()
     tokens = encode(tokenizer, whole)["input_ids"]

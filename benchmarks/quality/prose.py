@@ -19,7 +19,7 @@ _LONGEST_WORD = 18
 
 
 def _sentences(block: str) -> list[str]:
-    """The sentences of a block of documentation that are plain prose."""
+    """Returns the sentences of a block of documentation that are plain prose."""
     text = " ".join(block.translate(_TYPOGRAPHY).split())
     text = re.sub(r" ?\[\d+\]", "", text)
     text = re.sub(r"(?<=[a-z])- (?=[a-z])", "-", text)  # broken at the end of a line
@@ -35,8 +35,8 @@ def _sentences(block: str) -> list[str]:
 
 @cache
 def _text() -> tuple[list[str], list[int]]:
-    """All words, each with the white space before it, and the words at which sentences begin. No
-    sentence occurs twice."""
+    """Returns all words, each with the white space before it, and the words at which sentences
+    begin. No sentence occurs twice."""
     words: list[str] = []
     starts: list[int] = []
     seen: set[str] = set()
@@ -60,13 +60,13 @@ def length() -> int:
 
 
 def boundary(place: float) -> int:
-    """The first word of a sentence, near `place` (0..1) of the text."""
+    """Returns the first word of a sentence, near `place` (0..1) of the text."""
     words, starts = _text()
     return starts[min(bisect_left(starts, place * len(words)), len(starts) - 1)]
 
 
 def boundaries(start: int, end: int) -> list[int]:
-    """The words from `start` to `end`, both included, that begin a sentence."""
+    """Returns the words from `start` to `end`, both included, that begin a sentence."""
     words, starts = _text()
     found = []
     for lap in range(start // len(words), end // len(words) + 1):

@@ -63,7 +63,7 @@ def load(
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> list[Generation]:
-    """The first `limit` prompts of each task in `folder`, or of `tasks` among them.
+    """Returns the first `limit` prompts of each task in `folder`, or of `tasks` among them.
 
     RULER makes its files for a length, so a prompt of more than `max_tokens` is refused, not cut.
     Raises ValueError naming file and line.

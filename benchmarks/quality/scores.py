@@ -29,13 +29,13 @@ def _optional(package: str) -> Any:
 
 
 def _f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
-    """F1 of two bags of words."""
+    """Returns the F1 of two bags of words."""
     same = sum((Counter(prediction) & Counter(answer)).values())
     return 2 * same / (len(prediction) + len(answer)) if same else 0.0
 
 
 def qa_f1(prediction: str, answer: str) -> float:
-    """F1 over words, without case, punctuation and articles."""
+    """Returns the F1 over words, without case, punctuation and articles."""
 
     def words(text: str) -> list[str]:
         text = "".join(c for c in text.lower() if c not in string.punctuation)
@@ -51,7 +51,7 @@ def _chinese_words(text: str) -> list[str]:
 
 
 def qa_f1_zh(prediction: str, answer: str) -> float:
-    """F1 over Chinese words, without punctuation."""
+    """Returns the F1 over Chinese words, without punctuation."""
     dropped = set(string.punctuation + _CHINESE_PUNCTUATION)
 
     def words(text: str) -> list[str]:
@@ -79,8 +79,8 @@ def rouge_l_zh(prediction: str, answer: str) -> float:
 
 
 def classification(prediction: str, answer: str, classes: Sequence[str]) -> float:
-    """1 over the number of classes named, if the answer is among them. A class whose name is part
-    of the answer's does not count."""
+    """Returns 1 over the number of classes named, if the answer is among them. A class whose name
+    is part of the answer's does not count."""
     named = [name for name in classes if name in prediction]
     # Dropped while walking along the list, as LongBench does: of two neighbours only the first is.
     for name in named:
@@ -90,18 +90,19 @@ def classification(prediction: str, answer: str, classes: Sequence[str]) -> floa
 
 
 def count(prediction: str, answer: str) -> float:
-    """Share of the numbers given that are the answer."""
+    """Returns the share of the numbers given that are the answer."""
     numbers = re.findall(r"\d+", prediction)
     return numbers.count(answer) / len(numbers) if numbers else 0.0
 
 
 def retrieval(prediction: str, answer: str) -> float:
-    """Share of the numbers given that are the paragraph's: the answer is "Paragraph 7"."""
+    """Returns the share of the numbers given that are the paragraph's: the answer is "Paragraph
+    7"."""
     return count(prediction, _paragraph(r"Paragraph (\d+)", answer))
 
 
 def retrieval_zh(prediction: str, answer: str) -> float:
-    """Share of the numbers given that are the paragraph's: the answer is "段落7"."""
+    """Returns the share of the numbers given that are the paragraph's: the answer is "段落7"."""
     return count(prediction, _paragraph(r"段落(\d+)", answer))
 
 
@@ -123,7 +124,7 @@ def code_sim(prediction: str, answer: str) -> float:
 
 
 def first_line(prediction: str) -> str:
-    """What LongBench scores of an answer that has further examples after it."""
+    """Returns what LongBench scores of an answer that has further examples after it."""
     return prediction.lstrip("\n").split("\n")[0]
 
 

@@ -25,6 +25,9 @@ METRICS = (
     ("held", "kv_bytes_per_request", "bytes"),
 )
 
+# What rows of single tasks say; those of the uncompressed run, and of all tasks, say everything.
+OF_TASKS = {"delta_nll", "rule_kept", "score", "delta_score"}
+
 
 class Setting(NamedTuple):
     """What one line of a table is about."""
@@ -47,12 +50,13 @@ class Record:
 
     @property
     def item(self) -> tuple[str, int]:
-        """Which item: the same under every setting, so that differences are paired."""
+        """Returns which item it is: the same under every setting, so that differences are
+        paired."""
         return self.task, self.index
 
 
 def values(result: dict[str, Any], full: dict[str, Any]) -> dict[str, float]:
-    """Per-item figures from an engine's `result` and its uncompressed run."""
+    """Returns per-item figures from an engine's `result` and its uncompressed run."""
 
     def mean(x: Sequence[float]) -> float:
         return sum(x) / len(x)
@@ -82,6 +86,8 @@ def rows(records: Iterable[Record]) -> list[Row]:
     out = []
     for (setting, task), group in grouped.items():
         for key, metric, unit in METRICS:
+            if task != ALL and setting.policy != "none" and metric not in OF_TASKS:
+                continue
             found = [r.values[key] for r in group if key in r.values]
             if found:
                 mean, low, high = interval(found)
@@ -103,14 +109,15 @@ class Verdict(NamedTuple):
 
     @property
     def word(self) -> str:
-        """A difference whose interval holds zero is none."""
+        """Returns the difference in words; one whose interval holds zero is none."""
         if self.low is None or self.high is None or self.low <= 0 <= self.high:
             return "none"
         return "better" if self.delta < 0 else "worse"
 
 
 def compare(records: Iterable[Record], pairs: Iterable[tuple[str, str]]) -> list[Verdict]:
-    """Every pair of policies at equal budget, context and mode, over the items both have."""
+    """Returns the comparison of every pair of policies at equal budget, context and mode, over the
+    items both have."""
     found: dict[Setting, dict[tuple[str, int], float]] = defaultdict(dict)
     for record in records:
         if "delta_nll" in record.values:
@@ -158,8 +165,8 @@ def _cell(found: Row | None, digits: int = 3) -> str:
 
 
 def tables(found: Sequence[Row]) -> str:
-    """Markdown: for each context and mode what every policy loses at every budget, then the loss
-    by task at the smallest budget that is a fraction."""
+    """Returns Markdown tables: for each context and mode what every policy loses at every budget,
+    then the loss by task at the smallest budget that is a fraction."""
     by: dict[tuple[Any, ...], Row] = {
         (r["context"], r["mode"], r["policy"], r["budget"], r["task"], r["metric"]): r
         for r in found
@@ -229,7 +236,8 @@ def _by_task(
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """Markdown: who is better than whom, with differences inside the interval called none."""
+    """Returns Markdown tables: who is better than whom, with differences inside the interval called
+    none."""
     lines = [
         [
             v.first,

@@ -81,7 +81,7 @@ class Draw:
         return f"{self.rng.choice(ADJECTIVES)} {self.rng.choice(NOUNS)}"
 
     def coined(self, letters: str, length: int, amount: int) -> list[str]:
-        """Different words of random letters."""
+        """Returns different words of random letters."""
         words: dict[str, None] = {}
         while len(words) < amount:
             words["".join(self.rng.choices(letters, k=length))] = None
@@ -112,8 +112,8 @@ class Task:
 def build(
     tokenizer: Any, tasks: Sequence[str], context_tokens: int, per_task: int, seed: int
 ) -> list[TokenItem]:
-    """`per_task` items of each task, whose contexts have `context_tokens` tokens: never more, and
-    from 256 tokens on at most 2 % less.
+    """Returns `per_task` items of each task, whose contexts have `context_tokens` tokens: never
+    more, and from 256 tokens on at most 2 % less.
 
     Raises ValueError for an unknown task, and where a task does not fit into so short a context
     or the text does not suffice for so long a one.
@@ -129,7 +129,7 @@ def build(
 
 
 def _fit(tokenizer: Any, task: str, index: int, plot: Plot, limit: int) -> TokenItem:
-    """The item with as much filler as `limit` tokens of context allow."""
+    """Returns the item with as much filler as `limit` tokens of context allow."""
 
     def item(words: int) -> TokenItem:
         return TokenItem.encode(Item(task, index, plot.fill(words), plot.turns), tokenizer)
@@ -159,8 +159,8 @@ def _fit(tokenizer: Any, task: str, index: int, plot: Plot, limit: int) -> Token
 
 
 def _woven(draw: Draw, needles: Sequence[tuple[float, str]], head: str = "") -> Plot:
-    """Prose with `needles` (depth, text) between its sentences, after `head`. A needle that begins
-    with an empty line is a paragraph of its own. No turns yet."""
+    """Returns prose with `needles` (depth, text) between its sentences, after `head`. A needle that
+    begins with an empty line is a paragraph of its own. No turns yet."""
 
     def fill(words: int) -> str:
         at = draw.end - words
@@ -186,12 +186,13 @@ def _ask(plot: Plot, *turns: Turn) -> Plot:
 
 
 def _listed(first: Turn, link: str, answers: Sequence[str]) -> tuple[Turn, ...]:
-    """`first`, whose answer is the first of `answers`, then the others, joined by `link`."""
+    """Returns `first`, whose answer is the first of `answers`, then the others, joined by
+    `link`."""
     return first, *(Turn(link, "", f" {answer}") for answer in answers[1:])
 
 
 def _unlike(rival: str, draw: Callable[[], str]) -> str:
-    """The first word drawn that begins with another letter than `rival`."""
+    """Returns the first word drawn that begins with another letter than `rival`."""
     return next(word for word in iter(draw, "") if word[0] != rival[0].lower())
 
 

@@ -56,7 +56,7 @@ def _budget(value: str) -> float | int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parsed command line."""
     p = arguments(__doc__ or "")
     p.add_argument("--policy", default="auto", help="policy of the other server")
     p.add_argument("--budget", type=_budget, default=0.25, help="its KV budget")

@@ -48,7 +48,7 @@ class Bench:
 
     @functools.cached_property
     def pair(self) -> dict[str, Server]:
-        """Both servers: the user's, or ones on a model of this machine."""
+        """Starts both servers: the user's, or ones on a model of this machine."""
         args = self.args
         if args.plain_url:
             return {
@@ -78,12 +78,12 @@ class Bench:
 
     @functools.cached_property
     def pool(self) -> Pool:
-        """The pool that both servers have."""
+        """Returns the pool that both servers have."""
         return servers.check(self.pair, self.args.policy)
 
     @functools.cached_property
     def client(self) -> Client:
-        """The client, after one request to each server that does not count."""
+        """Returns the client, after one request to each server that does not count."""
         # vLLM's benchmark takes seconds to import.
         from benchmarks.serving.drive import Client
 
@@ -95,7 +95,8 @@ class Bench:
         return client
 
     def drive(self, server: str, load: Workload, round_: int, rate: float | None) -> dict[str, Any]:
-        """What `Client.drive` measured. A round's prompts and arrivals are the same for both."""
+        """Returns what `Client.drive` measured. A round's prompts and arrivals are the same for
+        both."""
         client = self.client
         prompts = workloads.prompts(load, client.words, round_, self.pool.block_size)
         if server == PLAIN:

@@ -53,12 +53,12 @@ class Client:
 
     @staticmethod
     def ask(server: Server) -> tuple[str, str, int]:
-        """Name, origin and longest context of the server's model."""
+        """Returns the name, origin and longest context of the server's model."""
         card = json.loads(server.get("/v1/models"))["data"][0]
         return card["id"], card["root"], card["max_model_len"]
 
     def body(self, prompt: Prompt, output: int) -> dict[str, Any]:
-        """A request as vLLM's benchmark sends it, but not streamed."""
+        """Returns a request as vLLM's benchmark sends it, but not streamed."""
         return {
             "model": self.model,
             "prompt": prompt.tokens,
@@ -69,7 +69,7 @@ class Client:
         }
 
     def warm_up(self, server: Server, tokens: int) -> None:
-        """One request with a prompt of `tokens` tokens that does not count."""
+        """Sends one request with a prompt of `tokens` tokens that does not count."""
         body = self.body(Prompt(self.words[:tokens], {}), 8)
         post(f"{server.url}/v1/completions", json.dumps(body).encode())
 
@@ -207,7 +207,8 @@ class Client:
 
 
 def _latencies(result: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """TTFT and TPOT of each request in seconds, as vLLM's calculate_metrics has them."""
+    """Returns the TTFT and TPOT of each request in seconds, as vLLM's calculate_metrics has
+    them."""
     ttft = result["ttfts"]
     tpot = [
         (latency - first) / (tokens - 1)
@@ -235,7 +236,8 @@ async def _sample(server: Server, session: aiohttp.ClientSession) -> dict[str, f
 
 
 async def _idle(server: Server, session: aiohttp.ClientSession) -> dict[str, float]:
-    """A sample of the server once it has nothing to do; its counters are then up to date."""
+    """Returns a sample of the server once it has nothing to do; its counters are then up to
+    date."""
     deadline = time.monotonic() + _IDLE_SECONDS
     while time.monotonic() < deadline:
         sample = await _sample(server, session)

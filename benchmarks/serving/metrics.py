@@ -30,7 +30,8 @@ class MetricsError(ValueError):
 
 
 def parse(text: str) -> dict[str, float]:
-    """The samples used here by name, each summed over its labels (the plugin's: over policies)."""
+    """Returns the samples used here by name, each summed over its labels (the plugin's: over
+    policies)."""
     # The parser takes its time; /metrics are hundreds of lines, polled while the server works.
     lines = [line for line in text.splitlines() if line.startswith((*PLAIN, *PLUGIN))]
     values: dict[str, float] = {}
@@ -65,7 +66,7 @@ class Pool:
 
     @classmethod
     def parse(cls, text: str) -> Pool:
-        """From vLLM's cache configuration in /metrics."""
+        """Returns the pool as vLLM's cache configuration has it, in /metrics."""
         lines = [line for line in text.splitlines() if line.startswith(_CONFIG)]
         families = text_string_to_metric_families("\n".join(lines) + "\n")
         found = [s.labels for family in families for s in family.samples]

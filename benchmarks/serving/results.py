@@ -27,15 +27,15 @@ Round = Mapping[str, Mapping[str, Any]]
 
 
 def ratios(plain: Sequence[float], policy: Sequence[float]) -> list[float] | None:
-    """Policy over plain, round by round; None if plain has 0 in any of them."""
+    """Returns the policy's over plain's, round by round; None if plain has 0 in any of them."""
     if not all(plain):
         return None
     return [b / a for a, b in zip(plain, policy, strict=True)]
 
 
 def rows(load: Workload, rounds: Sequence[Round], policy: str, budget: float | int) -> list[Row]:
-    """The rows of one workload: each server's medians over the rounds, and the medians of the
-    rounds' ratios.
+    """Returns the rows of one workload: each server's medians over the rounds, and the medians of
+    the rounds' ratios.
 
     Under mixed budgets the rows about the whole batch have no budget, and rows about the requests
     of each budget follow, whose ratios compare them with the same requests to plain vLLM. There
@@ -78,8 +78,8 @@ def _rows(
 
 
 def markdown(found: Iterable[Row]) -> str:
-    """The table of all rows: one line a metric, with what plain vLLM and the policy measured, and
-    their ratio with its range."""
+    """Returns the table of all rows: one line a metric, with what plain vLLM and the policy
+    measured, and their ratio with its range."""
     lines: dict[tuple[str, ...], dict[str, Row]] = {}
     for r in found:
         metric = r["metric"].removeprefix("ratio_")

@@ -58,11 +58,11 @@ class Server:
     log: pathlib.Path | None = None
 
     def get(self, path: str) -> str:
-        """The body of a GET request."""
+        """Returns the body of a GET request."""
         return _open(self.url + path).decode()
 
     def tail(self) -> str:
-        """The last lines of its log, for an error message."""
+        """Returns the last lines of its log, for an error message."""
         if self.log is None:
             return ""
         lines = self.log.read_text(errors="replace").splitlines()[-30:]
@@ -79,8 +79,8 @@ def _open(url: str, data: bytes | None = None, timeout: float = 30) -> bytes:
 
 
 def post(url: str, body: bytes = b"", timeout: float = 300) -> bytes:
-    """The body of the answer to a POST request. Raises ServerError with the server's own words if
-    it refuses."""
+    """Returns the body of the answer to a POST request. Raises ServerError with the server's own
+    words if it refuses."""
     try:
         return _open(url, body, timeout)
     except urllib.error.HTTPError as error:
@@ -91,7 +91,7 @@ def post(url: str, body: bytes = b"", timeout: float = 300) -> bytes:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Returns a port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -99,7 +99,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(command: list[str], environment: dict[str, str], log: pathlib.Path) -> Iterator[Any]:
-    """A process with a group of its own, which ends with the context or with this process,
+    """Starts a process with a group of its own, which ends with the context or with this process,
     whichever is first. Its output goes to `log`."""
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -167,8 +167,8 @@ def started(
     dtype: str = "float32",
     policy_flags: Sequence[str] = (),
 ) -> Iterator[dict[str, Server]]:
-    """Both servers by name, each with a pool of `pool_bytes`; `model` is a directory, and
-    `policy_flags` are more flags of the one with a policy."""
+    """Starts both servers and yields them by name, each with a pool of `pool_bytes`; `model` is a
+    directory, and `policy_flags` are more flags of the one with a policy."""
     vllm = pathlib.Path(sys.executable).parent / "vllm"
     flags = (
         f"--served-model-name={NAME} --host=127.0.0.1 --dtype={dtype} --enforce-eager "
@@ -211,8 +211,8 @@ def _wait(role: str, server: Server, process: Any, deadline: float) -> None:
 
 
 def check(pair: dict[str, Server], policy: str) -> Pool:
-    """The pool that both servers have. Raises ServerError unless one is plain, the other runs
-    `policy`, and they are alike in pool and block size."""
+    """Returns the pool that both servers have. Raises ServerError unless one is plain, the other
+    runs `policy`, and they are alike in pool and block size."""
     pools = {}
     for role, server in pair.items():
         try:

@@ -41,16 +41,17 @@ class Workload:
 
     @property
     def mode(self) -> str:
-        """ "closed-16": a closed loop of 16 requests; "poisson": Poisson arrivals."""
+        """Returns the name of the load: "closed-16" is a closed loop of 16 requests; "poisson":
+        Poisson arrivals."""
         return "poisson" if self.concurrency is None else f"closed-{self.concurrency}"
 
     def budget_of(self, number: int) -> float | None:
-        """The budget of a request by its place in the drive; None opts out."""
+        """Returns the budget of a request by its place in the drive; None opts out."""
         return self.budgets[number % len(self.budgets)]
 
     @property
     def context(self) -> int:
-        """Prompt tokens of a request."""
+        """Returns the number of prompt tokens of a request."""
         return self.prefix + self.prompt
 
     @property
@@ -68,7 +69,8 @@ class Prompt:
 
 
 def workloads(quick: bool) -> list[Workload]:
-    """The workloads of a run. A closed loop of "long_prompt" precedes its Poisson arrivals."""
+    """Returns the workloads of a run. A closed loop of "long_prompt" precedes its Poisson
+    arrivals."""
     if quick:
         return [
             Workload("long_prompt", 768, 32, requests=4, concurrency=4),
@@ -101,8 +103,8 @@ def resize(
     requests: int | None = None,
     concurrency: Sequence[int] | None = None,
 ) -> list[Workload]:
-    """`loads` with other sizes where any are given. `concurrency` becomes the closed loops of
-    "long_prompt" and bounds that of every other workload."""
+    """Returns `loads` with other sizes where any are given. `concurrency` becomes the closed loops
+    of "long_prompt" and bounds that of every other workload."""
     sized: list[Workload] = []
     for load in loads:
         changes = {"prompt": prompt, "output": output, "requests": requests}
@@ -123,8 +125,8 @@ def resize(
 
 
 def choose(loads: Sequence[Workload], names: Sequence[str] | None) -> list[Workload]:
-    """Those of `loads` with one of these names; all without names. Raises ValueError for a name
-    that is none."""
+    """Returns those of `loads` with one of these names; all without names. Raises ValueError for a
+    name that is none."""
     known = list(dict.fromkeys(load.name for load in loads))
     for name in names or ():
         if name not in known:
@@ -133,15 +135,15 @@ def choose(loads: Sequence[Workload], names: Sequence[str] | None) -> list[Workl
 
 
 def text() -> str:
-    """Real English prose that every Python ships."""
+    """Returns real English prose that every Python ships."""
     topics = pydoc_data.topics.topics
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def prompts(load: Workload, words: Sequence[int], round_: int, block: int) -> list[Prompt]:
-    """The prompts of one drive: pieces of `words` (token ids of real text), no two of which begin
-    with the same `block` tokens, so that only the workload's own prefix is ever shared. Another
-    round gets other pieces, both servers of a round the same."""
+    """Returns the prompts of one drive: pieces of `words` (token ids of real text), no two of which
+    begin with the same `block` tokens, so that only the workload's own prefix is ever shared.
+    Another round gets other pieces, both servers of a round the same."""
     draw = random.Random(f"{load.name} {load.mode} {round_}")
     longest = max(load.prompt, load.prefix)
     if len(words) <= longest:

@@ -220,6 +220,11 @@ struct FittedQuery {
     int codec, head;
     int32_t position;  // as seen from where; -1: keys are coded as they are
     CodeWeights weights;
+    // Where there are TableProducts: the table that they have packed, rows of the query as seen
+    // from several strips, and their fields.
+    uint16_t *packed;
+    float *turned, *field;
+    int packed_codec, packed_head;
 
     static constexpr int kStride = kMostBlocks * kBlock;
 
@@ -230,9 +235,14 @@ struct FittedQuery {
         step = arena.template take<float>(group * kMostBlocks);
         shift = arena.template take<float>(group);
         weights.take(arena, group);
+        if (!layer.has_tables()) return;
+        constexpr int64_t rows = TableProducts::kRows;
+        packed = arena.template take<uint16_t>(int64_t{(layer.k_size + 31) / 32 * 32} * kStride);
+        turned = arena.template take<float>(rows * kMaxHead);
+        field = arena.template take<float>(rows * kStride);
     }
     void begin() {
-        codec = -1;
+        codec = packed_codec = -1;
     }
 };
 static_assert(kBlock == 4 * kBlockPieces);
@@ -306,6 +316,21 @@ inline void turn_query(const float *from, const float *angle, int half, float *t
     }
 }
 
+// The weights of query head g from its fields: bytes, with what the means and middles of codes
+// bring.
+KVC_INLINE void fitted_codes(const kvc_head_table &own, int k_size, const float *x,
+                             const float *field, int g, FittedQuery &to) {
+    vf mean = vzero();
+    for (int c = 0; c < k_size; c += 8)
+        mean = vfma(vload_lanes<8>(x + c), vload_lanes<8>(own.mean + c), mean);
+    float shift = vhsum(mean);
+    const int64_t at = int64_t{g} * FittedQuery::kStride;
+    for (int first = 0, block = 0; first < own.fields; first += kBlock, ++block)
+        shift -= fitted_block(field + first, own.middle + first, to.code + at + first,
+                              to.step[g * kMostBlocks + block]);
+    to.shift[g] = shift;
+}
+
 // At most this many query heads at a time.
 constexpr int kQueryRun = 4;
 
@@ -342,20 +367,36 @@ inline void fitted_query(const Layer &layer, const Strip &strip, const float *q,
             default:
                 fitted_fields<kQueryRun>(own, k_size, x, field);
         }
-        for (int g = 0; g < heads; ++g) {
-            vf mean = vzero();
-            for (int c = 0; c < k_size; c += 8)
-                mean =
-                    vfma(vload_lanes<8>(x + g * kMaxHead + c), vload_lanes<8>(own.mean + c), mean);
-            float shift = vhsum(mean);
-            const int64_t at = (run + g) * FittedQuery::kStride;
-            for (int first = 0, block = 0; first < own.fields; first += kBlock, ++block)
-                shift -=
-                    fitted_block(field + g * FittedQuery::kStride + first, own.middle + first,
-                                 to.code + at + first, to.step[(run + g) * kMostBlocks + block]);
-            to.shift[run + g] = shift;
-        }
+        for (int g = 0; g < heads; ++g)
+            fitted_codes(own, k_size, x + g * kMaxHead, field + g * FittedQuery::kStride, run + g,
+                         to);
     }
+}
+
+// The same for the next strips of a tile together, as many as `tiles` takes rows; returns how many,
+// whose fields are then in `to.field`.
+inline int fitted_rows(const Pass &pass, int first, const float *q, FittedQuery &to) {
+    const Layer &layer = pass.layer;
+    const Strip *strip = pass.tile.strip + first;
+    const kvc_table &table = *layer.table(strip->codec);
+    const kvc_head_table &own = table.heads[strip->head];
+    const int k_size = layer.k_size, group = layer.group;
+    if (to.packed_codec != strip->codec || to.packed_head != strip->head) {
+        pass.products->pack(own, k_size, to.packed);
+        to.packed_codec = strip->codec;
+        to.packed_head = strip->head;
+    }
+    const int strips = least(pass.tile.strips - first, TableProducts::kRows / group);
+    to.codec = -1;  // codes will not be what fitted_query left
+    float angle[kMaxHead + W];
+    for (int i = 0; i < strips; ++i) {
+        angles(table, k_size, strip_position(layer, strip[i]), angle);
+        for (int g = 0; g < group; ++g)
+            turn_query(q + g * kMaxHead, angle, k_size / 2, to.turned + (i * group + g) * kMaxHead);
+    }
+    pass.products->multiply(to.packed, k_size, own.fields, to.turned, strips * group, to.field,
+                            FittedQuery::kStride);
+    return strips;
 }
 
 // Scores of NP strips of keys.
@@ -462,11 +503,12 @@ inline void encode_fitted_keys(const kvc_head_table &head, int k_size, float *ke
     std::memcpy(k, words, size_t{4} * kStrip * head.words);
 }
 
-// V of 16 tokens with a scale each that loses least with the codes of a unit variance.
+// V of 16 tokens with the codes of a unit variance and a scale each with which a value keeps its
+// length.
 inline void encode_fitted_values(const kvc_head_table &head, const float *const *value, int v_size,
                                  TokenScales &scales, uint8_t *v) {
     alignas(64) float turned[kMaxHead * kStrip];
-    alignas(64) float inverse[kStrip], dots[kStrip], norms[kStrip];
+    alignas(64) float inverse[kStrip], codes[kStrip], norms[kStrip];
     rotate_strip(value, v_size, turned);
     const float centre = middle(head.v_bits), top = 2 * centre;
     const auto level = [&](int c, int l) {
@@ -474,7 +516,7 @@ inline void encode_fitted_values(const kvc_head_table &head, const float *const 
         return vround(vclamp(vadd(y, vset(centre)), 0, top));
     };
     for (int l = 0; l < kStrip; l += W) {
-        vf square = vzero(), dot = vzero(), norm = vzero();
+        vf square = vzero(), length = vzero();
         for (int c = 0; c < v_size; ++c) {
             const vf y = vload(turned + c * kStrip + l);
             square = vfma(y, y, square);
@@ -486,16 +528,14 @@ inline void encode_fitted_values(const kvc_head_table &head, const float *const 
         }
         for (int c = 0; c < v_size; ++c) {
             const vf code = vsub(level(c, l), vset(centre));
-            dot = vfma(vload(turned + c * kStrip + l), code, dot);
-            norm = vfma(code, code, norm);
+            length = vfma(code, code, length);
         }
-        vstore(dots + l, dot);
-        vstore(norms + l, norm);
+        vstore(codes + l, length);
     }
     for (int t = 0; t < kStrip; ++t) {
-        const float scale = inverse[t] > 0 ? dots[t] / norms[t] : 0.0f;
-        const float byte = scale > 0 ? 128 + 16 * __builtin_log2f(scale) : 0.0f;
-        scales.v[t] = scale > 0 ? static_cast<uint8_t>(clamp(byte + 0.5f, 1, 255)) : 0;
+        const float square = inverse[t] > 0 ? norms[t] / codes[t] : 0.0f;
+        const float byte = square > 0 ? 128 + 8 * __builtin_log2f(square) : 0.0f;
+        scales.v[t] = square > 0 ? static_cast<uint8_t>(clamp(byte + 0.5f, 1, 255)) : 0;
     }
     if (head.v_bits == 4)
         store_nibbles(v_size, v, level);
@@ -593,10 +633,22 @@ struct Fitted : Expanded<Fitted> {
     static void scores(const Pass &pass, Query &query, const float *q, float *s) {
         const Tile &tile = pass.tile;
         const kvc_table &table = *pass.layer.table(tile.kind);
-        const int step = table.local ? 1 : tile.strips;
-        for (int first = 0; first < tile.strips; first += step) {
-            fitted_query(pass.layer, tile.strip[first], q, query);
-            each_k_run(step, pass.layer.group, [&](auto heads, auto panels, int strip, int head) {
+        const int group = pass.layer.group, step = table.local ? 1 : tile.strips;
+        const bool tiled = table.local && pass.products != nullptr && group <= TableProducts::kRows;
+        int known = 0;  // strips whose fields are known, from `begin` on
+        for (int first = 0, begin = 0; first < tile.strips; first += step) {
+            if (tiled && first == begin + known) {
+                begin = first;
+                known = fitted_rows(pass, first, q, query);
+            }
+            for (int g = 0; tiled && g < group; ++g) {
+                const int row = (first - begin) * group + g;
+                fitted_codes(table.heads[tile.strip[first].head], pass.layer.k_size,
+                             query.turned + row * kMaxHead, query.field + row * query.kStride, g,
+                             query);
+            }
+            if (!tiled) fitted_query(pass.layer, tile.strip[first], q, query);
+            each_k_run(step, group, [&](auto heads, auto panels, int strip, int head) {
                 strip += first;
                 fitted_k<decltype(heads)::count, decltype(panels)::count>(
                     tile.k + strip, table.heads[tile.strip[first].head],

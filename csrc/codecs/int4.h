@@ -44,54 +44,13 @@ inline void encode_int4_keys(const float *const *key, int k_size, const float *l
         }
 }
 
-// V of 16 tokens, lanes being tokens, on the grids scale * (-7.5, -6.5, ..., 7.5): for each token
-// the best of a few clipping points, its scale then fitted by least squares.
+// V of 16 tokens, rotated.
 inline void encode_int4_values(const float *const *value, int v_size, uint16_t *scale, uint8_t *v) {
-    constexpr float kClips[] = {1.0f, 0.88f, 0.76f, 0.66f};
-    constexpr int N = kStrip / W;
-    alignas(64) float turned[kMaxHead * kStrip];
+    alignas(64) float turned[kMaxHead * kStrip], inverse[kStrip];
     rotate_strip(value, v_size, turned);
-    alignas(64) float best[kStrip] = {}, gain[kStrip] = {}, peaks[kStrip], inverses[kStrip];
-    for (int l = 0; l < kStrip; l += W) {
-        vf peak = vzero();
-        for (int c = 0; c < v_size; ++c) peak = vmax(vabs(vload(turned + c * kStrip + l)), peak);
-        vstore(peaks + l, peak);
-    }
-    for (const float clip : kClips) {
-        for (int t = 0; t < kStrip; ++t)
-            inverses[t] = peaks[t] > 1e-30f ? 7.5f / (peaks[t] * clip) : 0.0f;
-        vf dot[N], norm[N], inverse[N];
-        repeat<N>(KVC_LAMBDA(i) {
-            dot[i] = norm[i] = vzero();
-            inverse[i] = vload(inverses + i * W);
-        });
-        for (int c = 0; c < v_size; ++c)
-            repeat<N>(KVC_LAMBDA(i) {
-                const vf y = vload(turned + c * kStrip + i * W);
-                const vf code = vround(vclamp(vfma(y, inverse[i], vset(7.5f)), 0, 15));
-                const vf level = vsub(code, vset(7.5f));
-                dot[i] = vfma(y, level, dot[i]);
-                norm[i] = vfma(level, level, norm[i]);
-            });
-        alignas(64) float dots[kStrip], norms[kStrip];
-        repeat<N>(KVC_LAMBDA(i) {
-            vstore(dots + i * W, dot[i]);
-            vstore(norms + i * W, norm[i]);
-        });
-        for (int t = 0; t < kStrip; ++t) {
-            // What least squares takes off the squared error.
-            const float gained = dots[t] / norms[t] * dots[t];
-            if (gained > gain[t]) gain[t] = gained, best[t] = dots[t] / norms[t];
-        }
-    }
-    for (int t = 0; t < kStrip; ++t) {
-        scale[t] = float_to_half(least(best[t], kHalfMax));
-        const float rounded = half_to_float(scale[t]);
-        inverses[t] = rounded > 0 ? 1 / rounded : 0;
-    }
+    fit_tokens<4>(turned, v_size, scale, inverse);
     store_nibbles(v_size, v, [&](int c, int l) {
-        const vf y = vmul(vload(turned + c * kStrip + l), vload(inverses + l));
-        return vclamp(vadd(y, vset(7.5f)), 0, 15);
+        return token_level<4>(turned + c * kStrip + l, inverse + l);
     });
 }
 

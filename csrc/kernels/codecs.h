@@ -9,13 +9,15 @@
 //   };
 //
 // and, where it has products of its own, scores, values and the Query that they share (strips.h);
-// then a line in kTraits, and its name in Prepared.
+// then a line in KVC_EACH_KIND, and its name in Prepared.
 #pragma once
 
 #include "codecs/fitted.h"
+#include "codecs/gear.h"
 #include "codecs/int4.h"
 #include "codecs/int8.h"
 #include "codecs/raw.h"
+#include "codecs/tada.h"
 
 namespace kvc::KVC_NAMESPACE {
 
@@ -30,7 +32,7 @@ struct PreparedBy : C::Query... {
     }
 };
 // Everything that reads strips, once.
-struct Prepared : PreparedBy<Raw, Int8, Int4, Fitted, Exceptions> {};
+struct Prepared : PreparedBy<Raw, Int8, Int4, Fitted, Tada, Gear, Exceptions> {};
 
 template <class C>
 constexpr CodecTraits traits(int kind) {
@@ -49,16 +51,14 @@ constexpr CodecTraits traits(int kind) {
     };
 }
 
-constexpr CodecTraits kTraits[] = {
-    traits<Raw>(KVC_RAW),             //
-    traits<Raw>(KVC_EXACT),           //
-    traits<Int8>(KVC_INT8),           //
-    traits<Int4>(KVC_INT4),           //
-    traits<Fitted>(KVC_TC4),          //
-    traits<Fitted>(KVC_TC6),          //
-    traits<Fitted>(KVC_TC8),          //
-    traits<Exceptions>(kExceptions),  //
-};
+#define KVC_EACH_KIND(use)                                                                 \
+    use(Raw, KVC_RAW) use(Raw, KVC_EXACT) use(Int8, KVC_INT8) use(Int4, KVC_INT4)          \
+        use(Fitted, KVC_TC4) use(Fitted, KVC_TC6) use(Fitted, KVC_TC8) use(Tada, KVC_TADA) \
+            use(Gear, KVC_GEAR) use(Exceptions, kExceptions)
+
+#define KVC_KIND(codec, kind) traits<codec>(kind),
+constexpr CodecTraits kTraits[] = {KVC_EACH_KIND(KVC_KIND)};
+#undef KVC_KIND
 constexpr bool traits_are_in_order() {
     for (int kind = 0; kind < kKinds; ++kind)
         if (kTraits[kind].kind != kind) return false;

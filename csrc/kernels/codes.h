@@ -77,6 +77,60 @@ void store_triples(int v_size, uint8_t *v, F level) {
     }
 }
 
+// Grids of 16 rows [size][16 tokens] in codes around 0, scale * (code - middle): for each token the
+// best of a few clipping points, its scale then fitted by least squares; and what to multiply by.
+template <int bits>
+void fit_tokens(const float *turned, int size, uint16_t *scale, float *inverses) {
+    constexpr float kClips[] = {1.0f, 0.88f, 0.76f, 0.66f};
+    constexpr int N = kStrip / W;
+    const float centre = middle(bits);
+    alignas(64) float best[kStrip] = {}, gain[kStrip] = {}, peaks[kStrip];
+    for (int l = 0; l < kStrip; l += W) {
+        vf peak = vzero();
+        for (int c = 0; c < size; ++c) peak = vmax(vabs(vload(turned + c * kStrip + l)), peak);
+        vstore(peaks + l, peak);
+    }
+    for (const float clip : kClips) {
+        for (int t = 0; t < kStrip; ++t)
+            inverses[t] = peaks[t] > 1e-30f ? centre / (peaks[t] * clip) : 0.0f;
+        vf dot[N], norm[N], inverse[N];
+        repeat<N>(KVC_LAMBDA(i) {
+            dot[i] = norm[i] = vzero();
+            inverse[i] = vload(inverses + i * W);
+        });
+        for (int c = 0; c < size; ++c)
+            repeat<N>(KVC_LAMBDA(i) {
+                const vf y = vload(turned + c * kStrip + i * W);
+                const vf code = vround(vclamp(vfma(y, inverse[i], vset(centre)), 0, 2 * centre));
+                const vf level = vsub(code, vset(centre));
+                dot[i] = vfma(y, level, dot[i]);
+                norm[i] = vfma(level, level, norm[i]);
+            });
+        alignas(64) float dots[kStrip], norms[kStrip];
+        repeat<N>(KVC_LAMBDA(i) {
+            vstore(dots + i * W, dot[i]);
+            vstore(norms + i * W, norm[i]);
+        });
+        for (int t = 0; t < kStrip; ++t) {
+            // What least squares takes off the squared error.
+            const float gained = dots[t] / norms[t] * dots[t];
+            if (gained > gain[t]) gain[t] = gained, best[t] = dots[t] / norms[t];
+        }
+    }
+    for (int t = 0; t < kStrip; ++t) {
+        scale[t] = float_to_half(least(best[t], kHalfMax));
+        const float rounded = half_to_float(scale[t]);
+        inverses[t] = rounded > 0 ? 1 / rounded : 0;
+    }
+}
+
+// Codes of a vector of numbers on these grids.
+template <int bits>
+KVC_INLINE vf token_level(const float *y, const float *inverse) {
+    const float centre = middle(bits);
+    return vclamp(vadd(vmul(vload(y), vload(inverse)), vset(centre)), 0, 2 * centre);
+}
+
 #if defined(KVC_INTEGER_PRODUCTS)
 
 constexpr int kBlock = 32;  // rows that share a step

@@ -38,25 +38,40 @@ inline void rotate(float *x, int size) {
     hadamard(x, size);
 }
 
+// The transforms of rows [size][16 tokens], not normalised.
+inline void hadamard_strip(int size, float *rows) {
+    const int block = rotation_block(size);
+    for (int half = 1; half < block; half *= 2)
+        for (int first = 0; first < size; first += 2 * half)
+            for (int at = first * kStrip; at < (first + half) * kStrip; at += W) {
+                const vf a = vload(rows + at), b = vload(rows + at + half * kStrip);
+                vstore(rows + at, vadd(a, b));
+                vstore(rows + at + half * kStrip, vsub(a, b));
+            }
+}
+
+// Signs and the transforms' norm.
+inline void scale_strip(int size, float *rows) {
+    const float unit = 1 / __builtin_sqrtf(static_cast<float>(rotation_block(size)));
+    for (int c = 0; c < size; ++c)
+        for (int l = 0; l < kStrip; l += W) {
+            float *at = rows + c * kStrip + l;
+            vstore(at, vmul(vload(at), vset(kSigns.of[c] * unit)));
+        }
+}
+
 // V of 16 tokens, rotated, as [channel][token].
 inline void rotate_strip(const float *const *value, int v_size, float *turned) {
     const uint32_t *row[kStrip];
     for (int t = 0; t < kStrip; ++t) row[t] = reinterpret_cast<const uint32_t *>(value[t]);
     transpose(row, v_size, reinterpret_cast<uint32_t *>(turned));
-    const int block = rotation_block(v_size);
-    const float unit = 1 / __builtin_sqrtf(static_cast<float>(block));
-    for (int c = 0; c < v_size; ++c)
-        for (int l = 0; l < kStrip; l += W) {
-            float *at = turned + c * kStrip + l;
-            vstore(at, vmul(vload(at), vset(kSigns.of[c] * unit)));
-        }
-    for (int half = 1; half < block; half *= 2)
-        for (int first = 0; first < v_size; first += 2 * half)
-            for (int at = first * kStrip; at < (first + half) * kStrip; at += W) {
-                const vf a = vload(turned + at), b = vload(turned + at + half * kStrip);
-                vstore(turned + at, vadd(a, b));
-                vstore(turned + at + half * kStrip, vsub(a, b));
-            }
+    scale_strip(v_size, turned);
+    hadamard_strip(v_size, turned);
+}
+// The other way.
+inline void rotate_strip_back(int size, float *rows) {
+    hadamard_strip(size, rows);
+    scale_strip(size, rows);
 }
 
 }  // namespace kvc::KVC_NAMESPACE

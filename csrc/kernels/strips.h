@@ -10,8 +10,9 @@ namespace kvc::KVC_NAMESPACE {
 struct Pass {
     const Layer &layer;
     const Tile &tile;
-    const uint8_t *const *ahead;  // what to prefetch while each strip is read
-    float *scratch;               // [kTile * max(k_size, v_padded) + 16]
+    const uint8_t *const *ahead;    // what to prefetch while each strip is read
+    float *scratch;                 // [kTile * max(k_size, v_padded) + 16]
+    const TableProducts *products;  // or null
 };
 
 // What codecs derive from the query of one token and the weights of a tile; defined beside the list

@@ -16,7 +16,11 @@
 // one another. kItemPad rows and kItemPanels panels go together in prefill.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(KVC_EMULATED)
+#include "simd/emulated.h"
+//
+#include "simd/avx512.h"
+#elif defined(__AVX512F__)
 #include "simd/avx512.h"
 #elif defined(__AVX2__)
 #include "simd/avx2.h"

@@ -95,8 +95,15 @@ BYTES = panel(
 MIX = panel(
     "KV held, by policy",
     "bytes",
-    "Which policies, and with that which codecs, the held bytes belong to; none is raw.",
+    "Which policies the held bytes belong to; none is raw.",
     (f"sum by (policy) ({HELD})", "{{policy}}"),
+    stacked=True,
+)
+CODECS = panel(
+    "KV held, by codec",
+    "bytes",
+    "Bytes of the blocks that requests hold, by the codec of their pages; tails are raw.",
+    (f"sum by (codec) (vllm_kvcrush:kv_codec_bytes{{{ENGINE}}})", "{{codec}}"),
     stacked=True,
 )
 RATIOS = panel(
@@ -170,6 +177,30 @@ REFUSALS = panel(
     "Requests answered with HTTP 400 because of their kv_* fields.",
     per_second("vllm_kvcrush:refusals_total", ENGINE, "reason"),
 )
+BY_RULE = panel(
+    "Requests a second, by rule",
+    "none",
+    "Requests taken, by the rule of --kv-budget-rules that they met.",
+    per_second("vllm_kvcrush:rule_requests_total", ENGINE, "rule"),
+)
+RELOADS = panel(
+    "Rules read again, last hour",
+    "none",
+    "refused: the file has an error, and the rules before it still hold.",
+    (
+        f"sum by (result) (increase(vllm_kvcrush:rules_reloads_total{{{ENGINE}}}[1h]))",
+        "{{result}}",
+    ),
+)
+IN_FORCE = panel(
+    "Rules in force are the file's",
+    "none",
+    "0: the file has an error, and the rules before it still hold.",
+    (
+        f"min by (instance) (vllm_kvcrush:rules_last_reload_successful{{{ENGINE}}})",
+        "{{instance}}",
+    ),
+)
 FAILURES = panel(
     "Policy failures, last hour",
     "none",
@@ -200,6 +231,44 @@ TAKEN = panel(
     "Requests taken, by the policy that they run with.",
     per_second("vllm_kvcrush:requests_total", POLICY, "policy"),
     stacked=True,
+)
+# Canaries are rare, so hours of them are looked at.
+AGREED = f"sum by (policy) (increase(vllm_kvcrush:canary_agreements_total{{{POLICY}}}[6h]))"
+SCORED = f"(sum by (policy) (increase(vllm_kvcrush:canary_tokens_total{{{POLICY}}}[6h])) > 0)"
+AGREEMENT = panel(
+    "Same most likely token, last 6 hours",
+    "percentunit",
+    "Of the tokens that canaries scored with exact KV (--kv-canary): for how many the most likely "
+    "token was the same under compressed KV.",
+    (f"{AGREED} / {SCORED}", "{{policy}}"),
+    most=1,
+)
+DIFFERENCE = panel(
+    "Difference of log-probabilities, last 6 hours",
+    "none",
+    "Mean absolute difference, in nats per token, of each request that a canary compared.",
+    *(
+        (
+            f"histogram_quantile({q}, sum by (le, policy) (increase("
+            f"vllm_kvcrush:canary_logprob_difference_bucket{{{POLICY}}}[6h])))",
+            f"p{100 * q:g} {{{{policy}}}}",
+        )
+        for q in (0.5, 0.95)
+    ),
+)
+LOSS = panel(
+    "Nats lost and gained per token, last 6 hours",
+    "none",
+    "How much less, or more, likely exact KV finds the tokens that were sampled under compressed "
+    "KV. Rounding does both alike; what is lost beyond what is gained is what compression costs.",
+    *(
+        (
+            "sum by (policy) (increase(vllm_kvcrush:canary_nats_total"
+            f'{{{POLICY},direction="{direction}"}}[6h])) / {SCORED}',
+            f"{direction} {{{{policy}}}}",
+        )
+        for direction in ("lost", "gained")
+    ),
 )
 
 
@@ -311,7 +380,7 @@ FLEET: Rows = {
             kind="stat",
         ),
     ),
-    "Memory": (BYTES, usage("instance"), MIX),
+    "Memory": (BYTES, usage("instance"), MIX, CODECS),
     "Speed": (TTFT, TPOT, TOKENS),
     "Load": (queues("instance"), PREFIX, preemptions("instance")),
     "Compression": (
@@ -323,6 +392,7 @@ FLEET: Rows = {
         TAKEN,
         pressure("instance"),
     ),
+    "Quality": (AGREEMENT, DIFFERENCE, LOSS),
     "Trouble": (REFUSALS, FAILURES, DEFERRALS),
 }
 
@@ -331,6 +401,7 @@ SERVER: Rows = {
         BYTES,
         usage("engine"),
         MIX,
+        CODECS,
         RATIOS,
         FREED,
         panel(
@@ -381,6 +452,27 @@ SERVER: Rows = {
         DEFERRALS,
         pressure("engine"),
     ),
+    "Quality": (
+        AGREEMENT,
+        DIFFERENCE,
+        LOSS,
+        panel(
+            "Requests drawn and not compared, last 6 hours",
+            "none",
+            "busy: no idle moment for the canary. Others: docs/usage.md.",
+            (
+                f"sum by (reason) (increase(vllm_kvcrush:canary_skipped_total{{{ENGINE}}}[6h]))",
+                "{{reason}}",
+            ),
+        ),
+        panel(
+            "Idle time that canaries took",
+            "percentunit",
+            "Share of the time for which a canary had an engine to itself.",
+            per_second("vllm_kvcrush:canary_seconds_total", ENGINE, "instance"),
+        ),
+    ),
+    "Rules": (BY_RULE, RELOADS, IN_FORCE),
     "Trouble": (REFUSALS, FAILURES, UNCOMPRESSED),
 }
 

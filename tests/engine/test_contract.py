@@ -3,6 +3,7 @@ model."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.conftest import DECODE_INTERVAL, Engine, on_tiny_model
+from tests.engine.conftest import DECODE_INTERVAL, METHODS, Engine, on_tiny_model
 from tests.hf_reference import Kept, Reference
 from tests.ledger import Ledger
+from tests.pairwise import pairwise
+from vllm_kvcrush import policies
 from vllm_kvcrush.policies.keepkv import KeepKV
 
 pytestmark = pytest.mark.engine
@@ -107,7 +110,8 @@ def test_heads_keep_unequal_numbers_of_raw_tokens(
     over several compactions of a prompt in chunks and while decoding."""
     prompt = ids[100:524]
     (output,) = engine.generate([prompt], engine.params(NEW, kv_policy=policy, kv_budget=160))
-    assert list(output.outputs[0].token_ids) == reference.generate(prompt, NEW, watch.kept)
+    tokens = list(output.outputs[0].token_ids)
+    assert tokens == reference.greedy(prompt, tokens, watch.kept)
     assert len(watch.kept) >= 3
     for blocks, counts in watch.counts:
         # Whole pages, and in each layer as many as equal heads would have had, up to rounding.
@@ -132,7 +136,7 @@ def test_dropped_tokens_are_merged_with_a_bias(
     also where votes are so uneven that they change the text."""
     prompt = ids[100:524]
     tokens = engine.tokens(prompt, NEW, kv_policy=policy, kv_budget=160)
-    assert tokens == reference.generate(prompt, NEW, watch.kept)
+    assert tokens == reference.greedy(prompt, tokens, watch.kept)
     last = watch.kept[max(watch.kept)]
     votes = torch.cat([own.extra[own.extra.isfinite()] for own in last])
     assert (votes != 0).float().mean() > 0.1, "nothing was merged"
@@ -149,8 +153,108 @@ def test_dropped_tokens_are_merged_with_a_bias(
     watch.forget()
     engine.reset()
     turned = engine.tokens(prompt, NEW, kv_policy=policy, kv_budget=160)
-    assert turned == reference.generate(prompt, NEW, watch.kept)
+    assert turned == reference.greedy(prompt, turned, watch.kept)
     assert turned != tokens
+
+
+@pytest.mark.parametrize("watch", [True], indirect=True)
+def test_sinks_are_rotated_next_to_what_stays(
+    engine: Engine, ids: list[int], reference: Reference, watch: Watch
+) -> None:
+    """StreamingLLM's positions, over several compactions: attention reads the rotated keys, and
+    they are those of the sinks, directly before the first other token."""
+    prompt = ids[100:524]
+    tokens = engine.tokens(prompt, NEW, kv_policy="rerotate", kv_budget=160)
+    assert tokens == reference.greedy(prompt, tokens, watch.kept)
+    rope = engine.runner._rope
+    starts = sorted(watch.kept)
+    assert len(starts) >= 3
+    rotated = {}
+    for computed in starts:
+        first = watch.kept[computed][5].keys
+        assert first is not None
+        rotated[computed] = first[:, :4]
+    # What differs between two compactions is a rotation by the tokens that went in between.
+    for before, after in itertools.pairwise(starts):
+        turn = torch.full((4,), after - before)
+        got = rope.rotate(rotated[before].double(), turn)
+        if before != starts[0]:  # the tail of the first one had another length
+            torch.testing.assert_close(got, rotated[after].double(), rtol=1e-4, atol=1e-3)
+
+
+def spans_of(policy: str) -> dict[str, Any]:
+    """Returns spans for policies that treat them."""
+    treats = policies.get(policy).uses_spans
+    return {"kv_spans": [[4, 40], [40, 80], [90, 130], [130, 150]]} if treats else {}
+
+
+def test_every_method_chooses_on_the_real_model(
+    engine: Engine, ledger: Ledger, ids: list[int]
+) -> None:
+    """All in one batch, over several compactions each: none fails, and all hold their budget."""
+    prompts = [ids[160 * i : 160 * (i + 1)] for i in range(len(METHODS))]
+    params = [engine.params(NEW, kv_policy=m, kv_budget=96, **spans_of(m)) for m in METHODS]
+    outputs = engine.generate(prompts, params)
+    for method, output in zip(METHODS, outputs, strict=True):
+        details = output.kv_tokens_details
+        assert details["compactions"] >= 2 and "policy_failures" not in details, method
+        assert details["held"] <= 128 and details["policy"].startswith(method.partition("(")[0])
+    assert not ledger.failures.total()
+
+
+@on_tiny_model
+def test_every_method_with_every_codec_and_wrapper(
+    engine: Engine, ledger: Ledger, ids: list[int]
+) -> None:
+    """Combinations in which every pair occurs, in one batch."""
+    codecs = ("", "@int8", "@int4", "@tc4", "@tc6", "@tc8", "@int8+tc4+tc6+tc8")
+    wrappers = ("{}", "kvcrush({})", "fair({})", "fair(kvcrush({}))")
+    asked = [
+        wrapper.format(method) + codec
+        for method, wrapper, codec in pairwise(method=METHODS, wrapper=wrappers, codec=codecs)
+    ]
+    prompts = [ids[150 * i : 150 * i + 330] for i in range(len(asked))]
+    params = [engine.params(NEW, kv_policy=p, kv_budget=96, **spans_of(p)) for p in asked]
+    outputs = engine.generate(prompts, params)
+    for policy, output in zip(asked, outputs, strict=True):
+        details = output.kv_tokens_details
+        assert details["compactions"] >= 2 and "policy_failures" not in details, policy
+    assert not ledger.failures.total()
+
+
+@pytest.mark.parametrize(
+    ("policy", "differ"),
+    [
+        ("pyramidkv", "layers"),
+        ("cake", "layers"),
+        ("d2o", "layers"),
+        ("duo", "heads"),
+        ("surfacelogic", "heads"),
+        ("cam(snapkv)", "values"),
+        ("adakv(composed(snapkv, other=h2o))", "heads"),
+    ],
+)
+def test_methods_that_divide_layers_or_merge(
+    engine: Engine, ids: list[int], reference: Reference, watch: Watch, policy: str, differ: str
+) -> None:
+    """Each method by its name in one request: the text is what transformers gives with what each
+    layer and head was left with, and all pages that the plan has are used."""
+    prompt, new = ids[100:524], 6
+    tokens = engine.tokens(prompt, new, kv_policy=policy, kv_budget=160)
+    assert tokens == reference.greedy(prompt, tokens, watch.kept)
+    assert len(watch.kept) >= 2
+    for first in range(0, len(watch.counts), engine.layers):
+        event = watch.counts[first : first + engine.layers]
+        blocks, heads = event[0][0], len(event[0][1])
+        sums = [sum(counts) for _, counts in event]
+        assert sum(sums) == blocks * 32 * heads * engine.layers, "pages are unused"
+        if differ == "layers":
+            assert max(sums) >= min(sums) + 64, "every layer kept as many"
+        elif differ == "heads":
+            assert any(len(set(counts)) > 1 for _, counts in event), "every head kept as many"
+        else:
+            assert {count for _, counts in event for count in counts} == {blocks * 32}
+    engine.assert_idle()
 
 
 def test_merging_nothing_is_the_base(engine: Engine, ids: list[int]) -> None:
@@ -164,7 +268,13 @@ def test_merging_nothing_is_the_base(engine: Engine, ids: list[int]) -> None:
 
 
 @on_tiny_model
-@pytest.mark.parametrize("policy", ["fair", "fair(kvcrush(h2o, ratio=0.25))@int8"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        *("fair", "fair(kvcrush(h2o, ratio=0.25))@int8", "fair(pyramidkv)", "fair(cake)"),
+        *("fair(duo)", "fair(surfacelogic)", "fair(d2o)", "fair(cam)", "fair(composed)"),
+    ],
+)
 def test_every_span_keeps_its_share(
     engine: Engine, ledger: Ledger, ids: list[int], policy: str
 ) -> None:
@@ -199,7 +309,10 @@ def test_every_span_keeps_its_share(
 @on_tiny_model
 @pytest.mark.parametrize(
     "policy",
-    ["adakv", "adakv@int4", "keepkv(adakv)@int8", "fair(adakv(keepkv))@tc4", "adakv(streaming)"],
+    [
+        *("adakv", "adakv@int4", "keepkv(adakv)@int8", "fair(adakv(keepkv))@tc4"),
+        *("adakv(streaming)", "d2o@int8", "cam(pyramidkv(adakv))@tc4"),
+    ],
 )
 def test_ledgers_of_wrapped_policies(
     engine: Engine, ledger: Ledger, ids: list[int], policy: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from tests.engine.conftest import (
 )
 from vllm_kvcrush import policies
 from vllm_kvcrush.codecs import CODECS, FITTED
-from vllm_kvcrush.codecs.transform import calibrate
+from vllm_kvcrush.codecs.layout import SINKS
+from vllm_kvcrush.codecs.transform import calibrate, losses
 from vllm_kvcrush.codecs.transform.fit import Statistics
-from vllm_kvcrush.codecs.transform.points import SINKS, TablesError
+from vllm_kvcrush.codecs.transform.points import TablesError
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import HeadTables
 from vllm_kvcrush.engine.worker import statistics
@@ -134,7 +136,7 @@ def test_tokens_equal_transformers_with_the_same_kept_tokens(
     tokens = engine.tokens(prompt, new, kv_policy=policy, kv_budget=160)
     first = 160 + PREFILL_INTERVAL
     assert sorted(kept) == [first, 424, 424 + DECODE_INTERVAL, 424 + 2 * DECODE_INTERVAL]
-    assert tokens == reference.generate(prompt, new, kept)
+    assert tokens == reference.greedy(prompt, tokens, kept)
     if policy != "streaming":
         at_end = kept[424]
         assert any(not torch.equal(layer[0], layer[1]) for layer in at_end), (
@@ -214,7 +216,7 @@ def test_tokens_equal_transformers_with_the_same_rounded_cache(
     (output,) = engine.generate([prompt], engine.params(new, kv_policy=codec, kv_budget=budget))
     tokens = list(output.outputs[0].token_ids)
     rounding = rounding_of(engine, codec, tables)
-    assert tokens == reference.generate(prompt, new, kept, rounding, packed)
+    assert tokens == reference.greedy(prompt, tokens, kept, rounding, packed)
     details = output.kv_tokens_details
     held, raw = details["held"], details["raw"]
     if budget == 128:
@@ -250,6 +252,44 @@ def test_statistics_taken_at_start_are_the_models(
         statistics.gather(engine.runner._read_pieces(), other)
     with pytest.raises(TablesError, match="too short to take statistics"):
         statistics.gather(iter(()), probe.rope)
+    engine.reset()
+    engine.assert_idle()
+
+
+def test_losses_measured_at_start_are_the_models(
+    engine: Engine, model_path: str, monkeypatch: Any
+) -> None:
+    """Without a file, the engine finds what codecs lose as transformers does with the oracles, and
+    tells the scheduler with the first request."""
+    runner, scheduler = engine.runner, engine.scheduler
+    assert statistics.excerpts(runner.model_config, BLOCK, 40) == []
+    found = statistics.excerpts(runner.model_config, BLOCK, 511)[:1]
+    ((context, question),) = found
+    assert (len(context) % BLOCK, len(question)) == (0, 96)
+    monkeypatch.setattr(statistics, "excerpts", lambda *_: found)
+    wanted = dataclasses.replace(
+        runner._settings, policy="auto", losses={"int8": None, "int4": None}
+    )
+    monkeypatch.setattr(runner, "_losses", {})
+    for owner in (runner, scheduler):
+        monkeypatch.setattr(owner, "_settings", wanted)
+    runner._measure_losses()
+    engine.reset()  # the excerpts lay in any blocks
+    got = runner._losses
+    probe = calibrate.Probe(model_path)
+    _, keys, values = probe.prefill(context)
+    with torch.inference_mode():
+        exact = probe.log_probabilities(keys, values, len(context), question)
+        for codec in ("int8", "int4"):
+            stored = losses.stored(codec, keys, values, {})
+            other = probe.log_probabilities(*stored, len(context), question)
+            want = float(losses.divergence(exact, other).mean())
+            assert got[codec] == pytest.approx(want, rel=0.05), codec
+    assert 0 < got["int8"] < got["int4"]
+    with engine.moves() as moves:
+        engine.tokens(context, 2, kv_policy="auto", kv_budget=0.4)
+    assert scheduler._settings.losses == got
+    assert moves[0]._state.plan.packings[0].loss == got["int8"]
     engine.reset()
     engine.assert_idle()
 

@@ -10,18 +10,21 @@ import pytest
 
 from tests.engine.conftest import BLOCK, POOL_BLOCKS, Engine, on_tiny_model
 from tests.ledger import Ledger
+from vllm_kvcrush.server import params
+from vllm_kvcrush.server.rules import Rules
 
 pytestmark = pytest.mark.engine
 LIMIT = 0.8
 
 
 @pytest.fixture
-def pressed(engine: Engine) -> Iterator[Engine]:
-    """Yields the engine as `--kv-pressure=0.8` would have it."""
-    settings = engine.scheduler._settings
-    engine.scheduler._settings = dataclasses.replace(settings, pressure=LIMIT)
-    yield engine
-    engine.scheduler._settings = settings
+def pressed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """Returns the engine as `--kv-pressure=0.8` would have it."""
+    settings = dataclasses.replace(engine.scheduler._settings, pressure=LIMIT)
+    monkeypatch.setattr(engine.scheduler, "_settings", settings)
+    front = params.front_of(engine.llm.llm_engine.input_processor)
+    monkeypatch.setattr(front, "_plain", Rules.of(settings))
+    return engine
 
 
 @pytest.fixture
@@ -126,3 +129,4 @@ def test_counters_say_why_and_the_gauge_how_full(
     assert reasons == {("kvcrush", "budget")} and 0 < max(seen) < LIMIT
     pressed.generate([ids[i * 700 : i * 700 + 480] for i in range(6)], pressed.params(30))
     assert reasons == {("kvcrush", "budget"), ("kvcrush", "pressure")} and max(seen) > LIMIT
+    assert seen[-1] == 0, "an idle engine has no next step to count again"

@@ -31,8 +31,10 @@ OURS = (
     "--kv-policy-allow=auto,int8,int4,snapkv,faulty",
     "--kv-policy-config.prefill_interval=256",
     "--kv-policy-config.decode_interval=32",
+    "--kv-canary=1",
 )
 FAULTY = pathlib.Path(__file__).parent / "faulty"
+RULES = "rules: [{name: small, when: {headers: {x-size: [small]}}, budget_max: 0.5}]\n"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,12 +56,26 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def running(model_path: str, control: pathlib.Path) -> Iterator[Fleet]:
+def rules(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The file of budget rules of both replicas."""
+    path = tmp_path_factory.mktemp("rules") / "rules.yaml"
+    path.write_text(RULES, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ours(rules: pathlib.Path) -> tuple[str, ...]:
+    """The flags of replicas with this plugin."""
+    return (*FLAGS, *OURS, f"--kv-budget-rules={rules}")
+
+
+@pytest.fixture(scope="session")
+def running(model_path: str, control: pathlib.Path, ours: tuple[str, ...]) -> Iterator[Fleet]:
     """Two replicas, both fronts, Prometheus and Alertmanager."""
     path = os.pathsep.join(filter(None, (str(FAULTY), os.environ.get("PYTHONPATH", ""))))
     environment = {"PYTHONPATH": path, "KVCRUSH_FLEET_FAULT": str(control)}
     with fleet(model_path, faster=FACTOR, environment=environment) as made:
-        made.start(("nginx", "haproxy"), *FLAGS, *OURS)
+        made.start(("nginx", "haproxy"), *ours)
         start_router(made)
         yield made
 
@@ -81,8 +97,9 @@ def start_router(made: Fleet) -> None:
 
 
 def server(made: Fleet, name: str) -> Server:
-    """One process of the fleet as the server tests see theirs."""
-    return Server(made.url(name), made.folder / f"{name}.log")
+    """One process of the fleet, or another port of it (NAME-PORT), as server tests see theirs."""
+    process = made.running[name if name in made.running else name.rpartition("-")[0]]
+    return Server(made.url(name), made.folder / f"{name}.log", process.pid)
 
 
 def client(made: Fleet, name: str) -> openai.OpenAI:

@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -19,8 +19,9 @@ import pydantic
 import pytest
 
 from deploy.fleet import Fleet, answers
-from tests.fleet.conftest import FLAGS, NAME, OURS, PLAIN, client, server
+from tests.fleet.conftest import NAME, PLAIN, client, server
 from tests.server.conftest import details
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.server
 FRONTS = ("nginx", "haproxy")
@@ -338,16 +339,6 @@ def test_anthropic_client(running: Fleet, front: str, long: str) -> None:
 # -- what goes wrong -------------------------------------------------------------------------------
 
 
-def eventually(what: Callable[[], bool], seconds: float = 30) -> bool:
-    """Whether something becomes true."""
-    deadline = time.monotonic() + seconds
-    while not what():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.25)
-    return True
-
-
 def stream(running: Fleet, front: str, long: str, tokens: int) -> Any:
     found = client(running, front).completions.create(
         model=NAME,
@@ -416,7 +407,9 @@ def test_nginx_drains_a_replica(running: Fleet, long: str) -> None:
         api.completions.create(model=NAME, prompt="Hello", max_tokens=2)
 
 
-def test_fronts_do_without_a_dead_replica_and_take_it_back(running: Fleet, long: str) -> None:
+def test_fronts_do_without_a_dead_replica_and_take_it_back(
+    running: Fleet, ours: tuple[str, ...], long: str
+) -> None:
     def status() -> float:
         labels = {"proxy": "vllm", "server": "replica-1", "state": "UP"}
         return server(running, "haproxy-8404").metric("haproxy_server_status", **labels)
@@ -425,7 +418,7 @@ def test_fronts_do_without_a_dead_replica_and_take_it_back(running: Fleet, long:
     for front in FRONTS:
         for _ in range(6):
             client(running, front).completions.create(model=NAME, prompt="Hello", max_tokens=2)
-    running.replica(1, *FLAGS, *OURS)
+    running.replica(1, *ours)
     assert eventually(lambda: status() == 1)
     for front in FRONTS:
         before = server(running, "replica-1").metric(PREFIX + "requests_total")

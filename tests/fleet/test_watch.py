@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import itertools
 import json
 import math
 import pathlib
@@ -10,7 +11,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -18,8 +20,9 @@ import openai
 import pytest
 
 from deploy.fleet import HERE, Fleet
-from tests.fleet.conftest import FACTOR, FLAGS, NAME, OURS, PLAIN, client, server
-from tests.fleet.test_fronts import REPLICAS, eventually
+from tests.fleet.conftest import FACTOR, NAME, PLAIN, RULES, client, server
+from tests.fleet.test_fronts import REPLICAS
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.server
 PREFIX = "vllm_kvcrush:"
@@ -134,6 +137,11 @@ def loaded(running: Fleet, text: str, received: Any) -> Iterator[dict[str, float
     def generated() -> float:
         return sum(server(running, r).metric("vllm:generation_tokens_total") for r in REPLICAS)
 
+    # A moment of rest in which each replica compares something: under load none does.
+    for replica in REPLICAS:
+        api = server(running, replica)
+        api.client().completions.create(model=NAME, **asking(prompt))
+        assert eventually(lambda api=api: api.metric(PREFIX + "canary_tokens_total") > 0, 60)
     load = Load(running, asks)
     time.sleep(WINDOW / 2)
     tokens, started = generated(), time.monotonic()
@@ -204,6 +212,12 @@ class TestUnderLoad:
         held = found["KV held, and what it would be raw: held"][""]
         raw = found["KV held, and what it would be raw: raw equivalent"][""]
         assert 1e6 < held < raw < 2 * 88473600
+        # Tails are raw, and what `auto` and int4 pack is not.
+        codecs = found["KV held, by codec: {{codec}}"]
+        assert codecs["raw"] > 0 and sum(map(bool, codecs.values())) > 1
+        assert sum(codecs.values()) == pytest.approx(held, rel=0.35)
+        agreed = found["Same most likely token, last 6 hours: {{policy}}"]
+        assert 0 < agreed["auto"] <= 1
         taken = found["Requests a second, by policy: {{policy}}"]
         assert (
             all(taken[policy] > 0 for policy in ("auto", "int4", "snapkv")) and taken["none"] == 0
@@ -295,7 +309,55 @@ def test_a_pool_that_is_exhausted(running: Fleet, text: str, received: Any) -> N
     tells(received, "KVCrushPoolExhausted", "/ticket", BOTH)
 
 
-def test_replicas_that_are_down_or_have_no_plugin(running: Fleet, received: Any) -> None:
+def test_a_rules_file_with_an_error(running: Fleet, rules: pathlib.Path, received: Any) -> None:
+    rules.write_text("rules: [", encoding="utf-8")
+    both = {f"127.0.0.1:{running.port(r)}" for r in REPLICAS}
+
+    def refused() -> set[str]:
+        return {found["instance"] for found in firing(running).get("KVCrushRulesRefused", ())}
+
+    assert eventually(lambda: refused() == both, 6 * FIVE_MINUTES), firing(running)
+    rules.write_text(RULES, encoding="utf-8")
+    clears(running, "KVCrushRulesRefused")
+    tells(received, "KVCrushRulesRefused", "/ticket", BOTH)
+
+
+def test_canaries_below_their_floor(
+    running: Fleet, text: str, control: pathlib.Path, received: Any
+) -> None:
+    """Clients pause between requests, as canaries take idle moments only."""
+    recorded = 'model_policy:kvcrush_canary_agreement:ratio6h{policy="faulty"}'
+
+    def compared(budget: float, until: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 480
+        for count in itertools.count():
+            if until():
+                return
+            assert time.monotonic() < deadline, query(running, recorded)
+            prompt = f"{budget} {count} {text[30000:31500]}"
+            own = asking(prompt, max_tokens=40, kv_policy="faulty", kv_budget=budget)
+
+            def ask(replica: str, own: dict[str, Any] = own) -> None:
+                client(running, replica).completions.create(model=NAME, temperature=1, **own)
+
+            with ThreadPoolExecutor() as threads:
+                list(threads.map(ask, REPLICAS))
+            time.sleep(1.5)
+
+    control.write_text("forget", encoding="utf-8")
+    compared(96, lambda: "KVCrushCanaryBelowFloor" in firing(running))
+    control.unlink()
+    (labels, *_) = firing(running)["KVCrushCanaryBelowFloor"]
+    assert labels["policy"] == "faulty" and labels["model_name"] == NAME
+    assert number(running, recorded) < 0.8
+    compared(0.75, lambda: "KVCrushCanaryBelowFloor" not in firing(running))
+    assert number(running, recorded) >= 0.8
+    tells(received, "KVCrushCanaryBelowFloor", "/ticket", BOTH)
+
+
+def test_replicas_that_are_down_or_have_no_plugin(
+    running: Fleet, ours: tuple[str, ...], received: Any
+) -> None:
     instance = f"127.0.0.1:{running.port('replica-1')}"
     running.stop("replica-1", signal.SIGKILL)
     fires(running, "KVCrushReplicaDown")
@@ -308,7 +370,7 @@ def test_replicas_that_are_down_or_have_no_plugin(running: Fleet, received: Any)
     # Told before it is down again, which would hush it up.
     tells(received, "KVCrushInactive", "/ticket", {"firing"})
     running.stop("replica-1", signal.SIGKILL)
-    running.replica(1, *FLAGS, *OURS)
+    running.replica(1, *ours)
     clears(running, "KVCrushInactive")
     clears(running, "KVCrushReplicaDown")
     tells(received, "KVCrushReplicaDown", "/page", BOTH)

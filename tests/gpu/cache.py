@@ -18,10 +18,11 @@ from vllm_kvcrush.codecs.transform.reference import origins
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.ops.angles import Angles
-from vllm_kvcrush.ops.triton import attention
+from vllm_kvcrush.ops.triton import attention, compaction
 from vllm_kvcrush.ops.triton.cache import Batch, Directory, Layer, Source, runs_of
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
 
+CHUNKS = ("tada", "gear")  # codecs whose pages are one chunk
 POSITIONS = 90_000  # number of positions that the tables have angles for
 TABLE_LAYER = 1  # index of the tested layer in the tables
 
@@ -116,6 +117,8 @@ class Cache:
     ) -> tuple[Tensor, Tensor]:
         """Writes a page and returns what is read back from it, float64."""
         content, geometry = self.bytes_of(page), self.layer.geometry
+        if codec in CHUNKS:
+            return self._fill_chunk(page, codec, key, value, where)
         if codec in FITTED:
             assert where is not None
             section, tables = self.layer.fitted.sections[codec][head], self.tables[codec]
@@ -127,6 +130,27 @@ class Cache:
             kept = oracle.kept(codec, key, value, self.dtype)
         self.write(page, content)
         return kept
+
+    def _fill_chunk(
+        self, page: int, codec: str, key: Tensor, value: Tensor, where: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        # By the kernels, whose pages have tests of their own; read back by the oracle.
+        n, number = len(key), CODECS[codec].number
+        if n == 0:
+            return key.double(), value.double()
+        assert where is not None
+        heads = self.layer.kv_heads
+        ends = [1] * heads
+        target = Source.of(
+            *(torch.tensor(x, device=self.device) for x in ([0, *ends[1:]], ends, [page])),
+            *(torch.tensor(x, device=self.device) for x in ([n], [number], [0])),
+            0, 0, (codec,),
+        )  # fmt: skip
+        rows = [x.to(self.device).expand(heads, -1, -1).contiguous() for x in (key, value)]
+        places = where.to(self.device).expand(heads, -1).contiguous()
+        compaction.encode(self.layer, target, *rows, places)
+        k, v, _ = oracle.decode(self.bytes_of(page), codec, self.layer.geometry, n, self.dtype)
+        return k, v
 
     def put(
         self,

@@ -53,6 +53,7 @@ def interpreter() -> None:
         mend_interpreter()
 
 
+@functools.cache
 def mend_interpreter() -> None:
     """Corrects bfloat16 products in Triton's interpreter, and makes it faster at launches, types,
     and the search for overflows."""

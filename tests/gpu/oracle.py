@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_kvcrush.codecs import CODECS, reference
+from vllm_kvcrush.codecs import CODECS, layout, reference
 from vllm_kvcrush.codecs.layout import GROUP, STRIP
 from vllm_kvcrush.codecs.transform.bits import pieces
 from vllm_kvcrush.codecs.transform.reference import Page, decode_page, encode_page
@@ -145,6 +145,8 @@ def decode(
         value = _read_rows(page, at.v, at.v_row, n, v_size, torch.int8).double()
         key *= _get(page, at.k_scale, (n, 1), torch.float16).double()
         value *= _get(page, at.v_scale, (n, 1), torch.float16).double()
+    elif codec in ("tada", "gear"):
+        key, value = (_decode_tada if codec == "tada" else _decode_gear)(page, at, geometry, n)
     else:
         key = _codes(_read_rows(page, at.k, at.k_row, n, k_size // 2, torch.uint8))
         groups = -(-n // GROUP)
@@ -159,6 +161,59 @@ def decode(
     if codec == "raw":
         return key, value, None
     return key, value, _get_positions(page, at.positions, geometry, n)
+
+
+def _columns(page: Tensor, low: int, high: int, n: int, size: int, bits: int) -> Tensor:
+    """Returns codes [n, size] less their middle."""
+    row = size * (4 if bits == 4 else 2) // 8
+    found = _read_rows(page, low, row, n, row, torch.uint8)
+    if bits == 4:
+        return _codes(found) - 7.5
+    codes = (found.long().unsqueeze(-1) >> 2 * torch.arange(4) & 3).flatten(1)
+    if bits == 3:
+        top = _read_rows(page, high, size // 8, n, size // 8, torch.uint8).long()
+        codes += 4 * (top.unsqueeze(-1) >> torch.arange(8) & 1).flatten(1)
+    return codes - (2**bits - 1) / 2
+
+
+def _decode_tada(page: Tensor, at: Section, geometry: Geometry, n: int) -> tuple[Tensor, Tensor]:
+    found, mean_at = [], at.shared
+    for codes, high, scale, size in (
+        (at.k, at.k_high, at.k_scale, geometry.k_size),
+        (at.v, at.v_high, at.v_scale, geometry.v_size),
+    ):
+        y = _columns(page, codes, high, n, size, layout.TADA.bits)
+        y = y * _get(page, scale, (n, 1), torch.float16).double()
+        y = y + _get(page, mean_at, (size,), torch.float16).double()
+        found.append(y @ reference.rotation(size))
+        mean_at += 2 * size
+    return found[0], found[1]
+
+
+def _decode_gear(page: Tensor, at: Section, geometry: Geometry, n: int) -> tuple[Tensor, Tensor]:
+    k_size, v_size, own = geometry.k_size, geometry.v_size, layout.GEAR
+    shape = ((2, k_size), (own.rank, k_size), (own.rank, v_size))
+    parts, start = [], at.shared
+    for rows, size in shape:
+        parts.append(_get(page, start, (rows, size), torch.float16).double())
+        start += 2 * rows * size
+    grid, k_factor, v_factor = parts
+    weights = _get(page, at.weights, (2, own.rank, at.capacity), torch.float16).double()
+    weights = weights[..., :n].mT
+    key = _columns(page, at.k, at.k_high, n, k_size, own.bits) + (2**own.bits - 1) / 2
+    key = key * grid[0] + grid[1] + weights[0] @ k_factor
+    count = k_size // own.per_single
+    for strip in range(-(-n // STRIP)):
+        singles = at.singles + strip * 4 * count
+        places = _get(page, singles, (count,), torch.int16).tolist()
+        rests = _get(page, singles + 2 * count, (count,), torch.float16).tolist()
+        for place, rest in zip(places, rests, strict=True):
+            token = strip * STRIP + place // 256
+            if token < n:
+                key[token, place % 256] += rest
+    value = _columns(page, at.v, at.v_high, n, v_size, own.bits)
+    value = value * _get(page, at.v_scale, (n, 1), torch.float16).double() + weights[1] @ v_factor
+    return key, value @ reference.rotation(v_size)
 
 
 # -- fitted codecs ---------------------------------------------------------------------------------

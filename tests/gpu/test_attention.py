@@ -21,7 +21,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 
 
 @parametrize(
-    codec=["raw", "exact", "int8", "int4"],
+    codec=["raw", "exact", "int8", "int4", "tada", "gear"],
     size=[64, 80, 96, 128, 256],
     group=[1, 3, 4, 8],
     dtype=[torch.bfloat16, torch.float16],
@@ -52,7 +52,7 @@ def test_mixed_pages(draw: random.Random, device: str, dtype: torch.dtype) -> No
     cache = Cache(
         draw, device, 4, 64, 96, dtype, kv_heads=1, block_size=draw.choice([16, 32, 48, 64])
     )
-    several = ["int8", "int4", "raw", "int4", "int8"]
+    several = ["int8", "int4", "raw", "tada", "gear"]
     several += ["exact"] * (cache.layer.capacity("exact") > 0)
     cache.put(draw.sample(several, 4), 21)
     cache.put([], 0)
@@ -78,7 +78,7 @@ def test_prefill(draw: random.Random, device: str, group: int, size: int) -> Non
 def test_log_bias(draw: random.Random, device: str, group: int) -> None:
     cache = Cache(draw, device, group, 64, 64, kv_heads=1)
     for tail in (5, 40):
-        cache.put(["int8", "int4", "exact", "raw", "int8"], tail)
+        cache.put(["int8", "int4", "gear", "raw", "tada"], tail)
     cache.check([1, 5], TOLERANCE[torch.float16], bias=True, parts=2)
 
 

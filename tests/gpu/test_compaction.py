@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.gpu import oracle
-from tests.gpu.cache import Cache
+from tests.gpu.cache import CHUNKS, Cache
 from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.ops import reference
 from vllm_kvcrush.ops.triton import compaction
@@ -17,6 +17,13 @@ from vllm_kvcrush.ops.triton.cache import Source
 from vllm_kvcrush.ops.triton.codecs import TRAITS
 from vllm_kvcrush.ops.triton.scores import window_scores
 from vllm_kvcrush.ops.triton.store import store
+
+
+def rounding(codec: str) -> float:
+    """Returns by how much of the largest number one that was coded alike may differ. What a chunk's
+    tokens share may differ by the last bit of a float16 number."""
+    return 2e-3 if codec in CHUNKS else 1e-5
+
 
 SHAPES = [(64, 64), (80, 48), (128, 128), (8, 24), (256, 96)]
 
@@ -55,7 +62,7 @@ def test_store_refuses_another_dtype(draw: random.Random, device: str) -> None:
 def test_gather(draw: random.Random, device: str, k_size: int, v_size: int) -> None:
     cache = Cache(draw, device, 1, k_size, v_size, draw.choice([torch.float16, torch.float32]))
     cache.put(["raw", "int8"], 3)
-    cache.put(draw.sample(["int8", "int4", "exact", "int4", "raw"], 4), draw.randrange(70))
+    cache.put(draw.sample(["int8", "int4", "exact", "raw", *CHUNKS], 4), draw.randrange(70))
     source = cache.source(1)
     held = [len(k) for k in cache.keys[1]]
     assert (source.tail_slot + source.tail_length).tolist() == held
@@ -88,7 +95,7 @@ def _raw_slots(cache: Cache, seq: int, head: int) -> set[int]:
     return slots
 
 
-@pytest.mark.parametrize("codec", ["raw", "exact", "int8", "int4"])
+@pytest.mark.parametrize("codec", ["raw", "exact", "int8", "int4", *CHUNKS])
 @pytest.mark.parametrize(("k_size", "v_size"), SHAPES)
 def test_pages_keep_what_their_codec_says(
     draw: random.Random, device: str, codec: str, k_size: int, v_size: int
@@ -124,9 +131,10 @@ def test_pages_keep_what_their_codec_says(
             if codec in ("raw", "exact"):
                 assert torch.equal(got, want)
                 continue
-            # A tie may be rounded the other way, so single codes may differ by one.
-            close = (got - want).abs() <= 1e-5 * want.abs().amax()
-            assert close.all(-1).double().mean() > 0.85
+            # A tie may be rounded the other way, so single codes may differ by one; of few
+            # tokens of a chunk, whose last bits are shared, all that one has.
+            close = (got - want).abs() <= rounding(codec) * want.abs().amax()
+            assert close.all(-1).sum() > 0.85 * len(close) - (codec in CHUNKS)
             error = (got - original).square().mean()
             assert error <= (want - original).square().mean() * 1.01 + 1e-12
     # Nothing else was written.
@@ -134,7 +142,7 @@ def test_pages_keep_what_their_codec_says(
     assert all((cache.bytes_of(p) == 255).all() for p in clean)
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("codec", ["int8", "int4", *CHUNKS])
 def test_extreme_values_do_not_break_a_page(draw: random.Random, device: str, codec: str) -> None:
     cache = Cache(draw, device, 1, 64, 64, torch.float32, kv_heads=1)
     key, value = torch.randn(1, 20, 64), torch.randn(1, 20, 64)
@@ -154,7 +162,7 @@ def test_extreme_values_do_not_break_a_page(draw: random.Random, device: str, co
     assert got[2] is not None and torch.equal(got[2], where[0])
 
 
-@pytest.mark.parametrize("codec", ["exact", "int8", "int4"])
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4", *CHUNKS])
 def test_compact_onto_its_own_sources(draw: random.Random, device: str, codec: str) -> None:
     """Chosen tokens of all pages and of the tail move into pages that were among the sources."""
     cache = Cache(draw, device, 2, 64, 64, torch.float16)
@@ -184,7 +192,8 @@ def test_compact_onto_its_own_sources(draw: random.Random, device: str, codec: s
             )
             want = oracle.kept(codec, k[own], v[own], torch.float16)
             for x, y in zip(got[:2], want, strict=True):
-                assert ((x - y).abs() <= 1e-5 * y.abs().amax()).all(-1).double().mean() > 0.85
+                close = (x - y).abs() <= rounding(codec) * y.abs().amax()
+                assert close.all(-1).double().mean() > 0.85
             assert got[2] is not None and torch.equal(got[2], where[own])
 
 
@@ -192,7 +201,7 @@ def test_compact_onto_its_own_sources(draw: random.Random, device: str, codec: s
 def test_window_scores(draw: random.Random, device: str, group: int, size: int) -> None:
     cache = Cache(draw, device, group, size, 64, torch.float16)
     # All heads hold equally many tokens, as policies see them.
-    cache.put(["int8", "int4", "raw"][: draw.randrange(4)], 45, [13, 40, 32])
+    cache.put(draw.sample(["int8", "int4", "raw", *CHUNKS], draw.randrange(4)), 45, [13, 40, 32])
     window, held = draw.choice([1, 8, 20]), len(cache.keys[0][0])
     candidates = held - draw.randrange(30)
     queries = torch.randn(2 * group, window, size).half()
@@ -211,6 +220,9 @@ def test_window_scores(draw: random.Random, device: str, group: int, size: int) 
     got = window_scores(*run, pool=3, pool_kind="avg", reduce="max").cpu()
     averaged = averaged.view(2, group, -1).amax(1)
     torch.testing.assert_close(got.double(), averaged, rtol=1e-2, atol=1e-4)
+    greatest = weights[..., :candidates].view(2, group, window, -1).amax(1).sum(1)
+    got = window_scores(*run, mean=False, reduce="greatest").cpu()
+    torch.testing.assert_close(got.double(), greatest, rtol=1e-2, atol=1e-4)
 
 
 def test_every_codec_has_traits() -> None:

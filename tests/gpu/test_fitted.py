@@ -27,7 +27,8 @@ def test_gather(draw: random.Random, device: str, codec: str, k_size: int, v_siz
     dtype = draw.choice(DTYPES)
     cache = Cache(draw, device, 1, k_size, v_size, dtype, blocks=10, fitted_codecs=FITTED)
     others = [c for c in FITTED if c != codec]
-    cache.put([codec, draw.choice(others), codec, codec], 20)
+    counts = [10**6, *draw.choices([0, 5, 100, 10**6], k=3)]  # cut to what a page holds
+    cache.put([codec, draw.choice(others), codec, codec], 20, counts)
     source = cache.source(0)
     held = [len(k) for k in cache.keys[0]]
     count = 50

@@ -9,12 +9,14 @@ import functools
 import json
 import pathlib
 import sys
+from typing import Any
 
 import pytest
 
 from benchmarks.gpu import __main__ as table
 from benchmarks.gpu import disassembly, launches
 from tests.gpu.cache import POSITIONS, tables_of
+from tests.pairwise import FULL
 from vllm_kvcrush.codecs import FITTED
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.triton.codecs.fitted.tables import LayerTable
@@ -53,14 +55,18 @@ STEPS = [
 ]
 
 
+def sample(few: list[Any], more: list[Any]) -> list[Any]:
+    """Returns what `make test` compiles, and what `make test-all` does besides: compiling takes
+    minutes."""
+    return few + (more if FULL else [])
+
+
 @pytest.mark.parametrize(
     ("shape", "codecs"),
-    [
-        ("llama", ()),
-        ("llama", ("int4",)),
-        ("llama", ("int8", "tc4")),  # what `auto` makes of most budgets
-        ("smol", ("int8", "raw")),
-    ],
+    sample(
+        [("llama", ("int8", "tc4")), ("smol", ("int8", "raw"))],  # the first is `auto`'s mostly
+        [("llama", ()), ("llama", ("int4",))],
+    ),
     ids=lambda x: x if isinstance(x, str) else "+".join(x) or "tail",
 )
 def test_steps(shape: str, codecs: tuple[str, ...]) -> None:
@@ -82,7 +88,8 @@ def test_steps(shape: str, codecs: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("codecs", "spills"), [(("raw",), 0), (("int4", "int8", "raw"), 8), (("int8", "tc4"), 0)]
+    ("codecs", "spills"),
+    sample([(("int4", "int8", "raw"), 8)], [(("raw",), 0), (("int8", "tc4"), 0)]),
 )
 def test_steps_with_log_biases(codecs: tuple[str, ...], spills: int) -> None:
     """What a server compiles whose policies may merge: biases are found by their addresses, which
@@ -95,7 +102,7 @@ def test_steps_with_log_biases(codecs: tuple[str, ...], spills: int) -> None:
     assert [launch.constants["BIAS"] for launch in attention] == [True, True]
 
 
-@pytest.mark.parametrize("codec", ["raw", "int8", "int4", "tc6"])
+@pytest.mark.parametrize("codec", sample(["raw", "tc6"], ["int8", "int4"]))
 def test_compactions(codec: str) -> None:
     """Gathering, encoding and scoring are launched for requests of several sizes."""
     layer = model("llama")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import http.server
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +20,7 @@ from typing import Any
 
 import openai
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 NAME = "smollm2"
 
@@ -25,9 +29,16 @@ NAME = "smollm2"
 class Server:
     url: str
     log: pathlib.Path
+    pid: int
 
-    def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=300)
+    def client(self, key: str = "-", **headers: str) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key=key,
+            default_headers={name.replace("_", "-"): value for name, value in headers.items()},
+            max_retries=0,
+            timeout=300,
+        )
 
     def metrics(self) -> dict[str, float]:
         """Returns the samples of /metrics by `name{labels}`."""
@@ -82,7 +93,7 @@ def running(model: str, log: pathlib.Path, *flags: str) -> Iterator[Server]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = serve(model, log, *FLAGS, f"--port={port}", *flags)
-    found = Server(f"http://127.0.0.1:{port}", log)
+    found = Server(f"http://127.0.0.1:{port}", log, process.pid)
     try:
         for _ in range(300):
             if process.poll() is not None:
@@ -105,10 +116,65 @@ def running(model: str, log: pathlib.Path, *flags: str) -> Iterator[Server]:
             process.kill()
 
 
+class Collector:
+    """Takes spans by OTLP over HTTP, as an operator's collector does."""
+
+    def __init__(self) -> None:
+        self.spans: list[dict[str, Any]] = []
+        spans = self.spans
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    body = gzip.decompress(body)
+                request = ExportTraceServiceRequest.FromString(body)
+                for resource in request.resource_spans:
+                    for scope in resource.scope_spans:
+                        spans.extend(map(_attributes, scope.spans))
+                self.send_response(200)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1/traces"
+
+    def span(self, request_id: str) -> dict[str, Any]:
+        """Returns the attributes of a request's span, when it has come."""
+        for _ in range(100):
+            for span in list(self.spans):
+                if str(span.get("gen_ai.request.id", "")).startswith(request_id):
+                    return span
+            time.sleep(0.2)
+        raise AssertionError(f"no span of {request_id}")
+
+
+def _attributes(span: Any) -> dict[str, Any]:
+    return {a.key: getattr(a.value, str(a.value.WhichOneof("value"))) for a in span.attributes}
+
+
 @pytest.fixture(scope="package")
-def server(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def collector() -> Iterator[Collector]:
+    found = Collector()
+    threading.Thread(target=found.server.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "500")
+        yield found
+    found.server.shutdown()
+
+
+@pytest.fixture(scope="package")
+def server(
+    model_path: str, tmp_path_factory: pytest.TempPathFactory, collector: Collector
+) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with running(model_path, log, "--enable-scale-out") as found:
+    flags = ("--enable-scale-out", "--kv-live-page", f"--otlp-traces-endpoint={collector.url}")
+    # Canaries after every request: nothing else may change.
+    with running(model_path, log, *flags, "--kv-canary=1") as found:
         yield found
 
 

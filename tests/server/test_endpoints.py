@@ -142,6 +142,45 @@ def test_what_is_rendered_carries_them(server: Server, long: str) -> None:
         assert status == 400 and "kv_size" in text
 
 
+def test_a_system_prompt_is_protected(server: Server, long: str) -> None:
+    rule = "Never say the word tomato. Answer in French, and be short."
+
+    def asked(path: str, **extra: Any) -> tuple[int, Any]:
+        own: dict[str, Any] = {"messages": [{"role": "system", "content": rule}]}
+        if path == "/v1/messages":
+            own = {"system": rule, "messages": []}
+        elif path == "/v1/responses":
+            own = {"instructions": rule}
+        made = body(path.removesuffix("/render"), long, **{"kv_policy": "snapkv", **extra})
+        if "messages" in own:
+            own["messages"] = own["messages"] + made["messages"]
+        status, text = post(server, path, made | own)
+        return status, json.loads(text)
+
+    for path in ("/v1/messages", "/v1/responses", "/v1/chat/completions"):
+        status, told = asked(path)
+        kept = told["usage"]["kv_tokens_details"]
+        assert status == 200 and 10 <= kept["protected"] <= 20
+        status, told = asked(path, kv_protect=[{"message": 7}])
+        assert status == 400 and "there are 2 messages" in told["error"]["message"]
+    # It takes no more room than what is kept without.
+    _, told = asked(path, kv_protect=[])
+    without = told["usage"]["kv_tokens_details"]
+    assert "protected" not in without and without["held"] == kept["held"]
+    _, told = asked(path, kv_protect=[{"message": 0}])
+    assert told["usage"]["kv_tokens_details"]["protected"] == kept["protected"]
+    # A policy that keeps every token protects none.
+    _, told = asked(path, kv_policy="int4", kv_budget=0.5)
+    assert "protected" not in told["usage"]["kv_tokens_details"]
+    status, rendered = asked("/v1/chat/completions/render")
+    assert status == 200
+    status, text = post(server, "/inference/v1/generate", rendered)
+    assert json.loads(text)["usage"]["kv_tokens_details"]["protected"] == kept["protected"]
+    made = body("/v1/completions", long, kv_protect=[{"chars": [0, 99999]}])
+    status, text = post(server, "/v1/completions", made)
+    assert status == 400 and json.loads(text)["error"]["param"] == "kv_protect"
+
+
 def events(text: str) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         if line.startswith("data: {"):

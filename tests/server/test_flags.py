@@ -17,6 +17,10 @@ CASES = {
         "--kv-policy-config.kvcrush.anchor='up' is not one of"
     ),
     '--additional-config={"kvcrush":{"policy":"kvcrush","bugdet":0.5}}': "no key 'bugdet'",
+    "--kv-policy=kvcrush --kv-canary=0.1 --logprobs-mode=raw_logits": (
+        "--kv-canary and --logprobs-mode=raw_logits, which gives no log-probabilities"
+    ),
+    "--kv-policy=kvcrush --kv-canary=5": "--kv-canary='5' is not a share of requests",
     "--kv-policy=kvcrush --kv-cache-dtype=fp8 --enable-dbo": "quantised KV cache",
 }
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -135,13 +135,10 @@ def test_what_is_left_over_goes_to_the_nearest() -> None:
 def slow_demand(scores: Tensor, view: View, tokens: int) -> list[int]:
     """Returns how many of the layer's best `tokens` votes belong to each head, counted one by
     one."""
-    votes = []  # protected ones are worth more than all others of a head, which are at most one
+    votes = []
     for head, row in enumerate(scores.tolist()):
-        n = int(view.sizes[head])
-        own = [max(0.0, x) for x in row[:n]]
-        total = sum(map(Fraction, own)) or 1
-        stay = view.staying[head].tolist()
-        votes += [(2 if stay[i] else Fraction(x) / total, -i, -head) for i, x in enumerate(own)]
+        own, stay = row[: int(view.sizes[head])], view.staying[head].tolist()
+        votes += [(math.inf if stay[i] else x, -i, -head) for i, x in enumerate(own)]
     best = sorted(votes, reverse=True)[:tokens]
     return [sum(-vote[2] == head for vote in best) for head in range(view.num_kv_heads)]
 
@@ -158,13 +155,9 @@ def test_adakvs_demand_is_its_definition(data: st.DataObject) -> None:
         generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
         more = torch.rand(view.valid.shape, generator=generator) < 0.2
         view = replace(view, protected=(view.staying | more) & view.valid)
-    # Powers of two in rows that sum to one: the same in floating point as in fractions.
+    # Few levels, so that there are ties, of either sign.
     levels = st.lists(st.integers(-3, 4), min_size=view.candidates, max_size=view.candidates)
     scores = torch.tensor([data.draw(levels) for _ in range(heads)]).float()
-    scores = torch.where(scores > 0, 2.0**scores, scores)
-    for row, n in zip(scores, view.sizes.tolist(), strict=True):
-        total = int(row[:n].clamp(min=0).sum())
-        row[0] = row[0].clamp(min=0) + 2 ** (max(1, total).bit_length()) - total
     scores = scores.masked_fill(~view.valid, -torch.inf)
     layers, page = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
     room = Room(
@@ -188,12 +181,12 @@ def test_adakv_mixes_its_shares_with_equal_ones() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpu"])
-@pytest.mark.parametrize("base", ["snapkv", "h2o", "kvcrush"])
+@pytest.mark.parametrize("base", ["snapkv", "h2o", "kvcrush(snapkv)"])
 def test_heads_that_look_at_many_tokens_get_more(
     base: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Goes from keys to pages: one head attends to one needle, one to all tokens alike, one to
-    something between."""
+    some of them, whose neighbours a pooling base counts too."""
     if implementation == "reference":
         monkeypatch.setattr(ops, "_in_cpp", lambda tensor: False)
     view = make_view(pages=16, page=8, heads=3, group=1, sinks=0)
@@ -212,7 +205,7 @@ def test_heads_that_look_at_many_tokens_get_more(
         allocated(policy, demand[None], room), room, np.zeros((1, 3), dtype=np.int64)
     )
     needle, some, all_alike = pages[0].tolist()
-    assert needle + some + all_alike == 24 and 1 <= needle < some < all_alike
+    assert needle + some + all_alike == 24 and 1 <= needle < min(some, all_alike)
     keep = pages[0] * 8
     choice = choose(policy, view, torch.from_numpy(keep), given=given_)
     assert choice.sound and choice.kept.sum(1).tolist() == keep.tolist()

@@ -8,14 +8,22 @@ import shutil
 import pytest
 import torch
 
+from tests.unit import shares_oracle as oracle
+from vllm_kvcrush import policies
+from vllm_kvcrush.codecs import PACKED
 from vllm_kvcrush.codecs.transform import calibrate as cal
+from vllm_kvcrush.codecs.transform import losses
 from vllm_kvcrush.codecs.transform import tables as transform_tables
 from vllm_kvcrush.codecs.transform.bits import MAX_BITS, quantiser
 from vllm_kvcrush.codecs.transform.points import TablesError
 from vllm_kvcrush.codecs.transform.reference import encode_keys
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import model_config
+from vllm_kvcrush.policies import heads, queries
+from vllm_kvcrush.policies.choice import dry_run
 from vllm_kvcrush.tools import cli
+from vllm_kvcrush.tools import heads as tool
+from vllm_kvcrush.tools import queries as query_tool
 
 
 def make(folder, **change):
@@ -59,6 +67,11 @@ def tiny(tmp_path_factory):
     return make(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.fixture(autouse=True)
+def short_excerpts(monkeypatch):
+    monkeypatch.setattr(cal, "HELD_OUT", (256, 64, 4))
+
+
 def config(folder):
     return json.loads((folder / "config.json").read_text())
 
@@ -74,12 +87,18 @@ def test_calibrates_on_a_text(tiny, tmp_path, text):
 
     model = cal.calibrate(tiny, out, source, progress=progress)
     assert (model.layers, model.heads, model.kv_heads, model.size) == (2, 4, 2, 16)
-    assert labels == ["taking statistics", "fitting tables"]
+    assert labels == ["taking statistics", "fitting tables", "measuring codecs"]
     for point in cal.POINTS:
         t = transform_tables.load(out, config(tiny), point.name)
         assert t.point == point
         assert t.words.sum() == round(point.key_bits * 2 * 2 * 16 / 32)
         assert t.value_bits.sum() == round(point.value_bits * 2 * 2), "shared out by gradients"
+    # What each codec loses lies beside them, by layer and head.
+    found = transform_tables.load_losses(out)
+    assert found is not None and found.text == "4 excerpts of READMEs of openai and torch"
+    assert set(found.total) == set(PACKED)
+    assert all(own.shape == (2, 2) and (own >= 0).all() for own in found.loss.values())
+    assert 0 < found.total["int8"] < found.total["int4"] and found.total["tc4"] < found.total["tc8"]
     # The tables fit the model: on other text its keys lose no more than their bits allow.
     probe = cal.Probe(tiny)
     tokens = probe.tokenizer.encode(text[40_000:41_000], add_special_tokens=False)
@@ -296,3 +315,138 @@ def test_excerpts_cover_the_text(n):
         assert question[:half] == list(range(context[-1] + 1, context[-1] + 1 + half))
         assert question[half:] == list(range(question[half], question[half] + half))
         assert set(question[half:]) <= set(context)
+
+
+def test_scores_of_heads_are_those_of_the_models_own_attention(
+    tiny, tmp_path, text, capsys, monkeypatch
+):
+    """`calibrate --heads`, against transformers' eager attention and the formulas."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "text.txt"
+    source.write_text(text[:3000], encoding="utf-8")
+    assert cli.main(["calibrate", str(tiny), "--heads", "--text", str(source)]) == 0
+    out = capsys.readouterr().out.strip()
+    assert out == str(heads.default_path(config(tiny))) == str(tool.output_path(tiny))
+    assert cli.main(["calibrate", str(tiny), "--heads", "--out", out, "--text", str(source)]) == 0
+    probe = cal.Probe(tiny)
+    tokens = cal.tokens_of(probe, source.read_text(), source, cal._plain)
+    eager = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager").eval()
+    want = {kind: torch.zeros(2, 4).double() for kind in heads.KINDS}
+    frequencies, found = probe.rope.frequencies.numpy(), tool.passages(tokens)
+    assert len({first for _, first in found}) > 4 and {len(c) for c, _ in found} == {512}
+    for context, first in found:
+        passage = context[first : first + tool.PASSAGE]
+        with torch.inference_mode():
+            ids = torch.tensor([context + passage])
+            attentions = eager(input_ids=ids, output_attentions=True).attentions
+        q, k, _ = probe.prefill(context)
+        q, k = (probe.rope.rotate(x.double(), -torch.arange(512)).mean(2).numpy() for x in (q, k))
+        for layer in range(2):
+            for head in range(4):
+                rows = attentions[layer][0, head, 512:, :512].double().numpy()
+                want["copying"][layer, head] += oracle.copying(rows, first, 10) / len(found)
+                area = oracle.retrieval(
+                    q[layer, head], k[layer, head // 2], frequencies, 16**-0.5, 500
+                )
+                want["retrieval"][layer, head] += area / len(found)
+    for kind, scores in want.items():
+        per_kv_head = scores.view(2, 2, 2).mean(2)
+        torch.testing.assert_close(heads.load(out, kind), per_kv_head, rtol=1e-4, atol=1e-5)
+    assert policies.get("duo", {"duo": {"pattern": out}}).made_for == (2, 2)
+    assert cli.main(["calibrate", str(tiny), "--heads", "--text", str(tmp_path / "no")]) == 2
+    assert "cannot be read as UTF-8 text" in capsys.readouterr().err
+
+
+def test_losses_are_predicted_by_head(tiny, text):
+    """The prediction from gradients is near what the model's output really loses, so that it says
+    which heads errors are dear in."""
+    probe = cal.Probe(tiny)
+    tokens = probe.tokenizer.encode(text[:700], add_special_tokens=False)
+    context, question = tokens[:384], tokens[384:640]
+    _, keys, values = probe.prefill(context)
+    generator = torch.Generator().manual_seed(3)
+    gradients = probe.gradients(keys, values, question, generator)
+    exact = probe.log_probabilities(keys, values, len(context), question)
+    for head in range(2):
+        noise = torch.zeros_like(keys)
+        noise[1, head] = 0.2 * torch.randn(384, 16, generator=generator)
+        own = losses.by_head((noise, noise), gradients, len(question))
+        assert (own > 0).nonzero().tolist() == [[1, head]]
+        other = probe.log_probabilities(keys + noise, values + noise, len(context), question)
+        real = float(losses.divergence(exact, other).mean())
+        assert real / 3 < float(own.sum()) < 3 * real
+
+
+def test_losses_are_measured_on_the_rest_of_a_long_text(tiny, text, tmp_path):
+    probe = cal.Probe(tiny)
+    source = tmp_path / "long.txt"
+    found, about = cal.held_out(probe, text[: cal.MOST_TOKENS + 3000], source)
+    context, question, count = cal.HELD_OUT
+    assert about == f"{count} excerpts of long.txt" and len(found) == count
+    fitted = text[: cal.MOST_TOKENS]
+    for own, after in found:
+        assert (len(own), len(after)) == (context, question)
+        assert probe.tokenizer.decode(own) not in fitted
+        # A question goes on with the text, and then repeats a part of the context.
+        assert str(after[question // 2 :])[1:-1] in str(own)
+    assert cal.held_out(probe, fitted, source)[1].endswith("READMEs of openai and torch")
+
+
+def test_an_older_file_of_tables_has_no_losses(tiny, tmp_path, monkeypatch):
+    """It is still used, and the summary of a file says so."""
+    monkeypatch.setattr(cal, "SAMPLE_TOKENS", 40)
+    out = tmp_path / "tables.safetensors"
+    cal.calibrate(tiny, out)
+    save = transform_tables.save
+    tables = [transform_tables.load(out, config(tiny), p.name) for p in cal.POINTS]
+    whole = transform_tables.summary(out, 64, 2)
+    save(out, whole.model, tables, "")
+    assert transform_tables.load_losses(out) is None
+    bare = transform_tables.summary(out, 64, 2)
+    assert bare.losses is None and bare.packings == whole.packings and whole.losses is not None
+    page = 64 * 2 * 16 * 2
+    assert bare.packings == transform_tables.packings(out, config(tiny), page, 16, 1)
+
+
+def test_query_statistics_are_those_of_the_models_queries(
+    tiny, tmp_path, text, capsys, monkeypatch
+):
+    """`calibrate --queries`, against the projections of transformers' own hidden states."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "text.txt"
+    source.write_text(text[:1500], encoding="utf-8")
+    assert cli.main(["calibrate", str(tiny), "--queries", "--text", str(source)]) == 0
+    out = capsys.readouterr().out.strip()
+    assert out == str(queries.default_path(config(tiny))) == str(query_tool.output_path(tiny))
+    found = queries.load(out)
+    probe = cal.Probe(tiny)
+    tokens = cal.tokens_of(probe, source.read_text(), source, cal._plain)
+    size, sinks = query_tool.CONTEXT, query_tool.SINKS
+    assert len(tokens) > size  # more than one context
+    plain = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    rows: list[list[torch.Tensor]] = [[], []]
+    for layer, module in enumerate(plain.model.layers):
+        module.self_attn.q_proj.register_forward_hook(
+            lambda _, __, made, layer=layer: rows[layer].append(made[0, sinks:].double())
+        )
+    with torch.inference_mode():
+        for start in range(0, len(tokens), size):
+            plain(input_ids=torch.tensor([list(tokens[start : start + size])]))
+    for layer in range(2):
+        own = torch.cat(rows[layer]).view(-1, 4, 16).transpose(0, 1)
+        mean = own.mean(1)
+        spread = (own - mean.unsqueeze(1)).mT @ (own - mean.unsqueeze(1)) / own.shape[1]
+        torch.testing.assert_close(found.mean[layer].double(), mean, rtol=1e-3, atol=1e-4)
+        got = found.deviations[layer].double()
+        torch.testing.assert_close(got.mT @ got, spread, rtol=1e-3, atol=1e-4)
+        norms = got.norm(dim=2)
+        assert bool((norms[:, 1:] <= norms[:, :-1] + 1e-6).all())
+    policy = policies.get("expected_attention", {"expected_attention": {"statistics": out}})
+    assert policy.made_for == (2, 2) and policy.head_size == 16 and not policy.needs
+    dry_run(policy)
+    assert cli.main(["calibrate", str(tiny), "--queries", "--text", str(tmp_path / "no")]) == 2
+    assert "cannot be read as UTF-8 text" in capsys.readouterr().err

@@ -152,7 +152,13 @@ class Wrong(Policy):
             return Merged(keys, values, scores[:, 0])
         if self.how == "merge to infinity":
             return Merged(keys, values, torch.full_like(scores, torch.inf))
-        return Merged(keys, values, None)
+        if self.how == "merge and remember too little":
+            return Merged(keys, values, None, {"threshold": scores[0]})
+        if self.how == "merge and remember a list":
+            return Merged(keys, values, None, {"threshold": [1.0]})  # type: ignore[dict-item]
+        if self.how == "merge and remember infinity":
+            return Merged(keys, values, None, {"threshold": torch.full((HEADS, 1), torch.inf)})
+        return Merged(keys, values, None, {"threshold": scores[:, :1]})
 
 
 @pytest.mark.parametrize(
@@ -172,6 +178,12 @@ class Wrong(Policy):
         ("merge too little", r"merge's keys returned torch\.float32 \(3, 39, 16\), not floats"),
         ("merge a bias of heads", r"merge's log bias returned torch\.float32 \(3,\), not floats"),
         ("merge to infinity", "merge returned values that are not finite"),
+        (
+            "merge and remember too little",
+            r"merge's layer state 'threshold' returned torch\.float32 \(40,\), not floats \(3, 1\)",
+        ),
+        ("merge and remember a list", "merge's layer state 'threshold' returned list"),
+        ("merge and remember infinity", "merge returned values that are not finite"),
     ],
 )
 def test_what_cannot_be_used_is_a_failure(how: str, says: str) -> None:
@@ -238,6 +250,7 @@ def test_a_sound_choice_is_the_policys() -> None:
         choice = choose(Wrong(how), view, each(view, 20))
         assert choice.sound and choice.kept.sum(1).tolist() == [20] * HEADS
         assert (choice.merged is not None) == (how == "merge")
+        assert list(choice.layer_state) == (["threshold"] if how == "merge" else [])
     h2o = policies.get("h2o")
     view = view_of(40, state=True)
     choice, (scores, state) = choose(h2o, view, each(view, 24)), scored(h2o, view)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,17 @@ from types import SimpleNamespace as Namespace
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_kvcrush import gate, paths
+from vllm_kvcrush.codecs.transform import tables as transform_tables
+from vllm_kvcrush.codecs.transform.fit import Statistics, fit
+from vllm_kvcrush.codecs.transform.losses import Losses
+from vllm_kvcrush.codecs.transform.points import POINTS
+from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.config import DEFAULT_MIN_TOKENS, RequestParams, Settings
 from vllm_kvcrush.ops import cpu
+from vllm_kvcrush.ops.cpu.verified import VERIFIED
 from vllm_kvcrush.tools import cli
 from vllm_kvcrush.tools import plan as tool
 
@@ -223,6 +231,48 @@ def test_plan_counts_what_a_server_without_tables_packs(
     assert "Policy tc8" in capsys.readouterr().out
 
 
+def test_plan_and_doctor_tell_what_auto_is_expected_to_lose(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_KVCRUSH_CACHE", str(tmp_path))
+    config = LLAMA | {"vocab_size": 1000, "model_type": "llama", "max_position_embeddings": 4096}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 8, "hidden_size": 512}
+    Path(model, "config.json").write_text(json.dumps(config))
+    assert run("plan", model, "--kv-policy", "auto") == 0
+    assert "is measured when the server starts" in capsys.readouterr().out
+    described = transform_tables.model_config(model)
+    shape = transform_tables.ModelShape.from_config(described, "llama")
+    size, heads = shape.size, (shape.layers, shape.kv_heads)
+    moments = Statistics(torch.zeros(*heads, size), *[torch.eye(size).expand(*heads, -1, -1)] * 2)
+    rope = Rope.from_config(described)
+    tables = [fit(moments, point, rope, 64, even=True) for point in POINTS]
+    totals = {"int8": 0.001, "int4": 0.002, "tc4": 0.02, "tc6": 0.03, "tc8": 0.08}
+    known = Losses("4 poems", {c: torch.full(heads, x / 16) for c, x in totals.items()})
+    file = transform_tables.default_path(described)
+    assert file is not None and heads == (2, 8)
+    file.parent.mkdir()
+    transform_tables.save(file, shape, tables, "", known)
+    assert run("plan", model, "--kv-policy", "auto") == 0
+    out = capsys.readouterr().out
+    assert (
+        "KL divergence in nats a token, measured on 4 poems: 4×: 0.0104 (tc6 30 % + int4 70 %); 8×:"
+        in out
+    )
+    assert "12×: evicts." in out
+    assert run("plan", model, "--kv-policy", "auto", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["losses"] == pytest.approx(totals) and found["losses_of"] == "4 poems"
+    assert [own["ratio"] for own in found["expected"]] == [4, 8, 12]
+    assert run("plan", model, "--kv-policy", "mikv") == 0
+    assert "Expected loss" not in capsys.readouterr().out, "its important tokens lose less"
+    run("doctor")
+    told = capsys.readouterr().out
+    assert "| transform tables | llama: expected loss of auto, nats a token, on 4 poems: 4×" in told
+    file.write_bytes(b"broken")
+    run("doctor")
+    assert f"| transform tables | {file.name}: {file} is damaged" in capsys.readouterr().out
+
+
 def test_models_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +397,11 @@ def test_doctor_reports_and_judges(
     for row in gate.REFUSED:
         assert row.feature in out
     assert f"| our kernels | {cpu.isa()} |" in out
+    used = cpu.isa()
+    assert f"| {used} | used | {VERIFIED[used]} |" in out
+    assert re.search(r"^\| baseline \| (used|runs) \| ", out, re.MULTILINE)
+    assert re.search(r"^\| amx \| .* \| never on a processor", out, re.MULTILINE)
+    assert cpu.isa() == used, "asking changes nothing"
 
     with monkeypatch.context() as broken:
         broken.setattr(gate, "kernels", lambda: (False, "the kernels cannot be loaded: build them"))
@@ -527,18 +582,18 @@ def test_each_refused_feature(path: str, value: object, words: str) -> None:
     assert words in clause
 
 
-def test_the_v2_runner_is_taken_in_eager_mode_on_one_rank() -> None:
+def test_the_v2_runner_is_taken_in_eager_mode_also_on_several_ranks() -> None:
     config = plain()
     config.use_v2_model_runner = True
     config.model_config.enforce_eager = True
-    config.parallel_config.tensor_parallel_size = 1
-    assert gate.refusals(config) == []
+    config.parallel_config.tensor_parallel_size = 2
     config.lora_config = object()
+    assert gate.refusals(config) == []
     config.parallel_config.data_parallel_size = 2
     config.watermark_config = object()
     config.model_config.enforce_eager = False
     (clause,) = gate.refusals(config)
-    assert "with graphs and several ranks and LoRA and watermarking" in clause
+    assert "with graphs and data parallel ranks and watermarking" in clause
     assert "--enforce-eager" in clause and "VLLM_USE_V2_MODEL_RUNNER=0" in clause
 
 

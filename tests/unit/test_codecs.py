@@ -142,7 +142,7 @@ def test_tables_go_with_the_codecs_that_need_them(codec: str) -> None:
 
 def least(tokens: int, share: float) -> int:
     """Returns the fewest exceptions that a page with this number of tokens has."""
-    wanted = max(layout.FEWEST_EXCEPTIONS, math.ceil(share * tokens))
+    wanted = max(layout.SINKS, math.ceil(share * tokens))
     return min(tokens, layout.MOST_EXCEPTIONS, wanted)
 
 

@@ -9,8 +9,11 @@ import pickle
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_kvcrush import config, policies, spec
+from vllm_kvcrush.codecs import PACKED
 from vllm_kvcrush.codecs.transform import tables as transform_tables
 from vllm_kvcrush.config import (
     AdditionalConfig,
@@ -75,11 +78,8 @@ def test_bad_budgets_name_the_parameter(given: object) -> None:
 def test_defaults() -> None:
     made = settings()
     assert (made.policy, made.budget, made.budget_max) == ("kvcrush", 0.25, None)
-    choosing, packing = (
-        ("streaming", "snapkv", "h2o", "kvcrush", "mikv", "adakv", "keepkv", "fair"),
-        ("int8", "int4", "tc4", "tc6", "tc8"),
-    )
-    assert made.allow == (*choosing, *packing, "auto", "none")
+    packing = ("int8", "int4", "tc4", "tc6", "tc8", "tada", "gear")
+    assert made.allow == (*policies.BUILT_IN, *packing, "auto", "none")
     assert (made.page, made.fitted, made.tables) == (None, {}, None)
     assert (made.options, made.clients) == ({}, {})
 
@@ -91,6 +91,8 @@ def test_round_trip_through_json() -> None:
         allow="snapkv, none",
         min_tokens="100",
         pressure="0.8",
+        canary="0.001",
+        protect_system="0.3",
         config={
             "window": "8",
             "sinks": 0,
@@ -106,7 +108,7 @@ def test_round_trip_through_json() -> None:
     assert made.clients == {"kvcrush": {"ratio": [0, 0.5], "anchor": ["mean", "random"]}}
     assert made.allow == ("kvcrush", "snapkv", "none")  # the default policy is always allowed
     assert (made.window, made.sinks, made.budget, made.min_tokens) == (8, 0, 512, 100)
-    assert made.pressure == 0.8
+    assert made.pressure == 0.8 and made.canary == 0.001 and made.protect_system == 0.3
     assert (made.tables, made.page) == ("model.safetensors", (64, 64, 4))
     assert made.fitted == {"tc4": (((752, 30), (816, 30)),), "tc8": (((1312, 20), (1408, 40)),)}
 
@@ -132,6 +134,16 @@ def test_round_trip_through_json() -> None:
         ({"pressure": "half"}, "--kv-pressure"),
         ({"pressure": True}, "--kv-pressure"),
         ({"pressure": float("nan")}, "--kv-pressure"),
+        ({"canary": -0.1}, "--kv-canary"),
+        ({"canary": "1.01"}, "--kv-canary"),
+        ({"canary": "few"}, "--kv-canary"),
+        ({"canary": True}, "--kv-canary"),
+        ({"canary": float("nan")}, "--kv-canary"),
+        ({"protect_system": -0.1}, "--kv-protect-system"),
+        ({"protect_system": "1.01"}, "--kv-protect-system"),
+        ({"protect_system": "system"}, "--kv-protect-system"),
+        ({"protect_system": [0.5]}, "--kv-protect-system"),
+        ({"protect_system": float("nan")}, "--kv-protect-system"),
         ({"typo": 1}, "typo"),
         ({"config": [1]}, "--kv-policy-config"),
         ({"config": {"typo": 1}}, "--kv-policy-config"),
@@ -445,7 +457,8 @@ def test_servers_own_bases_are_what_is_stored() -> None:
         ("snapkv", Demands(frozenset({"queries"}))),
         ("h2o", Demands(frozenset({"queries", "state"}), always=True)),
         ("fair(streaming)", Demands(frozenset({"positions"}), positions=True)),
-        ("int4", Demands(frozenset({"queries"}))),
+        ("int4", Demands()),
+        ("kvcrush(snapkv)@int4", Demands(frozenset({"queries"}))),
         ("adakv", Demands(frozenset({"queries"}), always=True, pages=True, positions=True)),
         ("keepkv", Demands(frozenset({"queries"}), pages=True, positions=True, merges=True)),
         (
@@ -622,6 +635,28 @@ def test_auto_takes_what_there_is() -> None:
         tiny.check(16, LONGEST)
 
 
+def test_auto_chooses_among_all_codecs_by_what_they_lose() -> None:
+    losses = {"tc8": 0.05, "int8": 0.0, "tc4": 0.02, "int4": 0.001, "tc6": 0.01}
+    made = settings(page=PAGE, fitted=FITTED, losses=losses)
+    assert Settings.from_dict(made.to_dict()) == made
+    found = made.packings("auto", 128)
+    # Those whose pages hold fewest tokens first, and none that the model has no tables for.
+    assert [(p.codec, p.loss) for p in found] == [
+        *(("int8", 0.0), ("tc4", 0.02), ("int4", 0.001), ("tc8", 0.05))
+    ]
+    plan = made.plan(RequestParams("auto", 0.25), 4000, 128)
+    assert plan.least_loss and plan.packings == found
+    # So it is where another policy wraps it, but who names codecs gets those in their order.
+    assert made.plan(RequestParams("fair(auto)", 0.25), 4000, 128).packings == found
+    for named in ("auto@int8+tc4+tc8", "fair(auto)@int8+tc4+tc8"):
+        plain = made.plan(RequestParams(named, 0.25), 4000, 128)
+        assert [p.codec for p in plain.packings] == ["int8", "tc4", "tc8"]
+        assert not plain.least_loss and all(p.loss is None for p in plain.packings)
+    # What workers are to measure is chosen from too, by its order until they have told.
+    unknown = dataclasses.replace(made, losses=dict.fromkeys(losses))
+    assert unknown.packings("auto", 128) == tuple(dataclasses.replace(p, loss=None) for p in found)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_codecs_of_a_plan_can_share_blocks(ranks: int) -> None:
     """Each codec counts the pages of all heads: 60 of them here, or 30 on each of two ranks."""
@@ -716,6 +751,9 @@ def test_without_tables_statistics_say_what_pages_hold(
     made, warning = with_tables("auto")
     assert sorted(made.fitted) == ["tc4", "tc6", "tc8"] and warning is None
     assert made.tables is None and made.fitted["tc4"][0][0][1] == 60
+    # What codecs lose is measured for the default policy only: it takes time.
+    assert set(made.losses) == set(PACKED) and not any(made.losses.values())
+    assert with_tables("tc4")[0].losses == {}
     assert with_tables("int4")[0].fitted == {}
     untaught = settings(policy="auto").with_tables(MODEL, (64, 64, 4), 128, statistics=False)[0]
     assert untaught.fitted == {} and untaught.packings("auto", 128)[-1].codec == "int4"
@@ -773,3 +811,71 @@ def test_requests_that_state_no_budget_are_elastic_under_pressure() -> None:
         assert params.reason == ("pressure" if elastic else "budget")
         assert made.plan(params, 1000, BLOCK).budget == 0.25  # the least that it is squeezed to
     assert not settings().validate_request({}, BLOCK, 4096).elastic
+
+
+@pytest.mark.parametrize(
+    ("given", "share"),
+    [(None, 0.5), ("on", 0.5), (True, 0.5), ("off", 0), (False, 0), (0, 0), ("0.25", 0.25), (1, 1)],
+)
+def test_shares_of_system_prompts(given: Any, share: float) -> None:
+    assert settings(protect_system=given).protect_system == share
+    assert settings().protect_system == 0.5
+
+
+@given(
+    policy=st.sampled_from(("snapkv", "int8", "tc8")),
+    budget=st.one_of(st.floats(0.01, 0.99), st.integers(96, 2000)),
+    prompt=st.integers(1, 4000),
+    output=st.integers(1, 600),
+    system=st.lists(st.integers(1, 900), min_size=1, max_size=4),
+    share=st.floats(0, 1),
+    cap=st.one_of(st.none(), st.floats(0.01, 1), st.integers(96, 4000)),
+)
+def test_a_system_prompt_takes_no_more_blocks(
+    policy: str, budget: Any, prompt: int, output: int, system: list[int], share: float, cap: Any
+) -> None:
+    made = settings(protect_system=share, budget_max=cap, min_tokens=256, page=PAGE, fitted=FITTED)
+    params = RequestParams(policy, budget)
+    spans, at = [], 3
+    for length in system:
+        spans.append((at, at + length))
+        at += length + 5
+    length = prompt + output
+    found = made.with_system(params, tuple(spans), prompt, length, BLOCK, LONGEST)
+    if found is params:
+        return
+    assert found.system and dataclasses.replace(found, system=False, protect=()) == params
+    # The first tokens, no more than the share, of a request that drops some.
+    plan, other = (made.plan(p, prompt, BLOCK) for p in (params, found))
+    n = plan.first_compaction(length)
+    assert n is not None and 0 < found.protected <= share * plan.tokens(n)
+    assert found.protect[0][0] == 3 and set(found.protect[:-1]) <= set(spans)
+    assert list(plan.compactions(length)) == list(other.compactions(length))
+    assert plan.bound(length) == other.bound(length)
+
+
+def test_a_request_that_drops_nothing_has_nothing_to_protect() -> None:
+    made = settings(page=PAGE, fitted=FITTED, policy="int8")
+    system = ((4, 60),)
+
+    def asked(policy: str, budget: float, prompt: int = 2000, output: int = 10) -> int:
+        params = RequestParams(policy, budget)
+        length = prompt + output
+        return made.with_system(params, system, prompt, length, BLOCK, LONGEST).protected
+
+    assert asked("int8", 0.5) == 0 == asked("snapkv", 1.0) == asked("none", 0.25)
+    assert asked("int8", 0.1) == 56 == asked("snapkv", 0.25)
+    # A short prompt whose output is long.
+    assert asked("snapkv", 0.25, 100) == 0 < asked("snapkv", 0.25, 100, 2000) <= 44
+    assert settings(protect_system="off").with_system(
+        RequestParams("snapkv", 0.25), system, 2000, 2010, BLOCK, LONGEST
+    ) == RequestParams("snapkv", 0.25)
+
+
+def test_nothing_protected_goes_with_any_policy() -> None:
+    """It is how a client says that its system prompt need not stay."""
+    for policy in ("none", "int8", "streaming"):
+        asked = {"kv_policy": policy, "kv_protect": []}
+        made = settings(page=PAGE, fitted=FITTED)
+        assert made.validate_request(asked, BLOCK, LONGEST).protect == ()
+    assert refused(settings(), kv_policy="none", kv_protect=[[0, 4]]).key == "kv_protect"

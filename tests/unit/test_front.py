@@ -32,11 +32,14 @@ from tests.unit.test_params import ACTIVE, CHAT, INPUT, MODEL, PROMPT, Processor
 from tests.unit.test_params import vllm_config as bare_config
 from vllm_kvcrush import plugin, server
 from vllm_kvcrush.server import metrics, params, usage, wrap
+from vllm_kvcrush.server.rules import Rules
 from vllm_kvcrush.server.several import Several
 from vllm_kvcrush.spec import parse
 
 ROOT = pathlib.Path(__file__).parents[2]
 OURS = "vllm_kvcrush.engine.scheduler.KVCrushScheduler"
+# What the engine gets of {"kv_policy": "h2o"}.
+RESOLVED = {"kv_policy": "h2o", "kv_budget": 0.25, "kv_elastic": False}
 
 
 def vllm_config(kvcrush: Any = None, scheduler: str | None = OURS, **cache: Any) -> Namespace:
@@ -334,7 +337,7 @@ def test_beams_are_one_request() -> None:
     (output,) = asyncio.run(search(beam_params(kv_policy="h2o")))
     # The last three hold what they hold; compactions were nine.
     assert getattr(output, usage.ATTRIBUTE) == {"held": 30, "raw": 120, "compactions": 9}
-    assert made.engine_client.seen == [{"kv_policy": "h2o"}] * 9
+    assert made.engine_client.seen == [RESOLVED] * 9
     after = value(metrics.requests(), MODEL, "h2o"), value(metrics.requests(), MODEL, "kvcrush")
     assert after == (before[0] + 1, before[1])
     # Made by someone else's code: the server's defaults.
@@ -369,7 +372,7 @@ def test_scoring_takes_them_for_every_item() -> None:
 
     made = Scoring(vllm_config(ACTIVE))
     response = ask(made, kv_policy="h2o")
-    assert made.engine_client.seen == [{"kv_policy": "h2o"}] * 2
+    assert made.engine_client.seen == [RESOLVED] * 2
     assert response.usage.kv_tokens_details["compactions"] == 2
     for extra in ({"kv_budget": 0.9}, {"kv_size": 1}):
         with pytest.raises(VLLMValidationError):
@@ -468,7 +471,7 @@ def refused_or_fine(check: Any, at_http: bool = True) -> None:
         assert info.message.isprintable(), info.message
         info.model_dump_json()
     else:
-        allowed: Any = FRONT.settings and FRONT.settings.allow
+        allowed: Any = FRONT.rules and FRONT.rules.default.settings.allow
         assert kv is None or all(own.name in allowed for own in parse(kv.policy).chain)
         assert kv is None or kv.budget > 0
         assert kv is None or kv.label in ("kvcrush", "h2o", "none")
@@ -497,8 +500,8 @@ def test_no_extra_args_are_more_than_a_400(extra_args: Any) -> None:
 def test_a_policy_may_have_a_long_name() -> None:
     name = "mine_" * 40
     front = params.Front(vllm_config(ACTIVE))
-    assert front.settings is not None
-    front.settings = replace(front.settings, allow=(name, "none"))
+    assert front.rules is not None
+    front._plain = Rules.of(replace(front.rules.default.settings, allow=(name, "none")))
     kv = front.check(SamplingParams(extra_args={"kv_policy": name}))
     assert kv is not None and kv.policy == name
     with pytest.raises(

@@ -36,16 +36,21 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Query heads of a KV head, K and V head size.
 SHAPES = [(1, 64, 64), (3, 64, 64), (4, 128, 128), (8, 96, 96), (3, 80, 80), (4, 256, 256)]
 ODD = [(5, 72, 40), (2, 8, 24), (17, 64, 128), (7, 128, 8), (6, 192, 128)]
+# Codecs whose pages are one chunk.
+CHUNKS = ["tada", "gear"]
 # Error of an output relative to the largest value held: integers of 16 bits, else float32.
 TOLERANCE = {
     **{"raw": 1e-5, "exact": 1e-5, "int8": 1e-3},
-    **dict.fromkeys(("int4", "tc4", "tc6", "tc8", "mixed"), 3e-2),
+    **dict.fromkeys(("int4", "tc4", "tc6", "tc8", "tada", "gear", "mixed"), 3e-2),
 }
+# The same of several query tokens where products are those of bfloat16, which rounds weights, and
+# keys that are none, by 2^-9 of themselves.
+ROUNDED = {**dict.fromkeys(TOLERANCE, 3e-2), "raw": 4e-3, "exact": 4e-3}
 
 
-def _isas() -> list[str]:
+def _isas(*names: str) -> list[str]:
     found = []
-    for name in ("baseline", "avx2", "avx512", "neon"):
+    for name in names:
         try:
             cpu.use_isa(name)
             found.append(name)
@@ -54,7 +59,11 @@ def _isas() -> list[str]:
     return found
 
 
-ISAS = _isas()
+# What processors lack, in plain C++, where the library has it; and kernels of this CPU, best last.
+EMULATED = _isas("avx512_emulated", "avx512bf16_emulated", "amx_emulated")
+ISAS = _isas("baseline", "avx2", "avx512", "avx512bf16", "amx", "neon")
+# Whose products of several query tokens over bfloat16 are of matrices of it.
+MATRIX = ("avx512bf16", "amx")
 
 
 @pytest.fixture(params=ISAS)
@@ -65,9 +74,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use_isa(ISAS[-1])
 
 
-def over_isas(**dimensions: Any) -> pytest.MarkDecorator:
+def over_isas(isas: list[str] = ISAS, **dimensions: Any) -> pytest.MarkDecorator:
     """Runs a test for every pair of values, instruction sets among them: see `tests.pairwise`."""
-    dimensions = {"isa": ISAS, **dimensions}
+    dimensions = {"isa": isas, **dimensions}
     return pytest.mark.parametrize(tuple(dimensions), pairwise(**dimensions), indirect=["isa"])
 
 
@@ -77,6 +86,12 @@ def draw() -> random.Random:
     print(f"KVCRUSH_TEST_SEED={seed}")  # pytest shows it when the test fails
     torch.manual_seed(seed)
     return random.Random(seed)
+
+
+def rounding(codec: str) -> float:
+    """Returns by how much of the largest number one that was coded alike may differ. What a chunk's
+    tokens share may differ by the last bit of a float16 number."""
+    return 2e-3 if codec in CHUNKS else 1e-5
 
 
 def same_positions(codec: str, got: Tensor | None, want: Tensor) -> bool:
@@ -297,10 +312,11 @@ class Cache:
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
         return cpu.Batch(starts, lengths, table, self.directory(bias) if self.entries else None)
 
-    def check(self, rows: list[int], tolerance: float, bias: bool = False) -> None:
+    def check(self, rows: list[int], codec: str, bias: bool = False) -> None:
         """Computes attention with `rows` random queries of each sequence, and compares it with the
-        oracle's."""
+        oracle's to within what a codec may lose."""
         layer = self.layer
+        matrices = cpu.isa().startswith(MATRIX) and self.dtype == torch.bfloat16
         batch = self.batch(rows, bias)
         query = torch.randn(sum(rows), layer.heads, layer.k_size).to(self.dtype)
         # A row more than the batch has, and strides, must not be touched or matter.
@@ -311,6 +327,7 @@ class Cache:
         assert wide[-1].isnan().all() and wide[:, -1].isnan().all() and lse[-1].isnan().all()
         first = 0
         for seq, count in enumerate(rows):
+            tolerance = ROUNDED[codec] if matrices and count > 1 else TOLERANCE[codec]
             want, want_lse = reference.attention(
                 query[first : first + count],
                 self.keys[seq],
@@ -328,7 +345,7 @@ class Cache:
             first += count
 
 
-@over_isas(dtype=DTYPES, shape=SHAPES + ODD)
+@over_isas([*EMULATED, *ISAS], dtype=DTYPES, shape=SHAPES + ODD)
 def test_raw_tails(
     isa: str, draw: random.Random, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
@@ -339,30 +356,51 @@ def test_raw_tails(
     lengths = [1, 17, draw.randrange(1, longest), longest - 1]
     for length in lengths:
         cache.put([], length)
-    cache.check([1, draw.randrange(2, 9), 1, min(40, lengths[3])], TOLERANCE["raw"])
+    cache.check([1, draw.randrange(2, 9), 1, min(40, lengths[3])], "raw")
 
 
-@over_isas(codec=["exact", "int8", "int4", "tc4", "tc6", "tc8", "mixed"], shape=SHAPES + ODD)
+@over_isas(
+    [*EMULATED, *ISAS],
+    codec=[*(c for c in CODECS if c != "raw"), "mixed"],
+    shape=SHAPES + ODD,
+)
 def test_compressed_pages(
     isa: str, draw: random.Random, shape: tuple[int, int, int], codec: str
 ) -> None:
     group, k_size, v_size = shape
     dtype = draw.choice(DTYPES)
     cache = Cache(draw, group, k_size, v_size, dtype, block_size=draw.choice([32, 64]))
-    several = ["int8", "int4", "raw", "exact", "int4", "int8", "tc4", "tc6", "tc8"]
+    several = ["int8", "int4", "raw", "exact", "int4", *FITTED, "tada", "gear"]
     codecs = draw.sample(several, 6) if codec == "mixed" else [codec] * 3
     for tail in (1, 0, draw.randrange(1, 100), 40):
         cache.put(codecs, tail)
     cache.put([], 30)
-    cache.check([1, 1, draw.randrange(2, 8), 33, 1], TOLERANCE[codec])
+    cache.check([1, 1, draw.randrange(2, 8), 33, 1], codec)
+
+
+@pytest.mark.parametrize("shape", SHAPES + ODD)
+@pytest.mark.parametrize(
+    "isa", [i for i in [*EMULATED, *ISAS] if i.startswith(MATRIX)], indirect=True
+)
+def test_prefill_by_matrices(isa: str, draw: random.Random, shape: tuple[int, int, int]) -> None:
+    """Over bfloat16 pages of every codec, with blocks of query rows that are full and not."""
+    group, k_size, v_size = shape
+    for codec in ["raw", *draw.sample([c for c in CODECS if c != "raw"], 2), "mixed"]:
+        cache = Cache(draw, group, k_size, v_size, torch.bfloat16)
+        pages = draw.sample([c for c in CODECS if c != "raw"], 4) if codec == "mixed" else [codec]
+        tails = [300 // group + 2, 45, 0]
+        for tail in tails:
+            cache.put([] if codec == "raw" else pages * 2, tail)
+        cache.check([tails[0], draw.randrange(2, 40), 3 if codec != "raw" else 0], codec)
+    cache.check([2, 30, 2], "mixed", bias=True)
 
 
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_log_bias(isa: str, draw: random.Random, group: int) -> None:
     cache = Cache(draw, group, 64, 64)
     for tail in (5, 50):
-        cache.put(["int8", "int4", "tc4", "exact", "tc8", "raw", "tc6", "tc4"], tail)
-    cache.check([1, 7], TOLERANCE["mixed"], bias=True)
+        cache.put(["int8", "int4", "tc4", "gear", "exact", "tc8", "tada", "raw", "tc6"], tail)
+    cache.check([1, 7], "mixed", bias=True)
 
 
 @pytest.mark.parametrize("codec", list(CODECS))
@@ -370,10 +408,10 @@ def test_long_sequences_are_split_and_merged(isa: str, draw: random.Random, code
     cache = Cache(draw, 3, 64, 64, block_size=128, blocks=80)
     cache.put([codec] * 14, 1030)
     cache.put([], 2100)
-    cache.check([1, 1], TOLERANCE[codec])
+    cache.check([1, 1], codec)
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4", "tc4", "tc6", "tc8"])
+@pytest.mark.parametrize("codec", ["int8", "int4", *FITTED, *CHUNKS])
 def test_a_directory_may_name_fewer_tokens_than_a_page_holds(
     isa: str, draw: random.Random, codec: str
 ) -> None:
@@ -387,8 +425,8 @@ def test_a_directory_may_name_fewer_tokens_than_a_page_holds(
         cache.entries[entry] = (page, left, number)
         for parts in (cache.keys[0], cache.values[0]):
             parts[head] = torch.cat([parts[head][:left], parts[head][held:]])
-    cache.check([1], TOLERANCE[codec])
-    cache.check([4], TOLERANCE[codec])
+    cache.check([1], codec)
+    cache.check([4], codec)
 
 
 def test_a_whole_page_that_stays_is_copied(isa: str, draw: random.Random) -> None:
@@ -457,7 +495,7 @@ def test_query_and_output_have_dtypes_of_their_own(
     torch.testing.assert_close(out.double(), want, rtol=rounding, atol=rounding)
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("codec", ["int8", "int4", *CHUNKS])
 def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, codec: str) -> None:
     """One token with nearly all of the attention and no value: what is left decides."""
     cache = Cache(draw, 1, 64, 64, kv_heads=1, block_size=128)
@@ -475,8 +513,12 @@ def test_a_sink_leaves_the_others_their_weights(isa: str, draw: random.Random, c
     cpu.attention(layer, cache.batch([1]), query, out)
     want, _ = reference.attention(query, [key], [value], layer.scale, 0)
     assert want.abs().max() < 0.1
-    # The sink's tile has only 15 bits below the sink; all others are as good as ever.
-    assert (out - want).abs().max() < 0.05 * want.abs().max()
+    # Queries rounded to bytes move the sink's logit, some 20, by up to 0.1, and with its weight all
+    # others' alike. Apart from that they are as good as ever, but for the sink's tile, which has
+    # only 15 bits below the sink.
+    factor = (out * want).sum() / (want * want).sum()
+    assert factor.log().abs() < 0.1
+    assert (out - factor * want).abs().max() < 0.04 * want.abs().max()
 
 
 # -- what codecs keep -----------------------------------------------------------------------------
@@ -501,9 +543,10 @@ def test_pages_keep_what_their_codec_says(
             if codec in ("raw", "exact"):
                 assert torch.equal(got.double(), want)
                 continue
-            # A tie may be rounded the other way, so single codes may differ by one.
-            close = (got - want).abs() <= 1e-5 * want.abs().amax()
-            assert close.all(-1).double().mean() > 0.85
+            # A tie may be rounded the other way, so single codes may differ by one; of few
+            # tokens of a chunk, whose last bits are shared, all that one has.
+            close = (got - want).abs() <= rounding(codec) * want.abs().amax()
+            assert close.all(-1).sum() > 0.85 * len(close) - (codec in CHUNKS)
             got_error = (got - original).square().mean()
             assert got_error <= (want - original).square().mean() * 1.01 + 1e-12
 
@@ -522,7 +565,7 @@ def test_int8_and_int4_lose_as_much_as_they_should(draw: random.Random) -> None:
             assert (got_k - key)[:, plain].norm() / key[:, plain].norm() < most
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4"])
+@pytest.mark.parametrize("codec", ["int8", "int4", *CHUNKS])
 def test_extreme_values_do_not_break_a_page(isa: str, draw: random.Random, codec: str) -> None:
     cache = Cache(draw, 2, 64, 64)
     n = 40
@@ -534,8 +577,10 @@ def test_extreme_values_do_not_break_a_page(isa: str, draw: random.Random, codec
     cpu.encode(cache.layer, codec, 0, key, value, where)
     got_k, got_v, _ = cpu.decode(cache.layer, codec, 0, n)
     want_k, want_v = CODECS[codec].kept(key, value, torch.float32)
-    torch.testing.assert_close(got_k.double(), want_k, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(got_v.double(), want_v, rtol=1e-2, atol=1e-2)
+    # Of what a chunk's tokens share the largest one decides how exact it is.
+    most = 6e4 * 2**-11 if codec == "gear" else 0
+    torch.testing.assert_close(got_k.double(), want_k, rtol=1e-3, atol=max(1e-3, most))
+    torch.testing.assert_close(got_v.double(), want_v, rtol=1e-2, atol=max(1e-2, most))
 
 
 @pytest.mark.parametrize("codec", ["exact", "int8", "int4"])
@@ -593,8 +638,8 @@ def test_store_takes_strided_rows(isa: str, draw: random.Random) -> None:
 
 
 @over_isas(
-    target=["exact", "int8", "int4", "tc4", "tc6", "tc8"],
-    codecs=[["exact", "int8"], ["int4", "tc8", "int8"], ["tc4"], ["tc6"], []],
+    target=["exact", "int8", "int4", *FITTED, *CHUNKS],
+    codecs=[["exact", "int8"], ["int4", "tc8", "tada"], ["tc4"], ["tc6", "gear"], []],
 )
 def test_compaction_keeps_the_chosen_tokens(
     isa: str, draw: random.Random, codecs: list[str], target: str
@@ -642,11 +687,11 @@ def test_compaction_keeps_the_chosen_tokens(
             got_k, got_v, got_where = cpu.decode(layer, target, page[entry], len(own), head)
             assert same_positions(target, got_where, where[own])
             for got, want in ((got_k, want_k), (got_v, want_v)):
-                close = (got - want).abs() <= 1e-5 * want.abs().amax()
+                close = (got - want).abs() <= rounding(target) * want.abs().amax()
                 # What the codec made loses nothing to it, so which of these tokens become
                 # exceptions, and are rounded to int8, is chance.
                 again = target in FITTED and target in codecs
-                assert close.all(-1).double().mean() > 0.85 or (
+                assert close.all(-1).sum() > 0.85 * len(close) - (target in CHUNKS) or (
                     again and (got - want).norm() < 0.02 * want.norm()
                 )
 
@@ -694,7 +739,7 @@ def one_page(draw: random.Random, codec: str) -> tuple[Any, ...]:
     return cache, request, slots, target, places, to
 
 
-@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6"])
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6", *CHUNKS])
 def test_slots_out_of_position_order_are_refused(isa: str, draw: random.Random, codec: str) -> None:
     """The error names head and positions, and nothing is written: the engine has lost count."""
     cache, request, slots, target, places, _ = one_page(draw, codec)
@@ -829,7 +874,7 @@ def test_gathered_tokens_fill_pages_as_a_compaction_does(
     """`gather` and `fill` give the result of `compact`, where heads keep unequal numbers of tokens,
     and one keeps none."""
     cache = Cache(draw, 2, 64, 80, draw.choice(DTYPES), kv_heads=4, block_size=64, blocks=200)
-    several = ["exact", "int8", "int4", "tc4", "tc6", "tc8"]
+    several = ["exact", "int8", "int4", *FITTED, *CHUNKS]
     cache.put(draw.sample(several, 4), 150)
     layer, source = cache.layer, source_of(cache, 100_000)
     sizes = [len(k) for k in cache.keys[0]]
@@ -875,7 +920,7 @@ def test_gathered_tokens_fill_pages_as_a_compaction_does(
     assert len(copied) <= len(cache.entries)
 
 
-@pytest.mark.parametrize("codec", ["exact", "int8", "int4", "tc4", "tc6", "tc8"])
+@pytest.mark.parametrize("codec", ["exact", "int8", "int4", *FITTED, *CHUNKS])
 def test_what_was_changed_on_its_way_is_stored(isa: str, draw: random.Random, codec: str) -> None:
     """Merged keys and values are written to blocks that they were read from."""
     cache = Cache(draw, 2, 64, 64, block_size=64)
@@ -906,7 +951,7 @@ def test_what_was_changed_on_its_way_is_stored(isa: str, draw: random.Random, co
             found = cpu.decode(layer, codec, page, count, head)
             assert same_positions(codec, found[2], own[2])
             for got, want in zip(found[:2], cache.kept(codec, *own, head), strict=True):
-                close = (got - want).abs() <= 1e-5 * want.abs().amax()
+                close = (got - want).abs() <= rounding(codec) * want.abs().amax()
                 assert close.all(-1).double().mean() > 0.7
 
 
@@ -1050,10 +1095,10 @@ def test_long_windows_take_little_memory(
     assert cpu.scratch_peak() - kept <= cpu.threads() * (16 << 20)  # what the threads keep
 
 
-@over_isas(window=[1, 8, 33], group=[1, 3, 8], bias=[False, True])
+@over_isas([*EMULATED, *ISAS], window=[1, 8, 33], group=[1, 3, 8], bias=[False, True])
 def test_window_scores(isa: str, draw: random.Random, group: int, window: int, bias: bool) -> None:
     cache = Cache(draw, group, 64, 64, draw.choice(DTYPES))
-    codecs = draw.choice([[], ["int8", "int4", "exact", "raw"]])
+    codecs = draw.choice([[], ["int8", "int4", "exact", "raw", *CHUNKS]])
     if bias:
         codecs = draw.sample(list(CODECS), 6)
     cache.put(codecs, draw.randrange(60, 150))
@@ -1069,22 +1114,27 @@ def test_window_scores(isa: str, draw: random.Random, group: int, window: int, b
     queries = wide.transpose(0, 1)  # as an observation window stores them
     biases = cache.biases(0) if bias else [None] * layer.kv_heads
     held = [len(k) for k in cache.keys[0]]
+    matrices = isa.startswith(MATRIX) and cache.dtype == torch.bfloat16
+    # Keys, and queries that are no bfloat16 yet, lose 2^-9 of themselves, and logits reach 20.
+    close = {"rtol": 0.1, "atol": 1e-3} if matrices else {"rtol": 1e-4, "atol": 1e-6}
     # As many as every head has, and other numbers for each, none among them.
     some = [draw.choice([0, n, draw.randrange(n)]) for n in held]
     for candidates in (min(held), draw.randrange(1, min(held)), held, some):
         own = [candidates] * len(held) if isinstance(candidates, int) else candidates
-        weights = []
+        weights, every = [], []
         for head, query in enumerate(queries.split(1)):
             kv = head // group
             key = cache.keys[0][kv].unsqueeze(0)
             logits = None if biases[kv] is None else biases[kv].unsqueeze(0)
             found = ops.window_attention(query, key, layer.scale, logits)
+            every.append(found[..., : own[kv]])
             weights.append(found.sum(1)[:, : own[kv]])
         options: list[tuple[bool, int, str, str | None]] = [
             (False, 1, "max", None),
             (True, 7, "max", "mean"),
             (True, 5, "avg", "max"),
             (False, 1, "avg", "mean"),
+            (True, 3, "max", "greatest"),
         ]
         for mean, pool, kind, reduce in options:
             got = cpu.window_scores(
@@ -1099,12 +1149,16 @@ def test_window_scores(isa: str, draw: random.Random, group: int, window: int, b
             )
             rows = [ops.pool_scores(w / (window if mean else 1), pool, kind) if w.numel() else w
                     for w in weights]  # fmt: skip
-            if reduce is not None:
+            if reduce == "greatest":
+                groups = [torch.cat(every[h * group : (h + 1) * group]) for h in range(len(held))]
+                rows = [x.amax(0, keepdim=True).mean(1) for x in groups]
+                rows = [ops.pool_scores(x, pool, kind) if x.numel() else x for x in rows]
+            elif reduce is not None:
                 groups = [torch.cat(rows[h * group : (h + 1) * group]) for h in range(len(held))]
                 rows = [ops.reduce_groups(x, 1, reduce) for x in groups]
             each = [n for n in own for _ in range(len(rows) // len(own))]
             for row, want, n in zip(got, rows, each, strict=True):
-                torch.testing.assert_close(row[:n].double(), want[0].double(), rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(row[:n].double(), want[0].double(), **close)
                 assert (row[n:] == -torch.inf).all()
             assert got.shape[1] == max(own)
 
@@ -1180,6 +1234,8 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
             all_heads=lambda x: x,
             true_positions=torch.arange(m).expand(2, m).int(),
             spans=((0, m // 3), (m // 3, m)),
+            rope=Rope(1e4 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)),
+            computed=held,
         )
         for tokens, generator in ((t, torch.Generator().manual_seed(m)) for t in (paged, plain))
     ]

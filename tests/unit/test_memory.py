@@ -30,7 +30,7 @@ def test_what_is_allowed_decides() -> None:
     assert scored.queries == 64 * 16 * 80 * 8 * 128 * 2 and scored.directory == 0
     assert side("h2o").kept == 2 * plain.kept
     packed = side("int4")
-    assert packed.directory == 65 * 80 * 6 * 8 and packed.entries == 128 * 8
+    assert packed.directory == 65 * 80 * 8 * 8 and packed.entries == 128 * 8
     assert packed.kept == 80 * 4 * 48  # an int4 page holds 48 tokens
     assert side("keepkv", "int4").entries == 2 * packed.entries
     assert side("none", "int4") == packed
@@ -44,6 +44,8 @@ def test_the_longest_request_decides_what_a_compaction_takes() -> None:
     assert side("streaming", sizes=wide).compaction == 8 * one
     # Keys and values in float32, twice.
     assert one == 131_072 * 2 * 128 * 4 * 2
+    # What only gear's pages are made from.
+    assert side("gear").compaction - side("tada").compaction >= 5 * one // 2
 
 
 @pytest.mark.parametrize("allow", [("streaming",), ("int4", "keepkv", "h2o")])

@@ -300,3 +300,113 @@ def test_distances_count_beyond_a_byte() -> None:
     anchor = torch.zeros(1000, dtype=torch.bool)
     got = ops.represent(bits, torch.zeros(1, 2, dtype=torch.bool), 1, anchor)
     assert got.tolist() == [[False, True]]
+
+
+# similar keys, and merging
+
+
+@st.composite
+def some_keys(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Generator]:
+    """Keys [H, m, D] some of which are alike, in every length around those that kernels take
+    together, not contiguous; and a generator."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    heads, size = draw(st.integers(1, 3)), draw(st.sampled_from([8, 24, 64]))
+    m = draw(st.sampled_from([1, 2, 15, 16, 17, 100, 129, 250]))
+    keys = torch.randn(heads, m + 3, size, generator=generator)
+    like = torch.randint(0, m, (heads, m + 3), generator=generator)
+    again = keys.gather(1, like.unsqueeze(2).expand_as(keys))
+    copied = torch.rand(heads, m + 3, 1, generator=generator) < draw(st.sampled_from([0, 0.3, 1]))
+    return torch.where(copied, 2 * again, keys)[:, :m], generator
+
+
+def cosines(keys: torch.Tensor) -> torch.Tensor:
+    unit = torch.nn.functional.normalize(keys.double(), dim=2)
+    return unit @ unit.mT
+
+
+@given(given_keys=some_keys(), share=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+@settings(deadline=None, max_examples=60)
+def test_nearest_kept_is_the_first_of_the_most_similar(
+    given_keys: tuple[torch.Tensor, torch.Generator], share: float
+) -> None:
+    keys, generator = given_keys
+    heads, m, _ = keys.shape
+    kept = torch.rand(heads, m, generator=generator) < share
+    gone = ~kept & (torch.rand(heads, m, generator=generator) < 0.8)
+    target, cosine = ops.nearest_kept(keys, gone, kept)
+    every = cosines(keys)
+    for h in range(heads):
+        for i in range(m):
+            if not gone[h, i] or not kept[h].any():
+                want = -2.0 if gone[h, i] else 1.0
+                assert (int(target[h, i]), float(cosine[h, i])) == (i, want)
+                continue
+            own = every[h, i].masked_fill(~kept[h], -9)
+            assert float(cosine[h, i]) == pytest.approx(float(own.max()), abs=1e-5)
+            found = int(target[h, i])
+            assert kept[h, found] and float(own[found]) > float(own.max()) - 1e-5
+            # Equal keys have equal cosines, however they were rounded.
+            same = (keys[h] == keys[h, found]).all(1) & kept[h]
+            assert found == int(same.nonzero()[0])
+
+
+@given(given_keys=some_keys(), threshold=st.sampled_from([0.0, 0.2, 0.5, 0.9]))
+@settings(deadline=None, max_examples=60)
+def test_redundancy_in_float32(
+    given_keys: tuple[torch.Tensor, torch.Generator], threshold: float
+) -> None:
+    keys, _ = given_keys
+    every = cosines(keys)
+    other = ~torch.eye(keys.shape[1], dtype=torch.bool)
+    # What rounding could decide is not tested.
+    if bool(((every - threshold).abs() < 1e-5)[:, other].any()):
+        return
+    counts = [max(0, keys.shape[1] - 5 * h) for h in range(len(keys))]
+    got = ops.redundancy(keys, counts, threshold)
+    for h, n in enumerate(counts):
+        matrix = every[h, :n, :n].masked_fill(~other[:n, :n], 0.0)
+        for i in range(n):
+            similar = ((matrix[i] > threshold) & other[i, :n]).nonzero().flatten().tolist()
+            if similar:
+                matrix[i, similar[-1]] = 0.0
+        want = torch.zeros(keys.shape[1])
+        want[:n] = matrix.mean(0) if n else 0
+        torch.testing.assert_close(got[h], want, rtol=1e-4, atol=1e-5)
+
+
+@given(given_keys=some_keys(), width=st.sampled_from([1, 2, 7, 32, 2**20]))
+@settings(deadline=None, max_examples=60)
+def test_merge_and_spread_are_sums(
+    given_keys: tuple[torch.Tensor, torch.Generator], width: int
+) -> None:
+    x, generator = given_keys
+    heads, m, _ = x.shape
+    target = torch.randint(0, m, (heads, m), generator=generator)
+    weight = torch.randn(heads, m, generator=generator)
+    weight[torch.rand(heads, m, generator=generator) < 0.3] = 0
+    want = torch.zeros(x.shape, dtype=torch.float64)
+    kept = torch.rand(heads, m, generator=generator) < 0.5
+    spread = x.double()
+    for h in range(heads):
+        stay = kept[h].nonzero().flatten().tolist()
+        for i in range(m):
+            want[h, target[h, i]] += weight[h, i].double() * x[h, i].double()
+            if not kept[h, i]:
+                for j in [j for j in stay if j > i][:width]:
+                    spread[h, j] += weight[h, i].double() * x[h, i].double()
+    before = x.clone()
+    # What does not count may be anything.
+    x = torch.where((weight == 0).unsqueeze(2), torch.nan, x)
+    got = ops.merge(x, target, weight)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+    got = ops.spread(before, kept, weight, width)
+    torch.testing.assert_close(got.double(), spread, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_of_nothing_are_similar_to_none() -> None:
+    keys = torch.zeros(1, 40, 8)
+    keys[0, 3] = 1
+    kept = torch.arange(40).unsqueeze(0) < 4
+    target, cosine = ops.nearest_kept(keys, ~kept, kept)
+    assert target[0, 4:].unique().tolist() == [0] and not cosine[0, 4:].any()
+    assert float(ops.redundancy(keys).abs().max()) < 1e-6

@@ -32,7 +32,7 @@ from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_kvcrush import compat, server
-from vllm_kvcrush.server import metrics, params, usage, wrap
+from vllm_kvcrush.server import metrics, params, spans, usage, wrap
 from vllm_kvcrush.stats import COMPACTION_BUCKETS, Stats
 
 server.install(active=True)
@@ -140,7 +140,7 @@ def test_beams_take_them_along(cls: Any, body: dict[str, Any]) -> None:
         made = cls(**beams, **extra).to_beam_search_params(16, {})
         sampling = vars(made)[params._SAMPLING]
         assert (sampling.extra_args, sampling.max_tokens) == (wanted, 16)
-        assert vars(sampling)[params._FIELDS] == names
+        assert set(vars(sampling)[params._FIELDS]) == names
     with pytest.raises(VLLMValidationError, match="contradicts"):
         cls(**beams, kv_budget=0.5, vllm_xargs={"kv_budget": 0.25}).to_beam_search_params(16, {})
 
@@ -257,7 +257,7 @@ def test_an_inactive_server_says_how_to_start_it() -> None:
     # The hash-only kind of additional_config has no entries.
     config = vllm_config()
     config.additional_config = object()
-    assert params.Front(config).settings is None
+    assert params.Front(config).rules is None
 
 
 def test_a_request_that_never_fits_is_refused() -> None:
@@ -297,6 +297,57 @@ def test_data_parallel_engines_do_not_share_their_blocks() -> None:
     params.Front(config).check(SamplingParams(max_tokens=100), 3000)
 
 
+# What is known of a rendered prompt
+
+
+def test_a_system_prompt_is_protected_unless_a_request_says_otherwise() -> None:
+    front = params.Front(vllm_config({"policy": "snapkv", "allow": ["snapkv", "fair", "none"]}))
+
+    def protected(located: spans.Located, length: int | None = 2000, **extra: Any) -> Any:
+        given = sampled(ChatCompletionRequest, CHAT | extra)
+        prompt = {"prompt_token_ids": [5] * 2000, spans.LOCATED: located}
+        params._locate(given, prompt)
+        params._locate(given, {"prompt_token_ids": [5]})  # nothing is known of this one
+        return front.check(given, length)
+
+    system = spans.Located(system=((4, 40), (50, 60)))
+    assert protected(system).protect == system.system and protected(system).system
+    assert protected(system, kv_protect=[]).protect == ()
+    assert protected(system, kv_protect=[[0, 2]]).protect == ((0, 2),)
+    assert protected(system, kv_policy="none").protect == ()
+    assert protected(system, None).protect == ()  # later, when the length is known
+    # Half of the budget of a request, its first tokens.
+    assert protected(spans.Located(system=((4, 900),))).protect == ((4, 254),)
+    named = {"kv_protect": ((7, 9),), "kv_spans": ((0, 7), (7, 20))}
+    found = protected(
+        spans.Located(named, system.system),
+        kv_policy="fair(snapkv)",
+        kv_protect=[{"message": 0}],
+        kv_spans=[{"message": 0}, {"message": 1}],
+    )
+    assert (found.protect, found.spans, found.system) == (((7, 9),), ((0, 7), (7, 20)), False)
+    # Where the text is not known.
+    with pytest.raises(VLLMValidationError, match="give token ranges") as caught:
+        protected(spans.Located(), kv_protect=[{"message": 0}])
+    assert caught.value.parameter == "kv_protect"
+
+
+def test_what_is_rendered_has_token_ranges() -> None:
+    front = params.Front(vllm_config({"policy": "snapkv"}))
+    made = sampled(ChatCompletionRequest, CHAT | {"kv_spans": None})
+    setattr(made, params._LOCATED, spans.Located(system=((4, 40),)))
+    params._write_spans(made, front.check(made, 2000))
+    assert made.extra_args == {"kv_protect": [[4, 40]]}
+    # A server that only renders knows no budget.
+    made = sampled(ChatCompletionRequest, CHAT | {"kv_protect": [{"message": 0}]})
+    setattr(made, params._LOCATED, spans.Located({"kv_protect": ((2, 5),)}, ((4, 40),)))
+    params._write_spans(made, None)
+    assert made.extra_args == {"kv_protect": [[2, 5]]}
+    made = sampled(ChatCompletionRequest, CHAT)
+    params._write_spans(made, None)
+    assert not made.extra_args
+
+
 # Where the checks are made
 
 
@@ -312,7 +363,7 @@ class Processor:
     def process_inputs(self, request_id: str, prompt: Any, params: Any) -> Any:
         self._validate_params(params, ())
         # Clones lose what is not a field, as vLLM's do.
-        return Namespace(sampling_params=params.clone(), prompt_token_ids=prompt)
+        return Namespace(sampling_params=params.clone(), prompt_token_ids=prompt, lora_request=None)
 
 
 wrap(Processor, "_validate_params", params._checked_params)
@@ -449,6 +500,7 @@ def report(
         "reason": "budget",
         "policy_failures": failures,
         "policy": "kvcrush",
+        "budget": 0.25,
     }
     return {"kvcrush": numbers, **more}
 

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush.plan import Packing, Part, Plan, PlannedCompaction, cdiv, min_blocks
+from vllm_kvcrush.plan import (
+    NO_LOSS,
+    Packing,
+    Part,
+    Plan,
+    PlannedCompaction,
+    cdiv,
+    expected,
+    min_blocks,
+)
 
 CODECS = ("int8", "tc4", "tc8")
 
@@ -446,3 +455,73 @@ def test_a_plan_with_codecs_by_hand() -> None:
     # Few tokens take no more blocks than they fill.
     roomy = Plan(40 * 16, 1000, 16, packings=found)
     assert roomy.shape(1000, 1000) == (33, 24)
+
+
+# -- expected losses ------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_no_codec_is_expected_to_lose_less_in_the_same_blocks(data: st.DataObject) -> None:
+    """Whatever codecs lose and however much their pages hold, alone or two together."""
+    block_size = data.draw(st.sampled_from([16, 32, 128]))
+    found = data.draw(packings(block_size).filter(len))
+    losses = {p.codec: data.draw(st.floats(0, 10) | st.sampled_from([0.0, 1.0])) for p in found}
+    plan = Plan(0.5, 100, block_size, packings=found, least_loss=True)
+    known = plan.with_losses(losses)
+    blocks, tokens = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 12 * block_size))
+
+    def lost(parts: tuple[Part, ...]) -> float:
+        return sum(losses[part.codec] * part.tokens for part in parts)
+
+    parts = known.parts(blocks, tokens)
+    # Block counts must not depend on what workers alone may know.
+    assert known.kept(blocks, tokens) == plan.kept(blocks, tokens) == sum(p.tokens for p in parts)
+    assert known.shape(3000, 3000) == plan.shape(3000, 3000)
+    assert pages_of(parts, known) <= blocks
+    assert all(part.tokens > 0 for part in parts) and len(parts) <= 2
+    if all(packing.blocks(tokens) > blocks for packing in found):
+        assert parts == plan.parts(blocks, tokens)
+        return
+    slack = (1e-9 + len(found) * NO_LOSS) * tokens
+    for own in found:
+        if own.blocks(tokens) > blocks:
+            continue
+        assert lost(parts) <= losses[own.codec] * tokens + slack
+        for other in found:
+            newest = own.most_beside(other, tokens, blocks)
+            mixed = Part(own.codec, tokens - newest), Part(other.codec, newest)
+            assert lost(parts) <= lost(mixed) + slack
+    # The newest tokens lose least, and with more room no more is lost.
+    own = [losses[part.codec] for part in parts]
+    assert own[0] >= own[-1] - len(found) * NO_LOSS
+    assert lost(known.parts(blocks + 1, tokens)) <= lost(parts) + slack
+    assert plan.with_losses({}) is plan
+    assert replace(plan, least_loss=False).with_losses(losses).packings == found
+
+
+def test_codecs_that_lose_more_for_their_size_are_passed_over() -> None:
+    """What suits one model badly is left out there, and used on another."""
+    rooms = {"int8": 60, "int4": 112, "tc4": 128, "tc6": 208, "tc8": 256}
+
+    def parts(blocks: int, **losses: float) -> list[tuple[str, int]]:
+        found = tuple(Packing(c, (((room, 1),),), losses[c]) for c, room in rooms.items())
+        plan = Plan(0.5, 100, 32, packings=found, least_loss=True)
+        return [tuple(part) for part in plan.parts(blocks, 8 * 208)]
+
+    biased = {"int8": 0.0, "int4": 0.001, "tc4": 0.019, "tc6": 0.02, "tc8": 0.05}
+    demo = {"int8": 0.0, "int4": 0.044, "tc4": 0.011, "tc6": 0.04, "tc8": 0.1}
+    assert parts(15, **biased) == [("int4", 1664)]
+    assert parts(13, **biased) == [("tc6", 544), ("int4", 1120)]
+    assert parts(13, **demo) == [("tc4", 1664)]
+    assert parts(8, **biased) == parts(8, **demo) == [("tc6", 1664)]
+    assert parts(40, **demo) == [("int8", 1664)]
+    # Where nothing can be told apart, more bits are better.
+    noise = {"int8": 3e-7, "int4": 1e-7, "tc4": 2e-7, "tc6": 0.0, "tc8": 1e-7}
+    assert parts(20, **noise)[-1][0] == "int8" and parts(40, **noise) == [("int8", 1664)]
+    whole = tuple(Packing(c, (((room, 1),),), demo[c]) for c, room in rooms.items())
+    loss, shares = expected(whole, 32, 0.2) or (1.0, ())
+    assert 0.02 < loss < 0.04 and [part.codec for part in shares] == ["tc6", "tc4"]
+    assert sum(part.tokens for part in shares) == 100
+    assert expected(whole, 32, 0.1) is None, "tokens would be evicted"
+    assert expected([replace(p, loss=None) for p in whole], 32, 0.5) is None

@@ -319,6 +319,16 @@ def test_a_policy_that_fails_its_dry_run_is_refused(
         plugin._tried(settings, 32)
 
 
+def test_a_policy_that_needs_an_unknown_rotary_embedding_is_refused() -> None:
+    named = Settings.from_dict({"policy": "kvcrush(expected_attention)"})
+    with pytest.raises(ConfigError, match=r"--kv-policy: .* rotary embedding"):
+        plugin._tried(named, 32, with_rope=False)
+    tried, warnings = plugin._tried(Settings.from_dict({"policy": "snapkv"}), 32, with_rope=False)
+    left_out = {"expected_attention", "rerotate", "duo", "surfacelogic"}
+    assert len(warnings) == len(left_out) and not left_out & set(tried.allow)
+    assert "keydiff" in tried.allow
+
+
 def test_a_policy_that_nobody_named_is_left_out_with_a_warning(broken: None) -> None:
     settings = Settings.from_dict({"policy": "snapkv"})
     assert "broken" in settings.allow

@@ -23,16 +23,20 @@ from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.policies import Policy, View
 from vllm_kvcrush.policies.fair import Fair
 from vllm_kvcrush.policies.h2o import H2O
+from vllm_kvcrush.policies.keydiff import KeyDiff
 from vllm_kvcrush.policies.kvcrush import KVCrush
 from vllm_kvcrush.policies.snapkv import SnapKV
 from vllm_kvcrush.policies.streaming import Streaming
 
 BUILT_IN = (
-    *("streaming", "snapkv", "h2o", "kvcrush", "mikv", "adakv", "keepkv", "fair"),
-    *("int8", "int4", "tc4", "tc6", "tc8", "auto"),
+    *("streaming", "lacache", "knorm", "keydiff", "lagkv", "infinipot"),
+    *("snapkv", "tova", "h2o", "expected_attention", "gkv", "rkv", "critic", "gui_kv"),
+    *("kvcrush", "mikv", "adakv", "keepkv", "fair", "rerotate"),
+    *("pyramidkv", "cake", "duo", "surfacelogic", "d2o", "cam", "composed"),
+    *("int8", "int4", "tc4", "tc6", "tc8", "tada", "gear", "auto"),
 )
 PACKED = {
-    **{name: (name,) for name in ("int8", "int4", "tc4", "tc6", "tc8")},
+    **{name: (name,) for name in ("int8", "int4", "tc4", "tc6", "tc8", "tada", "gear")},
     "auto": ("int8", "tc4", "tc6", "tc8"),
     "mikv": ("int8", "tc8"),
 }
@@ -51,11 +55,15 @@ ALL = [
     "keepkv",
     "fair",
     "fair(kvcrush(h2o))",
+    *("pyramidkv", "pyramidkv(adakv)", "cake", "duo", "duo(h2o)", "surfacelogic", "d2o", "cam"),
+    *("composed", 'composed(h2o, other="snapkv(pool=3)", scale=rank)'),
     "kvcrush(streaming)",
     "kvcrush(h2o, ratio=0)",
     *(f"kvcrush(anchor={a}, level={level})" for a in ANCHORS for level in ("token", "page")),
     "kvcrush(ratio=0.99)",
     "kvcrush(ratio=0.99, level=page)",
+    *("knorm", "keydiff", "lagkv(lag=8)", "infinipot", "lacache", "tova", "expected_attention"),
+    *("gkv", "rkv", "critic", "gui_kv", "rerotate", "kvcrush(keydiff)", "fair(lacache)"),
 ]
 
 
@@ -106,7 +114,7 @@ def test_sinks_stay(text: str, sinks: int, page: int) -> None:
     keys, queries = view.keys.clone(), view.queries
     assert queries is not None
     keys[:, :sinks] = -3 * queries.mean(1, keepdim=True)
-    view = replace(view, held=ops.LayerKV(keys), state={})
+    view = replace(view, held=ops.LayerKV(keys, view.values), state={})
     policy = policies.get(text)
     check_slots(slots_of(policy, view, scores_of(policy, view), 16), 3, 48, 16, sinks)
 
@@ -130,7 +138,7 @@ def test_takes_only_what_it_says_it_needs(text: str) -> None:
     assert policy.needs <= {"queries", "state", "positions"}
     view = replace(
         view,
-        held=ops.LayerKV(view.keys),
+        held=ops.LayerKV(view.keys, view.values),
         queries=view.queries if "queries" in policy.needs else None,
         state=view.state if "state" in policy.needs else {},
         known=None,
@@ -150,7 +158,7 @@ def test_broken_numbers_do_not_break_the_count(text: str) -> None:
     keys = view.keys.clone()
     keys[0, 20] = torch.nan
     keys[1, 21] = torch.inf
-    policy, view = policies.get(text), replace(view, held=ops.LayerKV(keys))
+    policy, view = policies.get(text), replace(view, held=ops.LayerKV(keys, view.values))
     check_slots(slots_of(policy, view, scores_of(policy, view), 16), 3, 48, 16, view.sinks)
 
 
@@ -405,7 +413,7 @@ def test_heads_choose_for_themselves() -> None:
 def test_ratio_zero_is_the_base() -> None:
     view, base = make_view(), SnapKV()
     scores = scores_of(base, view)
-    crush = KVCrush(ratio=0)
+    crush = KVCrush(base, ratio=0)
     assert torch.equal(scores_of(crush, view), scores)
     assert torch.equal(slots_of(crush, view, scores, 16), slots_of(base, view, scores, 16))
 
@@ -535,7 +543,7 @@ def test_wrappers_pass_the_base_on() -> None:
         (
             "fair",
             {"base": "kvcrush(level=page)"},
-            "fair.base=KVCrush(base=SnapKV(pool=7, pool_kind='max', reduce='mean'), ratio=0.25, "
+            "fair.base=KVCrush(base=KeyDiff(), ratio=0.25, "
             "anchor='alternate', level='page', share=0.5, seed=0) is not a policy of single tokens",
         ),
         ("snapkv", {"pool": 4}, "snapkv.pool=4 is not an odd whole number, 1 or more"),
@@ -559,7 +567,7 @@ def test_get_builds_with_options_and_with_none() -> None:
     assert policies.get("snapkv(pool=5, pool_kind=avg)") == SnapKV(5, "avg")
     # What the policy says itself comes before what the server says.
     assert policies.get("snapkv(pool=3)", snapkv) == SnapKV(3, "avg")
-    assert policies.get("kvcrush") == policies.get("kvcrush", {}) == KVCrush()
+    assert policies.get("kvcrush") == policies.get("kvcrush", {}) == KVCrush(KeyDiff())
     # Wherever a policy stands, the server's options are its own.
     named = policies.get("fair(kvcrush(snapkv))", snapkv)
     assert named == Fair(base=KVCrush(base=SnapKV(5, "avg")))
@@ -576,9 +584,9 @@ def test_get_builds_with_options_and_with_none() -> None:
 
 @pytest.mark.parametrize("name", ["none", "snap"])
 def test_unknown_names(name: str) -> None:
-    with pytest.raises(ValueError, match=f"'{name}' is not a policy: there are streaming, snapkv"):
+    with pytest.raises(ValueError, match=f"'{name}' is not a policy: there are streaming, lacache"):
         policies.get(name)
-    with pytest.raises(ValueError, match=f"'{name}' is not a policy: there are streaming, snapkv"):
+    with pytest.raises(ValueError, match=f"'{name}' is not a policy: there are streaming, lacache"):
         policies.get(f"fair({name})")
 
 

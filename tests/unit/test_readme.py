@@ -30,6 +30,10 @@ def test_the_tables_of_gpu_kernels_are_those_of_the_committed_results() -> None:
     assert figures.GPU_PAGE.read_text() == figures.gpu_page(), "run make figures"
 
 
+def test_the_page_of_policies_is_that_of_docstrings_and_results() -> None:
+    assert figures.POLICIES_PAGE.read_text() == figures.policies_page(), "run make figures"
+
+
 def test_a_changed_figure_is_noticed(tmp_path: pathlib.Path) -> None:
     page = tmp_path / "README.md"
     page.write_text((figures.ROOT / "README.md").read_text().replace("times as many", "times"))

@@ -110,7 +110,7 @@ def test_the_order_of_options_does_not_matter() -> None:
 DEEP: Any = "snapkv"
 for _ in range(MAX_DEPTH):
     DEEP = {"policy": "fair", "base": DEEP}
-KNOWN = "raw, int8, int4, tc4, tc6, tc8"
+KNOWN = "raw, int8, int4, tc4, tc6, tc8, tada, gear"
 
 
 @pytest.mark.parametrize(

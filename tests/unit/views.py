@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_kvcrush import ops
+from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.policies import Policy, View
 
 
@@ -45,6 +46,8 @@ def make_view(
         state={"attention": torch.rand(heads, m, generator=generator)},
         known=torch.ones(heads, m, dtype=torch.bool),
         true_positions=torch.arange(m, dtype=torch.int32).repeat(heads, 1),
+        rope=Rope(1e4 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)),
+        computed=m + tail,
     )
 
 
@@ -75,7 +78,9 @@ def ragged(view: View, counts: Sequence[int]) -> View:
     state = {name: kept(x, 1e9) for name, x in view.state.items()}
     return replace(
         view,
-        held=ops.LayerKV(cut(view.keys), values, [n + tail for n in counts]),
+        held=ops.LayerKV(
+            cut(view.keys), values, [n + tail for n in counts], kept(view.log_bias, 0.0)
+        ),
         candidates=wide,
         counts=torch.tensor(counts),
         protected=kept(view.protected, False),
@@ -99,7 +104,7 @@ def alone(view: View, head: int) -> View:
     values = None if view.values is None else view.values[own, : n + tail]
     return replace(
         view,
-        held=ops.LayerKV(view.keys[own, : n + tail], values),
+        held=ops.LayerKV(view.keys[own, : n + tail], values, None, of(view.log_bias)),
         queries=queries,
         candidates=n,
         counts=None,
@@ -108,6 +113,7 @@ def alone(view: View, head: int) -> View:
         known=of(view.known),
         log_bias=of(view.log_bias),
         true_positions=of(view.true_positions),
+        first_head=view.first_head + head,
     )
 
 

@@ -104,6 +104,7 @@ class Codec:
 
 
 _FLAT = "vllm_kvcrush.codecs.reference"
+_CHUNK = "vllm_kvcrush.codecs.chunk"
 _FITTED = "vllm_kvcrush.codecs.transform.reference"
 
 # The codecs by name, in the order of their numbers. "raw" is the model's dtype without positions,
@@ -123,12 +124,16 @@ CODECS: dict[str, Codec] = {
             )
             for number, name in enumerate(("tc4", "tc6", "tc8"), start=4)
         ),
+        Codec("tada", 7, layout.tada, f"{_CHUNK}:keep_tada"),
+        Codec("gear", 8, layout.gear, f"{_CHUNK}:keep_gear"),
     )
 }
 _BY_NUMBER = tuple(CODECS.values())
 # Directories index tables by number.
 assert [codec.number for codec in _BY_NUMBER] == list(range(len(_BY_NUMBER)))
 
+# Names of the codecs whose pages hold more tokens than raw ones.
+PACKED = tuple(codec.name for codec in _BY_NUMBER if codec.name not in ("raw", "exact"))
 # Names of the codecs that are fitted to a model.
 FITTED = tuple(codec.name for codec in _BY_NUMBER if codec.needs_tables)
 

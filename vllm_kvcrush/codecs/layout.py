@@ -20,7 +20,27 @@ MAX_TOKENS = 65520  # tokens in a page: counts are 16 bits wide
 
 TOKEN_SCALES = 18  # bytes of a strip's value scales and exception bits
 MOST_EXCEPTIONS = 128
-FEWEST_EXCEPTIONS = 4  # a request's first tokens
+# A request's first tokens draw attention whatever the query: they are always exceptions.
+SINKS = 4
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """How the tokens of a page are coded that is one chunk.
+
+    Attributes:
+        bits: of a channel, 2 to 4.
+        rank: of the product beside the codes of either side.
+        per_single: channels of a key for each one that a strip keeps apart; 0: none.
+    """
+
+    bits: int
+    rank: int = 0
+    per_single: int = 0
+
+
+TADA = Chunk(3)
+GEAR = Chunk(4, rank=1, per_single=8)
 
 
 class Widths(NamedTuple):
@@ -61,10 +81,12 @@ class FlatLayout(PageLayout):
     Attributes:
         group_strips: strips of 16 tokens that share a header.
         header: bytes of a group's scales, which come before its strips.
+        first: bytes of what a page's tokens share, which come before its groups.
     """
 
     group_strips: int
     header: int
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +176,60 @@ def int4(
     return _flat(tokens, k_size, v_size, 4, header=header, group_strips=GROUP // STRIP)
 
 
+# -- pages that are one chunk ----------------------------------------------------------------------
+
+
+def _lines(size: int, line: int = 64) -> int:
+    return -(-size // line) * line
+
+
+def code_bytes(bits: int, channels: int) -> int:
+    """Returns the bytes of the codes of a strip's values. The high bits of 8 left-over channels of
+    3 bits take as much room as those of 16."""
+    return STRIP * channels * bits // 8 + (channels % 16 * 2 if bits == 3 else 0)
+
+
+def _chunk(
+    tokens: int, k_size: int, v_size: int, bits: int, shared: int, each: int, more: int = 0
+) -> FlatLayout:
+    # Float16 numbers that all tokens of a page share, those of each token, and further bytes of
+    # each strip.
+    first, header = _lines(2 * shared), _lines(2 * STRIP * each + more, 32)
+    v = code_bytes(bits, _lines(k_size, 16))
+    strip = v + code_bytes(bits, v_size)
+    positions = (first if tokens else 0) + tokens // STRIP * (header + strip)
+    return FlatLayout(v, strip, positions, positions + 2 * tokens, 1, header, first)
+
+
+def tada_pages(chunk: Chunk, tokens: int, k_size: int, v_size: int) -> FlatLayout:
+    """Returns the layout of a page that keeps the mean of its keys and of its values in float16,
+    and what each token adds in codes with a float16 scale a side."""
+    return _chunk(tokens, k_size, v_size, chunk.bits, k_size + v_size, 2)
+
+
+def gear_pages(chunk: Chunk, tokens: int, k_size: int, v_size: int) -> FlatLayout:
+    """Returns the layout of a page in codes with a float16 scale and zero for each key channel and
+    a float16 scale for each value; beside them, in float16, products of low rank, and the rests of
+    some channels of each strip's keys with their places."""
+    shared = (2 + chunk.rank) * k_size + chunk.rank * v_size
+    singles = 4 * (k_size // chunk.per_single) if chunk.per_single else 0
+    return _chunk(tokens, k_size, v_size, chunk.bits, shared, 1 + 2 * chunk.rank, singles)
+
+
+def tada(
+    tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
+) -> FlatLayout:
+    """Returns the layout of a page of "tada"."""
+    return tada_pages(TADA, tokens, k_size, v_size)
+
+
+def gear(
+    tokens: int, k_size: int, v_size: int, itemsize: int, widths: Widths | None = None
+) -> FlatLayout:
+    """Returns the layout of a page of "gear"."""
+    return gear_pages(GEAR, tokens, k_size, v_size)
+
+
 # -- pages that are fitted to a model -------------------------------------------------------------
 
 
@@ -169,9 +245,7 @@ def fitted_layout(
         k_size, v_size: head sizes.
     """
     v = STRIP * 4 * words
-    strip = v + STRIP * v_size * v_bits // 8
-    if v_bits == 3:  # the high bits of 8 left-over channels take as much room as those of 16
-        strip += v_size % 16 * 2
+    strip = v + code_bytes(v_bits, v_size)
     scales = tokens // STRIP * strip
     first = scales + tokens // STRIP * TOKEN_SCALES
     positions = first + exceptions * _exception_bytes(k_size, v_size)
@@ -184,7 +258,7 @@ def _exception_bytes(k_size: int, v_size: int) -> int:
 
 
 def _fewest_exceptions(tokens: int, share: float) -> int:
-    wanted = max(FEWEST_EXCEPTIONS, math.ceil(share * tokens))
+    wanted = max(SINKS, math.ceil(share * tokens))
     return min(tokens, MOST_EXCEPTIONS, wanted)
 
 

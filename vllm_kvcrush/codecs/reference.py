@@ -102,17 +102,30 @@ def int4_values(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Codes [n, D] in 0..15 and scales [n, 1]; R x ≈ (codes - 7.5) * scales.
     """
-    y = (x.double() @ rotation(x.shape[1]).T).float()
+    return token_grids((x.double() @ rotation(x.shape[1]).T).float(), 4)
+
+
+def token_grids(y: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Encodes each token on a grid around 0, with the best of a few clipping points.
+
+    Args:
+        y: float32 [n, D].
+
+    Returns:
+        Codes [n, D] in 0..2^bits - 1 and scales [n, 1]; y ≈ (codes - middle) * scales.
+    """
+    top = 2**bits - 1
+    middle = top / 2
     peak = y.abs().amax(-1, keepdim=True)
     best, scale = torch.zeros_like(peak), torch.zeros_like(peak)
     for clip in CLIPS:
-        levels = (y * _inverse(peak * clip / 7.5) + 7.5).clamp(0, 15).round() - 7.5
+        levels = (y * _inverse(peak * clip / middle) + middle).clamp(0, top).round() - middle
         fitted = (y * levels).sum(-1, keepdim=True) / levels.square().sum(-1, keepdim=True)
         gain = fitted * (y * levels).sum(-1, keepdim=True)
         scale = torch.where(gain > best, fitted, scale)
         best = torch.maximum(best, gain)
     scale = _half(scale)
-    return (y * _inverse(scale) + 7.5).clamp(0, 15).round(), scale
+    return (y * _inverse(scale) + middle).clamp(0, top).round(), scale
 
 
 def keep_plain(

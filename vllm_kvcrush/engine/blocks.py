@@ -6,7 +6,7 @@ Only this file takes blocks from the pool or gives them back because of a compac
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -84,6 +84,10 @@ class KVCrushManager(FullAttentionManager):
         # By compacted request: blocks of its compressed region, and tokens of each layer and head
         # by the plan. A policy may divide these unequally; only the worker knows then.
         self.regions: dict[str, tuple[int, int]] = {}
+        # By compacted request: tokens before the tail of which its last compaction made the region.
+        self.candidates: dict[str, int] = {}
+        # Requests whose blocks the prefix cache does not take; owned by the scheduler.
+        self.uncached: Collection[str] = ()
         # Plans of requests with an active policy; owned by the scheduler.
         self.plans: Mapping[str, Plan] = {}
 
@@ -108,7 +112,7 @@ class KVCrushManager(FullAttentionManager):
     def cache_blocks(self, request: Any, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         # Tokens after a lossy compaction attended to a lossy cache, so their blocks are not exact;
         # and where slots are shifted, block i does not hold the tokens from i * block_size on.
-        if request.request_id in self.lossy_since:
+        if request.request_id in self.lossy_since or request.request_id in self.uncached:
             return
         assert not self.slot_shift.get(request.request_id), "a slot shift without loss"
         super().cache_blocks(request, num_tokens, *args, **kwargs)
@@ -118,6 +122,7 @@ class KVCrushManager(FullAttentionManager):
         self.slot_shift.pop(request_id, None)
         self.lossy_since.pop(request_id, None)
         self.regions.pop(request_id, None)
+        self.candidates.pop(request_id, None)
         self.epoch += any(b.ref_cnt > 1 for b in self.req_to_blocks.get(request_id, ()))
         return super().pop_blocks_for_free(request_id)
 
@@ -238,6 +243,7 @@ class KVCrushManager(FullAttentionManager):
         compressed, tokens = self.regions.get(job.request_id, (0, 0))
         candidates = tokens + (len(region) - compressed) * self.block_size
         self.regions[job.request_id] = need, self.plans[job.request_id].kept(need, candidates)
+        self.candidates[job.request_id] = candidates
         return Compact(
             request_id=job.request_id,
             computed=job.computed,

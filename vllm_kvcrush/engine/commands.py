@@ -107,8 +107,11 @@ class WorkerReport:
             and the newest tokens were kept instead.
         peaks: the most bytes that the worker has held beside its KV cache, by their use; see
             `stats.Stats.worker_bytes`.
+        losses: what codecs lose on the model, `config.Settings.losses`, told once if the worker
+            measured it.
     """
 
     compacted: list[Compacted] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     peaks: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)

@@ -11,15 +11,17 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcrush import compat
 from vllm_kvcrush.config import PLAIN, Demands, RequestParams, Settings
-from vllm_kvcrush.engine import pressure
+from vllm_kvcrush.engine import canaries, pressure
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushManager, twins
 from vllm_kvcrush.engine.commands import Admitted, Compact, StepCommands, WorkerReport
 from vllm_kvcrush.engine.pressure import Holder
+from vllm_kvcrush.engine.snapshot import Observer, install, region_codecs
 from vllm_kvcrush.plan import Plan, cdiv
 from vllm_kvcrush.stats import Stats
 
@@ -54,12 +56,14 @@ class _Tracked:
     Attributes:
         params: what it runs with.
         demands: what its policy asks the engine for.
+        number: of all requests that came, how many did up to this one.
         compactions: how many it had.
         policy_failures: of those, in which the policy failed and sinks and newest tokens were kept.
         in_region: tokens of each layer and head in its compressed region, as the workers said; None
             until they have.
         deferred: why its compaction is overdue, or None.
         first_compaction: tokens with KV when it was compacted first, or None.
+        codecs: blocks of its compressed region by codec; None until somebody asks.
         level, pressed: of one that is compacted under pressure only: how far (`pressure.levels`),
             and whether it is to be compacted that far now.
         observed: likewise, positions [first, end) of the queries that were kept without a gap.
@@ -67,11 +71,13 @@ class _Tracked:
 
     params: RequestParams
     demands: Demands
+    number: int = 0
     compactions: int = 0
     policy_failures: int = 0
     in_region: float | None = None
     deferred: _Wait | None = None
     first_compaction: int | None = None
+    codecs: dict[str, int] | None = None
     level: int = 0
     pressed: bool = False
     observed: tuple[int, int] = (0, 0)
@@ -98,6 +104,7 @@ class KVCrushSchedulerMixin(_Base):
         self._tracked: dict[str, _Tracked] = {}
         self._plans: dict[str, Plan] = {}
         self._step = 0
+        self._came = 0
         # Requests whose numbers changed since their client was told.
         self._unreported: set[str] = set()
         # Of the step that is being scheduled: compactions, and the request that asks for blocks.
@@ -107,6 +114,11 @@ class KVCrushSchedulerMixin(_Base):
         self._rest_until = 0
         self._may_come = False
         self._manager.plans = self._plans
+        # Canaries, with the number of their last tokens that are scored, and those of them that
+        # gave way, whose clients are still to be told.
+        self._canaries: dict[str, int] = {}
+        self._gave_way: list[Request] = []
+        self._manager.uncached = self._canaries
         self.kvcrush_stats = Stats()
         # Every rank holds its share of the heads; bytes are counted over all of them.
         ranks = self.vllm_config.parallel_config.tensor_parallel_size
@@ -120,13 +132,18 @@ class KVCrushSchedulerMixin(_Base):
             len(group.layer_names) * group.kv_cache_spec.num_kv_heads
             for group in self.kv_cache_config.kv_cache_groups
         )
+        self.observer: Observer | None = None
+        if self._settings.live_page:
+            install()
+            self.observer = Observer(self)
 
     # -- requests -------------------------------------------------------------------------------
 
     def add_request(self, request: Request) -> None:
         if request.request_id not in self.requests and request.sampling_params is not None:
             params, demands = self._resolved(request)
-            self._tracked[request.request_id] = _Tracked(params, demands)
+            self._came += 1
+            self._tracked[request.request_id] = _Tracked(params, demands, self._came)
             self._unreported.add(request.request_id)
             if params.active:
                 self._plans[request.request_id] = self._settings.plan(
@@ -138,12 +155,16 @@ class KVCrushSchedulerMixin(_Base):
         """What a request runs with: resolved here once, for everybody."""
         assert request.sampling_params is not None
         plain = PLAIN, Demands()
+        scored = canaries.scored(request.sampling_params.extra_args)
+        if scored and self._settings.canary:
+            self._canaries[request.request_id] = scored
+            return plain
         if request.resumable:
             # A prompt that grows while it is served has no plan.
             logger.warning_once("Requests with streaming input are not compressed.")
             return plain
         try:
-            params = self._settings.validate_request(
+            params = self._settings.resolved(
                 request.sampling_params.extra_args, self._manager.block_size, self.max_model_len
             )
             if not params.active:
@@ -164,6 +185,7 @@ class KVCrushSchedulerMixin(_Base):
         self._unreported.discard(request.request_id)
         self._tracked.pop(request.request_id, None)
         self._plans.pop(request.request_id, None)
+        self._canaries.pop(request.request_id, None)
         return kv_params, ec_params
 
     def _held_report(self, request: Request) -> dict[str, Any] | None:
@@ -183,12 +205,25 @@ class KVCrushSchedulerMixin(_Base):
             "kv_block_size": self._manager.block_size,
             "kv_block_bytes": self._block_bytes,
             "kv_side_bytes": self._side_bytes(request.request_id),
+            "budget": tracked.params.budget if tracked.params.active else 1.0,
             "compactions": tracked.compactions,
             "first_compaction": tracked.first_compaction,
             "reason": tracked.params.reason,
+            "protected": tracked.params.protected,
             "policy_failures": tracked.policy_failures,
             "policy": tracked.params.policy if tracked.params.active else "none",
+            "rule": tracked.params.rule,
         }
+
+    def _codecs(self, request_id: str) -> dict[str, int]:
+        """Returns the blocks of a request's compressed region by codec, in slot order."""
+        blocks, _ = self._manager.regions.get(request_id, (0, 0))
+        if not blocks:
+            return {}
+        tracked, candidates = self._tracked[request_id], self._manager.candidates[request_id]
+        if tracked.codecs is None:
+            tracked.codecs = region_codecs(self._plans[request_id], blocks, candidates)
+        return tracked.codecs
 
     def _side_bytes(self, request_id: str) -> int:
         """Bytes that workers keep beside a request's blocks between compactions, over all ranks:
@@ -213,9 +248,14 @@ class KVCrushSchedulerMixin(_Base):
     # -- one step -------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self._canaries_give_way()
         self._commands = self._compact_due()
         output = super().schedule(throttle_prefills)
+        if self._canaries and not output.total_num_scheduled_tokens:
+            self._canaries_do_not_wait()
         self._allocating = None
+        if self.observer is not None:
+            self.observer.sample()
         output.kvcrush = StepCommands(
             self._standing(self._commands), self._admitted(output), self._observed(output)
         )
@@ -228,6 +268,7 @@ class KVCrushSchedulerMixin(_Base):
         heirs: dict[str, str] = {}
         for command in commands:
             if command.request_id not in self._manager.slot_shift:
+                self._uncount(command)
                 continue
             done = {c.request_id for c in standing}
             if command.same_as is not None and command.same_as not in done:
@@ -236,6 +277,13 @@ class KVCrushSchedulerMixin(_Base):
                 command = replace(command, same_as=same_as)
             standing.append(command)
         return standing
+
+    def _uncount(self, command: Compact) -> None:
+        tracked = self._tracked[command.request_id]
+        tracked.compactions -= 1
+        if not tracked.compactions:
+            tracked.first_compaction = None
+        self.kvcrush_stats.forget_compaction(tracked.params.label, tracked.params.reason)
 
     def _admitted(self, output: SchedulerOutput) -> dict[str, Admitted]:
         ids = [new.req_id for new in output.scheduled_new_reqs]
@@ -305,7 +353,44 @@ class KVCrushSchedulerMixin(_Base):
         new = held - shape.tail_tokens - blocks * self._manager.block_size
         return plan.needs_scores(shape.compressed, tokens + new)
 
+    # -- canaries -------------------------------------------------------------------------------
+
+    def _canaries_give_way(self) -> None:
+        """Ends canaries as soon as anybody else is there, before blocks and time are given out; of
+        several canaries the first one stays."""
+        if not self._canaries or len(self.requests) == 1:
+            return
+        ids = list(self._canaries)
+        if len(self.requests) == len(ids):
+            del ids[0]
+        self._end_canaries(ids)
+
+    def _canaries_do_not_wait(self) -> None:
+        """Ends a canary that finds no room although it is alone, or whose engine is paused."""
+        running = {request.request_id for request in self.running}
+        self._end_canaries([i for i in self._canaries if i not in running])
+
+    def _end_canaries(self, ids: list[str]) -> None:
+        self._gave_way += self.finish_requests(ids, RequestStatus.FINISHED_ABORTED)
+
+    def _tell_of_canaries(self, results: dict[int, EngineCoreOutputs]) -> None:
+        for request in self._gave_way:
+            output = EngineCoreOutput(request.request_id, [], finish_reason=FinishReason.ABORT)
+            own = results.setdefault(request.client_index, EngineCoreOutputs())
+            own.outputs = [*own.outputs, output]
+        self._gave_way.clear()
+
     # -- pressure -------------------------------------------------------------------------------
+
+    @property
+    def pressure_now(self) -> float:
+        """Returns what the last step found, or, where nothing is scheduled that would count again,
+        the share of the pool in use now."""
+        if self.running or self.waiting:
+            return self.kvcrush_stats.pressure
+        pool = self.kv_cache_manager.block_pool
+        total = pool.num_gpu_blocks - 1
+        return float((total - pool.get_num_free_blocks()) / total)
 
     def _pressure_may_come(self) -> bool:
         """Whether the pool, with all that waits, would be nearly as full as `--kv-pressure`."""
@@ -530,7 +615,7 @@ class KVCrushSchedulerMixin(_Base):
         for i, command in enumerate(result):
             tracked = self._tracked[command.request_id]
             tracked.deferred = tracked.in_region = None
-            tracked.pressed, tracked.observed = False, (0, 0)
+            tracked.pressed, tracked.observed, tracked.codecs = False, (0, 0), None
             tracked.compactions += 1
             if tracked.first_compaction is None:
                 tracked.first_compaction = command.computed
@@ -538,6 +623,8 @@ class KVCrushSchedulerMixin(_Base):
             self.kvcrush_stats.record_compaction(
                 tracked.params.label, tracked.params.reason, blocks=freed if i == 0 else 0
             )
+            if self.observer is not None:
+                self.observer.compacted(command, freed if i == 0 else 0)
         return result
 
     def _reserve_prefill_lookahead(
@@ -549,6 +636,8 @@ class KVCrushSchedulerMixin(_Base):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
+        if request.request_id in self._canaries:
+            return min(num_new_tokens, canaries.MOST_TOKENS)
         plan = self._plans.get(request.request_id)
         if plan is None or num_new_tokens <= 1:
             return num_new_tokens
@@ -574,8 +663,10 @@ class KVCrushSchedulerMixin(_Base):
             # The last sampled token never has KV.
             last = min(request.num_prompt_tokens + request.max_tokens - 1, self.max_model_len)
             cap = self._exact_until(plan, self._tracked[request.request_id].demands, last)
-            if cap is not None:
-                cap = max(0, cap) // self._manager.block_size * self._manager.block_size
+        elif scored := self._canaries.get(request.request_id):
+            cap = canaries.first_row(request.num_tokens, scored)
+        if cap is not None:
+            cap = max(0, cap) // self._manager.block_size * self._manager.block_size
         find = super()._get_local_prefix_cache_hit
         return compat.prefix_hit(find, self.kv_cache_manager, request, max_cache_hit_length, cap)
 
@@ -601,8 +692,14 @@ class KVCrushSchedulerMixin(_Base):
         for kind, size in report.peaks.items():
             worker_bytes = self.kvcrush_stats.worker_bytes
             worker_bytes[kind] = max(worker_bytes.get(kind, 0), size)
+        if report.losses:
+            self._settings = replace(self._settings, losses=report.losses)
+            for request_id, plan in self._plans.items():
+                self._plans[request_id] = plan.with_losses(report.losses)
         for done in report.compacted:
             self.kvcrush_stats.record_moved(done.policy, round(done.evicted), done.seconds)
+            if self.observer is not None:
+                self.observer.moved(done)
             if (tracked := self._tracked.get(done.request_id)) is not None:
                 tracked.in_region = done.held
         for request_id, policy in report.failures:
@@ -611,6 +708,10 @@ class KVCrushSchedulerMixin(_Base):
                 tracked.policy_failures += 1
                 self._unreported.add(request_id)
         results = super().update_from_output(scheduler_output, model_runner_output)
+        if self.observer is not None and not self.running:
+            self.observer.rested()
+        if self._gave_way:
+            self._tell_of_canaries(results)
         if self._unreported:
             # With a request's first output and after each compaction, because a front-end that
             # meets a stop string never gets the last output.
@@ -626,8 +727,10 @@ class KVCrushSchedulerMixin(_Base):
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
+            self.kvcrush_stats.pressure = self.pressure_now
             held: dict[str, int] = {}
             raw: dict[str, int] = {}
+            by_codec: dict[str, int] = {}
             size = self._block_bytes
             for request in self.running:
                 tracked = self._tracked.get(request.request_id)
@@ -640,12 +743,17 @@ class KVCrushSchedulerMixin(_Base):
                 held[name] = held.get(name, 0) + blocks * size + side
                 whole = blocks + cdiv(saved, self._manager.block_size)
                 raw[name] = raw.get(name, 0) + whole * size
+                region = self._codecs(request.request_id)
+                rest = blocks - sum(region.values())
+                for codec, count in (*region.items(), ("raw", rest)):
+                    by_codec[codec] = by_codec.get(codec, 0) + count * size
             stats.kv_connector_stats = {
                 **(stats.kv_connector_stats or {}),
                 "kvcrush": {
                     **self.kvcrush_stats.take(),
                     "kv_bytes_held": held,
                     "kv_bytes_raw_equivalent": raw,
+                    "kv_codec_bytes": by_codec,
                 },
             }
         return stats

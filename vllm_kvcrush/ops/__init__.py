@@ -7,6 +7,9 @@ C++, is used for tensors in CPU memory. Both choose the same slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,25 +17,41 @@ from vllm_kvcrush.ops import reference
 from vllm_kvcrush.ops.reference import (
     ANCHORS,
     LayerKV,
+    WindowMoments,
     anchor_bits,
+    decayed_max,
+    min_max,
     pool_scores,
+    ranks,
     reduce_groups,
     window_attention,
+    window_logits,
+    window_moments,
     window_scores,
 )
 
 __all__ = [
     "ANCHORS",
     "LayerKV",
+    "WindowMoments",
     "anchor_bits",
+    "decayed_max",
     "keep_bits",
     "mask_slots",
+    "merge",
+    "min_max",
+    "nearest_kept",
     "pool_scores",
+    "ranks",
     "reduce_groups",
+    "redundancy",
     "represent",
+    "spread",
     "top_mask",
     "top_slots",
     "window_attention",
+    "window_logits",
+    "window_moments",
     "window_scores",
 ]
 
@@ -83,6 +102,27 @@ def represent(
     return reference.represent(bits, important, count, anchor, unit)
 
 
+def nearest_kept(keys: Tensor, gone: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds the most similar kept slot of each dropped one: see `reference.nearest_kept`."""
+    return _comparing(keys).nearest_kept(keys, gone, kept)
+
+
+def redundancy(keys: Tensor, counts: Sequence[int] | None = None, threshold: float = 0.5) -> Tensor:
+    """Returns how similar each key is to the others: see `reference.redundancy`."""
+    return _comparing(keys).redundancy(keys, counts, threshold)
+
+
+def merge(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Returns the weighted sums of what goes to each slot: see `reference.merge`."""
+    return _merging(x).merge(x, target, weight)
+
+
+def spread(values: Tensor, kept: Tensor, part: Tensor, width: int) -> Tensor:
+    """Returns values with those of dropped slots added to the next kept ones: see
+    `reference.spread`."""
+    return _merging(values).spread(values, kept, part, width)
+
+
 def top_slots(scores: Tensor, keep: int | Tensor) -> Tensor:
     """Returns each head's `keep` best slots as `mask_slots` does, int64 [H, keep], ascending.
     Arguments are those of `top_mask`."""
@@ -111,6 +151,25 @@ def _alike(count: int | Tensor) -> int | Tensor:
         numbers = count.tolist()
         return numbers[0] if len(set(numbers)) == 1 else count
     return count
+
+
+def _merging(x: Tensor) -> Any:
+    """Returns the module whose forms of `merge` and `spread` fit tensors [H, m, D] like this."""
+    # Head sizes of caches are such; the kernels are made for them.
+    if _in_cpp(x) and x.dtype != torch.float64 and x.shape[2] % 8 == 0 and 0 < x.shape[2] <= 256:
+        from vllm_kvcrush.ops import cpu
+
+        return cpu
+    return reference
+
+
+def _comparing(x: Tensor) -> Any:
+    """Returns the module whose forms of `nearest_kept` and `redundancy` fit keys like these."""
+    if x.device.type == "cuda" and x.dtype != torch.float64:
+        from vllm_kvcrush.ops.triton import similar
+
+        return similar
+    return _merging(x)
 
 
 # The C++ library is loaded at its first use, because processes that only check options need none.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,22 +40,46 @@ def window_attention(
     Returns:
         [Hq, w, n]; every row sums to 1 and is 0 at the slots after its own.
     """
+    logits = window_logits(queries, keys, scale, log_bias)
+    return logits.flatten(0, 1).softmax(-1)
+
+
+def window_logits(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    log_bias: Tensor | None = None,
+    counts: Sequence[int] | None = None,
+) -> Tensor:
+    """Returns the attention logits of the newest queries over every held slot.
+
+    Args:
+        queries, keys, scale, log_bias: as in `window_attention`.
+        counts: slots of each head, where they differ; what lies past them is padding. The query
+            rows end at a head's own last slot.
+
+    Returns:
+        [H, g, w, n]; -inf at slots after a query's own and past a head's own.
+    """
     num_heads, window, size = queries.shape
     num_kv_heads, n, _ = keys.shape
     if window > n:
         raise ValueError(f"a window of {window} queries is longer than the {n} held slots")
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads do not divide over {num_kv_heads} KV heads")
-    dtype = _wide(queries, keys)
+    dtype, device = _wide(queries, keys), keys.device
     # A group's queries become rows of one matrix product: the keys are not repeated.
     rows = queries.to(dtype).reshape(num_kv_heads, -1, size) * scale
-    logits = (rows @ keys.to(dtype).mT).view(num_heads, window, n)
+    logits = (rows @ keys.to(dtype).mT).view(num_kv_heads, -1, window, n)
     if log_bias is not None:
-        own = log_bias.to(dtype).repeat_interleave(num_heads // num_kv_heads, 0)
-        logits[..., : own.shape[1]] += own.unsqueeze(1)
-    later = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu_(1)
-    logits[..., n - window :].masked_fill_(later, -torch.inf)
-    return logits.softmax(-1)
+        logits[..., : log_bias.shape[1]] += log_bias.to(dtype)[:, None, None]
+    if counts is None:
+        later = torch.ones(window, window, dtype=torch.bool, device=device).triu_(1)
+        logits[..., n - window :].masked_fill_(later, -torch.inf)
+        return logits
+    ends = torch.tensor(counts)[:, None] - window + torch.arange(1, window + 1)  # [H, w]
+    seen = torch.arange(n, device=device) < ends.to(device).unsqueeze(2)
+    return logits.masked_fill_(~seen.unsqueeze(1), -torch.inf)
 
 
 def reduce_groups(x: Tensor, num_kv_heads: int, how: str = "mean") -> Tensor:
@@ -122,7 +146,8 @@ def window_scores(
         candidates: m, for all heads or for each: slots [0, m) are scored, and pooled together.
         mean: whether to take the mean over the window instead of the sum.
         pool, pool_kind: `size` and `kind` of `pool_scores`; 1 leaves the scores as they are.
-        reduce: `how` of `reduce_groups`, or None for no reduction.
+        reduce: `how` of `reduce_groups`; or "greatest", the maximum over the query heads of a KV
+            head for each query, before the sum over the window; or None for no reduction.
         counts: slots of each head, where they differ; what lies past them is padding.
         log_bias: [H, m], added to the logits of the candidates.
 
@@ -144,10 +169,126 @@ def window_scores(
             rows.append(F.pad(found, (0, max(own) - m), value=-torch.inf))
         return torch.cat(rows)
     weights = window_attention(queries, keys, scale, log_bias)[..., :candidates]
+    if reduce == "greatest":
+        weights, reduce = reduce_groups(weights, keys.shape[0], "max"), None
     votes = weights.mean(1) if mean else weights.sum(1)
     if candidates:
         votes = pool_scores(votes, pool, pool_kind)
     return votes if reduce is None else reduce_groups(votes, keys.shape[0], reduce)
+
+
+class WindowMoments(NamedTuple):
+    """What a window of queries makes of each candidate.
+
+    Attributes:
+        mean, variance: float32 [Hq, m], of a candidate's weights over the window, 0 past a head's
+            count. The variance is the unbiased one, and 0 for a window of one query.
+        entropy: float32 [Hq], the sum over the window of -Σ a·ln a over the candidates.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    entropy: Tensor
+
+
+def window_moments(
+    queries: Tensor,
+    keys: Tensor,
+    scale: float,
+    candidates: Sequence[int],
+    tail: int,
+    log_bias: Tensor | None = None,
+) -> WindowMoments:
+    """Returns moments of the weights of `window_attention` (CAKE, arXiv 2503.12491 §4), one KV head
+    after the other, so that no more than one head's weights are held.
+
+    Args:
+        queries, keys, scale, log_bias: as in `window_attention`.
+        candidates: m of each KV head; its slots [0, m) are meant.
+        tail: number of slots of each head after its candidates.
+    """
+    group, width, window = len(queries) // len(keys), max(candidates), queries.shape[1]
+    rows = []
+    for h, m in enumerate(candidates):
+        own = queries[h * group : (h + 1) * group], keys[h : h + 1, : m + tail]
+        bias = None if log_bias is None else log_bias[h : h + 1, :m]
+        weights = window_attention(*own, scale, bias)[..., :m]
+        mean = weights.mean(1)
+        variance = (weights - mean.unsqueeze(1)).square().sum(1) / max(1, window - 1)
+        entropy = -torch.special.xlogy(weights, weights).sum((1, 2))
+        rows.append((F.pad(mean, (0, width - m)), F.pad(variance, (0, width - m)), entropy))
+    return WindowMoments(*(torch.cat([row[i] for row in rows]) for i in range(3)))
+
+
+def nearest_kept(keys: Tensor, gone: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds for every dropped slot the kept one of the same head whose key is most similar.
+
+    Args:
+        keys: [H, m, D].
+        gone, kept: bool [H, m], the dropped slots and the kept ones, disjoint.
+
+    Returns:
+        int64 [H, m], the nearest kept slot of each dropped one, of equal ones the first, and every
+        other slot itself; and float32 [H, m], the cosine between the two keys: 1 for other slots,
+        -2 where a head keeps nothing.
+    """
+    target = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
+    cosine = torch.ones(target.shape, device=keys.device).masked_fill(gone, -2.0)
+    unit = F.normalize(keys.float(), dim=2)
+    for head, own in enumerate(unit):
+        stay = kept[head].nonzero().squeeze(1)
+        if not len(stay):
+            continue
+        others = own[stay].mT
+        for slots in torch.split(gone[head].nonzero().squeeze(1), 1024):  # bounded memory
+            near = (own[slots] @ others).max(1)
+            target[head, slots], cosine[head, slots] = stay[near.indices], near.values
+    return target, cosine
+
+
+def merge(x: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Returns the weighted sums of what goes to each slot: out[h, target[h, i]] += weight[h, i] ·
+    x[h, i].
+
+    Args:
+        x: [H, m, D].
+        target: int64 [H, m], a slot of the same head for each slot.
+        weight: [H, m]; where it is 0, x does not count, whatever it is.
+
+    Returns:
+        [H, m, D], 0 at slots that are nobody's target.
+    """
+    parts = torch.where((weight != 0).unsqueeze(2), weight.unsqueeze(2) * x, 0.0)
+    index = target.unsqueeze(2).expand_as(parts)
+    return torch.zeros_like(parts).scatter_add_(1, index, parts)
+
+
+def spread(values: Tensor, kept: Tensor, part: Tensor, width: int) -> Tensor:
+    """Returns values in which each dropped slot's is added, `part` times, to those of the next
+    `width` kept slots of its head, fewer near the end (CaM, openreview LCTmppB165, Eq. 8).
+
+    Args:
+        values: [H, m, D].
+        kept: bool [H, m].
+        part: [H, m]; those of kept slots do not count.
+        width: 1 or more.
+
+    Returns:
+        [H, m, D]; dropped slots have their own values.
+    """
+    out = values.to(_wide(values))
+    gone = torch.where(kept, 0.0, part).unsqueeze(2).double() * values.double()
+    running = F.pad(gone.cumsum(1), (0, 0, 1, 0))  # of the slots before each
+    places = torch.arange(kept.shape[1], device=kept.device)
+    # The slot after the kept one `width` before each kept slot, or the first: what lies between is
+    # spread over it. Kept slots are numbered, and the numbers' slots looked up.
+    number = kept.cumsum(1) - 1
+    order = torch.where(kept, places, kept.shape[1]).sort(1).values
+    earlier = order.gather(1, (number - width).clamp(min=0)) + 1
+    since = torch.where(number >= width, earlier, 0)
+    index = since.unsqueeze(2).expand_as(gone)
+    added = running[:, :-1] - running.gather(1, index)
+    return torch.where(kept.unsqueeze(2), out + added.to(out.dtype), out)
 
 
 @dataclass
@@ -189,6 +330,82 @@ class LayerKV:
             log_bias=self.log_bias,
             **options,
         )
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Returns the rank of each slot among its head's, int64 [H, m]: 0 for the best score; ties go
+    to the lower slot."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    places = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def min_max(x: Tensor, valid: Tensor) -> Tensor:
+    """Returns each row scaled so that its least value is 0 and its greatest 1, [H, m]; all are 0
+    where they are equal, and at slots that are not `valid`, bool [H, m]."""
+    low = x.masked_fill(~valid, torch.inf).amin(1, keepdim=True)
+    high = x.masked_fill(~valid, -torch.inf).amax(1, keepdim=True)
+    scaled = (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
+    return scaled.masked_fill(~valid, 0.0)
+
+
+def decayed_max(old: Tensor | None, new: Tensor, decay: float) -> Tensor:
+    """Returns a score that fades from compaction to compaction unless it is renewed (G-KV, arXiv
+    2512.00504): max(decay * old, new), [H, m]. `old` is None at the first one."""
+    return new if old is None else torch.maximum(decay * old.to(new.dtype), new)
+
+
+def redundancy(keys: Tensor, counts: Sequence[int] | None = None, threshold: float = 0.5) -> Tensor:
+    """Returns how similar each key is to the others (R-KV, arXiv 2505.24133): the mean over the
+    other held keys of the cosine with it, where a key's similarity to its latest similar one does
+    not count, so that the newest of several alike stays.
+
+    A key's latest similar one is the last other key whose cosine with it is above the threshold.
+    It is searched for from the newest key on, and keys that have found theirs are left out on a
+    CPU. Memory is O(n) in any case; time is O(n² D) at worst.
+
+    Args:
+        keys: [H, n, D].
+        counts: keys of each head, where they differ; what lies past them is padding.
+        threshold: least cosine of similar keys, 0 or more.
+
+    Returns:
+        [H, n], 0 past a head's own.
+    """
+    out = torch.zeros(keys.shape[:2], dtype=_wide(keys), device=keys.device)
+    for head, own in enumerate(keys):
+        n = keys.shape[1] if counts is None else counts[head]
+        unit = F.normalize(own[:n].to(out.dtype), dim=1)
+        total = unit @ unit.sum(0) - unit.square().sum(1)
+        out[head, :n] = (total - _of_latest(unit, threshold)) / max(n, 1)
+    return out
+
+
+def _of_latest(unit: Tensor, threshold: float) -> Tensor:
+    """Returns, for each key of `unit` [n, D], the sum of the cosines with those whose latest
+    similar key it is, [n]."""
+    n, shrinks = len(unit), unit.device.type == "cpu"
+    latest = torch.full((n,), -1, device=unit.device)
+    left = torch.arange(n, device=unit.device)  # keys that still search
+    own, end, width = unit, n, 32
+    while end > 0 and len(left):
+        start = max(0, end - width)
+        cosine = own @ unit[start:end].mT
+        itself = (left - start).unsqueeze(1)
+        here = (itself >= 0) & (itself < end - start)
+        itself = itself.clamp(0, end - start - 1)
+        cosine.scatter_(1, itself, cosine.gather(1, itself).masked_fill(here, -1.0))
+        # Places of similar keys, counted from 1, so that the last is the greatest.
+        places = torch.arange(1, end - start + 1, dtype=unit.dtype, device=unit.device)
+        last = cosine.gt_(threshold).mul_(places).amax(1).long()
+        now = torch.where(latest[left] < 0, last + (start - 1), latest[left])
+        latest[left] = torch.where(last > 0, now, latest[left])
+        if shrinks:  # on a GPU nobody waits for how many there are
+            left, own = left[last == 0], own[last == 0]
+        end, width = start, min(2 * width, 1024)
+    found = latest >= 0
+    cosine = (unit * unit[latest.clamp(min=0)]).sum(1).masked_fill(~found, 0.0)
+    return torch.zeros_like(cosine).index_add_(0, latest.clamp(min=0), cosine)
 
 
 def top_mask(scores: Tensor, keep: int | Tensor) -> Tensor:

@@ -22,16 +22,36 @@ from vllm_kvcrush.policies.base import (
     View,
     Wrapper,
 )
+from vllm_kvcrush.policies.cake import CAKE
+from vllm_kvcrush.policies.cam import CaM
+from vllm_kvcrush.policies.composed import Composed
+from vllm_kvcrush.policies.critic import Critic
+from vllm_kvcrush.policies.d2o import D2O
+from vllm_kvcrush.policies.duo import Duo
+from vllm_kvcrush.policies.expected_attention import ExpectedAttention
 from vllm_kvcrush.policies.fair import Fair
+from vllm_kvcrush.policies.gkv import GKV
+from vllm_kvcrush.policies.gui_kv import GUIKV
 from vllm_kvcrush.policies.h2o import H2O
+from vllm_kvcrush.policies.infinipot import InfiniPot
 from vllm_kvcrush.policies.keepkv import KeepKV
+from vllm_kvcrush.policies.keydiff import KeyDiff
+from vllm_kvcrush.policies.knorm import KNorm
 from vllm_kvcrush.policies.kvcrush import KVCrush
+from vllm_kvcrush.policies.lacache import LaCache
+from vllm_kvcrush.policies.lagkv import LagKV
 from vllm_kvcrush.policies.mikv import MiKV
+from vllm_kvcrush.policies.pyramidkv import PyramidKV
+from vllm_kvcrush.policies.rerotate import ReRotate
+from vllm_kvcrush.policies.rkv import RKV
 from vllm_kvcrush.policies.snapkv import SnapKV
 from vllm_kvcrush.policies.streaming import Streaming
+from vllm_kvcrush.policies.surfacelogic import SurfaceLogic
+from vllm_kvcrush.policies.tova import TOVA
 from vllm_kvcrush.spec import ALIASED, ALIASES, Spec, SpecError, Storage, parse, resolved
 
 __all__ = [
+    "BUILT_IN",
     "GROUP",
     "Merged",
     "OptionError",
@@ -39,6 +59,7 @@ __all__ = [
     "Room",
     "View",
     "Wrapper",
+    "class_of",
     "get",
     "names",
     "options_of",
@@ -48,8 +69,15 @@ __all__ = [
 GROUP = "vllm_kvcrush.policies"
 
 _BUILT_IN: dict[str, type[Policy]] = {
-    p.name: p for p in (Streaming, SnapKV, H2O, KVCrush, MiKV, AdaKV, KeepKV, Fair)
+    p.name: p
+    for p in (
+        *(Streaming, LaCache, KNorm, KeyDiff, LagKV, InfiniPot),
+        *(SnapKV, TOVA, H2O, ExpectedAttention, GKV, RKV, Critic, GUIKV),
+        *(KVCrush, MiKV, AdaKV, KeepKV, Fair, ReRotate),
+        *(PyramidKV, CAKE, Duo, SurfaceLogic, D2O, CaM, Composed),
+    )
 }
+BUILT_IN = tuple(_BUILT_IN)
 _CLASSES = {**_BUILT_IN, **dict.fromkeys(ALIASES, _BUILT_IN[ALIASED])}
 # "none" is plain vLLM everywhere, so it may not name a policy either.
 _RESERVED = (*_CLASSES, "none")
@@ -72,7 +100,7 @@ def get(spec: Spec | str, defaults: Mapping[str, Mapping[str, Any]] | None = Non
         ValueError: unknown name or option, bad value, or a third-party policy that does not load.
     """
     spec = parse(spec)
-    cls = _CLASSES.get(spec.name) or _load(spec.name)
+    cls = class_of(spec.name)
     options: dict[str, Any] = {**((defaults or {}).get(spec.name) or {}), **dict(spec.options)}
     known = options_of(spec.name)
     for option in options:
@@ -105,14 +133,19 @@ def get(spec: Spec | str, defaults: Mapping[str, Mapping[str, Any]] | None = Non
     return policy
 
 
+def class_of(name: str) -> type[Policy]:
+    """Returns the class of policy `name`. Raises ValueError."""
+    return _CLASSES.get(name) or _load(name)
+
+
 def options_of(name: str) -> tuple[str, ...]:
     """Returns the names of the hyperparameters of policy `name`. Raises ValueError."""
-    return tuple(f.name for f in fields(_CLASSES.get(name) or _load(name)) if f.init)
+    return tuple(f.name for f in fields(class_of(name)) if f.init)
 
 
 def storage_of(name: str) -> Storage:
     """Returns how policy `name` stores compressed regions. Raises ValueError."""
-    return (_CLASSES.get(name) or _load(name)).storage()
+    return class_of(name).storage()
 
 
 @cache  # reading every installed package's metadata takes 20 ms, and `get` runs per request

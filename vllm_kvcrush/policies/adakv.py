@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from vllm_kvcrush import ops
@@ -17,8 +16,9 @@ class AdaKV(Wrapper):
     """Ada-KV (arXiv 2407.11550 §3.3): within a layer, heads share the budget as their scores do.
 
     A head's share of the layer's pages is its part of the layer's best scores, taken over all heads
-    together, mixed with an equal share so that no head starves. Layers have equal budgets. Which
-    tokens a head keeps is the base's choice.
+    together as they are, mixed with an equal share so that no head starves. So the base's scores
+    must be comparable between heads, as attention is. Layers have equal budgets. Which tokens a
+    head keeps is the base's choice.
 
     Attributes:
         floor: weight of the equal share, `alpha` in the paper.
@@ -31,15 +31,13 @@ class AdaKV(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_alone("divides pages")
         share = is_number(self.floor) and 0 <= self.floor <= 1
         self.require("floor", share, "a number from 0 to 1")
 
     def demand(self, view: View, scores: Tensor, room: Room) -> Tensor:
         layers, heads = room.candidates.shape
-        # Each head's weights sum to the same, so that heads can be compared.
-        votes = scores.masked_fill(~view.valid, 0).clamp(min=0).nan_to_num()
-        votes = votes / votes.sum(1, keepdim=True).clamp(min=torch.finfo(votes.dtype).tiny)
-        votes = protect(view, votes).mT.reshape(1, -1)  # so that ties favour no head
+        votes = protect(view, scores).mT.reshape(1, -1)  # so that ties favour no head
         tokens = room.pages * int(room.page_tokens.min()) // layers
         best = ops.top_mask(votes, min(tokens, int(view.sizes.sum())))
         return best.view(view.candidates, heads).sum(0)

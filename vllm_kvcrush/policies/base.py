@@ -77,6 +77,12 @@ class View:
             policy needs "positions" (see `positions`).
         spans: the request's spans, (first, end) token positions, ascending and disjoint.
         rope: the model's rotary embedding, to undo and redo it; None where it is not known.
+        computed: tokens of the request that were computed; the raw tail is the last of them.
+        first_head: index of this rank's first KV head among those of all ranks.
+        demands: float64 [L, H] on the CPU, what `demand` returned for every layer, once the pages
+            of this compaction have been divided; None before, and where they are not.
+        layer_state: by name, what `merge` returned as `Merged.layer_state` in this layer the last
+            time, float32 [H, c].
     """
 
     held: LayerKV
@@ -96,6 +102,10 @@ class View:
     true_positions: Tensor | None = None
     spans: tuple[tuple[int, int], ...] = ()
     rope: Rope | None = None
+    computed: int = 0
+    first_head: int = 0
+    demands: Tensor | None = None
+    layer_state: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def keys(self) -> Tensor:
@@ -143,6 +153,29 @@ class View:
         return at < self.sizes.to(self.device).unsqueeze(1)
 
     @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Returns the number of held slots of each head, its candidates and the tail."""
+        tail = self.keys.shape[1] - self.candidates
+        return [count + tail for count in self.sizes.tolist()]
+
+    @functools.cached_property
+    def held_valid(self) -> Tensor:
+        """Returns which of the n rows of `keys` are held slots of each head, bool [H, n]."""
+        at = torch.arange(self.keys.shape[1], device=self.device)
+        return at < torch.tensor(self.lengths).to(self.device).unsqueeze(1)
+
+    @functools.cached_property
+    def held_positions(self) -> Tensor:
+        """Returns the true positions of all held slots, int32 [H, n]; those past a head's own are
+        beyond every token's."""
+        n, m = self.keys.shape[1], self.candidates
+        at = torch.arange(n, dtype=torch.int32, device=self.device)
+        sizes = self.sizes.to(self.device, torch.int32).unsqueeze(1)
+        tail = self.computed - (n - m) + at - sizes
+        wide = torch.nn.functional.pad(self.positions, (0, n - m))
+        return torch.where(at < sizes, wide, tail)
+
+    @functools.cached_property
     def staying(self) -> Tensor:
         """Returns which candidates stay whatever a policy says, bool [H, m]."""
         if self.protected is not None:
@@ -157,9 +190,10 @@ class View:
         pool: int = 1,
         pool_kind: str = "max",
         reduce: str = "mean",
+        last: int | None = None,
     ) -> Tensor:
         """Returns the attention that each candidate receives from the window's queries, float32
-        [H, m], -inf past a head's count.
+        [H, m], -inf past a head's count. It reads no copy of the keys.
 
         It is the mean or the sum over the window of the weights of `ops.window_attention`, pooled
         along the candidates and then merged over the query heads of a KV head.
@@ -168,17 +202,37 @@ class View:
             mean: whether to take the mean over the window instead of the sum.
             pool, pool_kind: `size` and `kind` of `ops.pool_scores`; 1 leaves the scores as they
                 are.
-            reduce: `how` of `ops.reduce_groups`.
+            reduce: `how` of `ops.reduce_groups`, or "greatest", see `ops.window_scores`.
+            last: how many of the newest queries count; None means the whole window.
         """
         assert self.queries is not None, 'the policy does not need "queries"'
         return self.held.window_scores(
-            self.queries,
+            self.queries if last is None else self.queries[:, -last:],
             self.scale,
             self.sizes.tolist() if self.ragged else self.candidates,
             mean=mean,
             pool=pool,
             pool_kind=pool_kind,
             reduce=reduce,
+        )
+
+    def window_logits(self) -> Tensor:
+        """Returns the logits of the window's queries with every held slot, float32 [H, g, w, n],
+        with log biases, where g query heads share a KV head; -inf at slots after a query's own and
+        past a head's own."""
+        assert self.queries is not None, 'the policy does not need "queries"'
+        counts = self.lengths if self.ragged else None
+        return ops.window_logits(self.queries, self.keys, self.scale, self.log_bias, counts)
+
+    @functools.cached_property
+    def window_moments(self) -> ops.WindowMoments:
+        """Returns the mean and the variance over the window of the attention that each candidate
+        receives, and the entropies of that attention. Unlike `window_scores` it copies the keys;
+        `score` and `demand` share one result."""
+        assert self.queries is not None, 'the policy does not need "queries"'
+        tail = self.keys.shape[1] - self.candidates
+        return ops.window_moments(
+            self.queries, self.keys, self.scale, self.sizes.tolist(), tail, self.log_bias
         )
 
 
@@ -203,11 +257,14 @@ class Merged(NamedTuple):
         keys: float32 [H, m, D], with RoPE of the slot's own position.
         values: float32 [H, m, Dv].
         log_bias: float32 [H, m], what is added to the logit of each slot; None means nothing.
+        layer_state: by name, float32 [H, c], what the policy wants to find in `View.layer_state`
+            at the request's next compaction; None means nothing.
     """
 
     keys: Tensor
     values: Tensor
     log_bias: Tensor | None
+    layer_state: Mapping[str, Tensor] | None = None
 
 
 class OptionError(ValueError):
@@ -241,8 +298,9 @@ class Policy(ABC):
     allocates: ClassVar[bool] = False
     # Whether `merge` changes the keys and values that stay.
     merges: ClassVar[bool] = False
-    # Whether the policy treats each span of a request on its own.
+    # Whether the policy treats each span of a request on its own; and whether `score` does.
     uses_spans: ClassVar[bool] = False
+    scores_spans: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, view: View) -> Scores:
@@ -313,6 +371,17 @@ class Policy(ABC):
         """Returns whether whole pages must stay, with the same number of tokens in every head."""
         return False
 
+    @property
+    def made_for(self) -> tuple[int, int] | None:
+        """Returns the numbers of layers and of KV heads, over all ranks, of the models that the
+        policy is for, or None if any will do."""
+        return None
+
+    @property
+    def head_size(self) -> int | None:
+        """Returns the head size of the models that the policy is for, or None if any will do."""
+        return None
+
     @classmethod
     def storage(cls) -> Storage:
         """Returns how the compressed region may be stored."""
@@ -348,9 +417,16 @@ class Wrapper(Policy):
 
     def __post_init__(self) -> None:
         self.require("base", isinstance(self.base, Policy), "a policy")
-        for name in ("codecs", "tiers", "allocates", "merges", "uses_spans"):
+        for name in ("codecs", "tiers", "allocates", "merges", "uses_spans", "scores_spans"):
             # Class attributes of most policies; here they depend on the wrapped object.
             setattr(self, name, getattr(type(self), name) or getattr(self.base, name))
+
+    def require_alone(self, what: str) -> None:
+        """Raises OptionError if the base "divides pages" or "merges tokens" (`what`) too, which
+        this policy does itself."""
+        if self.base.allocates if what == "divides pages" else self.base.merges:
+            problem = f"={self.base.name} {what}, and so does {self.name}: take one of them"
+            raise OptionError(f"{self.name}.base", problem)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -361,6 +437,16 @@ class Wrapper(Policy):
     def whole_pages(self) -> bool:
         """Returns whether the base wants whole pages."""
         return self.base.whole_pages
+
+    @property
+    def made_for(self) -> tuple[int, int] | None:
+        """Returns the shape of the models that the base is for."""
+        return self.base.made_for
+
+    @property
+    def head_size(self) -> int | None:
+        """Returns the head size of the models that the base is for."""
+        return self.base.head_size
 
     def score(self, view: View) -> Scores:
         """Returns the base's scores and state."""

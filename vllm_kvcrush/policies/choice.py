@@ -4,7 +4,7 @@ only the choice of tokens of its own request."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Choice:
         state: by name, what the policy remembers about each candidate, float32 [H, m, ...].
         merged: keys, values and log biases that replace those of the kept slots; None if they stay
             as they are.
+        layer_state: by name, what the policy remembers about the layer, float32 [H, c].
         sound: bool scalar, False where the policy's values were useless (NaN scores, the wrong
             number of slots, slots past a head's count) and the sinks and the newest stay instead.
             It is a tensor, so that nobody has to wait for the device.
@@ -42,6 +43,7 @@ class Choice:
     state: dict[str, Tensor]
     merged: Merged | None
     sound: Tensor
+    layer_state: dict[str, Tensor] = field(default_factory=dict)
 
 
 def newest(view: View, keep: Tensor, finer: Tensor | None = None) -> Choice:
@@ -50,7 +52,7 @@ def newest(view: View, keep: Tensor, finer: Tensor | None = None) -> Choice:
     kept = sinks_and_newest(view, keep)
     fine = None if finer is None else sinks_and_newest(view, finer)
     sound = torch.ones((), dtype=torch.bool, device=view.device)
-    return Choice(kept, fine, dict(view.state), None, sound)
+    return Choice(kept, fine, dict(view.state), None, sound, dict(view.layer_state))
 
 
 def scored(policy: Policy, view: View) -> tuple[Tensor, dict[str, Tensor]]:
@@ -157,9 +159,11 @@ def choose(
             fine = _if_sound(sound, lambda: best, lambda: sinks_and_newest(view, finer))
             kept = _if_sound(sound, lambda: stays, lambda: sinks_and_newest(view, keep))
         merged = policy.merge(view, scores, kept) if policy.merges else None
+        remembered: dict[str, Tensor] = {}
         if merged is not None:
             merged = _checked(merged, view)
-    return Choice(kept, fine, state, merged, sound)
+            remembered = {k: x.float() for k, x in (merged.layer_state or {}).items()}
+    return Choice(kept, fine, state, merged, sound, remembered)
 
 
 def _if_sound(sound: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:
@@ -196,9 +200,21 @@ def _checked(merged: Any, view: View) -> Merged:
         _require(f"merge's {what}", value, (*rows, size), _is_float, "floats")
     if merged.log_bias is not None:
         _require("merge's log bias", merged.log_bias, rows, _is_float, "floats")
-    if not all(bool(x.isfinite().all()) for x in merged if x is not None):
+    remembered = merged.layer_state or {}
+    for name, value in remembered.items():
+        right = isinstance(value, Tensor) and value.dim() == 2 and len(value) == rows[0]
+        shape = tuple(value.shape) if right else (rows[0], 1)
+        _require(f"merge's layer state {name!r}", value, shape, _is_float, "floats")
+    tensors = merged.keys, merged.values, merged.log_bias, *remembered.values()
+    if not all(_is_finite(x) for x in tensors if x is not None and x.numel()):
         raise PolicyFailure("merge returned values that are not finite")
     return merged
+
+
+def _is_finite(x: Tensor) -> bool:
+    # NaN is the least and the greatest. One pass; isfinite of each element takes five.
+    low, high = torch.aminmax(x)
+    return bool(low.isfinite() & high.isfinite())
 
 
 class _Guard:
@@ -234,28 +250,45 @@ def _is_bool(dtype: torch.dtype) -> bool:
     return dtype == torch.bool
 
 
-def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int = 32) -> None:
+def rope_of(view: View) -> Rope:
+    """Returns the model's rotary embedding. Raises PolicyFailure if it is not known."""
+    if view.rope is None:
+        raise PolicyFailure("it needs the model's rotary embedding, which is of an unknown kind")
+    return view.rope
+
+
+def dry_run(
+    policy: Policy,
+    *,
+    sinks: int = 4,
+    window: int = 16,
+    page_size: int = 32,
+    with_rope: bool = True,
+) -> None:
     """Asks a policy for a choice among random tokens, as the engine will: first among raw tokens,
     then among those that stayed and new ones.
 
     Args:
         sinks, window: as in the server's settings.
         page_size: tokens in a block.
+        with_rope: whether the model's rotary embedding is known.
 
     Raises:
         PolicyFailure: `choose` raised it, or the choice is not sound.
     """
-    heads, group, size = 2, 2, 64
+    layers, heads = policy.made_for or (1, 2)
+    group, size = 2, policy.head_size or 64
     blocks = 4 * -(-max(sinks, window, 1) // page_size) + 8
     m, keep = blocks * page_size, blocks // 2 * page_size
     draw = torch.Generator().manual_seed(0)
     n = m + window
     state: dict[str, Tensor] = {}
+    layer_state: dict[str, Tensor] = {}
     positions = torch.arange(m, dtype=torch.int32).expand(heads, -1)
     for turn in range(2):
         # Where a policy divides pages, heads hold unequal numbers of tokens from then on.
         fewer = page_size if turn and policy.allocates else 0
-        counts = torch.tensor([m, m - fewer])
+        counts = torch.tensor([m, *[m - fewer] * (heads - 1)])
         view = View(
             held=ops.LayerKV(
                 torch.randn(heads, n, size, generator=draw),
@@ -270,22 +303,31 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
             sinks=sinks,
             page_size=page_size,
             layer=0,
+            layers=layers,
             all_heads=lambda x: x,
             counts=counts if fewer else None,
             state=state,
+            layer_state=layer_state,
             known=(torch.arange(m) < turn * keep).expand(heads, -1),
             log_bias=torch.zeros(heads, m) if policy.merges else None,
             true_positions=positions + turn * (m - keep),
             spans=((0, m // 4), (m // 2, m)),
-            rope=Rope(1e4 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)),
+            rope=Rope(1e4 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size))
+            if with_rope
+            else None,
+            computed=n + turn * (m - keep),
         )
         given = scored(policy, view)
         if policy.allocates:
             room = Room(
-                heads * keep // page_size, torch.full((1, heads), page_size), counts.unsqueeze(0)
+                layers * heads * keep // page_size,
+                torch.full((layers, heads), page_size),
+                counts.expand(layers, -1),
             )
             demand = demanded(policy, view, given[0], room)
-            allocated(policy, None if demand is None else demand.unsqueeze(0), room)
+            if demand is not None:
+                view = replace(view, demands=demand.expand(layers, -1))
+            allocated(policy, view.demands, room)
         demoted = torch.zeros(heads, m, dtype=torch.bool) if policy.tiers else None
         kept = counts - (m - keep)
         finer = kept // 2 if policy.tiers else None
@@ -293,6 +335,7 @@ def dry_run(policy: Policy, *, sinks: int = 4, window: int = 16, page_size: int 
         if not choice.sound:
             raise PolicyFailure(USELESS)
         slots = ops.mask_slots(choice.kept, kept).clamp_(min=0)
+        layer_state = choice.layer_state
         state = {}
         for name, value in choice.state.items():
             state[name] = torch.zeros_like(value)
@@ -350,7 +393,7 @@ class ReorderedKV:
         **options: Any,
     ) -> Tensor:
         """Returns `ops.window_scores` over these keys, pooled in this order."""
-        first = reduce if pool == 1 else None
+        first = reduce if pool == 1 or reduce == "greatest" else None
         scores = self._held.window_scores(queries, scale, self._candidates, reduce=first, **options)
         # Query heads read the slots of their KV head.
         group = len(scores) // self.num_kv_heads
@@ -361,7 +404,7 @@ class ReorderedKV:
             own[:, count:] = -torch.inf
             if pool > 1 and count:
                 own[:, :count] = ops.pool_scores(own[:, :count], pool, pool_kind)
-        if pool == 1 or reduce is None:
+        if first is not None or reduce is None:
             return scores
         return ops.reduce_groups(scores, self.num_kv_heads, reduce)
 

@@ -23,7 +23,12 @@ class Fair(Wrapper):
     a span keeps them even where its share is smaller. The shares depend on data, so that on a GPU
     the host waits for each layer.
 
+    Cost: that of the base's choice, again for each span.
+
+    Choose it where a prompt has several instructions, with each as a span.
+
     Attributes:
+        base: policy that chooses within a span.
         fairness: 1 gives each span its share, 0 what the base would give it.
     """
 

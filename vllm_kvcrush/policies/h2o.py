@@ -19,6 +19,10 @@ class H2O(Policy):
     no weights, so this form adds up what the last w queries give at each compaction, on top of
     what the token had gathered at earlier ones. Queries between two windows are not counted.
 
+    Cost: O(w n D) on the pages themselves, no copy of the keys.
+
+    Choose it for long answers, in which what mattered again and again should stay.
+
     Attributes:
         recent: share of the kept candidates that are simply the newest; the protected slots and the
             best scores share the rest. If the sinks need more than that, fewer recent ones stay.

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vllm_kvcrush import ops
 from vllm_kvcrush.policies.base import Merged, View, Wrapper, is_number
 
 
@@ -21,6 +22,10 @@ class KeepKV(Wrapper):
     slot are weighted means, the key's as in the paper's released code, and its log bias keeps the
     sum of the weights, so that attention is exact for the mean query.
 
+    Cost: the base's, and O(n k D) for the cosines with the k kept keys, several times as much.
+
+    Choose it where what is dropped repeats what stays, and must not vanish altogether.
+
     Attributes:
         threshold: least cosine similarity of two keys that are merged; others are dropped.
     """
@@ -32,6 +37,7 @@ class KeepKV(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_alone("merges tokens")
         cosine = is_number(self.threshold) and -1 <= self.threshold <= 1
         self.require("threshold", cosine, "a number from -1 to 1")
 
@@ -47,25 +53,16 @@ class KeepKV(Wrapper):
         votes = torch.zeros_like(scores) if view.log_bias is None else view.log_bias
         groups = view.queries.float().reshape(len(keys), -1, keys.shape[2]).mean(1)
         logits = (keys @ groups.unsqueeze(2)).squeeze(2) * view.scale  # of the mean query
-        # Each dropped token goes to the most similar kept one; kept ones go to themselves.
-        target = torch.arange(m, device=view.device).repeat(len(keys), 1)
-        unit = torch.nn.functional.normalize(keys, dim=2)
-        gone = ~kept & view.valid
-        for head, own in enumerate(unit):
-            for slots in torch.split(gone[head].nonzero().squeeze(1), 1024):  # bounded memory
-                near = (own[slots] @ own.mT).masked_fill(~kept[head], -2.0).max(1)
-                similar = near.values >= self.threshold
-                target[head, slots] = torch.where(similar, near.indices, slots)
+        # Dropped tokens that are similar to none go to themselves, as kept ones do.
+        target, cosine = ops.nearest_kept(keys, ~kept & view.valid, kept)
+        alone = torch.arange(m, device=view.device).expand_as(target)
+        target = torch.where(cosine >= self.threshold, target, alone)
         weight = (votes + logits).masked_fill(~view.valid, -torch.inf)
         total = torch.full_like(weight, -torch.inf).scatter_reduce_(1, target, weight, "amax")
         share = (weight - total.gather(1, target)).exp().masked_fill(~view.valid, 0.0)
         sums = torch.zeros_like(share).scatter_add_(1, target, share)
         share = share / sums.gather(1, target).clamp(min=torch.finfo(share.dtype).tiny)
-        index = target.unsqueeze(2).expand_as(keys)
-        key = torch.zeros_like(keys).scatter_add_(1, index, share.unsqueeze(2) * keys)
-        value = torch.zeros_like(values).scatter_add_(
-            1, target.unsqueeze(2).expand_as(values), share.unsqueeze(2) * values
-        )
+        key, value = (ops.merge(x, target, share) for x in (keys, values))
         # The merged key's logit is the weighted mean of logits; the bias makes up the rest.
         mean = torch.zeros_like(share).scatter_add_(1, target, share * logits)
         bias = (total + sums.log() - mean).masked_fill(~kept, 0.0)

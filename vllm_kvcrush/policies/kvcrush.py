@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vllm_kvcrush import ops
 from vllm_kvcrush.policies.base import Policy, View, Wrapper, is_number, is_whole, protect
+from vllm_kvcrush.policies.keydiff import KeyDiff
 
 
 @dataclass
@@ -28,8 +29,13 @@ class KVCrush(Wrapper):
     tokens out of its own list. Only the base's scores are used, not its `select`, such as H2O's
     share of recent tokens.
 
+    Cost: that of the base, and a sort of n Hamming distances.
+
+    Choose it over any scorer where what scorers miss must not vanish altogether.
+
     Attributes:
-        base: policy that scores.
+        base: policy that scores; KeyDiff unless another one is named: of the cheap ones it loses
+            least, whether the question is known or not, and it needs no queries.
         ratio: share of the budget for representatives.
         anchor: "random", "zeros", "ones", "mean" (majority of the vectors in a head's list) or
             "alternate" (0101...).
@@ -40,6 +46,7 @@ class KVCrush(Wrapper):
 
     name: ClassVar[str] = "kvcrush"
 
+    base: Policy = field(default_factory=KeyDiff)
     ratio: float = 0.25
     anchor: str = "alternate"
     level: str = "token"
@@ -48,8 +55,8 @@ class KVCrush(Wrapper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Unlike other wrappers, this one does not ask the base to select, so spans have no effect.
-        setattr(self, "uses_spans", False)  # noqa: B010
+        # Unlike other wrappers, this one does not ask the base to select, only to score.
+        setattr(self, "uses_spans", self.scores_spans)  # noqa: B010
         ratio = is_number(self.ratio) and 0 <= self.ratio < 1
         self.require("ratio", ratio, "a number from 0 to below 1")
         self.require_one_of("anchor", ops.ANCHORS)
@@ -74,25 +81,26 @@ class KVCrush(Wrapper):
     def _select(self, view: View, scores: Tensor, keep: Tensor, unit: int) -> Tensor:
         """Returns a mask of `keep` [H] units of `unit` tokens each, bool [H, units]."""
         sinks = -(-view.sinks // unit)
-        representatives = (self.ratio * keep.double()).round().long()
-        if self.level == "page" and self.ratio > 0:
-            representatives = representatives.clamp(min=1)
         # The most important unit is never given up for a representative, nor is a sink.
-        representatives = representatives.minimum(keep - max(1, sinks)).clamp(min=0)
+        least = int(self.level == "page" and self.ratio > 0)
+        representatives = [
+            max(0, min(max(least, round(self.ratio * k)), k - max(1, sinks))) for k in keep.tolist()
+        ]
         best = protect(view, scores)
         if unit > 1:
             held = best.reshape(len(best), -1, unit).isposinf().any(-1)
             best = scores.reshape(*held.shape, unit).sum(-1)
             best = best.nan_to_num(nan=torch.finfo(best.dtype).min).masked_fill(held, torch.inf)
-        important = ops.top_mask(best, keep - representatives)
+        important = ops.top_mask(best, keep - torch.tensor(representatives))
         if self.ratio == 0:
             return important
         # Every rank asks for the others' bits, though its own heads may have no use for them.
-        bits = view.all_heads(ops.keep_bits(scores, self.share, view.sizes))
+        sizes = view.sizes if view.ragged else None
+        bits = view.all_heads(ops.keep_bits(scores, self.share, sizes))
         anchor = ops.anchor_bits(self.anchor, len(bits) * unit, self.seed, bits.device)
-        if not view.ragged and bool((representatives == representatives[0]).all()):
-            return ops.represent(bits, important, int(representatives[0]), anchor, unit)
-        counts = zip((view.sizes // unit).tolist(), representatives.tolist(), strict=True)
+        if not view.ragged and len(set(representatives)) == 1:
+            return ops.represent(bits, important, representatives[0], anchor, unit)
+        counts = zip((view.sizes // unit).tolist(), representatives, strict=True)
         for head, (size, count) in enumerate(counts):
             if count:
                 own, described = important[head : head + 1, :size], bits[:, : size * unit]

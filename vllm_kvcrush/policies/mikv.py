@@ -16,7 +16,15 @@ class MiKV(H2O):
     evicted.
 
     The paper's low bits are per-token integers behind an outlier balancer; here they are those of
-    `tc8`, or of `int4` without the model's tables."""
+    `tc8`, or of `int4` without the model's tables.
+
+    Cost: O(w n D) on the pages themselves, no copy of the keys.
+
+    Choose it where no token may vanish and some matter more than others.
+
+    Attributes:
+        recent: see `h2o`.
+    """
 
     name: ClassVar[str] = "mikv"
     codecs: ClassVar[tuple[str, ...]] = ("int8", "tc8")

@@ -18,6 +18,10 @@ class SnapKV(Policy):
     slots, then merged over the query heads of a KV head (the paper predates GQA and has scores for
     each query head).
 
+    Cost: O(w n D) on the pages themselves, no copy of the keys.
+
+    Choose it where the last tokens of a prompt are the question.
+
     Attributes:
         pool: width of the pooling window, odd.
         pool_kind: "max" or "avg".

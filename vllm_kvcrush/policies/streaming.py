@@ -16,7 +16,12 @@ class Streaming(Policy):
     """StreamingLLM (arXiv 2309.17453 §3.2): a few initial tokens and the newest ones stay.
 
     One difference: kept tokens hold their true positions, as every policy here does. The paper
-    numbers positions inside the cache, to run past the length that the model was trained for.
+    numbers positions inside the cache, to run past the length that the model was trained for;
+    `rerotate` does so.
+
+    Cost: O(n), no keys, no queries.
+
+    Choose it where only the newest text matters, as in a chat without end.
     """
 
     name: ClassVar[str] = "streaming"

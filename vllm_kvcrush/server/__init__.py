@@ -35,7 +35,8 @@ def _constructed(original: Method, http: bool) -> Method:
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         vllm_config = signature.bind(*args, **kwargs).arguments["vllm_config"]
-        active = configured(vllm_config) is not None
+        raw = configured(vllm_config)
+        active = raw is not None
         scheduler = vllm_config.scheduler_config.scheduler_cls
         if active and not str(scheduler).startswith("vllm_kvcrush."):
             raise ValueError(
@@ -44,7 +45,20 @@ def _constructed(original: Method, http: bool) -> Method:
                 "create_engine_config()."
             )
         install(active, http)
+        if active and http:
+            from vllm_kvcrush.server import live
+
+            live.install(vllm_config)
         original(*args, **kwargs)
+        processor = getattr(args[0], "input_processor", None)
+        if active and processor is not None:
+            from vllm_kvcrush.server import params
+
+            params.start(processor, http)
+        if http and raw is not None and raw.get("canary"):
+            from vllm_kvcrush.server import canary
+
+            canary.attach(args[0], vllm_config)
 
     return __init__
 
@@ -74,10 +88,11 @@ def install(active: bool, http: bool = True) -> None:
         # A server that compresses nothing must not fail because of this plugin.
         logger.warning("vllm-kvcrush is inactive and cannot refuse kv_* parameters: %r", error)
     if active:
-        from vllm_kvcrush.server import metrics, usage
+        from vllm_kvcrush.server import metrics, tracing, usage
 
         usage.install(http)
         metrics.install()
+        tracing.install()
 
 
 def wrap(cls: Any, name: str, make: Callable[[Method], Method]) -> None:

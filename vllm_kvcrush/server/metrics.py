@@ -14,19 +14,26 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from vllm_kvcrush.codecs import CODECS
 from vllm_kvcrush.server import KEY, Method, configured, wrap
+from vllm_kvcrush.server.reload import LOADED, REFUSED
 from vllm_kvcrush.spec import parse
 from vllm_kvcrush.stats import COMPACTION_BUCKETS, REASONS
 
 _PREFIX = "vllm_kvcrush:"
 _ENGINE = ("model_name", "engine")
+RELOADS = (LOADED, REFUSED)
 # Reasons of an active server; one where the plugin is not active has "inactive" alone.
-REFUSALS = ("budget", "policy", "cap", "pool", "unknown_key", "conflict", "endpoint", "spans")
+REFUSALS = (
+    *("budget", "policy", "cap", "pool", "unknown_key", "conflict", "endpoint", "spans"),
+    "header",
+)
 
 
 def install() -> None:
@@ -80,7 +87,7 @@ def _gauge(
     name: str,
     help_text: str,
     *labels: str,
-    mode: Literal["mostrecent", "max"] = "mostrecent",
+    mode: Literal["mostrecent", "max", "min"] = "mostrecent",
 ) -> Gauge:
     # With several API servers, the one that heard from the engine last counts.
     return Gauge(_PREFIX + name, help_text, labels, multiprocess_mode=mode)
@@ -144,6 +151,12 @@ def kv_bytes_raw_equivalent() -> Gauge:
     return _gauge("kv_bytes_raw_equivalent", help_text, *_ENGINE, "policy")
 
 
+def kv_codec_bytes() -> Gauge:
+    """Shows the bytes of the blocks that running requests hold, by the codec of their pages."""
+    help_text = "Bytes of the KV blocks that running requests hold, by the codec of their pages."
+    return _gauge("kv_codec_bytes", help_text, *_ENGINE, "codec")
+
+
 def pressure() -> Gauge:
     """Shows the blocks in use and wanted, as a share of the pool."""
     help_text = "KV blocks in use and those that the next step asks for, as a share of the pool."
@@ -172,6 +185,47 @@ def worker_peak_bytes() -> Gauge:
     """Shows the most bytes that a worker has held beside its KV cache, by their use."""
     help_text = "Most bytes that a worker has held beside its KV cache, by what for."
     return _gauge("worker_peak_bytes", help_text, *_ENGINE, "kind", mode="max")
+
+
+def rule_requests() -> Counter:
+    """Counts requests by the rule of --kv-budget-rules that they met."""
+    help_text = "Requests taken, by the rule of --kv-budget-rules that they met."
+    return _counter("rule_requests", help_text, "model_name", "rule")
+
+
+def rules_reloads() -> Counter:
+    """Counts attempts to read the rules again, by their result."""
+    help_text = "Attempts of API servers to read --kv-budget-rules again, by result."
+    return _counter("rules_reloads", help_text, "model_name", "result")
+
+
+def rules_last_reload_successful() -> Gauge:
+    """Shows whether the rules in force are those of the file as it is."""
+    help_text = (
+        "1 if the last attempt to read --kv-budget-rules succeeded; 0 if an API server refused the "
+        "file and goes on with the rules before it."
+    )
+    return _gauge("rules_last_reload_successful", help_text, "model_name", mode="min")
+
+
+def count_rule(model_name: str, rule: str) -> None:
+    """Counts a request that was taken under a rule."""
+    rule_requests().labels(model_name, rule).inc()
+
+
+def count_reload(model_name: str, result: str) -> None:
+    """Counts an attempt to read the rules again."""
+    rules_reloads().labels(model_name, result).inc()
+
+
+def show_rules(model_name: str, rules: Iterable[str], result: str = LOADED) -> None:
+    """Shows the result of the last reading, and makes the series of these rules and of reloads, so
+    that rate() sees their first increment."""
+    rules_last_reload_successful().labels(model_name).set(result == LOADED)
+    for rule in rules:
+        rule_requests().labels(model_name, rule)
+    for result in RELOADS:
+        rules_reloads().labels(model_name, result)
 
 
 def count_request(model_name: str, policy: str) -> None:
@@ -212,6 +266,8 @@ class KVCrushStatLogger(StatLoggerBase):
                 for counter in (tokens_evicted(), blocks_freed(), policy_failures()):
                     counter.labels(*self.labels, allowed)
                 compaction_seconds().labels(*self.labels, allowed)
+        for codec in CODECS:
+            kv_codec_bytes().labels(*self.labels, codec)
         pressure().labels(*self.labels)
         pressure_limit().labels(*self.labels).set(raw.get("pressure") or 0)
         for reason in REFUSALS:
@@ -249,6 +305,8 @@ class KVCrushStatLogger(StatLoggerBase):
         pressure().labels(*self.labels).set(stats["pressure"])
         for kind, size in stats["worker_bytes"].items():
             worker_peak_bytes().labels(*self.labels, kind).set(size)
+        for codec in CODECS:
+            kv_codec_bytes().labels(*self.labels, codec).set(stats["kv_codec_bytes"].get(codec, 0))
         held, raw = stats["kv_bytes_held"], stats["kv_bytes_raw_equivalent"]
         self.policies.update(held, raw)
         # A policy that the engine no longer names has no running requests.

@@ -76,6 +76,7 @@ _COUNTS = ("held", "raw", "compactions")
 _BYTES = ("kv_bytes_held", "kv_bytes_raw")
 _FAILURES = "policy_failures"
 _FIRST = "first_compaction"
+_PROTECTED = "protected"
 
 
 def total(parts: Iterable[Details]) -> Details | None:
@@ -87,9 +88,10 @@ def total(parts: Iterable[Details]) -> Details | None:
         return None
     names = [*_COUNTS, *(name for name in _BYTES if all(name in part for part in parts))]
     result: Details = {name: sum(part[name] for part in parts) for name in names}
-    if failures := sum(part.get(_FAILURES, 0) for part in parts):
-        result[_FAILURES] = failures
-    for name in ("policy", "reason"):
+    for name in (_PROTECTED, _FAILURES):
+        if count := sum(part.get(name, 0) for part in parts):
+            result[name] = count
+    for name in ("policy", "reason", "rule"):
         values = {part[name] for part in parts if name in part}
         if len(values) == 1 and (name != "policy" or all(name in part for part in parts)):
             result[name] = values.pop()
@@ -147,7 +149,7 @@ def _reporting(original: Method) -> Method:
         # The n samples of one request end at different times; vLLM joins them in the parent.
         owner = self.parent_req or self
         if finish_reason is not None:
-            vars(owner).setdefault(_FINISHED, {})[self.request_index] = _details(self)
+            vars(owner).setdefault(_FINISHED, {})[self.request_index] = details(self)
         finished = vars(owner).get(_FINISHED)
         if output is not None and finished:
             setattr(output, ATTRIBUTE, total(finished.values()))
@@ -156,7 +158,16 @@ def _reporting(original: Method) -> Method:
     return make_request_output
 
 
-def _details(state: Any) -> Details:
+def budget(state: Any) -> float | int | None:
+    """Returns the budget that a request ran with, of vLLM's state of it; None where the engine
+    never reported."""
+    report, _ = vars(state).get(_REPORT, (None, 0))
+    return None if report is None else report["budget"]
+
+
+def details(state: Any) -> Details:
+    """Returns the details of a request, of which `state` is vLLM's `RequestState`, as they are
+    now."""
     now = state.detokenizer.num_output_tokens()
     report, then = vars(state).get(_REPORT, (None, 0))
     if report is None:
@@ -166,7 +177,7 @@ def _details(state: Any) -> Details:
     since = now - then
     raw, size = report["kv_tokens_raw"] + since, report["kv_block_size"]
     blocks = max(report["kv_blocks_held"], cdiv(report["kv_slots_held"] + since, size))
-    details = {
+    found: Details = {
         "held": report["kv_tokens_held"] + since,
         "raw": raw,
         "compactions": report["compactions"],
@@ -175,10 +186,14 @@ def _details(state: Any) -> Details:
         "policy": report["policy"],
     }
     if report["compactions"]:
-        details["reason"], details[_FIRST] = report["reason"], report[_FIRST]
+        found["reason"], found[_FIRST] = report["reason"], report[_FIRST]
+    if report.get(_PROTECTED):
+        found[_PROTECTED] = report[_PROTECTED]
+    if report.get("rule"):
+        found["rule"] = report["rule"]
     if report.get(_FAILURES):
-        details[_FAILURES] = report[_FAILURES]
-    return details
+        found[_FAILURES] = report[_FAILURES]
+    return found
 
 
 def _merging(original: Method) -> Method:

@@ -80,7 +80,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibrate.add_argument(
         "--out", default=None, help="file to write (default: where vllm serve looks)"
     )
+    instead = calibrate.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--heads",
+        action="store_true",
+        help="instead, scores of the model's heads, by which duo and surfacelogic divide memory",
+    )
+    instead.add_argument(
+        "--queries",
+        action="store_true",
+        help="instead, statistics of the model's queries, which expected_attention can take",
+    )
     calibrate.set_defaults(run=_calibrate)
+
+    policies = commands.add_parser(
+        "policies", help="what each policy does, needs and costs, and its parameters, as Markdown"
+    )
+    policies.add_argument("names", nargs="*", metavar="POLICY", help="which ones (default: all)")
+    policies.set_defaults(run=_policies)
+    rules = commands.add_parser("rules", help="files of vllm serve --kv-budget-rules")
+    kinds = rules.add_subparsers(dest="kind", required=True, metavar="COMMAND")
+    check = kinds.add_parser(
+        "check", help="whether a file can be used and what it says, under the server's flags"
+    )
+    check.add_argument("file", metavar="FILE")
+    for flag in ("--kv-policy", "--kv-budget", "--kv-budget-max", "--kv-policy-config"):
+        check.add_argument(flag, default=None, help="as vllm serve takes it")
+    check.add_argument("--kv-policy-allow", nargs="+", default=None, help="as vllm serve takes it")
+    for flag in ("--block-size", "--max-model-len"):
+        text = "as vllm serve takes it; without both, checks that need sizes are left out"
+        check.add_argument(flag, type=int, default=None, help=text)
+    check.set_defaults(run=_rules_check)
+    hashed = kinds.add_parser("hash", help="reads an API key from stdin and prints its hash")
+    hashed.set_defaults(run=_rules_hash)
 
     model = commands.add_parser("model", help="makes the demo model and prints its path")
     model.add_argument("--cache-dir", default=None, help="where to keep it")
@@ -124,6 +156,16 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
+def _policies(args: argparse.Namespace) -> int:
+    from vllm_kvcrush.tools import policies
+
+    try:
+        print(policies.page(args.names or policies.documented()), end="")
+    except ValueError as error:
+        return _fail(f"{error}.")
+    return 0
+
+
 def _plan(args: argparse.Namespace) -> int:
     from vllm_kvcrush import gate
     from vllm_kvcrush.config import ConfigError
@@ -153,6 +195,8 @@ def _plan(args: argparse.Namespace) -> int:
         return _fail(error)
 
     if args.json:
+        from dataclasses import asdict
+
         content = {
             "policy": settings.policy,
             "budget": settings.budget,
@@ -161,6 +205,9 @@ def _plan(args: argparse.Namespace) -> int:
             "dtype": model.dtype,
             "token_bytes": model.token_bytes,
             "pool_bytes": pool,
+            "losses": settings.losses,
+            "losses_of": plan.losses_of(settings),
+            "expected": [asdict(own) for own in plan.expectations(settings, block_size)],
             "rows": [row.to_dict() for row in rows],
         }
         print(json.dumps(content, indent=2))
@@ -218,7 +265,7 @@ def _settings(args: argparse.Namespace) -> Any:
 def _table(
     model: Any, settings: Any, block_size: int, pool: int | None, rows: Sequence[Any]
 ) -> str:
-    from vllm_kvcrush.tools.plan import show_bytes
+    from vllm_kvcrush.tools.plan import expectations, losses_of, show_bytes
 
     block_bytes = model.token_bytes * block_size
     how = f"Policy {settings.policy}, budget {settings.budget}"
@@ -264,7 +311,56 @@ def _table(
             f"Requests: how many have room in {show_bytes(pool)} at once, at their largest: one "
             "in prefill and the others decoding, or all in prefill."
         )
+    if found := expectations(settings, block_size):
+        lines += [
+            "",
+            "Expected loss of long contexts, KL divergence in nats a token, measured on "
+            f"{losses_of(settings)}: {'; '.join(map(str, found))}.",
+        ]
+    elif any(loss is None for loss in settings.losses.values()):
+        lines += [
+            "",
+            "What each codec loses on this model is measured when the server starts: "
+            "`vllm-kvcrush calibrate` measures it once, and shows it here.",
+        ]
     return "\n".join(lines)
+
+
+def _rules_check(args: argparse.Namespace) -> int:
+    from vllm_kvcrush.config import ConfigError
+    from vllm_kvcrush.server.rules import RulesError
+    from vllm_kvcrush.tools import rules
+
+    try:
+        found = rules.check(args)
+    except RulesError as error:
+        for problem in error.problems:
+            _fail(problem)
+        return 2
+    except ConfigError as error:
+        return _fail(error)
+    print(rules.table(found))
+    for warning in found.warnings:
+        print(f"vllm-kvcrush: warning: {warning}", file=sys.stderr)
+    return 0
+
+
+def _rules_hash(args: argparse.Namespace) -> int:
+    from vllm_kvcrush.server.rules import key_hash
+    from vllm_kvcrush.tools import rules
+
+    try:
+        key = rules.read_key(sys.stdin)
+    except ValueError as error:
+        return _fail(error)
+    if len(key) < rules.SHORT:
+        print(
+            f"vllm-kvcrush: warning: a key of {len(key)} characters can be guessed from its hash: "
+            f"take a random one, such as of `openssl rand -hex 32`.",
+            file=sys.stderr,
+        )
+    print(key_hash(key))
+    return 0
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -272,15 +368,19 @@ def _calibrate(args: argparse.Namespace) -> int:
 
     from vllm_kvcrush.codecs.transform import calibrate
     from vllm_kvcrush.codecs.transform.points import TablesError
+    from vllm_kvcrush.tools import heads, queries
 
+    make: Any = heads if args.heads else queries if args.queries else calibrate
     try:
-        out = Path(args.out) if args.out else calibrate.output_path(args.model)
+        out = Path(args.out) if args.out else make.output_path(args.model)
         out.parent.mkdir(parents=True, exist_ok=True)
-        model = calibrate.calibrate(args.model, out, args.text, progress=calibrate.bar)
+        model = make.calibrate(args.model, out, args.text, progress=calibrate.bar)
     except (TablesError, OSError) as error:
         return _fail(error)
+    kind = {heads: "Head scores of", queries: "Query statistics of"}
+    made = kind.get(make, "Tables for tc4, tc6 and tc8 of")
     what = args.text or "samples of its own"
-    print(f"Tables of {model.name} for tc4, tc6 and tc8, calibrated on {what}:", file=sys.stderr)
+    print(f"{made} {model.name}, calibrated on {what}:", file=sys.stderr)
     print(out)
     return 0
 

@@ -8,7 +8,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from vllm_kvcrush import __version__, gate
+from vllm_kvcrush import __version__, gate, paths
 from vllm_kvcrush.compat import check
 from vllm_kvcrush.compat.source import Source
 
@@ -36,10 +36,12 @@ def report() -> tuple[str, bool]:
         ("instruction sets", _instruction_sets()),
         ("our kernels", kernels if runs else "none"),
         ("environment", _environment()),
+        *(("transform tables", found) for found in _tables()),
     ]
     lines = ["| what | value |", "|---|---|"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in rows]
     lines += ["", f"{'OK' if ok else 'Refused'}: {sentence}", ""]
+    lines += [*(_kernels(kernels) if runs else []), ""]
     lines += [
         "With --kv-policy, start-up refuses:",
         "",
@@ -74,6 +76,17 @@ def hooks_report(source: Source) -> tuple[str, bool]:
     for hook, _, problem in wrong:
         lines.append(f"- {hook.module}.{hook.name} {problem}. What for: {hook.why}")
     return "\n".join(lines[1:]), False
+
+
+def _kernels(used: str) -> list[str]:
+    from vllm_kvcrush.ops.cpu import library
+    from vllm_kvcrush.ops.cpu.verified import VERIFIED
+
+    lines = ["| kernels | here | seen working |", "|---|---|---|"]
+    for isa, seen in VERIFIED.items():
+        here = "used" if isa == used else "runs" if library.runs(isa) else "not on this CPU"
+        lines.append(f"| {isa} | {here} | {seen} |")
+    return lines
 
 
 def _cell(text: str) -> str:
@@ -155,6 +168,34 @@ def _instruction_sets() -> str:
         return f"{listed} (torch uses {torch.backends.cpu.get_cpu_capability()})"
     except Exception:
         return listed
+
+
+def _tables() -> list[str]:
+    """Returns a line for each model whose tables are in the default place."""
+    root = paths.cache_root()
+    files = sorted((root / "tables").glob("*.safetensors")) if root is not None else []
+    found = []
+    for file in files:
+        try:
+            found.append(_expected(file))
+        except Exception as error:  # a damaged file is a finding, not a crash
+            found.append(f"{file.name}: {error}")
+    return found
+
+
+def _expected(file: Path) -> str:
+    from vllm_kvcrush.codecs.transform.tables import summary
+    from vllm_kvcrush.config import Settings
+    from vllm_kvcrush.tools.plan import expectations
+
+    block_size, itemsize = gate.CPU_BLOCK_SIZE, 2
+    own = summary(file, block_size, itemsize)
+    if own.losses is None:
+        return f"{own.model.name}: what codecs lose was not measured, calibrate it anew"
+    page = (own.model.size, own.model.size, itemsize)
+    settings = Settings("auto", page=page, fitted=own.packings, losses=own.losses.total)
+    found = "; ".join(map(str, expectations(settings, block_size)))
+    return f"{own.model.name}: expected loss of auto, nats a token, on {own.losses.text}: {found}"
 
 
 def _environment() -> str:

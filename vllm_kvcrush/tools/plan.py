@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_kvcrush import gate, paths
-from vllm_kvcrush.config import RequestParams, Settings
-from vllm_kvcrush.plan import Plan, cdiv
+from vllm_kvcrush.config import NONE, RequestParams, Settings
+from vllm_kvcrush.plan import Plan, cdiv, expected
 
+# Times less memory for which the expected loss is told.
+RATIOS = (4, 8, 12)
 _ITEMSIZE = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2}
 
 
@@ -252,6 +254,62 @@ def row(
         fits=None if pool is None else pool // bound,
         fits_decoding=(None if pool is None else max(0, (pool - bound) // decode_bound + 1)),
     )
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a policy is expected to lose on long contexts.
+
+    Attributes:
+        ratio: how much less memory than raw KV it takes.
+        loss: expected loss, in nats a later token; None if tokens would be evicted, which is not
+            predicted.
+        parts: by codec, percent of the tokens.
+    """
+
+    ratio: int
+    loss: float | None
+    parts: dict[str, int]
+
+    def __str__(self) -> str:
+        if self.loss is None:
+            return f"{self.ratio}×: evicts"
+        parts = " + ".join(f"{codec} {share} %" for codec, share in self.parts.items())
+        return f"{self.ratio}×: {self.loss:.4f} ({parts})"
+
+
+def expectations(settings: Settings, block_size: int) -> list[Expected]:
+    """Returns what the default policy is expected to lose, empty if it was not measured.
+
+    Args:
+        settings: with the model's pages, as `with_page` gives them.
+        block_size: tokens of a block.
+    """
+    stored = None if settings.policy == NONE else settings.storage(settings.policy)
+    if stored is None or (len(stored.codecs) > 1 and not stored.least_loss):
+        return []
+    packings = [
+        replace(packing, loss=settings.losses.get(packing.codec))
+        for packing in settings.packings(settings.policy, block_size)
+    ]
+    if not packings or any(packing.loss is None for packing in packings):
+        return []
+    found = []
+    for ratio in RATIOS:
+        own = expected(packings, block_size, 1 / ratio)
+        loss, parts = (None, ()) if own is None else own
+        found.append(Expected(ratio, loss, {part.codec: part.tokens for part in parts}))
+    return found
+
+
+def losses_of(settings: Settings) -> str | None:
+    """Returns the text that the losses were measured on, or None without a file that says it."""
+    if settings.tables is None:
+        return None
+    from vllm_kvcrush.codecs.transform.tables import load_losses
+
+    found = load_losses(settings.tables)
+    return None if found is None else found.text
 
 
 def parse_bytes(text: str) -> int:

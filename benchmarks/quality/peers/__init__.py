@@ -78,13 +78,13 @@ def check(job: dict[str, Any]) -> None:
 
 
 def environment_root() -> pathlib.Path:
-    """The folder of the peers' environments."""
+    """Returns the folder of the peers' environments."""
     own = os.environ.get("VLLM_KVCRUSH_CACHE")
     return (pathlib.Path(own).expanduser().absolute() if own else ROOT / ".cache") / "peers"
 
 
 def set_up(name: str) -> pathlib.Path:
-    """The Python of a peer's environment, which is made first if it is not there yet."""
+    """Returns the Python of a peer's environment, which is made first if it is not there yet."""
     if name not in NAMES:
         raise PeerError(f"no such peer: {name}; there are {', '.join(NAMES)}")
     root = environment_root()

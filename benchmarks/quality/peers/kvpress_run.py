@@ -48,8 +48,8 @@ class JobError(ValueError):
 
 
 def compression_ratio(length: int, kept: int) -> float:
-    """The ratio for which kvpress's `int(length * (1 - ratio))` is `kept`. The half token keeps
-    that truncation away from the next lower number."""
+    """Returns the ratio for which kvpress's `int(length * (1 - ratio))` is `kept`. The half token
+    keeps that truncation away from the next lower number."""
     if kept < 1:
         raise JobError(f"kept is {kept}, it must be at least 1 token")
     return 0.0 if kept >= length else 1 - (kept + 0.5) / length
@@ -92,7 +92,7 @@ def measure(logits: Tensor, gold: Tensor, full: Tensor | None = None) -> Record:
 
 
 def make_press(name: str, length: int, kept: int) -> Any:
-    """The press with its defaults, set to keep `kept` of `length` tokens."""
+    """Returns the press with its defaults, set to keep `kept` of `length` tokens."""
     import kvpress
 
     ratio = compression_ratio(length, kept)
@@ -143,7 +143,7 @@ class Prefill:
             layer.masked_key_indices = None
 
     def copy(self) -> Any:
-        """A copy of the uncompressed cache."""
+        """Returns a copy of the uncompressed cache."""
         from transformers import DynamicCache
 
         self._unmask()
@@ -153,7 +153,8 @@ class Prefill:
         return copy
 
     def compressed(self, press: Any, kept: int) -> Any:
-        """A copy of the cache, compressed by `press`. AdaKV's masks are left on the layers."""
+        """Returns a copy of the cache, compressed by `press`. AdaKV's masks are left on the
+        layers."""
         cache = self.copy()
         press.post_init_from_model(self.model)
         for layer, kwargs in zip(self.layers, self._seen, strict=True):
@@ -183,7 +184,7 @@ def forced_states(model: Any, cache: Any, start: int, forced: list[int], at_once
 
 
 def run(job: dict[str, Any], check: bool) -> Iterator[Record]:
-    """The records of a job. Raises JobError for one that cannot be run."""
+    """Yields the records of a job. Raises JobError for one that cannot be run."""
     presses = job.get("presses", ())
     if not presses or set(presses) - set(PRESSES):
         raise JobError(f"the presses are {list(presses)}; choose from {', '.join(PRESSES)}")
@@ -205,7 +206,7 @@ def run(job: dict[str, Any], check: bool) -> Iterator[Record]:
 def run_mode(
     model: Any, presses: list[str], parts: dict[str, Any], check: bool
 ) -> Iterator[Record]:
-    """The records of one item in one mode, the uncompressed one first."""
+    """Yields the records of one item in one mode, the uncompressed one first."""
     prompt, forced = parts["prompt"], parts["forced"]
     steps = scored_steps(forced, parts["scored"])
     gold = torch.tensor([forced[s] for s in steps])
@@ -240,8 +241,8 @@ def run_mode(
 def cross_check(
     model: Any, press: Any, prompt: list[int], logits: Any, gold: Tensor, nll: float, what: str
 ) -> None:
-    """The same the official way: `with press(model)` around a prefill of its own, then one token
-    a pass. Raises RuntimeError if its NLL is another."""
+    """Does the same the official way: `with press(model)` around a prefill of its own, then one
+    token a pass. Raises RuntimeError if its NLL is another."""
     from transformers import DynamicCache
 
     cache = DynamicCache()

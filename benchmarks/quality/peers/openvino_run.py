@@ -65,8 +65,8 @@ class Sizes(NamedTuple):
 
 
 def sizes(kept: int, crush: bool) -> Sizes:
-    """The sizes with which a request holds at most `kept` tokens in whole blocks. Raises Unfit if
-    there is no room for a block besides the first, the recent and the one being filled."""
+    """Returns the sizes with which a request holds at most `kept` tokens in whole blocks. Raises
+    Unfit if there is no room for a block besides the first, the recent and the one being filled."""
     blocks = kept // BLOCK
     crush_blocks = max(1, round(CRUSH_SHARE * blocks)) if crush else 0
     size = (blocks - 1 - crush_blocks) * BLOCK
@@ -79,7 +79,8 @@ def sizes(kept: int, crush: bool) -> Sizes:
 
 
 def question(parts: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """What is read (the prompt and the answer's opening) and the gold answer, as token ids."""
+    """Returns what is read (the prompt and the answer's opening) and the gold answer, as token
+    ids."""
     forced, scored = parts["forced"], parts["scored"]
     if len(forced) != len(scored) or not any(scored):
         raise JobError("each forced token needs a mark whether it is scored, and one must be")
@@ -96,7 +97,8 @@ def question(parts: dict[str, Any]) -> tuple[list[int], list[int]]:
 
 
 def model_directory(model: pathlib.Path) -> pathlib.Path:
-    """The model in OpenVINO's format; the demo model is converted if it has not been yet."""
+    """Returns the model in OpenVINO's format; the demo model is converted if it has not been
+    yet."""
     if (model / "openvino_model.xml").exists():
         return model
     if model.name != DEMO:
@@ -193,8 +195,8 @@ class Pipeline:
         )
 
     def generate(self, prompt: list[int], count: int) -> tuple[list[int], list[int]]:
-        """Greedy continuation of `prompt` by `count` tokens, and the tokens' worth of blocks held
-        after each step."""
+        """Returns the greedy continuation of `prompt` by `count` tokens, and the tokens' worth of
+        blocks held after each step."""
         import openvino
         import openvino_genai as genai
 
@@ -225,8 +227,8 @@ class Task(NamedTuple):
 
 
 def plan(job: dict[str, Any]) -> tuple[dict[Sizes, list[Task]], list[Record]]:
-    """What is to be run, by setting (each needs a pipeline of its own), and the records of what
-    cannot be."""
+    """Returns what is to be run, by setting (each needs a pipeline of its own), and the records of
+    what cannot be."""
     tasks: dict[Sizes, list[Task]] = defaultdict(list)
     skipped = []
     for item in job["items"]:
@@ -253,7 +255,7 @@ def plan(job: dict[str, Any]) -> tuple[dict[Sizes, list[Task]], list[Record]]:
 
 
 def run(job: dict[str, Any]) -> Iterator[Record]:
-    """The records of a job. Raises JobError for one that cannot be run."""
+    """Yields the records of a job. Raises JobError for one that cannot be run."""
     tasks, skipped = plan(job)
     yield from skipped
     if not tasks:

@@ -1,4 +1,4 @@
-"""A policy that fails or dawdles while a file says so: what alerts are for."""
+"""A policy that fails, dawdles, forgets or leaks while a file says so: what alerts are for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from vllm_kvcrush.policies import Policy, View
@@ -22,12 +23,18 @@ class Faulty(Policy):
     name: ClassVar[str] = "faulty"
     needs: ClassVar[frozenset[str]] = frozenset({"queries"})
 
+    leaked: ClassVar[list[Tensor]] = []
+
     def score(self, view: View) -> Tensor:
-        """Raises or sleeps once a compaction, as the control file says."""
+        """Raises, sleeps or leaks a megabyte once a compaction, or prefers what the window does not
+        look at, as the control file says."""
         control = pathlib.Path(os.environ[CONTROL])
         fault = control.read_text(encoding="utf-8") if control.exists() else ""
         if view.layer == 0 and fault == "raise":
             raise RuntimeError("this policy was told to fail")
         if view.layer == 0 and fault == "sleep":
             time.sleep(1)
-        return view.window_scores()
+        if view.layer == 0 and fault == "leak":
+            self.leaked.append(torch.ones(2**18))
+        scores = view.window_scores()
+        return -scores if fault == "forget" else scores

@@ -28,13 +28,12 @@ if os.environ.get("KVCRUSH_V2_TESTS"):
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_launches(interpreter: None) -> None:
-    """Skips a step of the interpreter: after a launch it copies every argument's whole storage back
-    to the device, which is the same memory here.
-    Also keeps vLLM's buffers from asking for pinned memory."""
+    """Does what the folder `shim` does in other processes of vLLM, and keeps vLLM's buffers from
+    asking for pinned memory."""
     import vllm.v1.worker.cpu.shm  # noqa: F401
-    from triton.runtime.interpreter import GridExecutor
+    from kvcrush_cpu_triton import quick
 
-    GridExecutor._restore_args_dev = lambda *_: None
+    quick.install()
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,27 @@ class Step(NamedTuple):
     slots: list[int]  # of this step's tokens
 
 
+def arguments(
+    model: str, blocks: int = 64, tables: str | None = None, **kvcrush: Any
+) -> dict[str, Any]:
+    """Returns the arguments of an `LLM` with a tiny model and a pool of so many blocks."""
+    config = INTERVALS | {"clients": CLIENTS} | ({"tables": tables} if tables else {})
+    own = {"policy": "none", "config": config, "budget": 96, "min_tokens": 0, **kvcrush}
+    return {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": BLOCK,
+        "max_model_len": 512,
+        "kv_cache_memory_bytes": blocks * LAYERS * KV_HEADS * BLOCK * 2 * HEAD_SIZE * 4,
+        "max_num_batched_tokens": 128,
+        "max_num_seqs": 6,
+        "disable_log_stats": False,
+        "additional_config": {"kvcrush": own},
+    }
+
+
 @dataclass
 class Answer:
     tokens: list[int]
@@ -55,31 +76,9 @@ class Engine:
 
         vllm.envs.disable_envs_cache()
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(v2))
-        block_bytes = LAYERS * KV_HEADS * BLOCK * 2 * HEAD_SIZE * 4
         with _scheduling(asynchronous):
             self.llm = LLM(
-                model,
-                skip_tokenizer_init=True,
-                dtype="float32",
-                enforce_eager=True,
-                block_size=BLOCK,
-                max_model_len=512,
-                kv_cache_memory_bytes=blocks * block_bytes,
-                max_num_batched_tokens=128,
-                max_num_seqs=6,
-                distributed_executor_backend="uni",
-                disable_log_stats=False,
-                additional_config={
-                    "kvcrush": {
-                        "policy": "none",
-                        "config": INTERVALS
-                        | {"clients": CLIENTS}
-                        | ({"tables": tables} if tables else {}),
-                        "budget": 96,
-                        "min_tokens": 0,
-                        **kvcrush,
-                    }
-                },
+                **arguments(model, blocks, tables, **kvcrush), distributed_executor_backend="uni"
             )
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler

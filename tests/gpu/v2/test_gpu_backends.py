@@ -129,8 +129,10 @@ def test_a_step_neither_copies_nor_moves_what_it_reads(
 
     monkeypatch.setattr(builder, "build", watched)
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in ("int8", "adakv", "none", "kvcrush")]
-    got, _ = compare(ours, v1, (prompts(150, 250, 60, 130, seed=9), 24, extra))
-    assert sum(a.compactions for a in got) >= 6 and len(seen) >= 24
+    got, _ = compare(ours, v1, (prompts(115, 147, 40, 116, seed=9), 20, extra))
+    assert sum(a.compactions for a in got) >= 4
+    assert got[3].compactions == 2, "one of them while decoding"
+    assert len(seen) >= 20
     assert {tuple(addresses) for addresses in seen} == {tuple(seen[0])}
     assert made.names == {"aten::slice.Tensor"}
 
@@ -168,8 +170,10 @@ def test_a_replay_reads_what_was_captured(
     monkeypatch.setattr(builder, "build", replayed)
     policies = ("int8", "keepkv(streaming)@int8", "none", "kvcrush")
     extra: list[dict[str, Any]] = [{"kv_policy": p} for p in policies]
-    got, _ = compare(ours, v1, (prompts(150, 250, 60, 130, seed=11), 24, extra))
-    assert sum(a.compactions for a in got) >= 6 and replays >= 16
+    got, _ = compare(ours, v1, (prompts(115, 147, 40, 116, seed=11), 20, extra))
+    assert sum(a.compactions for a in got) >= 4
+    assert got[3].compactions == 2, "one of them while decoding"
+    assert replays >= 10
     assert all(len(m.batches[0].states) == 4 for m in graphs.values())
 
 
@@ -207,7 +211,7 @@ def test_what_lies_beside_the_pool_is_what_was_said(ours: Engine) -> None:
     assert sum(x.nbytes for x in entries) == side.entries * blocks
     assert runner._ring.kept.nbytes == side.queries
     extra = [{"kv_policy": p} for p in ("h2o", "keepkv(adakv)@int8", "kvcrush", "int4")]
-    ours.run(prompts(300, 280, 250, 200, seed=3), 30, [{"kv_budget": 0.5, **e} for e in extra])
+    ours.run(prompts(170, 160, 150, 140, seed=3), 2, [{"kv_budget": 0.5, **e} for e in extra])
     peaks = runner._peaks
     assert 0 < peaks["gathered"] <= side.compaction
     assert 0 < peaks["running"] <= side.kept * blocks

@@ -96,6 +96,36 @@ def test_pages_say_where_their_tokens_stand(v2: Engine) -> None:
     assert not ledger.failures.total()
 
 
+def test_every_method(v1: Engine, v2: Engine) -> None:
+    """Each in one request of one run, with several codecs and wrappers."""
+    extra = [
+        {"kv_policy": policy}
+        for policy in (
+            *("lacache", "knorm@int8", "kvcrush(keydiff)", "lagkv@int4", "infinipot", "tova"),
+            *("expected_attention", "gkv", "rkv@int8", "critic", "fair(gui_kv)", "rerotate"),
+        )
+    ]
+    job: tuple[Any, ...] = (prompts(*[150] * len(extra), seed=3), 20, extra)
+    got, want = v2.run(*job), v1.run(*job)
+    assert all(answer.compactions >= 1 for answer in want)
+    assert_equal(got, want)
+
+
+def test_methods_that_divide_layers_or_merge(v1: Engine, v2: Engine) -> None:
+    """Each by its name, together in one batch."""
+    every = ("pyramidkv", "cake", "duo", "surfacelogic", "d2o", "cam", "composed", "fair(duo)")
+    extra: list[dict[str, Any]] = [{"kv_policy": policy, "kv_budget": 96} for policy in every]
+    job: tuple[Any, ...] = (prompts(*[200] * len(every), seed=3), 12, extra)
+    ledger = Ledger(v2.runner)
+    try:
+        got = v2.run(*job)
+    finally:
+        ledger.close()
+    assert_equal(got, v1.run(*job))
+    assert ledger.unequal and not ledger.failures.total()
+    assert all(answer.compactions >= 2 for answer in got)
+
+
 @pytest.mark.parametrize("policy", ["adakv", "keepkv(adakv)"])
 def test_heads_that_keep_unequal_numbers(
     policy: str, v1: Engine, v2: Engine, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,5 @@
 """Calibration: takes statistics of a model's keys, and of what errors in them would cost, on some
-text, and writes transform tables.
+text, and writes transform tables, and what each codec loses with them on other text.
 
 It runs the model in transformers, on the CPU, in float32. It knows no model type: queries and keys
 are taken where attention gets them, and RoPE is undone after a check that it is the one that the
@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush import paths
+from vllm_kvcrush.codecs.layout import SINKS
+from vllm_kvcrush.codecs.transform import losses
 from vllm_kvcrush.codecs.transform import tables as transform_tables
+from vllm_kvcrush.codecs.transform import texts as package_texts
 from vllm_kvcrush.codecs.transform.fit import Statistics, fit
-from vllm_kvcrush.codecs.transform.points import POINTS, SINKS, OperatingPoint, TablesError, horizon
+from vllm_kvcrush.codecs.transform.points import POINTS, OperatingPoint, TablesError, horizon
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import ModelShape, model_config
 
@@ -31,6 +34,8 @@ CONTEXT, QUESTION, EXCERPTS = 1536, 512, 4
 # More tokens than this change nothing that can be measured.
 MOST_TOKENS = 4096
 FEWEST_TOKENS = 512
+# The same of the excerpts on which losses are measured.
+HELD_OUT = 1024, 256, 4
 
 # Openings of the model's own samples: prose, code, tables, numbers, markup, a chat.
 OPENINGS = (
@@ -76,7 +81,7 @@ class Probe:
         self.model = ModelShape.from_config(self.config, folder.resolve().name)
         self.rope = Rope.from_config(self.config)
         self._layers: dict[int, tuple[Tensor, Tensor, Tensor]] | None = None
-        self._past: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._past: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
         AttentionInterface.register(self.ATTENTION, self.attention)
         AttentionMaskInterface.register(self.ATTENTION, sdpa_mask)
         try:
@@ -101,7 +106,7 @@ class Probe:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         if self._past is not None:
-            keys, values, kept = self._past
+            keys, values, kept, bias = self._past
             layer, m, n = module.layer_idx, query.shape[2], keys.shape[2]
             key = torch.cat([keys[layer][None], key], 2)
             value = torch.cat([values[layer][None], value], 2)
@@ -109,6 +114,10 @@ class Probe:
             if kept is not None:
                 mask[..., :n] &= kept[layer][:, None]
             groups = query.shape[1] // key.shape[1]
+            if bias is not None:
+                hidden = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+                hidden[..., :n] += bias[layer][:, None]
+                mask = hidden
             mask = mask.repeat_interleave(groups, 0)[None]
         if self._layers is not None:
             self._layers[module.layer_idx] = query[0], key[0], value[0]
@@ -138,6 +147,7 @@ class Probe:
         start: int,
         tokens: Sequence[int],
         kept: Tensor | None = None,
+        log_bias: Tensor | None = None,
     ) -> Tensor:
         """Returns log-probabilities [m, vocabulary] after each of m tokens that attend to a cache
         and, causally, to one another.
@@ -147,8 +157,10 @@ class Probe:
             start: position of the first token.
             tokens: m token ids.
             kept: bool [L, H, n]; the cache's other tokens are hidden.
+            log_bias: [L, H, n], added to the logits of the cache's tokens, or None.
         """
-        self._past, places = (keys, values, kept), torch.arange(start, start + len(tokens))
+        past = keys, values, kept, log_bias
+        self._past, places = past, torch.arange(start, start + len(tokens))
         try:
             logits = self.network(
                 input_ids=torch.tensor([list(tokens)]),
@@ -307,6 +319,54 @@ def _unloadable(folder: pathlib.Path, config: Any, error: Exception) -> str:
     return f"{folder} does not load in transformers ({why})."
 
 
+def read(text: str | os.PathLike[str] | None) -> str | None:
+    """Returns the content of a UTF-8 file, or None without one. Raises TablesError."""
+    if text is None:
+        return None
+    try:
+        return pathlib.Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise TablesError(f"{text} cannot be read as UTF-8 text: {error}.") from None
+
+
+def tokens_of(
+    probe: Probe,
+    content: str | None,
+    text: str | os.PathLike[str] | None,
+    progress: Callable[..., Any],
+) -> list[int]:
+    """Returns the token ids of a file's content, or of the model's own samples. Raises TablesError
+    for a file that is too short."""
+    if content is None:
+        return [token for sample in probe.samples(progress) for token in sample]
+    tokens = probe.tokenizer.encode(content, add_special_tokens=False)[:MOST_TOKENS]
+    if len(tokens) < FEWEST_TOKENS:
+        raise TablesError(f"{text} has only {len(tokens)} tokens: give at least {FEWEST_TOKENS}.")
+    return list(tokens)
+
+
+def held_out(
+    probe: Probe, content: str | None, text: str | os.PathLike[str] | None
+) -> tuple[list[tuple[list[int], list[int]]], str]:
+    """Returns pairs of a context and a question over it that tables are not fitted to, and a name
+    for them: the rest of a file that is long enough, or else descriptions of packages."""
+    context, question, count = HELD_OUT
+    if content is not None:
+        ids = probe.tokenizer.encode(content, add_special_tokens=False)[MOST_TOKENS:]
+        if len(ids) >= context + question:
+            rest = probe.tokenizer.decode(ids)
+            return _excerpts(probe, [rest]), f"{count} excerpts of {pathlib.Path(str(text)).name}"
+    names = " and ".join(package_texts.PACKAGES)
+    return _excerpts(probe, package_texts.held_out()), f"{count} excerpts of READMEs of {names}"
+
+
+def _excerpts(probe: Probe, held: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+    def encode(body: str) -> list[int]:
+        return list(probe.tokenizer.encode(body, add_special_tokens=False))
+
+    return package_texts.excerpts(held, encode, *HELD_OUT)
+
+
 def calibrate(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -323,21 +383,9 @@ def calibrate(
         points: the operating points to fit tables for.
         progress: called with an iterable and a label, as `bar`; returns the iterable.
     """
-    content = None
-    if text is not None:
-        try:
-            content = pathlib.Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise TablesError(f"{text} cannot be read as UTF-8 text: {error}.") from None
+    content = read(text)  # before the model, which may take minutes to load
     probe = Probe(path)
-    if content is None:
-        tokens = [token for sample in probe.samples(progress) for token in sample]
-    else:
-        tokens = probe.tokenizer.encode(content, add_special_tokens=False)[:MOST_TOKENS]
-        if len(tokens) < FEWEST_TOKENS:
-            raise TablesError(
-                f"{text} has only {len(tokens)} tokens: give at least {FEWEST_TOKENS}."
-            )
+    tokens = tokens_of(probe, content, text, progress)
     texts = excerpts(tokens)
     digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
     statistics = take_statistics(probe, texts, progress)
@@ -345,5 +393,8 @@ def calibrate(
     tables = [
         fit(statistics, point, probe.rope, far) for point in progress(points, "fitting tables")
     ]
-    transform_tables.save(out, probe.model, tables, digest)
+    held, about = held_out(probe, content, text)
+    by_name = {t.point.name: t for t in tables}
+    found = losses.measure(probe, held, by_name, about, progress)
+    transform_tables.save(out, probe.model, tables, digest, found)
     return probe.model

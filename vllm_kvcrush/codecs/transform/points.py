@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# A request's first tokens draw attention whatever the query: they are always exceptions.
-SINKS = 4
-
 
 class TablesError(ValueError):
     """Transform tables cannot be made or used; the message is one sentence for a user."""

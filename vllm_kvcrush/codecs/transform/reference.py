@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush.codecs import layout
+from vllm_kvcrush.codecs.layout import SINKS
 from vllm_kvcrush.codecs.reference import hadamard, int8, signs
 from vllm_kvcrush.codecs.transform.bits import quantiser
-from vllm_kvcrush.codecs.transform.points import SINKS
 from vllm_kvcrush.codecs.transform.tables import HeadTables, Tables
 
 SCALE_STEPS = 16  # value scales: steps per octave
@@ -78,8 +78,10 @@ def encode_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     q = quantiser(bits)
     codes = (y / (norm.clamp(min=tiny) * q.step) + q.middle).round().clamp(0, 2 * q.middle)
     c = codes - q.middle
-    # The scale with the least error for these codes.
-    scale = (y * c).sum(-1) / c.square().sum(-1).clamp(min=tiny)
+    # What is read back is as long as the value. The scale with the least error, y·c / c·c, shrinks
+    # all values alike, which adds up over many tokens; y·y / y·c, which shrinks no sum, is too loud
+    # where bits are few. This is the geometric mean of the two.
+    scale = (y.square().sum(-1) / c.square().sum(-1).clamp(min=tiny)).sqrt()
     byte = SCALE_ZERO + (SCALE_STEPS * scale.clamp(min=tiny).log2()).round()
     byte = byte.clamp(1, 255).where(norm[..., 0] > 0, torch.zeros_like(scale))
     return codes.to(torch.uint8), byte.to(torch.uint8)

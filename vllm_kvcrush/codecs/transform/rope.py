@@ -57,6 +57,14 @@ class Rope:
             frequencies = _scaled(frequencies, kind, settings)
         return cls(frequencies)
 
+    @classmethod
+    def if_known(cls, config: Mapping[str, Any]) -> Rope | None:
+        """Returns what `from_config` does, or None for an embedding that it does not know."""
+        try:
+            return cls.from_config(config)
+        except (TablesError, KeyError):
+            return None
+
     @property
     def size(self) -> int:
         """Returns the head size D."""
@@ -66,6 +74,18 @@ class Rope:
         """Returns `x` [..., n, D] rotated by `positions` [..., n]; negative ones rotate back."""
         angle = positions.to(torch.float64)[..., None] * self.frequencies
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def averaged(self, x: Tensor, first: Tensor, count: int) -> Tensor:
+        """Returns the mean of `x` [..., n, D] over the rotations by `first`, `first` + 1, ...,
+        `first` + `count` - 1, where `first` is [..., n]."""
+        half = 0.5 * self.frequencies.to(x.device)
+        # The sum of a geometric series of phases.
+        ratio = (count * half).sin() / (count * half.sin())
+        length = torch.where(half.sin() == 0, 1.0, ratio)
+        angle = (first.to(torch.float64)[..., None] + 0.5 * (count - 1)) * 2 * half
+        cos, sin = (angle.cos() * length).to(x.dtype), (angle.sin() * length).to(x.dtype)
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 

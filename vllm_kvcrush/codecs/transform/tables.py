@@ -20,6 +20,7 @@ from torch import Tensor
 from vllm_kvcrush import paths
 from vllm_kvcrush.codecs import FITTED, layout
 from vllm_kvcrush.codecs.transform.bits import MAX_BITS, quantiser
+from vllm_kvcrush.codecs.transform.losses import Losses
 from vllm_kvcrush.codecs.transform.points import (
     POINTS,
     OperatingPoint,
@@ -193,23 +194,40 @@ class ModelShape:
         return ""
 
 
-def default_path(config: Mapping[str, Any]) -> pathlib.Path | None:
+def default_path(
+    config: Mapping[str, Any], folder: str = "tables", suffix: str = ".safetensors"
+) -> pathlib.Path | None:
     """Returns the path of a model's tables unless another is given: a name that depends on the
     model's shape. Returns None where nothing is kept, see `paths.cache_root`. Raises TablesError
     for a model that transform coding cannot be used with.
 
     Args:
         config: content of the model's config.json.
+        folder, suffix: where, and of what kind, another file about the model is.
     """
     model = ModelShape.from_config(config)
     described = json.dumps([getattr(model, f.name) for f in fields(model)[1:]])
     name = hashlib.sha256(described.encode()).hexdigest()[:16]
     root = paths.cache_root()
-    return None if root is None else root / "tables" / f"{name}.safetensors"
+    return None if root is None else root / folder / f"{name}{suffix}"
 
 
 # `plan.Packing.pages` of each codec, by its name.
 Packings = dict[str, tuple[tuple[tuple[int, int], ...], ...]]
+
+
+class Summary(NamedTuple):
+    """What a file of tables says about its model.
+
+    Attributes:
+        model: the model.
+        losses: what each codec costs it, or None if that was not measured.
+        packings: how many tokens pages hold.
+    """
+
+    model: ModelShape
+    losses: Losses | None
+    packings: Packings
 
 
 def packings(
@@ -288,6 +306,8 @@ def _packing(
 
 
 _TENSORS = ("key_mean", "forward", "inverse", "cost", "bits", "value_bits")
+_LOSS = "loss."
+_AGAIN = "make it anew with `vllm-kvcrush calibrate`"
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -300,23 +320,32 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def save(
-    path: str | os.PathLike[str], model: ModelShape, tables: Sequence[Tables], text: str
+    path: str | os.PathLike[str],
+    model: ModelShape,
+    tables: Sequence[Tables],
+    text: str,
+    losses: Losses | None = None,
 ) -> None:
-    """Writes the tables of several points to one file.
+    """Writes the tables of several points to one file. Raises TablesError if it cannot be written.
 
     Args:
         text: digest of the text that they were calibrated on.
+        losses: what each codec costs the model, if it was measured.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {
         f"{t.point.name}.{name}": getattr(t, name).contiguous() for t in tables for name in _TENSORS
     }
+    if losses is not None:
+        tensors |= {f"{_LOSS}{codec}": own.float() for codec, own in losses.loss.items()}
     about = {
         "version": VERSION,
         "model": asdict(model),
         "points": [asdict(t.point) for t in tables],
         "text": text,
+        "losses_of": None if losses is None else losses.text,
         "sha256": _digest(tensors),
     }
     # One entry, because safetensors writes several in any order, and equal tables should give equal
@@ -326,9 +355,44 @@ def save(
     try:
         save_file(tensors, work, metadata=meta)
         os.replace(work, path)
+    # safetensors has an error of its own for a full disk.
+    except (OSError, SafetensorError) as error:
+        raise TablesError(
+            f"Could not write {os.fspath(path)} ({error}): make room there, or name another file "
+            "with --out."
+        ) from error
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(work)
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns the description and the tensors of a file. Raises TablesError for one that is
+    missing, damaged, or foreign."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+            if about is None:
+                raise TablesError(f"{path} holds no transform tables: {_AGAIN}.")
+            if about["version"] != VERSION:
+                raise TablesError(
+                    f"{path} has version {about['version']} of the tables, this release reads "
+                    f"{VERSION}: {_AGAIN}."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about["model"] = ModelShape(**about["model"])
+            about["points"] = {p["name"]: OperatingPoint(**p) for p in about["points"]}
+    except FileNotFoundError:
+        raise TablesError(f"{path} does not exist: {_AGAIN}.") from None
+    except TablesError:
+        raise
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        raise TablesError(f"{path} is damaged or no file of tables: {_AGAIN}.") from None
+    if _digest(tensors) != about["sha256"]:
+        raise TablesError(f"{path} is damaged: {_AGAIN}.")
+    return about, tensors
 
 
 def load(path: str | os.PathLike[str], config: Mapping[str, Any], point: str) -> Tables:
@@ -339,39 +403,48 @@ def load(path: str | os.PathLike[str], config: Mapping[str, Any], point: str) ->
         config: content of the model's config.json.
         point: name of the point, such as "tc8".
     """
-    from safetensors import SafetensorError, safe_open
-
-    again = "make it anew with `vllm-kvcrush calibrate`"
     mine = ModelShape.from_config(config)
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
-            if about is None:
-                raise TablesError(f"{path} holds no transform tables: {again}.")
-            if about["version"] != VERSION:
-                raise TablesError(
-                    f"{path} has version {about['version']} of the tables, this release reads "
-                    f"{VERSION}: {again}."
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            theirs = ModelShape(**about["model"])
-            points = {p["name"]: OperatingPoint(**p) for p in about["points"]}
-    except FileNotFoundError:
-        raise TablesError(f"{path} does not exist: {again}.") from None
-    except TablesError:
-        raise
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
-        raise TablesError(f"{path} is damaged or no file of tables: {again}.") from None
-    if _digest(tensors) != about["sha256"]:
-        raise TablesError(f"{path} is damaged: {again}.")
+    about, tensors = _read(path)
+    theirs, points = about["model"], about["points"]
     if difference := theirs.mismatch(mine):
         raise TablesError(
-            f"{path} was made for {theirs.name or 'another model'} ({difference}): {again} for "
+            f"{path} was made for {theirs.name or 'another model'} ({difference}): {_AGAIN} for "
             "this model."
         )
     if point not in points:
         raise TablesError(
-            f"{path} has no tables for {point}, only for {', '.join(points)}: {again}."
+            f"{path} has no tables for {point}, only for {', '.join(points)}: {_AGAIN}."
         )
     parts = {name: tensors[f"{point}.{name}"] for name in _TENSORS}
     return Tables(points[point], Rope.from_config(config), **parts)
+
+
+def load_losses(path: str | os.PathLike[str]) -> Losses | None:
+    """Returns what each codec costs the model that a file of tables is for, or None if that was not
+    measured. Raises TablesError, as `load` does."""
+    about, tensors = _read(path)
+    own = {
+        name.removeprefix(_LOSS): tensor.double()
+        for name, tensor in tensors.items()
+        if name.startswith(_LOSS)
+    }
+    return Losses(about["losses_of"], own) if own else None
+
+
+def summary(path: str | os.PathLike[str], block_size: int, itemsize: int) -> Summary:
+    """Returns what a file of tables says about its model, whose values have the head size of its
+    keys. Raises TablesError, as `load` does.
+
+    Args:
+        block_size: tokens of a block.
+        itemsize: bytes of a channel.
+    """
+    about, tensors = _read(path)
+    model, size = about["model"], about["model"].size
+    page_bytes = 2 * block_size * size * itemsize
+    found = {}
+    for name, point in about["points"].items():
+        words = tensors[f"{name}.bits"].long().sum(-1) // 32
+        widths = torch.stack([words, tensors[f"{name}.value_bits"].long()], -1)
+        found[name] = _packing(point, widths, page_bytes, size, size, 1)
+    return Summary(model, load_losses(path), found)

@@ -13,7 +13,7 @@ def region_codecs(settings: Settings) -> set[str]:
     """The codecs that regions may have pages of, whichever allowed policy a request names."""
     stored = [settings.storage(name) for name in settings.allow if name != NONE]
     found = {"raw"} if any(kind.pages for kind in stored) else set()
-    for codec in {codec for kind in stored for codec in kind.codecs}:
+    for codec in {codec for kind in stored for codec in settings.codecs_of(kind)}:
         record = CODECS[codec]
         known = not record.needs_tables or codec in settings.fitted
         found.add(codec if known else record.stand_in or codec)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_kvcrush.codecs.transform import tables as transform_tables
 from vllm_kvcrush.codecs.transform.fit import fit
-from vllm_kvcrush.codecs.transform.points import POINTS, TablesError, horizon
+from vllm_kvcrush.codecs.transform.points import POINTS, horizon
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.config import Settings
@@ -106,14 +106,6 @@ class Answer:
         return bool(self._value)
 
 
-def _rope_of(model_config: Any) -> Rope | None:
-    """Returns the model's rotary embedding, for policies, or None if it is not a known one."""
-    try:
-        return Rope.from_config(model_config.hf_text_config.to_dict())
-    except (TablesError, KeyError):
-        return None
-
-
 def _side_bytes(state: WorkerRequest) -> int:
     """Returns the bytes that are kept beside the pages of a request between compactions."""
     kept = (x for by in (*state.kept_state.values(), state.positions) for x in by.values())
@@ -133,7 +125,7 @@ class CompactionMixin(_Base):
         self._settings = Settings.from_dict(vllm_config.additional_config["kvcrush"])
         # Built policies by name; None where one could not be built.
         self._policies: dict[str, Policy | None] = {}
-        self._rope = _rope_of(vllm_config.model_config)
+        self._rope = Rope.if_known(vllm_config.model_config.hf_text_config.to_dict())
         # Requests with an active policy.
         self._requests: dict[str, WorkerRequest] = {}
         self._observe: dict[str, int] = {}
@@ -152,6 +144,9 @@ class CompactionMixin(_Base):
         self._higher = False
         # Compactions of which the device has not told yet whether their choices are sound.
         self._unsettled: list[tuple[str, WorkerRequest, Answer]] = []
+        # What was measured here, by codec, and whether the scheduler does not know it yet.
+        self._losses: dict[str, float] = {}
+        self._untold = False
         # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
         self.on_select: Callable[[Compact, int, Tensor], None] | None = None
 
@@ -233,11 +228,16 @@ class CompactionMixin(_Base):
         self._layers.sort(key=lambda layer: layer.index)
 
     def take_statistics(self) -> None:
-        """Makes the tables of fitted codecs from statistics of the running model, if no file has
-        them. It runs requests, and must be called before there are others."""
+        """Makes the tables of fitted codecs from statistics of the running model, and measures what
+        each codec loses, if no file has them. It runs requests, and must be called before there are
+        others."""
         settings = self._settings
-        if not settings.fitted or settings.tables is not None:
-            return
+        if settings.fitted and settings.tables is None:
+            self._fit_tables()
+        if any(loss is None for loss in settings.losses.values()):
+            self._measure_losses()
+
+    def _fit_tables(self) -> None:
         began = time.perf_counter()
         config = self.model_config.hf_text_config.to_dict()
         rope = Rope.from_config(config)
@@ -254,9 +254,7 @@ class CompactionMixin(_Base):
         RoPE."""
         size, tap = self.cache_config.block_size, self._tap
         assert tap is not None
-        room = (self._layers[0].pages.num_blocks - 1) * size  # vLLM keeps block 0 for itself
-        longest = min(room, self.max_num_tokens, self.model_config.max_model_len - 1)
-        for tokens in statistics.pieces(self.model_config, longest):
+        for tokens in statistics.pieces(self.model_config, min(self._room * size, self._longest)):
             n = len(tokens)
             blocks = list(range(1, 1 + cdiv(n, size)))
             tap.rows = torch.arange(n, device=self.device)
@@ -271,6 +269,75 @@ class CompactionMixin(_Base):
             keys = torch.stack([own.keys for own in held])
             yield tap.take().transpose(1, 2).cpu(), keys.cpu()
 
+    @property
+    def _room(self) -> int:
+        return int(self._layers[0].pages.num_blocks) - 1  # vLLM keeps block 0 for itself
+
+    @property
+    def _longest(self) -> int:
+        """Tokens that one step and one request can have."""
+        return min(self.max_num_tokens, self.model_config.max_model_len - 1)
+
+    def _measure_losses(self) -> None:
+        """Measures `Settings.losses` by compacting contexts to each codec in turn, as requests
+        are."""
+        began, size = time.perf_counter(), self.cache_config.block_size
+        # The context's blocks are read for each codec, and others written.
+        room = self._room // 2 * size
+        found = statistics.excerpts(self.model_config, size, min(room, self._longest))
+        packings = self._settings.packings(self._settings.policy, size)
+        losses = {packing.codec: [0.0] for packing in packings}
+        for context, question in found:
+            n, tokens = len(context), context + question
+            blocks = list(range(1, 1 + self._room))
+            whole = n // size
+            tail = [blocks.pop() for _ in range(cdiv(len(question), size))]
+            exact = self._hidden(statistics.scheduled(tokens, [*blocks[:whole], *tail]))[n:]
+            for packing in packings:
+                # One token again, as only a request that is known can be compacted.
+                self._hidden(statistics.scheduled(tokens, blocks[:whole], n - 1, 1), last=False)
+                step = statistics.compacted(packing, n, blocks, tail, size, len(question))
+                other = self._hidden(step)
+                losses[packing.codec].append(
+                    statistics.divergence(self.get_model().compute_logits, exact, other)
+                )
+        self._peaks = {}
+        if not found:
+            logger.warning(
+                "vllm-kvcrush: the context or the KV cache is too short to measure what codecs "
+                "lose on this model: %s takes them in the order %s.",
+                self._settings.policy,
+                ", ".join(losses),
+            )
+            return
+        # Only one rank may have logits, and all must choose alike.
+        means = {codec: sum(own) / len(found) for codec, own in losses.items()}
+        self._losses = get_tp_group().broadcast_object(means, src=0)
+        self._untold = True
+        logger.info(
+            "vllm-kvcrush: measured in %.1f s what codecs lose on this model, in nats a token "
+            "(KL divergence): %s.",
+            time.perf_counter() - began,
+            ", ".join(f"{codec} {loss:.4f}" for codec, loss in self._losses.items()),
+        )
+
+    @torch.inference_mode()
+    def _hidden(self, step: Any, last: bool = True) -> Tensor:
+        """Runs a step of one request, its last one if so said, and returns the hidden states of its
+        tokens."""
+        found: list[Tensor] = []
+        model = self.get_model()
+        hook = model.register_forward_hook(lambda model, given, states: found.append(states))
+        try:
+            self.execute_model(step)
+        finally:
+            hook.remove()
+        states = found[-1][: step.total_num_scheduled_tokens].clone()
+        self.sample_tokens(None)
+        if last:
+            self.execute_model(statistics.finished())
+        return states
+
     # -- one step -------------------------------------------------------------------------------
 
     def _begin_step(self, scheduler_output: Any) -> list[Command]:
@@ -283,8 +350,9 @@ class CompactionMixin(_Base):
         self._settle()
         for request_id, own in told.admitted.items():
             policy = self._policy(own.policy)
+            plan = own.plan.with_losses(self._losses)
             self._requests[request_id] = WorkerRequest(
-                own.policy, policy, own.plan, own.spans, own.protect
+                own.policy, policy, plan, own.spans, own.protect
             )
         self._observe = told.observe
         return told.commands
@@ -324,12 +392,17 @@ class CompactionMixin(_Base):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         output = super().sample_tokens(grammar_output)
-        if (self._compacted or self._failures or self._higher) and output is not None:
+        news = self._compacted or self._failures or self._higher or self._untold
+        if news and output is not None:
             # An asynchronous output wraps the real one, in V2 and in V1 under different names.
             inner = getattr(output, "model_runner_output", output)
             inner = getattr(inner, "_model_runner_output", inner)
-            inner.kvcrush = WorkerReport(self._compacted, self._failures, dict(self._peaks))
-            self._compacted, self._failures, self._higher = [], [], False
+            losses = self._losses if self._untold else {}
+            inner.kvcrush = WorkerReport(
+                self._compacted, self._failures, dict(self._peaks), dict(losses)
+            )
+            self._compacted, self._failures = [], []
+            self._higher = self._untold = False
         return output
 
     # -- observation window ---------------------------------------------------------------------
@@ -379,6 +452,7 @@ class CompactionMixin(_Base):
             other = self._requests[command.same_as]
             state.region, state.finer = other.region, other.finer
             state.kept_state, state.positions = other.kept_state, other.positions
+            state.layer_state = other.layer_state
             for done in self._compacted:
                 if done.request_id == command.same_as:
                     held, evicted = done.held, done.evicted
@@ -423,6 +497,7 @@ class CompactionMixin(_Base):
             state.region.uploaded = None  # others may have the same
         state.region = move.target if state.owns_pages else None
         state.kept_state, state.positions = move.kept_state, move.positions
+        state.layer_state = move.layer_state
         state.finer = move.finer
         self._holds("gathered", move.gathered)
         if state.kept_state or state.positions:

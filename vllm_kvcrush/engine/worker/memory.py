@@ -14,8 +14,11 @@ from vllm_kvcrush.engine.worker.allowed import (
     region_codecs,
 )
 
-_RUNS = 6  # kinds of pages that a directory tells apart; a test holds it against the kernels'
+_RUNS = 8  # kinds of pages that a directory tells apart; a test holds it against the kernels'
 _WORD = 4
+# What gear's factors, grids and single channels are found in, in copies of the keys and values that
+# fill its pages: `ops.triton.codecs.gear`.
+_GEAR_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class SideMemory:
         queries: the last queries of each request.
         compaction: the keys and values, in float32, of a layer of the longest request: once as its
             policy sees them, once as it merges them, if an allowed one does, and once on their way
-            into new pages; and the old and the new region. What a policy computes is not in it.
+            into new pages, several times where these may be gear's; and the old and the new region.
+            What a policy computes is not in it.
         entries: of each block of the pool, the directory's.
         kept: of each block of the pool, what is kept of the tokens in it: true positions, which any
             request may ask for, and running state (a number a token) and log biases, where an
@@ -93,6 +97,7 @@ class SideMemory:
         query = sizes.layers * sizes.heads * sizes.head_size * sizes.itemsize
         queries = sizes.requests * settings.window * query if needs_queries(settings) else 0
         copies = 2 + has_biases(settings)
+        copies += _GEAR_COPIES * ("gear" in region_codecs(settings))
         compaction = copies * sizes.kv_heads * tokens * 2 * sizes.head_size * _WORD
         directory = entries = 0
         if owned:

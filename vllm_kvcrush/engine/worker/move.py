@@ -9,7 +9,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 
 from vllm_kvcrush import ops
 from vllm_kvcrush.codecs.transform.rope import Rope
@@ -73,6 +76,7 @@ class Move:
         queries: queries of the observation window, `[layers, query_heads, window, size]`; the
             caller sets them before `run` if `scores` and the policy needs them.
         kept_state: by name and layer, what the policy remembers about the survivors, [H, k, ...].
+        layer_state: by layer and name, what it remembers about the layer, [H, c].
         positions: by layer, positions of the survivors, int32 [H, k]; empty unless they are kept.
         finer: number of leading slots of the new region that are in the finer of two codecs.
         sound: `Choice.sound` of each layer's choice.
@@ -126,6 +130,8 @@ class Move:
         self.target: Region
         self.queries: Tensor | None = None
         self.kept_state: dict[str, dict[int, Tensor]] = {}
+        self.layer_state: dict[int, dict[str, Tensor]] = {}
+        self._demands: Tensor | None = None
         self.positions: dict[int, Tensor] = {}
         first, finest = self._parts[0], state.plan.packings[:1]
         one_finest = bool(finest) and first.codec == finest[0].codec
@@ -214,9 +220,15 @@ class Move:
                     self._given[index] = given
                 self._saw(view)
             known = [demand for demand in demands if demand is not None]
-            return allocated(policy, torch.stack(known) if known else None, room)
+            found = torch.stack(known) if known else None
+            shares = allocated(policy, found, room)
+            self._demands = found
+            return shares
 
-        return self._guarded(ask)
+        shares = self._guarded(ask)
+        if shares is None:  # a policy that failed, maybe on another rank, has divided nothing
+            self._demands = None
+        return shares
 
     def _guarded(self, ask: Callable[[Policy, Ranks | None], T]) -> T | None:
         """Returns what `ask` returns, or None if the policy failed, here or on another rank."""
@@ -285,6 +297,7 @@ class Move:
         """Keeps state, positions and log biases of a layer's survivors."""
         columns, choice, view = chosen.columns, chosen.choice, chosen.view
         self.sound.append(choice.sound)
+        self.layer_state[index] = choice.layer_state
         for name, value in choice.state.items():
             self.kept_state.setdefault(name, {})[index] = reordered(value, columns)
         if self._state.keeps_positions:
@@ -324,8 +337,9 @@ class Move:
 
     def _saw(self, view: View) -> None:
         held: Any = getattr(view.held, "_held", view.held)
-        if (copies := vars(held).get("_read")) is not None:
-            self.gathered = max(self.gathered, sum(x.nbytes for x in copies))
+        known = vars(held)  # what was read is kept there
+        copies = [*known.get("_read", ()), known.get("keys"), known.get("values")]
+        self.gathered = max(self.gathered, sum(x.nbytes for x in copies if x is not None))
 
     # -- what a policy sees ----------------------------------------------------------------------
 
@@ -364,6 +378,10 @@ class Move:
             true_positions=self._positions(index, known, columns - old),
             spans=state.spans,
             rope=self._rope,
+            computed=self._command.computed,
+            first_head=get_tensor_model_parallel_rank() * self._heads,
+            demands=self._demands,
+            layer_state=state.layer_state.get(index, {}),
         )
         order: Tensor | None = None
         if self._mixed:

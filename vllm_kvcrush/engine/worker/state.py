@@ -31,6 +31,7 @@ class WorkerRequest:
         queries_end: position after the last query that was kept.
         kept_state: by name and layer, what the policy remembers about the region's tokens,
             [H, k, ...].
+        layer_state: by layer and name, what the policy remembers about the layer, [H, c].
         positions: by layer, positions of the region's tokens, int32 [H, k], if they are kept.
         finer: number of leading slots of the region that are in the finer of two codecs.
         failed: whether the log has said that its policy failed.
@@ -47,6 +48,7 @@ class WorkerRequest:
     queries: Tensor | None = None
     queries_end: int = 0
     kept_state: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    layer_state: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     positions: dict[int, Tensor] = field(default_factory=dict)
     finer: int = 0
     failed: bool = False

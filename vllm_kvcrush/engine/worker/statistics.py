@@ -1,10 +1,9 @@
-"""Transform tables without a file: statistics of the running model's own keys and queries,
-taken when the server starts."""
+"""Transform tables and losses without a file: statistics of the running model's own keys and
+queries, and what each codec costs it, taken when the server starts."""
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,29 +12,24 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
+from vllm_kvcrush.codecs.layout import SINKS
+from vllm_kvcrush.codecs.transform import losses, texts
 from vllm_kvcrush.codecs.transform.fit import Statistics
-from vllm_kvcrush.codecs.transform.points import SINKS, TablesError
+from vllm_kvcrush.codecs.transform.points import TablesError
 from vllm_kvcrush.codecs.transform.rope import Rope
+from vllm_kvcrush.engine.commands import Admitted, Compact, StepCommands
+from vllm_kvcrush.plan import Packing, Plan
 
-# Packages that vLLM requires and whose descriptions are long: English with code and lists in it.
-TEXTS = ("openai", "torch")
 TOKENS = 4096  # tokens to read in all
 # Tokens of one request: its first half is read twice in a row, because the second time queries
 # look for what they have seen before, as a question over a context does.
 PIECE = 512
+# Most tokens of a context that losses are measured with, tokens that then attend to it, and number
+# of such excerpts.
+CONTEXT, QUESTION, EXCERPTS = 768, 96, 2
+_LOGITS = 64  # rows of logits that are computed at once
 _REQUEST = "vllm-kvcrush-statistics"
-
-
-def text() -> str:
-    """Returns the text to read: descriptions of installed packages, without paragraphs that have
-    links or markup."""
-    found = []
-    for name in TEXTS:
-        description = importlib.metadata.metadata(name).json.get("description", "")
-        paragraphs = str(description).split("\n\n")
-        plain = [p for p in paragraphs if "](" not in p and "<" not in p and "://" not in p]
-        found.append("\n\n".join(plain)[:TOKENS])
-    return "\n\n".join(found)
+_POLICY = "streaming"  # any: all tokens stay
 
 
 def pieces(model_config: Any, longest: int) -> list[list[int]]:
@@ -45,16 +39,35 @@ def pieces(model_config: Any, longest: int) -> list[list[int]]:
     if half <= SINKS:
         return []
     tokenizer = cached_tokenizer_from_config(model_config)
-    ids = tokenizer.encode(text(), add_special_tokens=False)[: TOKENS // 2]
+    ids = tokenizer.encode(texts.fitting(), add_special_tokens=False)[: TOKENS // 2]
     return [2 * ids[i : i + half] for i in range(0, len(ids) - half + 1, half)]
 
 
-def scheduled(tokens: list[int], blocks: list[int]) -> SchedulerOutput:
-    """Returns the scheduler's output of a step that reads one request whole.
+def excerpts(model_config: Any, block_size: int, longest: int) -> list[tuple[list[int], list[int]]]:
+    """Returns pairs of a context, of whole blocks, and a question over it, as token ids; together
+    they have at most `longest` tokens. Returns an empty list if that is too short."""
+    question = min(QUESTION, longest // 4)
+    context = min(CONTEXT, longest - question) // block_size * block_size
+    if not context or question < 2:
+        return []
+    tokenizer = cached_tokenizer_from_config(model_config)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    return texts.excerpts(texts.held_out(), encode, context, question, EXCERPTS)
+
+
+def scheduled(
+    tokens: list[int], blocks: list[int], computed: int = 0, count: int | None = None
+) -> SchedulerOutput:
+    """Returns the scheduler's output of a step that reads one new request.
 
     Args:
         tokens: the request's token ids.
         blocks: ids of its blocks.
+        computed: how many tokens the blocks hold already.
+        count: how many tokens to read; None for all others.
     """
     params = SamplingParams(temperature=0.0, max_tokens=1)
     new = NewRequestData(
@@ -64,11 +77,63 @@ def scheduled(tokens: list[int], blocks: list[int]) -> SchedulerOutput:
         sampling_params=params,
         pooling_params=None,
         block_ids=(blocks,),
-        num_computed_tokens=0,
+        num_computed_tokens=computed,
         lora_request=None,
         prefill_token_ids=tokens,
     )
-    return _step([new], {_REQUEST: len(tokens)}, set())
+    return _step([new], {_REQUEST: len(tokens) - computed if count is None else count}, set())
+
+
+def compacted(
+    packing: Packing, context: int, blocks: list[int], tail: list[int], block_size: int, count: int
+) -> SchedulerOutput:
+    """Returns the scheduler's output of a step in which a request whose context was read goes on to
+    read `count` tokens, after the context's blocks were compacted.
+
+    Args:
+        packing: of the codec to compact to.
+        context: number of tokens of the context, all of whole blocks.
+        blocks: ids of the context's blocks, and then of free ones to write to.
+        tail: ids of blocks for the tokens to read.
+        block_size: tokens of a block.
+    """
+    raw = context // block_size
+    target = tuple(blocks[raw : raw + packing.blocks(context)])
+    plan = Plan(0.5, context + count, block_size, packings=(packing,))
+    output = _step([], {_REQUEST: count}, set())
+    output.scheduled_cached_reqs = CachedRequestData(
+        req_ids=[_REQUEST],
+        resumed_req_ids=set(),
+        new_token_ids=[],
+        all_token_ids={},
+        new_block_ids=[(tail,)],
+        num_computed_tokens=[context],
+        num_output_tokens=[0],
+    )
+    shift = context - len(target) * block_size
+    output.kvcrush = StepCommands(
+        [Compact(_REQUEST, context, tuple(blocks[:raw]), 0, target, (), 0, shift)],
+        {_REQUEST: Admitted(_POLICY, plan)},
+    )
+    return output
+
+
+def divergence(logits: Callable[[Tensor], Tensor | None], exact: Tensor, other: Tensor) -> float:
+    """Returns the mean divergence of next-token distributions, in nats; NaN on a rank that gets no
+    logits.
+
+    Args:
+        logits: computes logits of hidden states.
+        exact, other: hidden states [m, size] over exact KV, and over what is compared with it.
+    """
+    found = []
+    for first in range(0, len(exact), _LOGITS):
+        own, its = (logits(states[first : first + _LOGITS]) for states in (exact, other))
+        if own is None or its is None:
+            return float("nan")
+        both = own.float().log_softmax(-1), its.float().log_softmax(-1)
+        found.append(losses.divergence(*both))
+    return float(torch.cat(found).double().mean())
 
 
 def finished() -> SchedulerOutput:

@@ -22,6 +22,7 @@ from vllm_kvcrush.ops.cpu.library import (
     threads,
     use_isa,
 )
+from vllm_kvcrush.ops.cpu.merge import merge, nearest_kept, redundancy, spread
 from vllm_kvcrush.ops.cpu.select import REDUCTIONS, mask_slots, represent, top_mask, window_scores
 from vllm_kvcrush.ops.cpu.tables import LayerTable
 
@@ -44,10 +45,14 @@ __all__ = [
     "gather",
     "isa",
     "mask_slots",
+    "merge",
+    "nearest_kept",
     "positions",
     "read",
+    "redundancy",
     "represent",
     "scratch_peak",
+    "spread",
     "store",
     "threads",
     "top_mask",

@@ -212,6 +212,36 @@ def gather(
     key = torch.empty(layer.kv_heads, rows, layer.k_size)
     value = torch.empty(layer.kv_heads, rows, layer.v_size)
     where = torch.empty(layer.kv_heads, rows, dtype=torch.int32) if positions else None
+    _gather(layer, source, flat, start, key, value, where)
+    return key, value, where
+
+
+def gather_keys(layer: Layer, source: Source, counts: Sequence[int]) -> Tensor:
+    """Returns the keys of each head's first `counts` slots, float32 [kv_heads, n, k_size], padded
+    as `gather` does."""
+    key = torch.empty(layer.kv_heads, max(counts), layer.k_size)
+    _gather(layer, source, *_flat(layer, [torch.arange(n) for n in counts]), key, None, None)
+    return key
+
+
+def gather_values(layer: Layer, source: Source, counts: Sequence[int]) -> Tensor:
+    """Returns the values of each head's first `counts` slots, float32 [kv_heads, n, v_size], padded
+    as `gather` does."""
+    value = torch.empty(layer.kv_heads, max(counts), layer.v_size)
+    _gather(layer, source, *_flat(layer, [torch.arange(n) for n in counts]), None, value, None)
+    return value
+
+
+def _gather(
+    layer: Layer,
+    source: Source,
+    flat: Tensor,
+    start: Tensor,
+    key: Tensor | None,
+    value: Tensor | None,
+    where: Tensor | None,
+) -> None:
+    rows = int(start.diff().max())
     check(
         LIBRARY.kvc_gather(
             layer._pointer,
@@ -219,12 +249,11 @@ def gather(
             flat.data_ptr(),
             start.data_ptr(),
             rows,
-            key.data_ptr(),
-            value.data_ptr(),
+            address(key),
+            address(value),
             address(where),
         )
     )
-    return key, value, where
 
 
 def fill(

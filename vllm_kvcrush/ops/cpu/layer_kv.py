@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush.ops.cpu.cache import Layer, Source
-from vllm_kvcrush.ops.cpu.kernels import gather, positions
+from vllm_kvcrush.ops.cpu.kernels import gather_keys, gather_values, positions
 from vllm_kvcrush.ops.cpu.library import per_row
 from vllm_kvcrush.ops.cpu.select import window_scores
 
@@ -43,20 +43,15 @@ class LayerKV:
         return self._layer.pool.device
 
     @cached_property
-    def _read(self) -> tuple[Tensor, Tensor]:
-        slots = [torch.arange(n) for n in self.counts]
-        return gather(self._layer, self._source, slots, positions=False)[:2]
-
-    @property
     def keys(self) -> Tensor:
         """Returns the keys, float32 [H, n, D]; n is the largest count, and rows past a head's own
         are 0."""
-        return self._read[0]
+        return gather_keys(self._layer, self._source, self.counts)
 
-    @property
+    @cached_property
     def values(self) -> Tensor:
         """Returns the values, float32 [H, n, D], padded like `keys`."""
-        return self._read[1]
+        return gather_values(self._layer, self._source, self.counts)
 
     @cached_property
     def positions(self) -> Tensor:

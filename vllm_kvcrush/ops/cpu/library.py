@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_kvcrush.codecs import CODECS
 
-VERSION = 6
+VERSION = 7
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _u8, _i32, _i64, _ptr = ctypes.c_uint8, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -82,6 +82,16 @@ class SourceStruct(ctypes.Structure):
     ]
 
 
+class KeysStruct(ctypes.Structure):
+    _fields_ = [
+        ("data", _ptr),
+        ("stride", _i64),
+        ("heads", _i32),
+        ("size", _i32),
+        ("slots", _i64),
+    ]
+
+
 class PieceStruct(ctypes.Structure):
     _fields_ = [(name, _u8) for name in ("quad", "weight", "word", "first", "bits")]
 
@@ -116,6 +126,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
     "kvc_batch": BatchStruct,
     "kvc_source": SourceStruct,
     "kvc_scoring": ScoringStruct,
+    "kvc_keys": KeysStruct,
 }
 
 
@@ -167,6 +178,10 @@ def _load() -> ctypes.CDLL:
         "kvc_top_mask": [_i64, _i64, _ptr, _ptr, _ptr],
         "kvc_represent": [_i64, _i64, _i64, _ptr, _ptr, _i64, _ptr, _i64],
         "kvc_mask_slots": [_i64, _i64, _ptr, _ptr, _ptr],
+        "kvc_nearest_kept": [_ptr, _ptr, _ptr, _ptr, _ptr],
+        "kvc_redundancy": [_ptr, _ptr, ctypes.c_float, _ptr],
+        "kvc_merge": [_ptr, _ptr, _ptr, _ptr],
+        "kvc_spread": [_i32, _i64, _i32, _ptr, _ptr, _i64, _ptr],
     }
     for name, arguments in pointers.items():
         getattr(library, name).argtypes = arguments
@@ -207,14 +222,23 @@ def per_row(numbers: int | Sequence[int] | Tensor, rows: int) -> Tensor:
 
 
 def isa() -> str:
-    """Returns the instruction set in use: "baseline", "avx2", "avx512" or "neon", or "" if
-    KVCRUSH_ISA, read at the first call, names one that cannot be used."""
+    """Returns the instruction set in use: "baseline", "avx2", "avx512", "avx512bf16", "amx" or
+    "neon", or "" if KVCRUSH_ISA, read at the first call, names one that cannot be used."""
     return str(LIBRARY.kvc_isa().decode())
 
 
 def use_isa(name: str) -> None:
     """Makes later calls use the kernels of this instruction set, for tests. Raises ValueError."""
     check(LIBRARY.kvc_use_isa(name.encode()))
+
+
+def runs(name: str) -> bool:
+    """Returns whether this CPU and this library have the kernels of an instruction set."""
+    used = isa()
+    found = bool(LIBRARY.kvc_use_isa(name.encode()) == 0)
+    if used:
+        use_isa(used)
+    return found
 
 
 def threads() -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_kvcrush.ops.cpu.cache import Layer, Source
 from vllm_kvcrush.ops.cpu.library import DTYPES, LIBRARY, ScoringStruct, address, check, per_row
 
-REDUCTIONS = {None: 0, "mean": 1, "max": 2}
+REDUCTIONS = {None: 0, "mean": 1, "max": 2, "greatest": 3}
 
 
 def window_scores(
@@ -36,7 +36,8 @@ def window_scores(
             Log biases of the source are added to the logits.
         mean: whether to take the mean over the window instead of the sum.
         pool, pool_kind: width of the pooling window, 1 for none; "avg" or "max".
-        reduce: "mean" or "max" over the query heads of a KV head, or None.
+        reduce: "mean" or "max" over the query heads of a KV head, or "greatest", the maximum for
+            each query, before the sum over the window; or None.
 
     Returns:
         float32 [kv_heads, m], or [heads, m] without reduction; m is the largest, and scores past a
@@ -51,7 +52,7 @@ def window_scores(
     if pool_kind not in ("avg", "max"):
         raise ValueError(f"pool_kind={pool_kind!r} is not one of avg, max")
     if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce={reduce!r} is not one of mean, max, None")
+        raise ValueError(f"reduce={reduce!r} is not one of mean, max, greatest, None")
     own = per_row(candidates, layer.kv_heads)
     rows = layer.heads if reduce is None else layer.kv_heads
     out = torch.empty(rows, max(0, int(own.max())))

@@ -131,6 +131,8 @@ def encode(
     for run in target.runs if len(target.page) and key.shape[1] else ():
         if layer.variants(run):
             codec = BY_NAME[run]
+            if codec.share is not None:
+                codec.share(layer, codec, target, key, value)
             fill = codec.encode_pages or _encode_pages
             fill(layer, codec, target, key, value, positions)
 

@@ -36,9 +36,18 @@ class Section:
     v_scale: int
     positions: int
     end: int  # of all but the header
+    # Where a page is one chunk: third bits of codes, what tokens share, weights, single channels.
+    k_high: int = 0
+    v_high: int = 0
+    shared: int = 0
+    weights: int = 0
+    singles: int = 0
 
     def __post_init__(self) -> None:
-        starts = (self.k_scale, self.k_middle, self.v_scale, self.positions)
+        starts = (
+            *(self.k_scale, self.k_middle, self.v_scale, self.positions),
+            *(self.shared, self.weights, self.singles),
+        )
         assert all(start % 16 == 0 for start in starts), self
 
 
@@ -71,12 +80,49 @@ def _int4(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) ->
     )
 
 
+def _column_bytes(bits: int, size: int) -> tuple[int, int]:
+    # Of a token's codes, and of their third bits beside them.
+    return size * (4 if bits == 4 else 2) // 8, size // 8 if bits == 3 else 0
+
+
+def _chunk(
+    chunk: layout.Chunk, capacity: int, k_size: int, v_size: int, sizes: tuple[int, ...]
+) -> Section:
+    # sizes: bytes of what tokens share, of scales of K, of V, of weights, and of single channels.
+    (k_row, k_more), (v_row, v_more) = (_column_bytes(chunk.bits, s) for s in (k_size, v_size))
+    starts = [0]
+    rows = (k_row, v_row, k_more, v_more)
+    for size in (*(capacity * row for row in rows), *sizes):
+        starts.append(starts[-1] + -(-size // 16) * 16)
+    k, v, k_high, v_high, shared, k_scale, v_scale, weights, singles, end = starts
+    return Section(
+        *(capacity, k, k_row, v, v_row, k_scale, 0, v_scale, end, end + 2 * capacity),
+        *(k_high, v_high, shared, weights, singles),
+    )
+
+
+def _tada(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
+    sizes = (2 * (k_size + v_size), 2 * capacity, 2 * capacity, 0, 0)
+    return _chunk(layout.TADA, capacity, k_size, v_size, sizes)
+
+
+def _gear(codec: str, capacity: int, k_size: int, v_size: int, itemsize: int) -> Section:
+    own = layout.GEAR
+    shared = 2 * ((2 + own.rank) * k_size + own.rank * v_size)
+    singles = capacity // layout.STRIP * 4 * (k_size // own.per_single)
+    return _chunk(
+        own, capacity, k_size, v_size, (shared, 0, 2 * capacity, 4 * own.rank * capacity, singles)
+    )
+
+
 # Of the codecs whose pages are alike in all heads; of (codec, capacity, k_size, v_size, itemsize).
 SECTIONS: dict[str, Callable[[str, int, int, int, int], Section]] = {
     "raw": _plain,
     "exact": _plain,
     "int8": _int8,
     "int4": _int4,
+    "tada": _tada,
+    "gear": _gear,
 }
 
 

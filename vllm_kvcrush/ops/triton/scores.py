@@ -43,7 +43,8 @@ def window_scores(
             [0, m). Log biases of the source count.
         mean: the mean over the window instead of the sum.
         pool, pool_kind: width of the pooling window, 1 for none; "avg" or "max".
-        reduce: "mean" or "max" over the query heads of a KV head, or None.
+        reduce: "mean" or "max" over the query heads of a KV head, or "greatest", the maximum for
+            each query, before the sum over the window; or None.
 
     Returns:
         float32 [kv_heads, m], or [heads, m] without reduction; m is the largest, and scores past a
@@ -65,7 +66,9 @@ def window_scores(
         raise ValueError(f"candidates of {len(own)} heads for {layer.kv_heads} KV heads")
     most = max(own)
     limits = on_device(tuple(own), device)
-    out = torch.zeros(layer.heads, most, dtype=torch.float32, device=device)
+    greatest = reduce == "greatest"
+    rows_out = layer.kv_heads if greatest else layer.heads
+    out = torch.zeros(rows_out, most, dtype=torch.float32, device=device)
     biased = source.bias is not None and source.log_bias is not None
     width = min(ROWS, max(16, triton.next_power_of_2(window)))
     # The tail's slots, then the pages' of each codec. Keys are the same in all variants of a codec.
@@ -85,7 +88,7 @@ def window_scores(
             source.bias if biased else limits, source.log_bias if biased else lse,
             *layer.tables(), most, source.tail_length, layer.scale, window, layer.block_pages,
             layer.first_page, T=tokens, W=width, GROUP=layer.group, HEADS=layer.heads, TAIL=tail,
-            CODEC=codec, BIAS=biased, DTYPE=DTYPES[layer.dtype], G=geometry,
+            CODEC=codec, BIAS=biased, DTYPE=DTYPES[layer.dtype], G=geometry, GREATEST=greatest,
             num_warps=warps, num_stages=stages, **product_options(layer.wave),
         )  # fmt: skip
     if mean:
@@ -94,10 +97,12 @@ def window_scores(
     past = None
     if min(own) < most:
         past = torch.arange(most, device=device) >= limits.unsqueeze(1)
-        past = past.repeat_interleave(layer.group, 0)
+        past = past.repeat_interleave(rows_out // layer.kv_heads, 0)
     out = _pooled(out, pool, pool_kind, past)
     if past is not None:
         out = out.masked_fill(past, -torch.inf)
+    if greatest:
+        return out
     groups = out.view(layer.kv_heads, layer.group, most)
     return groups.mean(1) if reduce == "mean" else groups.amax(1) if reduce == "max" else out
 

@@ -31,6 +31,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if le (float64 .) 1.0 }}{{ ternary "1.0" (toString .) (eq (float64 .) 1.0) }}{{ else }}{{ int64 . }}{{ end -}}
 {{- end -}}
 
+{{/* The ConfigMap that has rules.yaml; nothing without rules. */}}
+{{- define "kvcrush.rules" -}}
+{{- if .Values.rules.text }}{{ include "kvcrush.name" . }}-rules{{ else }}{{ .Values.rules.configMap }}{{ end -}}
+{{- end -}}
+
 {{/* What `vllm serve --config` reads. */}}
 {{- define "kvcrush.serve" -}}
 {{- $own := dict "model" .Values.model.path "served-model-name" .Values.model.name "host" "0.0.0.0" "port" 8000 "shutdown-timeout" .Values.drainSeconds -}}
@@ -44,6 +49,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $config := deepCopy .config -}}
 {{- if $.Values.tables.file }}{{ $_ := set $config "tables" (printf "/tables/%s" $.Values.tables.file) }}{{ end -}}
 {{- if $config }}{{ $_ := set $own "kv-policy-config" $config }}{{ end -}}
+{{- if include "kvcrush.rules" $ }}{{ $_ := set $own "kv-budget-rules" "/rules/rules.yaml" }}{{ end -}}
 {{- end -}}
 {{- end -}}
 {{- /* Whole numbers of values arrive as floats, which would become 5.36870912e+08. */ -}}

@@ -26,11 +26,19 @@ from vllm_kvcrush.codecs.layout import GROUP
 from vllm_kvcrush.ops.triton.codecs.traits import Traits
 from vllm_kvcrush.ops.triton.config import tile_tokens
 from vllm_kvcrush.ops.triton.kernels import tokens
-from vllm_kvcrush.ops.triton.kernels.encoding import HALF_MAX, inverse, rotate, rounded, to_half
+from vllm_kvcrush.ops.triton.kernels.encoding import (
+    HALF_MAX,
+    fit_tokens,
+    inverse,
+    rotate,
+    rounded,
+    to_half,
+)
 from vllm_kvcrush.ops.triton.kernels.pages import (
     code_words,
     page_loop,
     plane_signs,
+    query_planes,
     token_scales,
 )
 from vllm_kvcrush.ops.triton.kernels.tiles import (
@@ -54,15 +62,7 @@ def _tile(capacity: int, most: int) -> int:
 
 @triton.jit
 def _query(rows, tables, CODEC: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr):
-    """The query's channels 4i + s for s = 0 .. 3: each DTYPE [M, k_pad / 4]."""
-    c = tl.arange(0, G.k_pad // 4) * 4
-    inside = rows.mask[:, None] & (c < G.k_size)[None, :]
-    at = rows.query + rows.at[:, None] + c[None, :]
-    a = tl.load(at, mask=inside, other=0.0).to(DTYPE)
-    b = tl.load(at + 1, mask=inside, other=0.0).to(DTYPE)
-    d = tl.load(at + 2, mask=inside, other=0.0).to(DTYPE)
-    e = tl.load(at + 3, mask=inside, other=0.0).to(DTYPE)
-    return a, b, d, e
+    return query_planes(rows, G, DTYPE)
 
 
 @triton.jit
@@ -218,23 +218,7 @@ def _encode_values(x, pool, page, start, n, T: tl.constexpr, CODEC: tl.constexpr
     AT: tl.constexpr = section(G, CODEC.name)
     t, c = tl.arange(0, T), tl.arange(0, G.v_pad)
     y = rotate(x * rotation_sign(c)[None, :], T, G.v_pad, G.rotation)
-    peak = tl.max(tl.abs(y), 1)
-    best = tl.zeros([T], tl.float32)
-    scale = tl.zeros([T], tl.float32)
-    for k in range(4):
-        # The fractions of the peak that csrc/encode.h tries. Not unrolled: that would spill.
-        clip = tl.where(k == 0, 1.0, tl.where(k == 1, 0.88, tl.where(k == 2, 0.76, 0.66)))
-        levels = y * inverse(peak * clip / 7.5)[:, None] + 7.5
-        levels = rounded(tl.minimum(tl.maximum(levels, 0.0), 15.0)) - 7.5
-        levels = tl.where((c < G.v_size)[None, :], levels, 0.0)
-        product = tl.sum(y * levels, 1)
-        fitted = product / tl.sum(levels * levels, 1)
-        gain = fitted * product
-        scale = tl.where(gain > best, fitted, scale)
-        best = tl.maximum(gain, best)
-    scale = to_half(scale)
-    levels = y * inverse(scale)[:, None] + 7.5
-    levels = rounded(tl.minimum(tl.maximum(levels, 0.0), 15.0))
+    levels, scale = fit_tokens(y, T, G.v_size, G.v_pad, 4)
     b = tl.arange(0, G.v_pad // 2)[None, :]
     row: tl.constexpr = G.v_size // 2
     at = pool.codes + page * G.page_bytes + AT.v + (start + t)[:, None] * row + b

@@ -68,6 +68,8 @@ class Traits:
         encode_pages: the launch that fills pages, if `kernels.compaction.encode_kernel` does not,
             with `encode_keys` and `encode_values`: of (layer, codec, target, key, value,
             positions).
+        share: writes what the tokens of each page share, before `encode_pages` fills them: of
+            (layer, codec, target, key, value).
         own: what this codec's functions know besides.
         loops: attention's loops over its pages: each a function as `pages.page_loop`, in how many
             planes it adds up values (see `kernels.attention`), and whether every variant of the
@@ -119,6 +121,7 @@ class Traits:
     tile: Callable[[int, int], int] = tile_tokens
     scores_tiles: Callable[[Geometry], tuple[int, int, int]] = _scores_tiles
     encode_pages: Callable[..., None] | None = None
+    share: Callable[..., None] | None = None
     own: Any = None
 
     @property

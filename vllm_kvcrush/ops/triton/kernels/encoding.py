@@ -40,6 +40,31 @@ def rotate(x, ROWS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def fit_tokens(y, T: tl.constexpr, SIZE: tl.constexpr, PAD: tl.constexpr, BITS: tl.constexpr):
+    """Grids of tokens in codes around 0: codes [T, PAD] of float32 [T, PAD], of which SIZE columns
+    count, and scales [T]. y is about scale (code - middle)."""
+    top: tl.constexpr = (1 << BITS) - 1
+    real = (tl.arange(0, PAD) < SIZE)[None, :]
+    peak = tl.max(tl.where(real, tl.abs(y), 0.0), 1)
+    best = tl.zeros([T], tl.float32)
+    scale = tl.zeros([T], tl.float32)
+    for k in range(4):
+        # The fractions of the peak that csrc/kernels/codes.h tries. Not unrolled: that would spill.
+        clip = tl.where(k == 0, 1.0, tl.where(k == 1, 0.88, tl.where(k == 2, 0.76, 0.66)))
+        levels = y * inverse(peak * clip / (0.5 * top))[:, None] + 0.5 * top
+        levels = rounded(tl.minimum(tl.maximum(levels, 0.0), 1.0 * top)) - 0.5 * top
+        levels = tl.where(real, levels, 0.0)
+        product = tl.sum(y * levels, 1)
+        fitted = product / tl.sum(levels * levels, 1)
+        gain = fitted * product
+        scale = tl.where(gain > best, fitted, scale)
+        best = tl.maximum(gain, best)
+    scale = to_half(scale)
+    levels = y * inverse(scale)[:, None] + 0.5 * top
+    return rounded(tl.minimum(tl.maximum(levels, 0.0), 1.0 * top)), scale
+
+
+@triton.jit
 def store_positions(
     position, pool, page, first, n, group, OFFSET: tl.constexpr, T: tl.constexpr, G: tl.constexpr
 ):

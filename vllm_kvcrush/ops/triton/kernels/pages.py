@@ -121,6 +121,19 @@ def query_pairs(rows, G: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def query_planes(rows, G: tl.constexpr, DTYPE: tl.constexpr):
+    """The query's channels 4i + s for s = 0 .. 3: each DTYPE [M, k_pad / 4]."""
+    c = tl.arange(0, G.k_pad // 4) * 4
+    inside = rows.mask[:, None] & (c < G.k_size)[None, :]
+    at = rows.query + rows.at[:, None] + c[None, :]
+    a = tl.load(at, mask=inside, other=0.0).to(DTYPE)
+    b = tl.load(at + 1, mask=inside, other=0.0).to(DTYPE)
+    d = tl.load(at + 2, mask=inside, other=0.0).to(DTYPE)
+    e = tl.load(at + 3, mask=inside, other=0.0).to(DTYPE)
+    return a, b, d, e
+
+
+@triton.jit
 def plane_signs(S: tl.constexpr, G: tl.constexpr):
     """float32 [v_pad / 4], rotation_sign of plane S's channels."""
     return rotation_sign(tl.arange(0, G.v_pad // 4) * 4 + S)

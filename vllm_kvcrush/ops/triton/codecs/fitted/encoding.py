@@ -9,7 +9,7 @@ A launch has one codec, and one number of bits for values; programs that find an
 import triton
 import triton.language as tl
 
-from vllm_kvcrush.codecs.transform.points import SINKS
+from vllm_kvcrush.codecs.layout import SINKS
 from vllm_kvcrush.ops.triton.codecs.fitted import tiles
 from vllm_kvcrush.ops.triton.codecs.fitted.tiles import BITS as BITS_AT
 from vllm_kvcrush.ops.triton.codecs.fitted.tiles import (
@@ -216,9 +216,9 @@ def fitted_values_kernel(
     by = tl.where(usual, 1.0 / (tl.where(usual, rms, 1.0) * STEP), 0.0)
     code = rounded(tl.minimum(tl.maximum(y * by[:, None] + 0.5 * top, 0.0), 1.0 * top))
     level = tl.where(real, code - 0.5 * top, 0.0)
-    # What loses least with these codes.
-    scale = tl.where(by > 0, tl.sum(y * level, 1) / tl.sum(level * level, 1), 0.0)
-    byte = 128.5 + 16.0 * tl.log2(tl.where(scale > 0, scale, 1.0))
+    # With it a value keeps its length.
+    scale = tl.where(by > 0, tl.sum(y * y, 1) / tl.sum(level * level, 1), 0.0)
+    byte = 128.5 + 8.0 * tl.log2(tl.where(scale > 0, scale, 1.0))
     byte = tl.minimum(tl.maximum(byte, 1.0), 255.0).to(tl.int32)
     byte = tl.where(scale > 0, byte, 0)
     at = codes + page * G.page_bytes

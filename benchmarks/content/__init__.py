@@ -1,0 +1,1 @@
+"""Measures whether `auto` loses no more than any codec that takes as much memory."""

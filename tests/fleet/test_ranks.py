@@ -1,0 +1,283 @@
+"""Two ranks, by vLLM's own processes and by Ray: what one rank says, and a rank that dies."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from deploy.fleet import ROOT, Fleet, FleetError, answers, fleet, free_port
+from tests.engine.conftest import ids, tiny_model
+from tests.fleet.conftest import NAME, client, server
+from tests.server.conftest import details
+
+__all__ = ["ids", "tiny_model"]
+pytestmark = pytest.mark.server
+PREFIX = "vllm_kvcrush:"
+HERE = pathlib.Path(__file__).parent
+EXACT = ("int8", "int4", "streaming", "snapkv", "h2o", "kvcrush")
+# Sums in another order may round a key to another code, and turn a near tie of the random model.
+FITTED = ("tc6", "auto")
+MOST = 40
+FLAGS = (
+    *("--max-model-len=2048", "--max-num-batched-tokens=512", "--max-num-seqs=16"),
+    *("--kv-cache-memory-bytes=268435456", "--disable-access-log-for-endpoints=/health"),
+)
+OURS = (
+    f"--kv-policy-allow={','.join((*EXACT, *FITTED))}",
+    *("--kv-min-tokens=0", "--kv-policy-config.prefill_interval=256"),
+)
+TENSOR, DATA = "--tensor-parallel-size=2", "--data-parallel-size=2"
+# Ray's node: on 127.0.0.1 it takes the address of another interface, which vLLM then does not find.
+NODE = "127.0.0.2"
+REFUSAL = "current platform cpu does not support ray."
+
+
+@dataclass
+class Ray:
+    """A Ray of one node, and what processes need that are to find it."""
+
+    environment: dict[str, str]
+    process: psutil.Process
+
+
+@pytest.fixture(scope="module")
+def tools() -> str:
+    """Where Ray is: not in .venv, where vLLM would find it in every other test."""
+    command = [ROOT / "scripts" / "deploy_tools.sh", HERE / "ray_on_cpu" / "requirements.txt"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def started_ray(*places: str) -> Iterator[Ray]:
+    """Starts a Ray of this machine alone, with two GPUs that are none."""
+    port = free_port()
+    path = os.pathsep.join(filter(None, (*places, os.environ.get("PYTHONPATH", ""))))
+    environment = {
+        "PYTHONPATH": path,
+        "RAY_ADDRESS": f"{NODE}:{port}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_HOST_IP": NODE,
+        # Ray keeps its sockets there, whose names may not be long.
+        "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-"),
+    }
+    words = ("start", "--head", "--block", f"--port={port}", f"--node-ip-address={NODE}")
+    words += ("--num-cpus=4", "--num-gpus=2", "--include-dashboard=false")
+    words += ("--disable-usage-stats", f"--temp-dir={environment['RAY_TMPDIR']}")
+    log = pathlib.Path(environment["RAY_TMPDIR"], "start.txt")
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ray.scripts.scripts", *words],
+            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        for _ in range(120):
+            assert process.poll() is None, log.read_text()
+            if "Ray runtime started" in log.read_text():
+                break
+            time.sleep(0.5)
+        yield Ray(environment, psutil.Process(process.pid))
+    finally:
+        parts = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        for part in (*parts, psutil.Process(process.pid) if process.poll() is None else None):
+            with contextlib.suppress(psutil.Error, AttributeError):
+                part.kill()
+
+
+@pytest.fixture(scope="module")
+def ray(tools: str) -> Iterator[Ray]:
+    with started_ray(tools, str(HERE / "ray_on_cpu")) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def serving(
+    model: str, *flags: str, ray: Ray | None = None, plain: bool = False
+) -> Iterator[Fleet]:
+    """One server, as replica-0."""
+    environment = dict(ray.environment) if ray else {}
+    if plain and ray:
+        # Of all plug-ins the platform alone.
+        environment["VLLM_PLUGINS"] = "kvcrush_ray_on_cpu"
+    with fleet(model, environment=environment) as made:
+        made.replica(0, *FLAGS, *flags, plain=plain)
+        yield made
+
+
+def prompts(ids: list[int]) -> list[list[int]]:
+    return [ids[900 + 50 * i : 1300 + 50 * i] for i in range(len((*EXACT, *FITTED)))]
+
+
+def said(made: Fleet, ids: list[int]) -> dict[str, tuple[str, Any]]:
+    """What each policy says, and what it kept."""
+    api = client(made, "replica-0")
+    found = {}
+    for policy, prompt in zip((*EXACT, *FITTED), prompts(ids), strict=True):
+        made_of = api.completions.create(
+            model=NAME,
+            prompt=prompt,
+            max_tokens=MOST,
+            temperature=0,
+            extra_body={"kv_policy": policy, "ignore_eos": True},
+        )
+        found[policy] = made_of.choices[0].text, details(made_of)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: str, ids: list[int]) -> dict[str, tuple[str, Any]]:
+    """What one rank says."""
+    with serving(tiny_model, *OURS) as made:
+        found = said(made, ids)
+    assert all(kept["compactions"] >= 1 for _, kept in found.values())
+    return found
+
+
+def holds(made: Fleet, ids: list[int], alone: dict[str, tuple[str, Any]]) -> None:
+    """Holds that a server says what one rank says, has the same limits, and counts once."""
+    found = said(made, ids)
+    turned = [policy for policy in found if found[policy][0] != alone[policy][0]]
+    assert set(turned) <= {*FITTED} and len(turned) <= 1, turned
+    for policy in found:
+        assert found[policy][1] == alone[policy][1], policy
+    api = client(made, "replica-0")
+    for extra, reason in (({"kv_budget": 0.9}, "cap"), ({"kv_policy": "mikv"}, "policy")):
+        with pytest.raises(openai.BadRequestError):
+            api.completions.create(model=NAME, prompt="Hello", extra_body=extra)
+        assert server(made, "replica-0").metric(PREFIX + "refusals_total", reason=reason) == 1
+    watched = server(made, "replica-0")
+    for policy, (_, kept) in found.items():
+        assert watched.metric(PREFIX + "requests_total", policy=policy) == 1
+        compactions = watched.metric(PREFIX + "compactions_total", policy=policy)
+        assert compactions == kept["compactions"], policy
+    assert watched.metric(PREFIX + "policy_failures_total") == 0
+    assert watched.metric(PREFIX + "kv_bytes_held") == 0
+
+
+def dies(made: Fleet, rank: psutil.Process) -> dict[str, Any]:
+    """Kills a rank in mid-request, and returns what its client and its operator see of it."""
+    body = {"model": NAME, "prompt": "Hello " * 200, "max_tokens": 1500, "ignore_eos": True}
+    found: dict[str, Any] = {}
+    with (
+        httpx.Client(trust_env=False, timeout=120, base_url=made.url("replica-0")) as http,
+        http.stream("POST", "/v1/completions", json={**body, "stream": True}) as got,
+    ):
+        found["status"] = got.status_code
+        last, count = "", 0
+        try:
+            for line in got.iter_lines():
+                last, count = line or last, count + bool(line)
+                if count == 3:
+                    rank.kill()
+        except httpx.HTTPError as error:
+            last = type(error).__name__
+    # Of a chunk with an error, which kind it is.
+    found["end"] = [word for word in ("error", "EngineDead", "InternalServerError") if word in last]
+    found["answers"] = answers(made.url("replica-0") + "/health")
+    try:
+        found["code"] = made.running["replica-0"].wait(60)
+    except subprocess.TimeoutExpired:
+        found["code"] = "runs on"
+    return found
+
+
+def ranks(process: psutil.Process, name: str) -> list[psutil.Process]:
+    """The processes of ranks under a process, the last one first."""
+    parts = process.children(recursive=True)
+    named = [part for part in parts if name in " ".join(part.cmdline())]
+    assert named, [part.cmdline() for part in parts]
+    return sorted(named, key=lambda part: " ".join(part.cmdline()), reverse=True)
+
+
+def test_tensor_parallel_processes(
+    tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
+) -> None:
+    seen = []
+    for plain in (False, True):
+        with serving(tiny_model, TENSOR, *(() if plain else OURS), plain=plain) as made:
+            if not plain:
+                holds(made, ids, alone)
+            process = psutil.Process(made.running["replica-0"].pid)
+            seen.append(dies(made, ranks(process, "Worker_TP1")[0]))
+    assert seen[0] == seen[1]
+
+
+def test_data_parallel_processes(
+    tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
+) -> None:
+    with serving(tiny_model, DATA, *OURS) as made:
+        holds(made, ids, alone)
+
+
+def test_tensor_parallel_ray(
+    ray: Ray, tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
+) -> None:
+    flags = (TENSOR, "--distributed-executor-backend=ray")
+    seen = []
+    for plain in (False, True):
+        own = () if plain else OURS
+        with serving(tiny_model, *flags, *own, ray=ray, plain=plain) as made:
+            if not plain:
+                holds(made, ids, alone)
+            seen.append(dies(made, ranks(ray.process, "RayWorkerProc")[0]))
+    assert seen[0] == seen[1]
+
+
+def test_data_parallel_ray(
+    ray: Ray, tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
+) -> None:
+    flags = (DATA, "--data-parallel-backend=ray", "--data-parallel-size-local=2")
+    flags += (f"--data-parallel-address={NODE}",)
+    with serving(tiny_model, *flags, *OURS, ray=ray) as made:
+        holds(made, ids, alone)
+
+
+@pytest.mark.parametrize("flag", [DATA, TENSOR])
+def test_two_nodes(
+    tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]], flag: str
+) -> None:
+    """The launch of deploy/README.md, with both nodes on this machine."""
+    port = free_port()
+    if flag == DATA:
+        both = (flag, "--data-parallel-size-local=1", f"--data-parallel-rpc-port={port}")
+        both += ("--data-parallel-address=127.0.0.1",)
+        nodes: tuple[tuple[str, ...], ...] = ((), ("--headless", "--data-parallel-start-rank=1"))
+    else:
+        both = (flag, "--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}")
+        nodes = (("--node-rank=0",), ("--node-rank=1", "--headless"))
+    with fleet(tiny_model, environment={"VLLM_HOST_IP": "127.0.0.1"}) as made:
+        made.vllm("node-1", *FLAGS, *OURS, *both, *nodes[1])
+        made.replica(0, *FLAGS, *OURS, *both, *nodes[0])
+        holds(made, ids, alone)
+
+
+def test_vllm_itself_refuses_ray_on_cpus(tools: str, tiny_model: str) -> None:
+    """Without the platform of these tests, and without this plugin."""
+    flags = (TENSOR, "--distributed-executor-backend=ray")
+    with (
+        started_ray(tools) as plain_ray,
+        fleet(tiny_model, environment=plain_ray.environment) as made,
+    ):
+        with pytest.raises(FleetError):
+            made.replica(0, *FLAGS, *flags, plain=True)
+        assert REFUSAL in (made.folder / "replica-0.log").read_text(encoding="utf-8")
