@@ -30,8 +30,8 @@ void pool_row(const float *in, int64_t n, int64_t size, bool maximum, float *out
     }
 }
 
-// Query rows go together in such numbers.
-constexpr int kRowUnit = 12;
+// Query rows go together in such numbers: of vectors; and those that fill tiles of matrices too.
+constexpr int kRowUnit = 12, kRowUnits = 48;
 
 }  // namespace
 
@@ -73,15 +73,25 @@ int window_scores(const Layer &layer, const kvc_source &given, const void *query
     // go together where these would be too many.
     const int window = scoring.window;
     int64_t together = int64_t{most} * window;
-    size_t scratch = kernel.window_scratch(layer, batch, static_cast<int>(together));
-    if (scratch > Scratch::kKept) {
-        together = together * static_cast<int64_t>(Scratch::kKept) / static_cast<int64_t>(scratch);
-        together = std::max<int64_t>(together / kRowUnit * kRowUnit, kRowUnit);
+    const auto needed = [&](int64_t rows) {
+        return static_cast<int64_t>(kernel.window_scratch(layer, batch, static_cast<int>(rows)));
+    };
+    const int64_t kept = Scratch::kKept;
+    int64_t scratch = needed(together);
+    if (scratch > kept) {
+        // Beside what every row needs there is what a call needs.
+        const int64_t least = needed(kRowUnits);
+        if (together > kRowUnits && least < kept)
+            together = kRowUnits + (kept - least) * (together - kRowUnits) / (scratch - least);
+        else
+            together = together * kept / scratch;
+        const int64_t unit = together < kRowUnits ? kRowUnit : kRowUnits;
+        together = std::max<int64_t>(together / unit * unit, kRowUnit);
         if (greatest)
             together = std::max<int64_t>(together / layer.group, 1) * layer.group;
         else if (together > window)
             together = together / window * window;
-        scratch = kernel.window_scratch(layer, batch, static_cast<int>(together));
+        scratch = needed(together);
     }
     const int count =
         static_cast<int>(greatest ? together / layer.group : std::min<int64_t>(together, window));
@@ -109,7 +119,8 @@ int window_scores(const Layer &layer, const kvc_source &given, const void *query
             std::fill(to + n, to + width, -__builtin_inff());
         }
     };
-    const bool done = each(int64_t{layer.num_kv_heads} * parts, scratch, longest < 512, score);
+    const bool done = each(int64_t{layer.num_kv_heads} * parts, static_cast<size_t>(scratch),
+                           longest < 512, score);
     if (!done) return no_memory();
     if (scoring.reduce == 0 || greatest) return 0;
     const float share = 1.0f / static_cast<float>(layer.group);

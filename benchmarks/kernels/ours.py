@@ -25,7 +25,7 @@ class Ours(Candidate):
     ids at random, and a raw tail with the queries' own tokens. With codec "raw" all is tail."""
 
     dtype = torch.bfloat16
-    tolerance: ClassVar[float] = 6e-3
+    tolerance: ClassVar[float] = 8e-3  # as for vLLM's: products of bfloat16 round alike
 
     def __init__(self, case: Case, working_set: int):
         super().__init__(case, working_set)

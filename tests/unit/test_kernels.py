@@ -74,6 +74,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use_isa(ISAS[-1])
 
 
+@pytest.fixture
+def float_products() -> Iterator[None]:
+    """Runs a test with this CPU's best kernels whose products are those of float32."""
+    cpu.use_isa([isa for isa in ISAS if isa not in MATRIX][-1])
+    yield
+    cpu.use_isa(ISAS[-1])
+
+
 def over_isas(isas: list[str] = ISAS, **dimensions: Any) -> pytest.MarkDecorator:
     """Runs a test for every pair of values, instruction sets among them: see `tests.pairwise`."""
     dimensions = {"isa": isas, **dimensions}
@@ -1091,7 +1099,8 @@ def test_long_windows_take_little_memory(
     assert 0 < peak <= cpu.threads() * (16 << 20) + 4 * 8 * n + 8192
     assert whole > 4 * (16 << 20)
     want = ops.window_attention(queries, key, cache.layer.scale).sum(1)
-    torch.testing.assert_close(got, want.float(), rtol=2e-3, atol=1e-4)
+    matrices = cpu.isa().startswith(MATRIX)  # queries lose 2^-9 of themselves
+    torch.testing.assert_close(got, want.float(), rtol=2e-2 if matrices else 2e-3, atol=1e-4)
     assert cpu.scratch_peak() - kept <= cpu.threads() * (16 << 20)  # what the threads keep
 
 
@@ -1208,6 +1217,7 @@ def test_represent_chooses_as_the_reference(draw: random.Random, anchor: str, un
         assert torch.equal(got, oracle.represent(bits, important, count, fixed, unit))
 
 
+@pytest.mark.usefixtures("float_products")
 @pytest.mark.parametrize("name", policies.names())
 def test_policies_choose_alike_on_the_cache_and_on_tensors(
     draw: random.Random, monkeypatch: pytest.MonkeyPatch, name: str
