@@ -44,7 +44,14 @@ def environment() -> dict[str, Any]:
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), None)
     flags = next((s.split(":", 1)[1].split() for s in lines if s.startswith("flags")), [])
-    isa = next((i for i in ("avx512f", "avx2") if i in flags), platform.machine())
+    # As our kernels are called, those for what the CPU can do.
+    sets = (
+        ("amx", "amx_bf16"),
+        ("avx512bf16", "avx512_bf16"),
+        ("avx512", "avx512f"),
+        ("avx2",) * 2,
+    )
+    isa = next((name for name, flag in sets if flag in flags), platform.machine())
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
     ).stdout.strip()

@@ -90,7 +90,7 @@ int check_table(const Layer &layer, const kvc_table &table) {
         const kvc_head_table &head = table.heads[h];
         if (head.piece == nullptr || head.mean == nullptr || head.forward == nullptr ||
             head.inverse == nullptr || head.cost == nullptr || head.weight == nullptr ||
-            head.middle == nullptr)
+            head.step == nullptr || head.middle == nullptr)
             return fail("the table of head %d is not complete", h);
         if (head.v_bits < 2 || head.v_bits > 4 || !(head.v_step > 0))
             return fail("%d bits a value of head %d: 2 to 4, with a step", head.v_bits, h);

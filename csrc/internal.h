@@ -70,17 +70,16 @@ struct Layer : kvc_layer {
 // into ranges of this many strips, so that the result depends on neither threads nor batch.
 constexpr int kSplitStrips = 64;
 
-// What kernels with products of matrices do for those of the set below, in decode. Rows are at most
-// kRows and kMaxHead floats apart; fields count up to the next multiple of 32.
+// How tiles of matrices multiply the words of fitted codecs (codecs/fitted_query.h) in decode.
 struct TableProducts {
     static constexpr int kRows = 32;
-    // The weights of a table's fields, as `multiply` reads them: k_size up to a multiple of 32
-    // times fields.
-    void (*pack)(const kvc_head_table &head, int k_size, uint16_t *to);
-    // to[row * stride + field] = sum over channels c of x[row][c] * weight[c][field]; all kRows
-    // rows are written.
-    void (*multiply)(const uint16_t *packed, int k_size, int fields, const float *x, int rows,
-                     float *to, int64_t stride);
+    // The weights of a table's fields, [words][fields], as `multiply` reads them.
+    void (*pack)(const int32_t *weight, int words, int fields, uint16_t *to);
+    // to[row * stride + field] = step[field] * (sum over words of x[row][word] *
+    // weight[word][field]) of kRows rows; x has kMaxHead / 2 words a row. Up to the next multiple
+    // of 32 fields are written.
+    void (*multiply)(const uint16_t *packed, int words, int fields, const int32_t *x,
+                     const float *step, float *to, int64_t stride);
 };
 
 struct Attention {

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define KVC_VERSION 7
+#define KVC_VERSION 8
 
 enum { KVC_F32 = 0, KVC_BF16 = 1, KVC_F16 = 2 };
 
@@ -64,8 +64,10 @@ typedef struct {
     /* For products with queries, by field: four for each piece, up to a multiple of 16. */
     int32_t fields;
     int32_t v_bits; /* 2 to 4 */
-    const float
-        *weight; /* [k_size, fields]: `inverse` of the field's component, times its weight */
+    /* [k_size / 2, fields]: `inverse` of the field's component, times its weight, in steps.
+     * Channels c and c + k_size / 2 are the halves of a word, signed and at most 4095. */
+    const int32_t *weight;
+    const float *step;   /* [fields] of `weight` */
     const float *middle; /* [fields up to a multiple of 32]: of the field's codes */
     float v_step;        /* between the levels of a value of unit variance */
     int32_t reserved;

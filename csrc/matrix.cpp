@@ -29,9 +29,11 @@ void attention(const Attention &call, int64_t item, uint8_t *scratch) {
     const Layer &layer = *call.layer;
     const int seq = sequence_of(call, item);
     if (!by_matrices(layer) || query_tokens(call, seq) == 1) {
-        static constexpr TableProducts kProducts = {pack_weights, multiply_weights};
         Attention below = call;
+#if defined(KVC_TILES)  // vdpbf16ps would do no more at once than the integers below
+        static constexpr TableProducts kProducts = {pack_weights, multiply_weights};
         below.products = &kProducts;
+#endif
         KVC_BELOW.attention(below, item, scratch);
         return;
     }

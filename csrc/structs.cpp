@@ -42,8 +42,8 @@ std::string all_lines() {
                      {KVC_FIELD(capacity), KVC_FIELD(exceptions), KVC_FIELD(words),
                       KVC_FIELD(pieces), KVC_FIELD(components), KVC_FIELD(stride), KVC_FIELD(piece),
                       KVC_FIELD(mean), KVC_FIELD(forward), KVC_FIELD(inverse), KVC_FIELD(cost),
-                      KVC_FIELD(fields), KVC_FIELD(v_bits), KVC_FIELD(weight), KVC_FIELD(middle),
-                      KVC_FIELD(v_step), KVC_FIELD(reserved)});
+                      KVC_FIELD(fields), KVC_FIELD(v_bits), KVC_FIELD(weight), KVC_FIELD(step),
+                      KVC_FIELD(middle), KVC_FIELD(v_step), KVC_FIELD(reserved)});
     }
     {
         using S = kvc_table;

@@ -17,8 +17,8 @@ from benchmarks.overhead.child import Child, Quiet, serve
 
 BLOCK = 32
 BATCHED = 2048  # tokens of a step
-# 30 layers, 3 KV heads of 64 in float32.
-TOKEN_BYTES = 30 * 3 * 2 * 64 * 4
+# 30 layers, 3 KV heads of 64.
+TOKEN_BYTES = {"float32": 30 * 3 * 2 * 64 * 4, "bfloat16": 30 * 3 * 2 * 64 * 2}
 
 
 def environment() -> dict[str, str]:
@@ -66,7 +66,12 @@ class Engine:
         return {**result, "burnt_s": burnt}
 
     def start(
-        self, model: str, tokens: int, config: dict[str, Any], pool: int | None = None
+        self,
+        model: str,
+        tokens: int,
+        config: dict[str, Any],
+        pool: int | None = None,
+        dtype: str = "float32",
     ) -> dict[str, Any]:
         """Starts vLLM with a context limit of `tokens` and a pool of as many, or of `pool`;
         `config` is `additional_config`."""
@@ -74,11 +79,11 @@ class Engine:
 
         llm = LLM(
             model,
-            dtype="float32",
+            dtype=dtype,
             enforce_eager=True,
             block_size=BLOCK,
             max_model_len=tokens,
-            kv_cache_memory_bytes=((pool or tokens) + 2 * BLOCK) * TOKEN_BYTES,
+            kv_cache_memory_bytes=((pool or tokens) + 2 * BLOCK) * TOKEN_BYTES[dtype],
             max_num_batched_tokens=BATCHED,
             max_num_seqs=16,
             additional_config=config,
@@ -122,11 +127,14 @@ class Engine:
         self._seconds.clear()
         began = time.perf_counter()
         self._add(prompt, output, offset, extra)
+        first = None
         while self.engine.has_unfinished_requests():
-            self.engine.step()
+            if self.engine.step() and first is None:
+                first = time.perf_counter() - began
         total = time.perf_counter() - began
         return {
             "total_s": total,
+            "ttft_s": first,
             "compaction_s": sum(self._seconds),
             "compactions": len(self._seconds),
         }

@@ -59,7 +59,7 @@ class Engine:
             enforce_eager=True,
             block_size=BLOCK,
             max_model_len=PROMPT + OUTPUT + BLOCK,
-            kv_cache_memory_bytes=(POOL + BLOCK) * TOKEN_BYTES,
+            kv_cache_memory_bytes=(POOL + BLOCK) * TOKEN_BYTES["float32"],
             max_num_batched_tokens=2048,
             max_num_seqs=MOST,
             logits_processors=[Forcing],

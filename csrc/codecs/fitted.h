@@ -2,14 +2,12 @@
 // equal ones, a few tokens as int8.
 #pragma once
 
+#include "codecs/fitted_query.h"
 #include "codecs/int8.h"
+#include "codecs/rope.h"
 #include "kernels/codes.h"
 
 namespace kvc::KVC_NAMESPACE {
-
-constexpr int kMostPieces = 3 * kMaxHead / 4;  // 8 bits are 4 + 4, and one in a word may be split
-constexpr int kBlockPieces = 8;                // as many products as 16 bits hold
-constexpr int kMostBlocks = (kMostPieces + kBlockPieces - 1) / kBlockPieces;
 
 KVC_INLINE const kvc_head_table &head_table(const Layer &layer, int codec, int head) {
     return layer.table(codec)->heads[head];
@@ -48,43 +46,6 @@ inline constexpr ScaleTable kScales{};
 
 KVC_INLINE void token_scales(const uint8_t *scales, int count, float *to) {
     for (int t = 0; t < kStrip; ++t) to[t] = t < count ? kScales.of[scales[t]] : 0.0f;
-}
-
-// ------------------------------------------------------------------------------------ rotary
-
-// Cosines, then sines, of all pairs at a position.
-inline void angles(const kvc_table &table, int k_size, int64_t position, float *to) {
-    // What a wrong directory finds may be anything.
-    const int64_t p = least<int64_t>(most<int64_t>(position, 0), table.positions - 1);
-    const int half = k_size / 2;
-    const float *a = table.coarse + p / 256 * k_size, *b = table.fine + p % 256 * k_size;
-    for (int j = 0; j < half; ++j) {
-        const float c = a[j], s = a[half + j], x = b[j], y = b[half + j];
-        to[j] = c * x - s * y;
-        to[half + j] = s * x + c * y;
-    }
-}
-
-// Turns rows [k_size][16 tokens] by the angles of one position, or back.
-inline void turn_strip(const float *angle, int k_size, bool back, float *rows) {
-    const int half = k_size / 2;
-    for (int j = 0; j < half; ++j) {
-        const vf c = vset(angle[j]), s = vset(back ? -angle[half + j] : angle[half + j]);
-        float *low = rows + j * kStrip, *high = rows + (half + j) * kStrip;
-        for (int l = 0; l < kStrip; l += W) {
-            const vf a = vload(low + l), b = vload(high + l);
-            vstore(low + l, vsub(vmul(a, c), vmul(b, s)));
-            vstore(high + l, vfma(b, c, vmul(a, s)));
-        }
-    }
-}
-
-// Position of a strip's first token.
-KVC_INLINE int32_t strip_position(const Layer &layer, const Strip &strip) {
-    int32_t position;
-    get_positions(layer.layout(strip.codec, strip.head), strip.codec, layer.page_bytes, strip.page,
-                  strip.place * kStrip, 1, &position);
-    return position;
 }
 
 // ------------------------------------------------------------------------------------ decoding
@@ -142,7 +103,7 @@ inline void expand_fitted_keys(const Layer &layer, const Strip &strip, float *ke
     multiply_rows(head.inverse, head.stride, head.mean, layer.k_size, head.components, x, keys);
     if (table.local) {
         float angle[kMaxHead];
-        angles(table, layer.k_size, strip_position(layer, strip), angle);
+        angles(table, layer.k_size, strip_position(layer, strip), angle, angle + layer.k_size / 2);
         turn_strip(angle, layer.k_size, false, keys);
     }
 }
@@ -206,242 +167,6 @@ inline void expand_exceptions(const Layer &layer, const Strip &strip, float *key
         }
     }
 }
-
-// ------------------------------------------------------------------------------------ products
-
-#if defined(KVC_INTEGER_PRODUCTS)
-
-// What becomes of the query of one token: a weight for every field of the keys' codes, in bytes,
-// with a step for each block of fields.
-struct FittedQuery {
-    int8_t *code;  // [group][kStride]
-    float *step;   // [group][kMostBlocks]
-    float *shift;  // [group]
-    int codec, head;
-    int32_t position;  // as seen from where; -1: keys are coded as they are
-    CodeWeights weights;
-    // Where there are TableProducts: the table that they have packed, rows of the query as seen
-    // from several strips, and their fields.
-    uint16_t *packed;
-    float *turned, *field;
-    int packed_codec, packed_head;
-
-    static constexpr int kStride = kMostBlocks * kBlock;
-
-    template <class Arena>
-    void take(Arena &arena, const Layer &layer) {
-        const int64_t group = layer.group;
-        code = arena.template take<int8_t>(group * kStride + 64);
-        step = arena.template take<float>(group * kMostBlocks);
-        shift = arena.template take<float>(group);
-        weights.take(arena, group);
-        if (!layer.has_tables()) return;
-        constexpr int64_t rows = TableProducts::kRows;
-        packed = arena.template take<uint16_t>(int64_t{(layer.k_size + 31) / 32 * 32} * kStride);
-        turned = arena.template take<float>(rows * kMaxHead);
-        field = arena.template take<float>(rows * kStride);
-    }
-    void begin() {
-        codec = packed_codec = -1;
-    }
-};
-static_assert(kBlock == 4 * kBlockPieces);
-
-// Rounds a block of weights to bytes; returns their sum, each times its `middle` and the step.
-KVC_INLINE float fitted_block(const float *x, const float *middles, int8_t *code, float &step) {
-    vf peak = vzero();
-    for (int i = 0; i < kBlock; i += W) peak = vmax(peak, vabs(vload(x + i)));
-    const float largest = vhmax(peak);
-    const bool any = largest > 1e-30f;  // below, the inverse would overflow
-    step = any ? largest * (1 / 127.0f) : 0.0f;
-    const vf inverse = vset(any ? 127.0f / largest : 0.0f);
-    vf sum = vzero();
-    vf rounded[kBlock / W];
-    repeat<kBlock / W>(KVC_LAMBDA(i) {
-        rounded[i] = vround(vmul(vload(x + i * W), inverse));
-        sum = vfma(rounded[i], vload(middles + i * W), sum);
-    });
-    store_block(code, rounded);
-    return vhsum(sum) * step;
-}
-
-// Fields first ... first + 8 N of G heads: field[g][i] = sum over channels c of x[g][c] *
-// weight[c][i].
-template <int G, int N>
-KVC_INLINE void fitted_run(const kvc_head_table &head, int k_size, const float *x, int first,
-                           float *field) {
-    vf acc[G][N];
-    repeat<G>(KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { acc[g][v] = vzero(); }); });
-    const float *column = head.weight + first;
-    for (int c = 0; c < k_size; ++c, column += head.fields) {
-        vf b[G];
-        repeat<G>(KVC_LAMBDA(g) { b[g] = vbroadcast(x + g * kMaxHead + c); });
-        repeat<N>(KVC_LAMBDA(v) {
-            const vf m = vload(column + v * W);
-            repeat<G>(KVC_LAMBDA(g) { vaccumulate(acc[g][v], m, b[g]); });
-        });
-    }
-    repeat<G>(KVC_LAMBDA(g) {
-        repeat<N>(
-            KVC_LAMBDA(v) { vstore(field + g * FittedQuery::kStride + first + v * W, acc[g][v]); });
-    });
-}
-template <int G>
-KVC_APART void fitted_fields(const kvc_head_table &head, int k_size, const float *x, float *field) {
-    int first = 0;
-    if constexpr (W == 16 || G <= 3)  // where that many sums fit the registers
-        for (; first + 32 <= head.fields; first += 32)
-            fitted_run<G, 32 / W>(head, k_size, x, first, field);
-    for (; first < head.fields; first += 16) fitted_run<G, 16 / W>(head, k_size, x, first, field);
-    // The last block of fields may be half empty.
-    if (first % kBlock != 0)
-        for (int g = 0; g < G; ++g)
-            for (int l = 0; l < 16; l += W)
-                vstore(field + g * FittedQuery::kStride + first + l, vzero());
-}
-
-// A row of channels as seen from where the angles are.
-inline void turn_query(const float *from, const float *angle, int half, float *to) {
-    int j = 0;
-    for (; j + W <= half; j += W) {
-        const vf a = vload(from + j), b = vload(from + half + j);
-        const vf c = vload(angle + j), s = vload(angle + half + j);
-        vstore(to + j, vfma(b, s, vmul(a, c)));
-        vstore(to + half + j, vsub(vmul(b, c), vmul(a, s)));
-    }
-    for (; j < half; ++j) {
-        const float a = from[j], b = from[half + j];
-        to[j] = a * angle[j] + b * angle[half + j];
-        to[half + j] = b * angle[j] - a * angle[half + j];
-    }
-}
-
-// The weights of query head g from its fields: bytes, with what the means and middles of codes
-// bring.
-KVC_INLINE void fitted_codes(const kvc_head_table &own, int k_size, const float *x,
-                             const float *field, int g, FittedQuery &to) {
-    vf mean = vzero();
-    for (int c = 0; c < k_size; c += 8)
-        mean = vfma(vload_lanes<8>(x + c), vload_lanes<8>(own.mean + c), mean);
-    float shift = vhsum(mean);
-    const int64_t at = int64_t{g} * FittedQuery::kStride;
-    for (int first = 0, block = 0; first < own.fields; first += kBlock, ++block)
-        shift -= fitted_block(field + first, own.middle + first, to.code + at + first,
-                              to.step[g * kMostBlocks + block]);
-    to.shift[g] = shift;
-}
-
-// At most this many query heads at a time.
-constexpr int kQueryRun = 4;
-
-inline void fitted_query(const Layer &layer, const Strip &strip, const float *q, FittedQuery &to) {
-    const kvc_table &table = *layer.table(strip.codec);
-    const kvc_head_table &own = table.heads[strip.head];
-    const int32_t position = table.local ? strip_position(layer, strip) : -1;
-    if (to.codec == strip.codec && to.head == strip.head && to.position == position) return;
-    to.codec = strip.codec;
-    to.head = strip.head;
-    to.position = position;
-    const int k_size = layer.k_size, group = layer.group;
-    alignas(64) float turned[kQueryRun * kMaxHead], field[kQueryRun * FittedQuery::kStride];
-    float angle[kMaxHead + W];
-    if (table.local) angles(table, k_size, position, angle);
-    for (int run = 0; run < group; run += kQueryRun) {
-        const int heads = least(kQueryRun, group - run);
-        const float *x = q + run * kMaxHead;
-        if (table.local) {
-            for (int g = 0; g < heads; ++g)
-                turn_query(x + g * kMaxHead, angle, k_size / 2, turned + g * kMaxHead);
-            x = turned;
-        }
-        switch (heads) {
-            case 1:
-                fitted_fields<1>(own, k_size, x, field);
-                break;
-            case 2:
-                fitted_fields<2>(own, k_size, x, field);
-                break;
-            case 3:
-                fitted_fields<3>(own, k_size, x, field);
-                break;
-            default:
-                fitted_fields<kQueryRun>(own, k_size, x, field);
-        }
-        for (int g = 0; g < heads; ++g)
-            fitted_codes(own, k_size, x + g * kMaxHead, field + g * FittedQuery::kStride, run + g,
-                         to);
-    }
-}
-
-// The same for the next strips of a tile together, as many as `tiles` takes rows; returns how many,
-// whose fields are then in `to.field`.
-inline int fitted_rows(const Pass &pass, int first, const float *q, FittedQuery &to) {
-    const Layer &layer = pass.layer;
-    const Strip *strip = pass.tile.strip + first;
-    const kvc_table &table = *layer.table(strip->codec);
-    const kvc_head_table &own = table.heads[strip->head];
-    const int k_size = layer.k_size, group = layer.group;
-    if (to.packed_codec != strip->codec || to.packed_head != strip->head) {
-        pass.products->pack(own, k_size, to.packed);
-        to.packed_codec = strip->codec;
-        to.packed_head = strip->head;
-    }
-    const int strips = least(pass.tile.strips - first, TableProducts::kRows / group);
-    to.codec = -1;  // codes will not be what fitted_query left
-    float angle[kMaxHead + W];
-    for (int i = 0; i < strips; ++i) {
-        angles(table, k_size, strip_position(layer, strip[i]), angle);
-        for (int g = 0; g < group; ++g)
-            turn_query(q + g * kMaxHead, angle, k_size / 2, to.turned + (i * group + g) * kMaxHead);
-    }
-    pass.products->multiply(to.packed, k_size, own.fields, to.turned, strips * group, to.field,
-                            FittedQuery::kStride);
-    return strips;
-}
-
-// Scores of NP strips of keys.
-template <int G, int NP>
-KVC_APART void fitted_k(const uint8_t *const *strip, const kvc_head_table &head, const int8_t *q,
-                        const float *step, const float *shift, float *s,
-                        const uint8_t *const *next) {
-    constexpr int N = NP * vectors(kStrip), NV = vectors(kStrip);
-    vf acc[G][N];
-    const uint8_t *panel[NP];
-    repeat<NP>(KVC_LAMBDA(j) {
-        panel[j] = strip[j];
-        for (int word = 0; word < head.words; ++word) prefetch(next[j] + word * 4 * kStrip);
-    });
-    repeat<G>(KVC_LAMBDA(g) {
-        const vf start = vset(shift[g]);
-        repeat<N>(KVC_LAMBDA(v) { acc[g][v] = start; });
-    });
-    for (int first = 0; first < head.pieces; first += kBlockPieces, ++step) {
-        const int last = least(head.pieces, first + kBlockPieces);
-        vi sum[G][N];
-        repeat<G>(KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { sum[g][v] = ivzero(); }); });
-        for (int i = first; i < last; ++i) {
-            const kvc_piece piece = head.piece[i];
-            vi x[N];
-            repeat<N>(KVC_LAMBDA(v) {
-                x[v] = load_field<W>(panel[v / NV] + piece.word * 4 * kStrip + v % NV * 4 * W,
-                                     piece.first, piece.bits);
-            });
-            repeat<G>(KVC_LAMBDA(g) {
-                const vi b = broadcast_word(q + g * FittedQuery::kStride + 4 * i);
-                repeat<N>(KVC_LAMBDA(v) { dot_bytes(sum[g][v], x[v], b); });
-            });
-        }
-        repeat<G>(KVC_LAMBDA(g) {
-            const vf factor = vset(step[g * kMostBlocks]);
-            repeat<N>(
-                KVC_LAMBDA(v) { acc[g][v] = vfma(bytes_total(sum[g][v]), factor, acc[g][v]); });
-        });
-    }
-    repeat<G>(
-        KVC_LAMBDA(g) { repeat<N>(KVC_LAMBDA(v) { vstore(s + g * kTile + v * W, acc[g][v]); }); });
-}
-
-#endif
 
 // ------------------------------------------------------------------------------------ encoding
 
@@ -563,7 +288,7 @@ inline void encode_fitted(const Layer &layer, int codec, int own, uint8_t *page,
                    get_positions(at, codec, layer.page_bytes, page, first, 1, &position);
                    if (table.local) {
                        float angle[kMaxHead];
-                       angles(table, k_size, position, angle);
+                       angles(table, k_size, position, angle, angle + k_size / 2);
                        turn_strip(angle, k_size, true, turned);
                    }
                    uint8_t *k = page + at.strip_at(strip);
@@ -629,34 +354,7 @@ struct Fitted : Expanded<Fitted> {
 #if defined(KVC_INTEGER_PRODUCTS)
     using Query = FittedQuery;
 
-    // All strips at once where keys are coded as they are, else one by one.
-    static void scores(const Pass &pass, Query &query, const float *q, float *s) {
-        const Tile &tile = pass.tile;
-        const kvc_table &table = *pass.layer.table(tile.kind);
-        const int group = pass.layer.group, step = table.local ? 1 : tile.strips;
-        const bool tiled = table.local && pass.products != nullptr && group <= TableProducts::kRows;
-        int known = 0;  // strips whose fields are known, from `begin` on
-        for (int first = 0, begin = 0; first < tile.strips; first += step) {
-            if (tiled && first == begin + known) {
-                begin = first;
-                known = fitted_rows(pass, first, q, query);
-            }
-            for (int g = 0; tiled && g < group; ++g) {
-                const int row = (first - begin) * group + g;
-                fitted_codes(table.heads[tile.strip[first].head], pass.layer.k_size,
-                             query.turned + row * kMaxHead, query.field + row * query.kStride, g,
-                             query);
-            }
-            if (!tiled) fitted_query(pass.layer, tile.strip[first], q, query);
-            each_k_run(step, group, [&](auto heads, auto panels, int strip, int head) {
-                strip += first;
-                fitted_k<decltype(heads)::count, decltype(panels)::count>(
-                    tile.k + strip, table.heads[tile.strip[first].head],
-                    query.code + head * FittedQuery::kStride, query.step + head * kMostBlocks,
-                    query.shift + head, s + head * kTile + strip * kStrip, pass.ahead + strip);
-            });
-        }
-    }
+    static constexpr auto scores = fitted_scores;
 
     static void values(const Pass &pass, Query &query, float *p, const float *decay, float *sums) {
         const Tile &tile = pass.tile;

@@ -182,7 +182,7 @@ inline void matrix_fitted_keys(const Layer &layer, const Strip &strip, MatrixMem
     }
     if (!table.local) return;
     float angle[kMaxHead];
-    angles(table, k_size, strip_position(layer, strip), angle);
+    angles(table, k_size, strip_position(layer, strip), angle, angle + k_size / 2);
     turn_strip(angle, k_size, false, m.k_strip);
 }
 
@@ -252,33 +252,43 @@ inline void matrix_tile_values(const Layer &layer, const Tile &tile, MatrixMemor
 
 // ----------------------------------------------------------------------------------- decode
 
-// TableProducts::pack: 16 fields to a panel, [k_padded / 2][16 fields][2], an even number of
-// panels.
-inline void pack_weights(const kvc_head_table &head, int k_size, uint16_t *to) {
-    const int k_padded = rounded_up(k_size, kDepth), fields = rounded_up(head.fields, 32);
-    for (int first = 0; first < fields; first += 16, to += k_padded * 16) {
-        const bool there = first < head.fields;
-        for (int c = 0; c < k_padded; c += 2) {
-            const float *row = head.weight + int64_t{c} * head.fields + first;
-            const vf low = there && c < k_size ? vload(row) : vzero();
-            const vf high = there && c < k_size ? vload(row + head.fields) : vzero();
-            vstore_words(to + c * 16, bf16_pairs(low, high));
+// Two bfloat16 from the halves of words.
+KVC_INLINE vi bf16_of_words(vi x) {
+    return bf16_pairs(to_float(vright_signed(vleft(x, 16), 16)), to_float(vright_signed(x, 16)));
+}
+
+// TableProducts::pack: 16 fields to a panel, [words][16 fields][2], an even number of panels.
+inline void pack_weights(const int32_t *weight, int words, int fields, uint16_t *to) {
+    const int depth = rounded_up(words, kDepth / 2);
+    for (int first = 0; first < rounded_up(fields, 32); first += 16)
+        for (int c = 0; c < depth; ++c, to += 32) {
+            const uint8_t *own =
+                reinterpret_cast<const uint8_t *>(weight + int64_t{c} * fields + first);
+            const bool there = first < fields && c < words;
+            vstore_words(to, there ? bf16_of_words(vload_words<W>(own)) : ivzero());
         }
-    }
 }
 // TableProducts::multiply.
-inline void multiply_weights(const uint16_t *panels, int k_size, int fields, const float *x,
-                             int rows, float *to, int64_t stride) {
-    const int k_padded = rounded_up(k_size, kDepth);
+inline void multiply_weights(const uint16_t *panels, int words, int fields, const int32_t *x,
+                             const float *step, float *to, int64_t stride) {
+    const int depth = rounded_up(words, kDepth / 2);
     alignas(64) uint16_t a[kRows * kMaxHead];
-    std::memset(a, 0, size_t{2} * static_cast<size_t>(kRows * k_padded));
-    for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < k_size; ++c)
-            a[r * k_padded + c] = float_to_bf16(x[int64_t{r} * kMaxHead + c]);
-    const ProductRegion region;
-    for (int first = 0; first < fields; first += 32, panels += 32 * k_padded)
-        product<true, false>(a, 2 * k_padded, panels, panels + 16 * k_padded, k_padded / kDepth,
-                             to + first, stride);
+    for (int r = 0; r < kRows; ++r)
+        for (int c = 0; c < depth; c += W)
+            vstore_words(a + 2 * (r * depth + c),
+                         bf16_of_words(
+                             vload_words<W>(reinterpret_cast<const uint8_t *>(x + r * kHalf + c))));
+    {
+        const ProductRegion region;
+        for (int first = 0; first < fields; first += 32, panels += 64 * depth)
+            product<true, false>(a, 4 * depth, panels, panels + 32 * depth, 2 * depth / kDepth,
+                                 to + first, stride);
+    }
+    for (int first = 0; first < fields; first += W) {
+        const vf by = vload(step + first);
+        for (int r = 0; r < kRows; ++r)
+            vstore(to + r * stride + first, vmul(vload(to + r * stride + first), by));
+    }
 }
 
 // ----------------------------------------------------------------------------------- attention

@@ -65,6 +65,13 @@ KVC_INLINE float vhsum(vf a) {
     x = _mm_add_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
 }
+// Eight lanes that come to the same.
+KVC_INLINE eight fold_most(vf a) {
+    return a;
+}
+KVC_INLINE eight fold_sum(vf a) {
+    return a;
+}
 KVC_INLINE vf vabs(vf a) {
     return _mm256_andnot_ps(vset(-0.0f), a);
 }
@@ -164,9 +171,8 @@ KVC_INLINE vi ivzero() {
 // Units, because GCC would do many products first and spill them.
 KVC_INLINE void dot_pairs(vi &sum, vi a, vi b) {
     vi product;
-    asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0"
-                 : "+x"(sum), "=&x"(product)
-                 : "x"(a), "x"(b));
+    asm("vpmaddwd %2, %1, %0" : "=x"(product) : "x"(a), "x"(b));
+    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product));
 }
 KVC_INLINE void dot_bytes(vi &sum, vi a, vi b) {
     vi product;

@@ -57,6 +57,13 @@ KVC_INLINE float vhmax(vf a) {
 KVC_INLINE float vhsum(vf a) {
     return _mm512_reduce_add_ps(a);
 }
+// Eight lanes that come to the same.
+KVC_INLINE eight fold_most(vf a) {
+    return _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
+KVC_INLINE eight fold_sum(vf a) {
+    return _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+}
 KVC_INLINE vf vabs(vf a) {
     return _mm512_abs_ps(a);
 }
@@ -162,13 +169,20 @@ KVC_INLINE vi ivset(int32_t x) {
 KVC_INLINE vi ivzero() {
     return _mm512_setzero_si512();
 }
+// Products that add to a sum in place: GCC would copy the sums of intrinsics, and spill the copies.
+#if defined(KVC_EMULATED)
+#define KVC_DOT(name, sum, a, b) sum = _mm512_##name##_epi32(sum, a, b)
+#else
+#define KVC_DOT(name, sum, a, b) asm("vp" #name " %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
+#endif
+
 // Adds a0 * b0 + a1 * b1 of the int16 pairs in each word.
 KVC_INLINE void dot_pairs(vi &sum, vi a, vi b) {
-    sum = _mm512_dpwssd_epi32(sum, a, b);
+    KVC_DOT(dpwssd, sum, a, b);
 }
 // Adds the products of unsigned and signed bytes: of four in each word, or of pairs to 16 bits.
 KVC_INLINE void dot_bytes(vi &sum, vi a, vi b) {
-    sum = _mm512_dpbusd_epi32(sum, a, b);
+    KVC_DOT(dpbusd, sum, a, b);
 }
 KVC_INLINE vf bytes_total(vi sum) {
     return _mm512_cvtepi32_ps(sum);

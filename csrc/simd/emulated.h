@@ -124,6 +124,16 @@ KVC_EMULATE float _mm512_reduce_add_ps(__m512 a) {
         for (int i = 0; i < half; ++i) x.of[i] += x.of[i + half];
     return x.of[0];
 }
+KVC_EMULATE __m256 _mm512_castps512_ps256(__m512 a) {
+    __m256 low;
+    std::memcpy(&low, &a, sizeof low);
+    return low;
+}
+KVC_EMULATE __m256 _mm512_extractf32x8_ps(__m512 a, int half) {
+    __m256 x;
+    std::memcpy(&x, reinterpret_cast<const char *>(&a) + 32 * half, sizeof x);
+    return x;
+}
 KVC_EMULATE __m512 _mm512_abs_ps(__m512 a) {
     const auto x = floats(a);
     return each_float([&](int i) { return __builtin_fabsf(x.of[i]); });

@@ -236,7 +236,8 @@ struct Angles {
 struct Tables {
     struct Head {
         std::vector<kvc_piece> piece;
-        std::vector<float> mean, forward, inverse, cost, weight, middle;
+        std::vector<float> mean, forward, inverse, cost, step, middle;
+        std::vector<int32_t> weight;
     };
     struct Codec {
         std::vector<Head> data;
@@ -328,8 +329,11 @@ struct Tables {
         head.inverse = data.inverse.data();
         head.cost = data.cost.data();
         head.fields = (4 * head.pieces + 15) / 16 * 16;
-        data.weight.assign(static_cast<size_t>(k_size * head.fields), 0.0f);
+        const int half = k_size / 2;
+        data.weight.assign(static_cast<size_t>(half * head.fields), 0);
         data.weight.reserve(1);
+        data.step.assign(static_cast<size_t>(head.fields), 0.0f);
+        data.step.reserve(1);
         data.middle.assign(static_cast<size_t>(head.fields + 16), 0.0f);
         for (int i = 0; i < head.pieces; ++i)
             for (int j = 0; j < 4; ++j) {
@@ -337,12 +341,23 @@ struct Tables {
                 const float factor = static_cast<float>(1 << piece.weight);
                 data.middle[static_cast<size_t>(4 * i + j)] =
                     0.5f * static_cast<float>((1 << piece.bits) - 1);
-                for (int c = 0; c < k_size; ++c)
+                const auto weight = [&](int c) {
+                    return factor *
+                           data.inverse[static_cast<size_t>(c * head.stride + 4 * piece.quad + j)];
+                };
+                float largest = 1e-30f;
+                for (int c = 0; c < k_size; ++c) largest = std::max(largest, std::abs(weight(c)));
+                const float step = largest / 4095;
+                data.step[static_cast<size_t>(4 * i + j)] = step;
+                for (int c = 0; c < half; ++c) {
+                    const auto low = static_cast<uint32_t>(std::lround(weight(c) / step));
+                    const auto high = static_cast<uint32_t>(std::lround(weight(c + half) / step));
                     data.weight[static_cast<size_t>(c * head.fields + 4 * i + j)] =
-                        factor *
-                        data.inverse[static_cast<size_t>(c * head.stride + 4 * piece.quad + j)];
+                        static_cast<int32_t>(high << 16 | (low & 65535u));
+                }
             }
         head.weight = data.weight.data();
+        head.step = data.step.data();
         head.middle = data.middle.data();
         // What layout.h says of such a page.
         const int64_t wasted = head.v_bits == 3 ? 2 * (layer.v_size % 16) : 0;

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_kvcrush.codecs import CODECS
 
-VERSION = 7
+VERSION = 8
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _u8, _i32, _i64, _ptr = ctypes.c_uint8, ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
@@ -102,7 +102,7 @@ class HeadTableStruct(ctypes.Structure):
         *((name, _i32) for name in ("components", "stride")),
         *((name, _ptr) for name in ("piece", "mean", "forward", "inverse", "cost")),
         *((name, _i32) for name in ("fields", "v_bits")),
-        *((name, _ptr) for name in ("weight", "middle")),
+        *((name, _ptr) for name in ("weight", "step", "middle")),
         ("v_step", ctypes.c_float),
         ("reserved", _i32),
     ]

@@ -71,7 +71,9 @@ class LayerTable:
                 here, quad = slice(QUAD * i, QUAD * (i + 1)), slice(QUAD * field.quad, None)
                 weight[:, here] = tables.inverse[layer, head][:, quad][:, :QUAD] * 2**field.weight
                 middle[here] = (2**field.bits - 1) / 2
-            own.weight, own.middle = self._keep(weight), self._keep(middle)
+            words, step = _in_words(weight)
+            own.weight, own.step = self._keep(words, torch.int32), self._keep(step)
+            own.middle = self._keep(middle)
             self.capacity.append(capacity)
             self.exceptions.append(exceptions)
         self._kept.append(table)
@@ -84,7 +86,27 @@ class LayerTable:
         )
         self.address = ctypes.addressof(self._struct)
 
-    def _keep(self, tensor: Tensor) -> int:
-        kept = tensor.float().contiguous()
+    def _keep(self, tensor: Tensor, dtype: torch.dtype = torch.float32) -> int:
+        kept = tensor.to(dtype).contiguous()
         self._kept.append(kept)
         return kept.data_ptr()
+
+
+# The largest weight of a column in steps: with queries of as many as csrc/codecs/fitted_query.h
+# gives them, sums of products fit 32 bits.
+WEIGHT_STEPS = 4095
+
+
+def _in_words(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns columns in steps of their own, as `kvc_head_table` has them.
+
+    Args:
+        weight: float32 [k_size, fields].
+
+    Returns:
+        Words [k_size / 2, fields] of two signed 16-bit integers, the second half of the channels in
+        the high halves, int64 within 32 bits; and the steps, float32 [fields].
+    """
+    step = weight.abs().amax(0) / WEIGHT_STEPS
+    low, high = (weight / step.clamp(min=1e-30)).round().long().chunk(2)
+    return high * 65536 + (low & 65535), step
