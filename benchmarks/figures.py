@@ -344,31 +344,72 @@ def overhead() -> str:
     )
 
 
+def first() -> str:
+    """Returns the table of seconds to the first token and of decode steps against plain vLLM's."""
+    path = RESULTS / "first.json"
+    env, found = read(path)["environment"], rows(path)
+    dtype, _, batch = found[-1]["mode"].partition(",batch=")
+    lines = []
+    for context, policy in dict.fromkeys((r["context"], r["policy"]) for r in found):
+        own = {
+            r["metric"]: _value([r])
+            for r in found
+            if r["context"] == context and r["policy"] == policy
+        }
+        name = "plain vLLM" if policy == "none" else policy
+        lines.append([str(context), name])
+        for metric in ("ttft_s", "tpot_s"):
+            seconds = next(
+                r["value"]
+                for r in found
+                if (r["metric"], r["context"], r["policy"]) == (metric, context, policy)
+            )
+            lines[-1] += [f"{seconds:.3g} s", own.get(f"ratio_{metric}", "1")]
+    head = ["prompt", "request", "first token", "over plain's", f"step of {batch}", "over plain's"]
+    return (
+        f"SmolLM2-135M in {dtype}, vLLM {env['vllm']}, {env['cores']} cores ({env['cpu']}, "
+        f"{env['isa']}); `{read(path)['command']}`.\n\n{table(head, lines)}"
+    )
+
+
 def kernels() -> str:
-    """Returns the table of speed-ups over vLLM's bf16 kernel and of the share of the memory's
-    speed."""
-    path = RESULTS / "kernels.json"
-    found = rows(path)
-    modes = list(dict.fromkeys(r["mode"] for r in found if r["metric"] == "bandwidth_share"))
-    parts = [_measured_on(path)]
-    for mode in modes:
-        here = [r for r in found if r["mode"] == mode and r["task"] == "decode"]
-        contexts = sorted({r["context"] for r in here})
-        lines = []
-        for name in dict.fromkeys(r["policy"] for r in here):
-            cells = [name]
-            for context in contexts:
-                at = {
-                    r["metric"]: r["value"]
-                    for r in here
-                    if r["policy"] == name and r["context"] == context
-                }
-                speed = at.get("speedup_vs_vllm_bf16", 1.0)
-                cells.append(f"{speed:.1f} × ({at['bandwidth_share']:.0%})")
-            lines.append(cells)
-        parts.append(f"\n{mode}\n")
-        parts.append(table(["kernel", *(f"{c} tokens" for c in contexts)], lines))
+    """Returns tables of speed-ups over vLLM's bf16 kernel, a column for each processor, with the
+    share of the memory's speed in decode."""
+    paths = beside(RESULTS / "kernels.json")
+    parts, heads = [], []
+    for path in paths:
+        result = read(path)
+        env = result["environment"]
+        heads.append(f"{env['cpu']}, {env['isa']}")
+        parts.append(
+            f"- {heads[-1]}: {env['cores']} cores, vLLM {env['vllm']}, commit `{env['commit']}`; "
+            f"`{result['command']}`."
+        )
+    measured = [_by_kernel(path) for path in paths]
+    modes = dict.fromkeys((task, mode) for found in measured for task, mode, _ in found)
+    for task, mode in modes:
+        names = dict.fromkeys(
+            n for found in measured for t, m, n in found if (t, m) == (task, mode)
+        )
+        lines = [[n, *(found.get((task, mode, n), "–") for found in measured)] for n in names]
+        parts.append(f"\n{task}, {mode}\n\n{table(['kernel', *heads], lines)}")
     return "\n".join(parts)
+
+
+def _by_kernel(path: pathlib.Path) -> dict[tuple[str, str, str], str]:
+    """Returns the cells of one processor's column by task, shape with threads, and kernel: of each
+    task at the longest context."""
+    found = [r for r in rows(path) if r["task"] in ("decode", "prefill")]
+    longest = {t: max(r["context"] for r in found if r["task"] == t) for t in ("decode", "prefill")}
+    cells: dict[tuple[str, str, str], dict[str, float]] = {}
+    for r in found:
+        if r["context"] == longest[r["task"]]:
+            cells.setdefault((r["task"], r["mode"], r["policy"]), {})[r["metric"]] = r["value"]
+    return {
+        key: f"{own.get('speedup_vs_vllm_bf16', 1):.2f} ×"
+        + (f" ({own['bandwidth_share']:.0%})" if "bandwidth_share" in own else "")
+        for key, own in cells.items()
+    }
 
 
 def gpu_floor() -> str:
@@ -432,7 +473,7 @@ def pitfalls() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(summary, capacity, quality, methods, bits, serving, pressure, overhead, kernels),
+        *(summary, capacity, quality, methods, bits, serving, pressure, overhead, first, kernels),
         *(gpu_floor, gpu_metadata, gpu_memory, pitfalls),
     )
 }

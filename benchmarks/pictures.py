@@ -40,22 +40,25 @@ def beside(result: pathlib.Path) -> list[pathlib.Path]:
     return [result, *sorted(result.parent.glob(f"{result.stem}_*.json"))]
 
 
-def panels(count: int, sharey: bool = True, width: float = 4.4, height: float = 3.6) -> Any:
-    """Returns a figure of `count` panels in a row, and their axes."""
+def panels(
+    count: int, sharey: bool = True, width: float = 4.4, height: float = 3.6, lines: int = 1
+) -> Any:
+    """Returns a figure of `count` panels in so many lines, and their axes line by line."""
     import matplotlib.pyplot as plt
 
+    columns = -(-count // lines)
     figure, axes = plt.subplots(
-        1,
-        count,
-        figsize=(width * count, height),
+        lines,
+        columns,
+        figsize=(width * columns, height * lines),
         sharey=sharey,
         layout="constrained",
         squeeze=False,
     )
-    for axis in axes[0]:
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#ddd", linewidth=0.6)
-    return figure, list(axes[0])
+    return figure, list(axes.flat)
 
 
 def name_ends(axis: Any, ends: Sequence[End], size: float = 8) -> None:
@@ -178,8 +181,8 @@ SHAPES = {"smol": "9/3 heads of 64", "llama": "32/8 heads of 128"}
 
 
 def kernels(result: pathlib.Path) -> Any:
-    """Draws the speed-up over vLLM's bf16 kernel, one thread: a panel for each processor and for
-    decode and prefill, a row for each kernel; None if there are no figures."""
+    """Draws the speed-up over vLLM's bf16 kernel, one thread: for each processor a line of panels
+    for decode and prefill, with a row for each kernel; None if there are no figures."""
     places = [
         (path, task, found)
         for path in beside(result)
@@ -188,7 +191,8 @@ def kernels(result: pathlib.Path) -> Any:
     ]
     if not places:
         return None
-    figure, axes = panels(len(places), sharey=False, width=4.2, height=3.9)
+    lines = len({path for path, _, _ in places})
+    figure, axes = panels(len(places), sharey=False, width=5.2, height=3.9, lines=lines)
     for axis, (path, task, found) in zip(axes, places, strict=True):
         env = read(path)["environment"]
         shapes = [s for s in SHAPES if any(s == shape for shape, _ in found)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.overhead import engine, idle, share
+from benchmarks.overhead import engine, first, idle, share
 from benchmarks.overhead.child import ROOT, Child
 from benchmarks.report import Run
 
@@ -270,3 +270,21 @@ def test_every_round_measures_every_engine_in_changing_order(
     assert len(orders) == 7  # one to warm up
     assert all(sorted(order) == sorted(idle.ENGINES) for order in orders)
     assert len({json.dumps(order) for order in orders}) > 1
+
+
+# -- first tokens -------------------------------------------------------------------------------
+
+
+def test_first_tokens_are_compared_round_by_round(run: Run) -> None:
+    plain, other = {"ttft_s": 4.0, "tpot_s": 0.1}, {"ttft_s": 3.0, "tpot_s": 0.05}
+    slow = {"ttft_s": 8.0, "tpot_s": 0.2}
+    rounds = [
+        {line: dict(plain if line == first.PLAIN else other) for line in first.LINES},
+        {line: dict(slow if line == first.PLAIN else other) for line in first.LINES},
+        {line: dict(plain if line == first.PLAIN else other) for line in first.LINES},
+    ]
+    text = first.report(run, {3800: rounds}, "bfloat16")
+    assert "| 3800 | plain vLLM | 4 s | 1 | 0.1 s | 1 |" in text
+    assert "| 3800 | auto | 3 s | 0.75 (0.38 to 0.75) | 0.05 s | 0.50 (0.25 to 0.50) |" in text
+    ratios = {r["policy"]: r["value"] for r in run.rows if r["metric"] == "ratio_ttft_s"}
+    assert ratios == dict.fromkeys(("opted out", "auto", "int4"), 0.75)

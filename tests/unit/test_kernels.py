@@ -29,7 +29,7 @@ from vllm_kvcrush.ops import reference as oracle
 from vllm_kvcrush.ops.angles import Angles
 from vllm_kvcrush.ops.cpu import library
 from vllm_kvcrush.ops.cpu.library import LIBRARY
-from vllm_kvcrush.ops.cpu.tables import LayerTable
+from vllm_kvcrush.ops.cpu.tables import WEIGHT_STEPS, LayerTable, in_words
 from vllm_kvcrush.policies.choice import scored
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -435,6 +435,19 @@ def test_a_directory_may_name_fewer_tokens_than_a_page_holds(
             parts[head] = torch.cat([parts[head][:left], parts[head][held:]])
     cache.check([1], codec)
     cache.check([4], codec)
+
+
+def test_weights_of_fields_are_two_to_a_word(draw: random.Random) -> None:
+    """In steps of which no column has more than csrc/codecs/fitted_query.h allows for."""
+    weight = torch.randn(64, 48) * torch.logspace(-6, 6, 48)
+    weight[:, draw.randrange(48)] = 0
+    words, step = in_words(weight)
+    assert words.to(torch.int32).long().equal(words)
+    low, high = (words & 65535).to(torch.int32), words >> 16
+    both = torch.cat([(low ^ 32768) - 32768, high])
+    assert int(both.abs().max()) == WEIGHT_STEPS
+    torch.testing.assert_close(both * step, weight, rtol=0, atol=0.51 * float(step.max()))
+    assert ((both * step - weight).abs() <= 0.51 * step).all()
 
 
 def test_a_whole_page_that_stays_is_copied(isa: str, draw: random.Random) -> None:

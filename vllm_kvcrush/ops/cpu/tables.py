@@ -71,7 +71,7 @@ class LayerTable:
                 here, quad = slice(QUAD * i, QUAD * (i + 1)), slice(QUAD * field.quad, None)
                 weight[:, here] = tables.inverse[layer, head][:, quad][:, :QUAD] * 2**field.weight
                 middle[here] = (2**field.bits - 1) / 2
-            words, step = _in_words(weight)
+            words, step = in_words(weight)
             own.weight, own.step = self._keep(words, torch.int32), self._keep(step)
             own.middle = self._keep(middle)
             self.capacity.append(capacity)
@@ -97,7 +97,7 @@ class LayerTable:
 WEIGHT_STEPS = 4095
 
 
-def _in_words(weight: Tensor) -> tuple[Tensor, Tensor]:
+def in_words(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Returns columns in steps of their own, as `kvc_head_table` has them.
 
     Args:
