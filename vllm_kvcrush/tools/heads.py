@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush import paths
-from vllm_kvcrush.codecs.transform.calibrate import Probe, read, tokens_of
+from vllm_kvcrush.codecs.transform.calibrate import Probe, probed
 from vllm_kvcrush.codecs.transform.points import TablesError
 from vllm_kvcrush.codecs.transform.tables import ModelShape, model_config
 from vllm_kvcrush.ops import reduce_groups, window_attention
@@ -83,9 +81,6 @@ def calibrate(
 ) -> ModelShape:
     """Writes the head scores of a model and returns the model's shape. Raises TablesError.
     Arguments are those of `codecs.transform.calibrate.calibrate`."""
-    content = read(text)
-    probe = Probe(path)
-    tokens = tokens_of(probe, content, text, progress)
-    digest = hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
+    probe, tokens, digest = probed(path, text, progress)
     heads.save(out, probe.model.name, digest, score(probe, tokens, progress))
     return probe.model

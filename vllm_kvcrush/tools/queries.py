@@ -3,8 +3,6 @@ them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 
 from vllm_kvcrush import paths
-from vllm_kvcrush.codecs.transform.calibrate import Probe, read, tokens_of
+from vllm_kvcrush.codecs.transform.calibrate import Probe, probed
 from vllm_kvcrush.codecs.transform.points import TablesError
 from vllm_kvcrush.codecs.transform.tables import ModelShape, model_config
 from vllm_kvcrush.policies import queries
@@ -69,9 +67,6 @@ def calibrate(
 ) -> ModelShape:
     """Writes the query statistics of a model and returns the model's shape. Raises TablesError.
     Arguments are those of `codecs.transform.calibrate.calibrate`."""
-    content = read(text)
-    probe = Probe(path)
-    tokens = tokens_of(probe, content, text, progress)
-    digest = hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()
+    probe, tokens, digest = probed(path, text, progress)
     queries.save(out, probe.model.name, digest, statistics(probe, tokens, progress))
     return probe.model

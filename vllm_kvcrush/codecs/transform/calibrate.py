@@ -345,6 +345,19 @@ def tokens_of(
     return list(tokens)
 
 
+def probed(
+    path: str | os.PathLike[str],
+    text: str | os.PathLike[str] | None,
+    progress: Callable[..., Any],
+) -> tuple[Probe, list[int], str]:
+    """Returns a model, the tokens to measure on it, and their digest. Arguments are those of
+    `calibrate`; raises TablesError."""
+    content = read(text)  # before the model, which may take minutes to load
+    probe = Probe(path)
+    tokens = tokens_of(probe, content, text, progress)
+    return probe, tokens, hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
 def held_out(
     probe: Probe, content: str | None, text: str | os.PathLike[str] | None
 ) -> tuple[list[tuple[list[int], list[int]]], str]:
