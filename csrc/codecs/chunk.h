@@ -18,10 +18,11 @@ KVC_INLINE void each_page(const Tile &tile, F use) {
 
 // n float16 numbers, and zeros up to a multiple of 16; `to` has room for 16 more.
 KVC_INLINE void load_row(const uint8_t *from, int n, float *to) {
-    for (int l = 0; l < 16; l += W) vstore(to + n + l, vzero());
+    float *const end = to + most(n, 0);  // GCC warns of what a negative size would do
+    for (int l = 0; l < 16; l += W) vstore(end + l, vzero());
     load_halves(from, n, to);
     if (n % W != 0)
-        for (int l = 0; l < 8; ++l) to[n + l] = 0;
+        for (int l = 0; l < 8; ++l) end[l] = 0;
 }
 
 KVC_INLINE uint16_t saturated_half(float x) {
