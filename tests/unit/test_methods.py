@@ -261,6 +261,29 @@ def test_layers_keep_other_tokens(seed: int) -> None:
 # Re-rotated sinks
 
 
+@pytest.mark.parametrize("text", ["d2o", "keepkv", "cam"])
+def test_nothing_is_merged_into_what_a_request_protects(seed: int, text: str) -> None:
+    view = make_view(seed=seed)
+    m, policy = view.candidates, policies.get(text)
+    assert view.values is not None
+    values = view.values.clone()
+    # All keys are so alike that dropped tokens go to whichever is next.
+    held = replace(view.held, keys=view.keys[:, :1] + view.keys * 1e-3, values=values)
+    view = replace(view, held=held, state={"attention": torch.rand(3, m)})
+    protected = (torch.arange(m) % 3 == 0).expand(3, -1)
+    touched = []
+    for mask in (protected, torch.zeros_like(protected)):
+        now = replace(view, protected=mask)
+        kept = protected | (torch.arange(m) % 3 == 1)
+        merged = policy.merge(now, torch.rand(3, m), kept)
+        same = (merged.keys == now.keys[:, :m]).all(2) & (merged.values == values[:, :m]).all(2)
+        if merged.log_bias is not None:
+            same &= merged.log_bias.abs() < 1e-5
+        assert same[protected & mask].all()
+        touched.append(int((~same & kept).sum()))
+    assert min(touched) > 0
+
+
 def test_sinks_are_rotated_to_the_first_other_token(seed: int) -> None:
     """Over two compactions, and with tokens that a request protects."""
     view = replace(make_view(seed=seed), state={}, known=None)

@@ -183,6 +183,11 @@ class View:
         at = torch.arange(self.candidates, device=self.device)
         return (at < self.sinks) & self.valid
 
+    def receivers(self, kept: Tensor) -> Tensor:
+        """Returns which kept candidates others may be merged into, bool [H, m]: what a request
+        protects stays as it is."""
+        return kept if self.protected is None else kept & ~self.protected
+
     def window_scores(
         self,
         *,

@@ -62,8 +62,9 @@ class CaM(Wrapper):
         assert values is not None
         attention = view.window_scores(mean=False).double()
         part = torch.zeros(kept.shape, device=view.device)
+        into = view.receivers(kept)
         for head, n in enumerate(view.sizes.tolist()):
-            stay = kept[head, :n].nonzero().squeeze(1)
+            stay = into[head, :n].nonzero().squeeze(1)
             gone = (~kept[head, :n]).nonzero().squeeze(1)
             first = torch.searchsorted(stay, gone)
             end = (first + self.width).clamp(max=len(stay))
@@ -73,7 +74,7 @@ class CaM(Wrapper):
             chance = attention[head, gone] / mean.clamp(min=1e-300)
             merged = self._draws(view, head, n)[gone] < chance
             part[head, gone] = (merged & (count > 0)).float() / count.clamp(min=1)
-        spread = ops.spread(values[:, :m], kept, part, self.width)
+        spread = ops.spread(values[:, :m], into, part, self.width)
         return Merged(view.keys[:, :m].float(), spread, view.log_bias)
 
     def _draws(self, view: View, head: int, count: int) -> Tensor:

@@ -89,7 +89,7 @@ class D2O(H2O):
         assert values is not None
         keys, values = view.keys[:, :m].float(), values[:, :m].float()
         gone = ~kept & view.valid
-        target, cosine = ops.nearest_kept(keys, gone, kept)
+        target, cosine = ops.nearest_kept(keys, gone, view.receivers(kept))
         gone &= cosine > _NEVER  # where nothing is kept, nothing is merged
         mean = (cosine * gone).sum(1, keepdim=True) / gone.sum(1, keepdim=True).clamp(min=1)
         old = view.layer_state.get("threshold", torch.full_like(mean, _NEVER))

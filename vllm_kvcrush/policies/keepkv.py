@@ -54,7 +54,7 @@ class KeepKV(Wrapper):
         groups = view.queries.float().reshape(len(keys), -1, keys.shape[2]).mean(1)
         logits = (keys @ groups.unsqueeze(2)).squeeze(2) * view.scale  # of the mean query
         # Dropped tokens that are similar to none go to themselves, as kept ones do.
-        target, cosine = ops.nearest_kept(keys, ~kept & view.valid, kept)
+        target, cosine = ops.nearest_kept(keys, ~kept & view.valid, view.receivers(kept))
         alone = torch.arange(m, device=view.device).expand_as(target)
         target = torch.where(cosine >= self.threshold, target, alone)
         weight = (votes + logits).masked_fill(~view.valid, -torch.inf)
