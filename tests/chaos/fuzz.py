@@ -107,7 +107,7 @@ def run(
         *("--generation-database", "none", "--exclude-path-regex", LEFT_OUT),
         *("--report", "har", "--report-har-path", str(har), "--output-sanitize", "false"),
     ]
-    told = ""
+    told = ""  # what it says of itself
     # Its time runs while it prepares its first body, which on a busy machine may take all of it.
     for allowed in (seconds, 3 * seconds):
         done = subprocess.run(
@@ -118,13 +118,13 @@ def run(
             text=True,
             timeout=allowed + 120,
         )
+        told = done.stdout[-3000:]
         # 1 is a server error found; which of those are ours is not its to say.
         if done.returncode not in (0, 1):
-            raise RuntimeError(f"schemathesis failed:\n{done.stdout[-3000:]}\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"schemathesis failed:\n{told}\n{done.stderr[-2000:]}")
         found = read(har)
         if found.answers:
             return found
-        told = done.stdout[-3000:]
     raise RuntimeError(f"schemathesis asked nothing:\n{told}")
 
 
