@@ -10,7 +10,7 @@ are on a full disk. After each: nothing broke but what was on the killed replica
 counters are what clients saw, and at the end memory has not grown by more than its noise. All of it
 is on 127.0.0.1, and each loop is bounded. Status 1 and lines with WRONG if something is not so.
 
-With --leak the replicas leak a megabyte with each compaction, which must be found: status 1.
+With --leak the replicas leak four megabytes with each compaction, which must be found: status 1.
 """
 
 from __future__ import annotations

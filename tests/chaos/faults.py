@@ -147,8 +147,9 @@ def ended_while_streaming(chaos: Chaos) -> str:
     starts again with a cache folder on a disk that is full."""
     process = chaos.fleet.running[VICTIM]
     with chaos.taken_out(VICTIM):
-        # nginx's old workers pass on what they have; new requests go elsewhere.
-        time.sleep(1)
+        # nginx's old workers pass on what they have; new requests go elsewhere. vLLM ends with no
+        # token what has not reached its engine at SIGTERM, which on a busy machine takes seconds.
+        time.sleep(5)
         streams = chaos.metric(VICTIM, "vllm:num_requests_running")
         process.send_signal(signal.SIGTERM)
         try:

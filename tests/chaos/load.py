@@ -157,6 +157,9 @@ class Load:
             sent.ended = time.time()
             self.sent.append(sent)
             del self.flying[sent.ask.number]
+            if sent.outcome == BROKEN:
+                # A front without replicas would refuse hundreds a second.
+                await asyncio.sleep(1)
 
     async def _send(self, http: httpx.AsyncClient, sent: Sent) -> None:
         ask = sent.ask

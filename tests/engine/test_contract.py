@@ -307,6 +307,20 @@ def test_every_span_keeps_its_share(
 
 
 @on_tiny_model
+@pytest.mark.parametrize("budget", [0.15, 0.2, 0.25, 0.3])
+def test_two_tiers_of_tokens_with_known_positions(
+    engine: Engine, ledger: Ledger, ids: list[int], budget: float
+) -> None:
+    """Where tokens are protected their true positions are kept, which differ from those that
+    fitted pages have: a token whose tier changes must be in order by the latter."""
+    params = engine.params(4 * NEW, kv_policy="mikv", kv_budget=budget, kv_protect=[[195, 212]])
+    engine.generate([ids[100:700], ids[900:1800]], params)
+    assert sum(ledger.compactions.values()) >= 8 and not ledger.failures.total()
+    assert ledger.drift and any(len(codecs) == 2 for _, codecs in ledger.compactions)
+    engine.assert_idle()
+
+
+@on_tiny_model
 @pytest.mark.parametrize(
     "policy",
     [

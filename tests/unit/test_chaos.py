@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
+import subprocess
+from typing import Any
+
 import pytest
 
 from tests.chaos import __main__ as program
-from tests.chaos import judge
+from tests.chaos import fuzz, judge
 from tests.chaos.asks import BAD, Ask, Asks
 from tests.chaos.load import BROKEN, LEFT, REFUSED, WHOLE, Sent
 from tests.chaos.load import judge as judge_answer
@@ -137,3 +142,26 @@ def test_the_report_is_a_table() -> None:
     memory = {"replica": "r", "seconds": 9.0, "last": 2**30, "grown": 0.0, "noise": 1, "slope": 0}
     lines = program.table({"rows": [row], "memory": [memory]}).splitlines()
     assert lines[0] == "| fault | seconds | wrong | saw |" and lines[2].startswith("| load  | 3.0")
+
+
+@pytest.mark.parametrize("needed", [20, 60, 61])
+def test_a_fuzzer_that_had_no_time_gets_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, needed: int
+) -> None:
+    given: list[int] = []
+
+    def run(command: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
+        given.append(int(command[command.index("--max-time") + 1]))
+        entry = {"request": {"url": "http://x/y"}, "response": {"status": 404}}
+        entries = [entry] if given[-1] >= needed else []
+        (tmp_path / "fuzz.har").write_text(json.dumps({"log": {"entries": entries}}))
+        return subprocess.CompletedProcess(command, 0, "Empty test suite", "")
+
+    monkeypatch.setattr(fuzz, "document", lambda *_: {})
+    monkeypatch.setattr(subprocess, "run", run)
+    if needed > 60:
+        with pytest.raises(RuntimeError, match="asked nothing:\nEmpty"):
+            fuzz.run("http://x", "m", tmp_path, tmp_path, 20, 0)
+    else:
+        assert fuzz.run("http://x", "m", tmp_path, tmp_path, 20, 0).answers == {404: 1}
+    assert given == ([20] if needed == 20 else [20, 60])

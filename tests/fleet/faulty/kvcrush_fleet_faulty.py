@@ -26,8 +26,8 @@ class Faulty(Policy):
     leaked: ClassVar[list[Tensor]] = []
 
     def score(self, view: View) -> Tensor:
-        """Raises, sleeps or leaks a megabyte once a compaction, or prefers what the window does not
-        look at, as the control file says."""
+        """Raises, sleeps or leaks four megabytes once a compaction, or prefers what the window does
+        not look at, as the control file says."""
         control = pathlib.Path(os.environ[CONTROL])
         fault = control.read_text(encoding="utf-8") if control.exists() else ""
         if view.layer == 0 and fault == "raise":
@@ -35,6 +35,6 @@ class Faulty(Policy):
         if view.layer == 0 and fault == "sleep":
             time.sleep(1)
         if view.layer == 0 and fault == "leak":
-            self.leaked.append(torch.ones(2**18))
+            self.leaked.append(torch.ones(2**20))
         scores = view.window_scores()
         return -scores if fault == "forget" else scores

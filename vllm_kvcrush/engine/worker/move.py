@@ -346,8 +346,8 @@ class Move:
     def _view(
         self, index: int, source: Any, ranks: Ranks | None = None
     ) -> tuple[View, Tensor | None]:
-        """Returns what the policy sees of a layer, in position order, and that order, int64 [H, m],
-        or None if it is the order of the slots."""
+        """Returns what the policy sees of a layer, in the order of the positions that pages keep,
+        and that order, int64 [H, m], or None if it is the order of the slots."""
         state, layer = self._state, self._layers[index]
         counts = self._counts[index].tolist()
         tail = self._command.tail_tokens
@@ -385,7 +385,9 @@ class Move:
         )
         order: Tensor | None = None
         if self._mixed:
-            places = view.positions if state.keeps_positions else layer.positions(source, counts)
+            # Those that pages keep, not the true ones: by these the slots of a page must be in
+            # order, and fitted pages know the first of each strip only.
+            places = layer.positions(source, counts)
             order = places.argsort(dim=1, stable=True)
             view = in_position_order(view, order)
         if state.protect:
