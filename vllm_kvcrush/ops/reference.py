@@ -228,20 +228,22 @@ def nearest_kept(keys: Tensor, gone: Tensor, kept: Tensor) -> tuple[Tensor, Tens
         gone, kept: bool [H, m], the dropped slots and the kept ones, disjoint.
 
     Returns:
-        int64 [H, m], the nearest kept slot of each dropped one, of equal ones the first, and every
-        other slot itself; and float32 [H, m], the cosine between the two keys: 1 for other slots,
-        -2 where a head keeps nothing.
+        int64 [H, m], the nearest kept slot of each dropped one, of equal ones the first (on a GPU
+        any), and every other slot itself; and float32 [H, m], the cosine between the two keys: 1
+        for other slots, -2 where a head keeps nothing.
     """
     target = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
     cosine = torch.ones(target.shape, device=keys.device).masked_fill(gone, -2.0)
-    unit = F.normalize(keys.float(), dim=2)
+    # A float32 product's last bit may depend on its column, and then equal keys are not equal.
+    wide = torch.float64 if keys.device.type == "cpu" else torch.float32
+    unit = F.normalize(keys.to(wide), dim=2)
     for head, own in enumerate(unit):
         stay = kept[head].nonzero().squeeze(1)
         if not len(stay):
             continue
         others = own[stay].mT
         for slots in torch.split(gone[head].nonzero().squeeze(1), 1024):  # bounded memory
-            near = (own[slots] @ others).max(1)
+            near = (own[slots] @ others).float().max(1)
             target[head, slots], cosine[head, slots] = stay[near.indices], near.values
     return target, cosine
 
