@@ -1,6 +1,6 @@
-// Kernels for AMX: those of AVX-512 (KVC_BELOW), save that over a bfloat16 cache attention of
-// several query tokens and window scores go by tiles, and that single tokens meet the tables of
-// fitted codecs so.
+// Kernels for AVX-512 BF16 and AMX: those of AVX-512 (KVC_BELOW), save that over a bfloat16 cache
+// attention of several query tokens and window scores go by products of matrices; with AMX single
+// tokens meet the tables of fitted codecs by tiles.
 #include "kernels/matrix.h"
 
 #include "internal.h"

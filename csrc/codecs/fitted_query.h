@@ -194,8 +194,8 @@ KVC_INLINE void fields_of(const kvc_head_table &own, const FittedQuery &query, i
     }
 }
 
-// What the rows' fields come to as bytes, with a step for each block of fields: what is left of
-// them is what the middles of codes bring.
+// Fields of eight rows as bytes, with a step for each block of them; what they bring with the
+// middles of codes comes off the shift.
 inline void codes_of(const kvc_head_table &own, int row, FittedQuery &query) {
     static_assert(kRowsAtOnce == 8);
     constexpr int N = kBlock / W;
