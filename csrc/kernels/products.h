@@ -19,7 +19,8 @@ KVC_INLINE void each_panel(int v_size, F use) {
 KVC_INLINE void load_halves(const uint8_t *from, int n, float *to) {
     int i = 0;
     for (; i + W <= n; i += W) vstore(to + i, vload_half<W>(from + 2 * i));
-    if (i < n) vstore(to + i, vload_half<8>(from + 2 * i));
+    if constexpr (W > 8)  // or GCC warns of what is never left
+        if (i < n) vstore(to + i, vload_half<8>(from + 2 * i));
 }
 // Those of a strip's tokens; 0 where there is no token, since what lies there may be NaN.
 KVC_INLINE void token_halves(const uint8_t *from, int count, float *to) {
