@@ -508,8 +508,8 @@ def policies_page() -> str:
         )
     for row in rows(path, metric="prefill_s") if path.exists() else []:
         head += (
-            f" The prefill of these tokens, in transformers, takes {row['value']:.0f} s of "
-            f"processor time: {10 * row['value'] / row['layers']:.1f} ms a layer are 1 % of that."
+            f" The prefill of these tokens, in transformers, takes {1000 * row['value']:.0f} ms of "
+            f"processor time a layer, of which {10 * row['value']:.1f} ms are 1 %."
         )
     for budget in sorted({r["budget"] for r in lost}, reverse=True):
         figures[f"loss at {budget:g}"] = {

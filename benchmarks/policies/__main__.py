@@ -28,7 +28,10 @@ SCORERS = (
 DIVIDERS = ("adakv", "pyramidkv", "cake", "duo", "surfacelogic")
 MERGERS = ("d2o", "cam", "keepkv")
 WRAPPERS = ("kvcrush", "rerotate", "composed")
-VARIANTS = ("kvcrush(snapkv)", "kvcrush(expected_attention)", "adakv(expected_attention)")
+VARIANTS = (
+    *("kvcrush(snapkv)", "kvcrush(expected_attention)", "adakv(expected_attention)"),
+    *("adakv(keydiff)", "surfacelogic(keydiff)", "cam(keydiff)"),
+)
 POLICIES = (*SCORERS, *DIVIDERS, *MERGERS, *WRAPPERS, *VARIANTS)
 COST = (*SCORERS, *DIVIDERS, *MERGERS, *WRAPPERS, "mikv", "fair")
 LAYERS = 4  # whose cost is measured, evenly spaced
@@ -89,12 +92,13 @@ class Study:
             self._measure_cost(names)
         lines = []
         where = {"budget": 0.25, "context": self.args.cost_context, "task": "compaction"}
+        mode = "one layer, threads=1"
         layers, spent = self.run.step("cost/prefill", list)
-        self.run.add("prefill_s", spent, "s", 1, layers=layers, context=self.args.cost_context)
+        context = self.args.cost_context
+        self.run.add("prefill_s", spent / layers, "s", context=context, task="prefill", mode=mode)
         for name in COST:
             times = self.run.step(f"cost/{name}", list)
             value, low, high = median(times)
-            mode = "one layer, threads=1"
             self.run.add(
                 "compaction_s",
                 value,
