@@ -31,6 +31,7 @@ from vllm_kvcrush.policies.streaming import Streaming
 BUILT_IN = (
     *("streaming", "lacache", "knorm", "keydiff", "lagkv", "infinipot"),
     *("snapkv", "tova", "h2o", "expected_attention", "gkv", "rkv", "critic", "gui_kv"),
+    "kvzip",
     *("kvcrush", "mikv", "adakv", "keepkv", "fair", "rerotate"),
     *("pyramidkv", "cake", "duo", "surfacelogic", "d2o", "cam", "composed"),
     *("int8", "int4", "tc4", "tc6", "tc8", "tada", "gear", "auto"),
@@ -64,6 +65,7 @@ ALL = [
     "kvcrush(ratio=0.99, level=page)",
     *("knorm", "keydiff", "lagkv(lag=8)", "infinipot", "lacache", "tova", "expected_attention"),
     *("gkv", "rkv", "critic", "gui_kv", "rerotate", "kvcrush(keydiff)", "fair(lacache)"),
+    *("kvzip", "adakv(kvzip)"),
 ]
 
 
