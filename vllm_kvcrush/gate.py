@@ -356,6 +356,7 @@ def no_repeat(vllm_config: Any) -> str | None:
         "several ranks": _above(
             1, "parallel_config.tensor_parallel_size", "parallel_config.data_parallel_size"
         )(vllm_config),
+        "asynchronous scheduling": _get(vllm_config, "scheduler_config.async_scheduling"),
         "LoRA": _get(vllm_config, "lora_config") is not None,
         "a multimodal model": _get(vllm_config, "model_config.is_multimodal_model"),
         "prompt embeddings": _get(vllm_config, "model_config.enable_prompt_embeds"),

@@ -32,7 +32,8 @@ VARIANTS = (
     *("kvcrush(snapkv)", "kvcrush(expected_attention)", "adakv(expected_attention)"),
     *("adakv(keydiff)", "surfacelogic(keydiff)", "cam(keydiff)"),
 )
-POLICIES = (*SCORERS, *DIVIDERS, *MERGERS, *WRAPPERS, *VARIANTS)
+REPEATING = ("kvzip", "adakv(kvzip)")  # which cost a prefill, not a layer's scores
+POLICIES = (*SCORERS, *DIVIDERS, *MERGERS, *WRAPPERS, *REPEATING, *VARIANTS)
 COST = (*SCORERS, *DIVIDERS, *MERGERS, *WRAPPERS, "mikv", "fair")
 LAYERS = 4  # whose cost is measured, evenly spaced
 
@@ -164,15 +165,20 @@ class Study:
         steps = {key: f"loss/{item.task}/{item.index}/{key[0]}/{key[1]}" for key in keys}
         if not all(map(self.run.has, steps.values())):
             from benchmarks.codecs.model import Coded, measure
-            from benchmarks.policies.layers import Compaction
+            from benchmarks.policies.layers import Compaction, received
+            from vllm_kvcrush import policies
 
             cache = self.forcer.prefill(item.context)
             tokens, scored, _ = item.forced("question_after")
             full = self.forcer.force(Coded(cache.keys, cache.values, {}), cache.length, tokens)
+            probe, again = self.forcer.probe, None
             for (name, budget), step in steps.items():
                 if self.run.has(step):
                     continue
-                coded = Compaction(cache, self.forcer.probe.rope, budget).coded(name)
+                told = None
+                if "repeat" in policies.get(name).needs:
+                    told = again = received(probe, item.context) if again is None else again
+                coded = Compaction(cache, probe.rope, budget, told).coded(name)
                 logp = self.forcer.force(coded, cache.length, tokens)
                 figures = measure(logp, full, tokens, scored)
                 self.run.step(step, lambda figures=figures: figures)

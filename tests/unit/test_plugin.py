@@ -346,6 +346,7 @@ def test_what_cannot_repeat_a_context_is_named() -> None:
     config = Namespace(
         use_v2_model_runner=False,
         lora_config=None,
+        scheduler_config=Namespace(async_scheduling=False),
         parallel_config=Namespace(tensor_parallel_size=1, data_parallel_size=1),
         model_config=Namespace(
             is_multimodal_model=False, enable_prompt_embeds=False, skip_tokenizer_init=False
@@ -360,10 +361,12 @@ def test_what_cannot_repeat_a_context_is_named() -> None:
     config.parallel_config.data_parallel_size = 2
     assert str(gate.no_repeat(config)).endswith("with several ranks")
     config.parallel_config.data_parallel_size, config.lora_config = 1, object()
+    config.scheduler_config.async_scheduling = True
     for option in vars(config.model_config):
         setattr(config.model_config, option, True)
     assert str(gate.no_repeat(config)).endswith(
-        "with LoRA and a multimodal model and prompt embeddings and --skip-tokenizer-init"
+        "with asynchronous scheduling and LoRA and a multimodal model and prompt embeddings and "
+        "--skip-tokenizer-init"
     )
 
 
