@@ -265,8 +265,9 @@ def methods() -> str:
     """Returns one line for every method."""
     from benchmarks.quality.overview import overview
 
-    path = RESULTS / "methods.json"
-    return f"{_measured_on(path)}\n\n{overview(read(path)['rows'])}"
+    paths = [RESULTS / f"{name}.json" for name in ("methods", "methods_int4")]
+    found = [row for path in paths for row in read(path)["rows"]]
+    return "\n\n".join([*map(_measured_on, paths), overview(found)])
 
 
 def serving() -> str:
@@ -515,6 +516,16 @@ def policies_page() -> str:
         figures[f"loss at {budget:g}"] = {
             r["policy"]: f"{r['value']:+.2f}" for r in lost if r["budget"] == budget
         }
+    kept = RESULTS / "kept.json"
+    if kept.exists():
+        same = rows(kept, metric="overlap")
+        figures["as kvpress"] = {r["policy"]: f"{r['value']:.3f}" for r in same}
+        head += (
+            f"\n\n*As kvpress*: of the tokens that kvpress keeps at {same[0]['budget']:g} of "
+            f"{same[0]['context']} tokens, the share that is kept here too, given the same "
+            "tensors, its hyperparameters and queries of the whole prompt, over layers and heads "
+            "(`python -m benchmarks.policies.peers`)."
+        )
     if lost:
         variants = [
             f"`{r['policy']}` {r['value']:+.2f} at {r['budget']:g}"
