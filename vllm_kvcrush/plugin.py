@@ -245,7 +245,8 @@ def _add_flags(parser: Any) -> None:
         dest="kv_policy_allow",
         nargs="+",
         metavar="POLICY",
-        help="Policies that clients may ask for, separated by commas or spaces. Default: all.",
+        help="Policies that clients may ask for, separated by commas or spaces. Default: all but "
+        "kvzip, which makes other requests wait.",
     )
     add(
         "--kv-min-tokens",
