@@ -171,6 +171,8 @@ def _gate() -> Iterator[Hook]:
         "is_hybrid is_multimodal_model runner_type use_mla uses_alibi",
         why,
     )
+    yield from at.reads("VllmConfig", "lora_config", _REPEAT)
+    yield from at.reads("ModelConfig", "enable_prompt_embeds", _REPEAT)
     yield at("call", "ModelConfig.get_sliding_window()", why)
     yield from at.reads(
         "CacheConfig",

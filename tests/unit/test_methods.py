@@ -478,6 +478,7 @@ def turned(view: View, order: list[int]) -> View:
         known=None if view.known is None else view.known[order],
         log_bias=None,
         true_positions=view.positions[order],
+        repeated=None if view.repeated is None else view.repeated[order],
     )
 
 
@@ -512,6 +513,7 @@ def test_two_ranks_choose_as_one_would(text: str, seed: int) -> None:
                 state={name: x[own] for name, x in view.state.items()},
                 known=None if view.known is None else view.known[own],
                 true_positions=view.positions[own],
+                repeated=None if view.repeated is None else view.repeated[own],
             )
         )
     asked: list[Tensor] = []

@@ -137,7 +137,7 @@ def test_same_view_same_choice_and_untouched(text: str) -> None:
 @every_policy
 def test_takes_only_what_it_says_it_needs(text: str) -> None:
     policy, view = policies.get(text), make_view()
-    assert policy.needs <= {"queries", "state", "positions"}
+    assert policy.needs <= {"queries", "state", "positions", "repeat"}
     view = replace(
         view,
         held=ops.LayerKV(view.keys, view.values),
@@ -145,6 +145,7 @@ def test_takes_only_what_it_says_it_needs(text: str) -> None:
         state=view.state if "state" in policy.needs else {},
         known=None,
         true_positions=view.true_positions if "positions" in policy.needs else None,
+        repeated=view.repeated if "repeat" in policy.needs else None,
         spans=((0, 20), (20, 40)) if policy.uses_spans else (),
     )
     scores, state = scored(policy, view)
