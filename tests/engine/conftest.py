@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.ledger import Ledger
 from vllm_kvcrush import policies
 
 HERE = pathlib.Path(__file__).parent
@@ -237,6 +238,14 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     engine.runner.on_select = None
     yield engine
     engine.assert_idle()
+
+
+@pytest.fixture
+def ledger(engine: Engine) -> Iterator[Ledger]:
+    """Yields what checks every compaction of the engine that the test uses."""
+    ledger = Ledger(engine.runner)
+    yield ledger
+    ledger.close()
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,6 @@ pytestmark = pytest.mark.engine
 NEW = DECODE_INTERVAL + 8
 
 
-@pytest.fixture
-def ledger(engine: Engine) -> Iterator[Ledger]:
-    ledger = Ledger(engine.runner)
-    yield ledger
-    ledger.close()
-
-
 @pytest.fixture(scope="module")
 def reference(model_path: str) -> Reference:
     return Reference(model_path)

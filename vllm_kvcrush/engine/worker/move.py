@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from vllm.distributed import (
 from vllm_kvcrush import ops
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.engine.commands import Compact
-from vllm_kvcrush.engine.worker.allocation import page_counts
+from vllm_kvcrush.engine.worker.allocation import least_loss_codecs, page_counts
 from vllm_kvcrush.engine.worker.backends.base import CacheLayer
 from vllm_kvcrush.engine.worker.ranks import Ranks
 from vllm_kvcrush.engine.worker.region import Region
@@ -66,6 +66,8 @@ class Move:
         layers: the layers' caches, in the order of their pages.
         block_size: tokens in a block.
         rope: the model's rotary embedding, for policies.
+        losses: by codec, what the tokens of each layer and head are expected to lose in it, float64
+            [L, H]; empty where that was not measured.
         failed: called each time that the policy fails.
         on_select: called with the command, the layer's index, and the layer's choice: slots
             [kv_heads, keep], -1 past a head's own; or None.
@@ -93,11 +95,12 @@ class Move:
         layers: Sequence[CacheLayer],
         block_size: int,
         rope: Rope | None,
+        losses: Mapping[str, np.ndarray],
         failed: Callable[[PolicyFailure], None],
         on_select: Callable[[Compact, int, Tensor], None] | None,
     ) -> None:
         self._command, self._state, self._layers = command, state, layers
-        self._block_size, self._rope = block_size, rope
+        self._block_size, self._rope, self._losses = block_size, rope, losses
         self._failed, self._on_select = failed, on_select
         self._device, self._heads = layers[0].device, layers[0].heads
         region = state.region
@@ -186,6 +189,8 @@ class Move:
         them, int64 [parts, L, H]."""
         self._given: dict[int, _Given] = {}
         if not self._state.allocates:
+            if (choice := self._least_loss()) is not None:
+                return choice
             tokens = np.array([part.tokens for part in self._parts])
             return (
                 [part.codec for part in self._parts],
@@ -208,6 +213,36 @@ class Move:
         least = np.minimum(least, len(self._command.target))
         pages = page_counts(shares, room, least)
         return [codec], np.minimum(pages * rooms, self._counts)[None]
+
+    def _least_loss(self) -> tuple[list[str], np.ndarray] | None:
+        """Returns codecs and tokens as `_shared_out` does, where each layer and head has all tokens
+        in the one codec with which all lose least together; or None where the plan does not go by
+        losses, they are not known by head, or tokens have to be dropped."""
+        plan, region = self._state.plan, self._state.region
+        codecs = [packing.codec for packing in plan.packings]
+        if not (plan.least_loss and codecs and all(codec in self._losses for codec in codecs)):
+            return None
+        if self._two or sum(part.tokens for part in self._parts) < self._candidates:
+            return None
+        rooms = np.array(
+            [
+                [[own.pages.capacity(codec, h) for h in range(self._heads)] for own in self._layers]
+                for codec in codecs
+            ]
+        )
+        losses = np.stack([self._losses[codec] for codec in codecs])
+        if region is not None:
+            # Tokens that are in a codec already lose nothing more if they stay in it.
+            for codec, stored in zip(region.codecs, region.part_tokens, strict=True):
+                if codec in codecs:
+                    losses[codecs.index(codec)] *= 1 - stored / self._counts
+        total = len(self._command.target) * self._counts.size
+        choice = least_loss_codecs(losses, -(-self._counts // rooms), total)
+        if choice is None:
+            return None
+        used = np.unique(choice)
+        tokens = np.where(choice == used[:, None, None], self._counts, 0)
+        return [codecs[i] for i in used], tokens
 
     def _shares(self, room: Room) -> Tensor | None:
         """Returns the policy's shares, or None if it failed."""
