@@ -265,7 +265,7 @@ def methods() -> str:
     """Returns one line for every method."""
     from benchmarks.quality.overview import overview
 
-    paths = [RESULTS / f"{name}.json" for name in ("methods", "methods_int4")]
+    paths = beside(RESULTS / "methods.json")
     found = [row for path in paths for row in read(path)["rows"]]
     return "\n\n".join([*map(_measured_on, paths), overview(found)])
 
@@ -452,8 +452,9 @@ def gpu_metadata() -> str:
 
 def pitfalls() -> str:
     """Returns the table of what policies do to instructions: left to them, by share, protected."""
-    path = RESULTS / "pitfalls.json"
-    found = {(r["policy"], r["mode"], r["task"], r["metric"]): r for r in rows(path)}
+    paths = beside(RESULTS / "pitfalls.json")
+    every = [r for path in paths for r in rows(path)]
+    found = {(r["policy"], r["mode"], r["task"], r["metric"]): r for r in every}
     tasks, ways = ("conflict", "system_rule", "system_secret"), ("plain", "fair", "protected")
 
     def cells(policy: str, task: str, metric: str) -> list[str]:
@@ -463,12 +464,12 @@ def pitfalls() -> str:
         return ["-" if r is None else f"{r['value']:+.1f}" for r in at]
 
     lines = []
-    for policy in dict.fromkeys(r["policy"] for r in rows(path, mode="fair")):
+    for policy in dict.fromkeys(r["policy"] for r in every if r["mode"] == "fair"):
         kept = (" ".join(cells(policy, task, "rule_kept")) for task in tasks)
         lost = (" ".join(cells(policy, task, "delta_nll")) for task in ("system_rule", "neutral"))
         lines.append([f"`{policy}`", *kept, *lost])
     head = ["policy", *(f"{task}: kept" for task in tasks), "system_rule: loss", "neutral: loss"]
-    return f"{_measured_on(path)}\n\n{table(head, lines)}"
+    return "\n\n".join([*map(_measured_on, paths), table(head, lines)])
 
 
 PARTS: dict[str, Callable[[], str]] = {
