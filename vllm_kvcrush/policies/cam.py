@@ -34,8 +34,8 @@ class CaM(Wrapper):
 
     Cost: the base's, the window's attention, and O(n D).
 
-    Choose it to soften what another policy drops at budgets of a half and more, where its keys must
-    stay as they are. Below, take `keepkv`, whose log biases carry the weights, or merge nothing.
+    Choose it to compare with the paper, at budgets of a half and more: nowhere here did it lose
+    less than its base alone. `keepkv`, whose log biases carry the weights, can.
 
     Attributes:
         base: the policy that chooses; H2O unless another one is named.

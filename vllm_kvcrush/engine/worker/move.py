@@ -432,7 +432,7 @@ class Move:
             first_head=get_tensor_model_parallel_rank() * self._heads,
             demands=self._demands,
             layer_state=state.layer_state.get(index, {}),
-            repeated=self.repeated.get(index),
+            repeated=self._received(index, m),
         )
         order: Tensor | None = None
         if self._mixed and ordered:
@@ -451,6 +451,14 @@ class Move:
         wide = torch.zeros(self._heads, m, *old.shape[2:], dtype=old.dtype, device=self._device)
         wide[:, : old.shape[1]] = old
         return wide
+
+    def _received(self, index: int, m: int) -> Tensor | None:
+        """Returns what candidates received while the model repeated them, [H, m]; None unless the
+        policy needs it."""
+        if "repeat" not in self._state.needs:
+            return None
+        # No pass was made where nothing is new.
+        return self.repeated.get(index, torch.zeros(self._heads, m, device=self._device))
 
     def _log_bias(self, index: int, m: int) -> Tensor | None:
         region = self._state.region
