@@ -521,11 +521,14 @@ def policies_page() -> str:
     if kept.exists():
         same = rows(kept, metric="overlap")
         figures["as kvpress"] = {r["policy"]: f"{r['value']:.3f}" for r in same}
+        nested = min(r["value"] for r in rows(kept, metric="nested"))
         head += (
             f"\n\n*As kvpress*: of the tokens that kvpress keeps at {same[0]['budget']:g} of "
             f"{same[0]['context']} tokens, the share that is kept here too, given the same "
             "tensors, its hyperparameters and queries of the whole prompt, over layers and heads "
-            "(`python -m benchmarks.policies.peers`)."
+            "(`python -m benchmarks.policies.peers`). Where heads get other numbers of tokens than "
+            "in kvpress, as `pyramidkv` and `adakv` say, it is the share of the larger number: of "
+            f"the smaller one it is {nested:.3f} or more under every policy."
         )
     if lost:
         variants = [

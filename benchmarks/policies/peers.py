@@ -96,9 +96,10 @@ def ours(
 
 
 @torch.inference_mode()
-def overlaps(model: str, keep: float) -> dict[str, tuple[float, float]]:
+def overlaps(model: str, keep: float) -> dict[str, tuple[float, float, float]]:
     """Returns, by method, the share of kept tokens that both keep: the mean over layers and heads,
-    and the least."""
+    and the least; and the mean share of the one that keeps fewer, which is 1 where both rank tokens
+    alike but give a head other numbers of them."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
@@ -123,9 +124,10 @@ def overlaps(model: str, keep: float) -> dict[str, tuple[float, float]]:
     found = {}
     for name in PRESSES:
         kept = ours(OURS[name], forcer, tensors, turned, count)
-        most = torch.maximum(kept.sum(2), theirs[name].sum(2))
-        share = (kept & theirs[name]).sum(2) / most
-        found[name] = (float(share.mean()), float(share.min()))
+        both, counts = (kept & theirs[name]).sum(2), (kept.sum(2), theirs[name].sum(2))
+        share = both / torch.maximum(*counts)
+        fewer = both / torch.minimum(*counts)
+        found[name] = (float(share.mean()), float(share.min()), float(fewer.mean()))
     return found
 
 
@@ -135,10 +137,11 @@ def main() -> None:
     found = run.step("overlaps", lambda: overlaps(model, KEEP))
     where = {"budget": KEEP, "context": CONTEXT, "task": "text"}
     lines = []
-    for name, (mean, least) in found.items():
+    for name, (mean, least, fewer) in found.items():
         run.add("overlap", mean, "ratio", low=least, policy=name, mode=OURS[name].policy, **where)
-        lines.append([OURS[name].policy, f"{mean:.4f}", f"{least:.4f}"])
-    print(table(["method", "both keep", "least of a head"], lines))
+        run.add("nested", fewer, "ratio", policy=name, mode=OURS[name].policy, **where)
+        lines.append([OURS[name].policy, *(f"{x:.4f}" for x in (mean, least, fewer))])
+    print(table(["method", "both keep", "least of a head", "of the one with fewer"], lines))
     run.finish(model=pathlib.Path(model).name)
 
 
