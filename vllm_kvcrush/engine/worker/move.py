@@ -256,7 +256,7 @@ class Move:
                 size += sum(x.nbytes for x in (given[0], *given[1].values()))
                 if size <= _KEPT_SCORES:
                     self._given[index] = given
-                self._saw(view)
+                self.saw(view)
             known = [demand for demand in demands if demand is not None]
             found = torch.stack(known) if known else None
             shares = allocated(policy, found, room)
@@ -363,7 +363,7 @@ class Move:
             choice = self._guarded(chosen)
         if choice is None:
             choice = newest(view, keep, finer)
-        self._saw(view)
+        self.saw(view)
         if choice.finer is None or finer is None:
             columns = ops.mask_slots(choice.kept, keep)
         else:
@@ -373,7 +373,8 @@ class Move:
         slots = columns if order is None else order.gather(1, columns)
         return _Chosen(slots, columns, choice, view)
 
-    def _saw(self, view: View) -> None:
+    def saw(self, view: View) -> None:
+        """Takes note of the keys and values that were copied for a view."""
         held: Any = getattr(view.held, "_held", view.held)
         known = vars(held)  # what was read is kept there
         copies = [*known.get("_read", ()), known.get("keys"), known.get("values")]

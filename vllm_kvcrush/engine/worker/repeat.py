@@ -121,6 +121,7 @@ class Repetition:
                 view.log_bias,
                 view.held_valid if view.ragged else None,
             )
+            self._move.saw(view)
             output.copy_(found)
             self._note(index, view, weights)
             return output
