@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,6 +208,93 @@ def ranks(process: psutil.Process, name: str) -> list[psutil.Process]:
     named = [part for part in parts if name in " ".join(part.cmdline())]
     assert named, [part.cmdline() for part in parts]
     return sorted(named, key=lambda part: " ".join(part.cmdline()), reverse=True)
+
+
+@dataclass
+class Flying:
+    """A request that streams, over a connection of its own."""
+
+    http: httpx.Client
+    lines: Iterator[str]
+    port: int
+
+    def end(self) -> str:
+        """Reads to the end, and returns what kind of end it is."""
+        last = ""
+        try:
+            for line in self.lines:
+                last = line or last
+        except httpx.HTTPError as error:
+            return type(error).__name__
+        return "error" if '"error"' in last else last
+
+    @staticmethod
+    @contextlib.contextmanager
+    def take_off(made: Fleet, number: int) -> Iterator[Flying]:
+        """Sends a request, and reads its first token."""
+        body = {"model": NAME, "prompt": f"{number} " + "Hello " * 200, "max_tokens": 1500}
+        with (
+            httpx.Client(trust_env=False, timeout=120, base_url=made.url("replica-0")) as http,
+            http.stream(
+                "POST", "/v1/completions", json={**body, "ignore_eos": True, "stream": True}
+            ) as got,
+        ):
+            assert got.status_code == 200
+            lines = got.iter_lines()
+            assert next(lines).startswith("data: {")
+            stream = got.extensions["network_stream"]
+            yield Flying(http, lines, stream.get_extra_info("client_addr")[1])
+
+
+def loses_an_api_server(made: Fleet, counter: str) -> dict[str, Any]:
+    """Kills one of two API servers under load, and returns what clients and operators see.
+
+    `counter` counts requests that are taken, over both servers."""
+    first = psutil.Process(made.running["replica-0"].pid)
+    parts = first.children(recursive=True)
+    victim, other = ranks(first, "APIServer")[:2]
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        flying = [stack.enter_context(Flying.take_off(made, n)) for n in range(6)]
+        found["taken"] = server(made, "replica-0").metric(counter)
+        found["running"] = server(made, "replica-0").metric("vllm:num_requests_running")
+        ports = {
+            process: {c.raddr.port for c in process.net_connections() if c.raddr}
+            for process in (victim, other)
+        }
+        victim.kill()
+        with ThreadPoolExecutor(len(flying)) as threads:
+            ends = list(threads.map(Flying.end, flying))
+        for name, process in (("its own", victim), ("the other's", other)):
+            own = [end for f, end in zip(flying, ends, strict=True) if f.port in ports[process]]
+            found[name] = set(own)
+            assert own, (name, ports, ends)
+    found["code"] = made.running["replica-0"].wait(60)
+    _, alive = psutil.wait_procs(parts, timeout=60)
+    found["alive"] = [" ".join(part.cmdline()) for part in alive]
+    return found
+
+
+def test_an_api_server_that_is_killed(tiny_model: str) -> None:
+    """vLLM ends all of a replica then, and so it does with this plugin; what is started again
+    counts from nothing."""
+    flags = ("--api-server-count=2",)
+    seen = []
+    for plain, counter in ((False, PREFIX + "requests_total"), (True, "vllm:num_requests_running")):
+        with serving(tiny_model, *flags, *(() if plain else OURS), plain=plain) as made:
+            seen.append(loses_an_api_server(made, counter))
+            if not plain:
+                made.stop("replica-0")
+                made.replica(0, *FLAGS, *flags, *OURS)
+                assert server(made, "replica-0").metric(PREFIX + "requests_total") == 0
+                assert server(made, "replica-0").metric(PREFIX + "kv_bytes_held") == 0
+                client(made, "replica-0").completions.create(
+                    model=NAME, prompt="Hello", max_tokens=2
+                )
+                assert server(made, "replica-0").metric(PREFIX + "requests_total") == 1
+    print(seen)
+    assert seen[0] == seen[1]
+    assert seen[0]["taken"] == seen[0]["running"] == 6 and not seen[0]["alive"]
 
 
 def test_tensor_parallel_processes(
