@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import subprocess
@@ -29,8 +30,10 @@ pytestmark = pytest.mark.server
 PREFIX = "vllm_kvcrush:"
 HERE = pathlib.Path(__file__).parent
 EXACT = ("int8", "int4", "streaming", "snapkv", "h2o", "kvcrush")
-# Sums in another order may round a key to another code, and turn a near tie of the random model.
+# Sums in another order may round a key to another code, and turn a near tie of the random model: of
+# these the tokens may differ from where both are nearly as likely, by so many nats.
 FITTED = ("tc6", "auto")
+TIE = 0.02
 MOST = 40
 FLAGS = (
     *("--max-model-len=2048", "--max-num-batched-tokens=512", "--max-num-seqs=16"),
@@ -129,48 +132,73 @@ def prompts(ids: list[int]) -> list[list[int]]:
     return [ids[900 + 50 * i : 1300 + 50 * i] for i in range(len((*EXACT, *FITTED)))]
 
 
-def said(made: Fleet, ids: list[int]) -> dict[str, tuple[str, Any]]:
-    """What each policy says, and what it kept."""
+@dataclass
+class Said:
+    """An answer: its tokens, the log-probabilities of the most likely ones, and what was kept."""
+
+    tokens: list[str]
+    likely: list[dict[str, float]]
+    kept: Any
+
+    def tie(self, other: Said) -> float:
+        """Returns by how many nats the token that one says and the token that the other says differ
+        where they first do, at most; 0 where they say the same."""
+        pairs = zip(self.tokens, other.tokens, strict=True)
+        at = next((i for i, (one, two) in enumerate(pairs) if one != two), None)
+        if at is None:
+            return 0.0
+        one, two = self.tokens[at], other.tokens[at]
+        return max(
+            abs(likely.get(one, -math.inf) - likely.get(two, -math.inf))
+            for likely in (self.likely[at], other.likely[at])
+        )
+
+
+def said(made: Fleet, ids: list[int]) -> dict[str, Said]:
+    """What each policy says."""
     api = client(made, "replica-0")
     found = {}
     for policy, prompt in zip((*EXACT, *FITTED), prompts(ids), strict=True):
-        made_of = api.completions.create(
+        answer = api.completions.create(
             model=NAME,
             prompt=prompt,
             max_tokens=MOST,
             temperature=0,
+            logprobs=5,
             extra_body={"kv_policy": policy, "ignore_eos": True},
         )
-        found[policy] = made_of.choices[0].text, details(made_of)
+        told = answer.choices[0].logprobs
+        found[policy] = Said(told.tokens, told.top_logprobs, details(answer))
     return found
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model: str, ids: list[int]) -> dict[str, tuple[str, Any]]:
+def alone(tiny_model: str, ids: list[int]) -> dict[str, Said]:
     """What one rank says."""
     with serving(tiny_model, *OURS) as made:
         found = said(made, ids)
-    assert all(kept["compactions"] >= 1 for _, kept in found.values())
+    assert all(answer.kept["compactions"] >= 1 for answer in found.values())
     return found
 
 
-def holds(made: Fleet, ids: list[int], alone: dict[str, tuple[str, Any]]) -> None:
+def holds(made: Fleet, ids: list[int], alone: dict[str, Said]) -> None:
     """Holds that a server says what one rank says, has the same limits, and counts once."""
     found = said(made, ids)
-    turned = [policy for policy in found if found[policy][0] != alone[policy][0]]
-    assert set(turned) <= {*FITTED} and len(turned) <= 1, turned
+    ties = {policy: found[policy].tie(alone[policy]) for policy in found}
+    print(ties)
+    assert all(tie <= (TIE if policy in FITTED else 0) for policy, tie in ties.items()), ties
     for policy in found:
-        assert found[policy][1] == alone[policy][1], policy
+        assert found[policy].kept == alone[policy].kept, policy
     api = client(made, "replica-0")
     for extra, reason in (({"kv_budget": 0.9}, "cap"), ({"kv_policy": "mikv"}, "policy")):
         with pytest.raises(openai.BadRequestError):
             api.completions.create(model=NAME, prompt="Hello", extra_body=extra)
         assert server(made, "replica-0").metric(PREFIX + "refusals_total", reason=reason) == 1
     watched = server(made, "replica-0")
-    for policy, (_, kept) in found.items():
+    for policy, answer in found.items():
         assert watched.metric(PREFIX + "requests_total", policy=policy) == 1
         compactions = watched.metric(PREFIX + "compactions_total", policy=policy)
-        assert compactions == kept["compactions"], policy
+        assert compactions == answer.kept["compactions"], policy
     assert watched.metric(PREFIX + "policy_failures_total") == 0
     assert watched.metric(PREFIX + "kv_bytes_held") == 0
 
@@ -297,9 +325,7 @@ def test_an_api_server_that_is_killed(tiny_model: str) -> None:
     assert seen[0]["taken"] == seen[0]["running"] == 6 and not seen[0]["alive"]
 
 
-def test_tensor_parallel_processes(
-    tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
-) -> None:
+def test_tensor_parallel_processes(tiny_model: str, ids: list[int], alone: dict[str, Said]) -> None:
     seen = []
     for plain in (False, True):
         with serving(tiny_model, TENSOR, *(() if plain else OURS), plain=plain) as made:
@@ -310,15 +336,13 @@ def test_tensor_parallel_processes(
     assert seen[0] == seen[1]
 
 
-def test_data_parallel_processes(
-    tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
-) -> None:
+def test_data_parallel_processes(tiny_model: str, ids: list[int], alone: dict[str, Said]) -> None:
     with serving(tiny_model, DATA, *OURS) as made:
         holds(made, ids, alone)
 
 
 def test_tensor_parallel_ray(
-    ray: Ray, tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
+    ray: Ray, tiny_model: str, ids: list[int], alone: dict[str, Said]
 ) -> None:
     flags = (TENSOR, "--distributed-executor-backend=ray")
     seen = []
@@ -332,7 +356,7 @@ def test_tensor_parallel_ray(
 
 
 def test_data_parallel_ray(
-    ray: Ray, tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
+    ray: Ray, tiny_model: str, ids: list[int], alone: dict[str, Said]
 ) -> None:
     flags = (DATA, "--data-parallel-backend=ray", "--data-parallel-size-local=2")
     flags += (f"--data-parallel-address={NODE}",)
@@ -341,9 +365,7 @@ def test_data_parallel_ray(
 
 
 @pytest.mark.parametrize("flag", [DATA, TENSOR])
-def test_two_nodes(
-    tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]], flag: str
-) -> None:
+def test_two_nodes(tiny_model: str, ids: list[int], alone: dict[str, Said], flag: str) -> None:
     """The launch of deploy/README.md, with both nodes on this machine."""
     port = free_port()
     if flag == DATA:
