@@ -116,7 +116,9 @@ def reference(model_path: str) -> Any:
     return Reference(model_path)
 
 
-@pytest.mark.parametrize("policy", ["streaming", "snapkv", "h2o", "kvcrush", "kvcrush-page"])
+@pytest.mark.parametrize(
+    "policy", ["streaming", "snapkv", "h2o", "kvcrush", "kvcrush-page", "kvzip"]
+)
 def test_tokens_equal_transformers_with_the_same_kept_tokens(
     engine: Engine, ids: list[int], reference: Any, policy: str, monkeypatch: Any
 ) -> None:

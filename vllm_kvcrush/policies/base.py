@@ -83,6 +83,9 @@ class View:
             of this compaction have been divided; None before, and where they are not.
         layer_state: by name, what `merge` returned as `Merged.layer_state` in this layer the last
             time, float32 [H, c].
+        repeated: float32 [H, m], the greatest attention that each candidate received while the
+            model repeated those that are new since the last compaction, 0 for older ones; None
+            unless the policy needs "repeat".
     """
 
     held: LayerKV
@@ -106,6 +109,7 @@ class View:
     first_head: int = 0
     demands: Tensor | None = None
     layer_state: Mapping[str, Tensor] = field(default_factory=dict)
+    repeated: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -290,8 +294,9 @@ class Policy(ABC):
     checks them in `__post_init__` with `require`."""
 
     name: ClassVar[str]
-    # Any of "queries" (of the observation window), "positions" (the tokens' true ones) and "state"
-    # (what `score` returns beside the scores is kept for the next compaction).
+    # Any of "queries" (of the observation window), "positions" (the tokens' true ones), "state"
+    # (what `score` returns beside the scores is kept for the next compaction) and "repeat" (the
+    # model reads all that is compacted a second time).
     needs: ClassVar[frozenset[str]] = frozenset()
     # Names of codecs that the pages of the compressed region may have, those that lose least
     # first; empty for raw pages.

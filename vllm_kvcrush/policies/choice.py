@@ -316,6 +316,7 @@ def dry_run(
             if with_rope
             else None,
             computed=n + turn * (m - keep),
+            repeated=torch.rand(heads, m, generator=draw) if "repeat" in policy.needs else None,
         )
         given = scored(policy, view)
         if policy.allocates:
@@ -430,6 +431,7 @@ def in_position_order(view: View, order: Tensor) -> View:
         known=ordered(view.known),
         log_bias=ordered(view.log_bias),
         true_positions=ordered(view.true_positions),
+        repeated=ordered(view.repeated),
     )
 
 

@@ -132,6 +132,11 @@ class CompactionMixin(MeasuringMixin):
         were wanted: see `_window`."""
         raise NotImplementedError
 
+    def _repeat(self, request_id: str, move: Move, computed: int) -> dict[int, Tensor]:
+        """Lets the model repeat the tokens of a request that are new since its last compaction,
+        and returns `Repetition.received`. Raises PolicyFailure if that cannot be done."""
+        raise PolicyFailure("this model runner does not let the model repeat its context")
+
     # -- start-up -------------------------------------------------------------------------------
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -357,9 +362,12 @@ class CompactionMixin(MeasuringMixin):
             failed=lambda why: self._failed(name, state, why),
             on_select=self.on_select,
         )
-        if move.scores and "queries" in state.needs:
+        if move.scores:
             try:
-                move.queries = self._window(name, state, command.computed)
+                if "queries" in state.needs:
+                    move.queries = self._window(name, state, command.computed)
+                if "repeat" in state.needs:
+                    move.repeated = self._repeat(name, move, command.computed)
             except PolicyFailure as why:
                 move.give_up(why)
         move.run()

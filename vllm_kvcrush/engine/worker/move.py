@@ -77,6 +77,8 @@ class Move:
         scores: whether the policy is asked for scores, so that what it `needs` must be there.
         queries: queries of the observation window, `[layers, query_heads, window, size]`; the
             caller sets them before `run` if `scores` and the policy needs them.
+        repeated: by layer, what slots receive while the model repeats them, float32 [H, m], see
+            `View.repeated`; likewise.
         kept_state: by name and layer, what the policy remembers about the survivors, [H, k, ...].
         layer_state: by layer and name, what it remembers about the layer, [H, c].
         positions: by layer, positions of the survivors, int32 [H, k]; empty unless they are kept.
@@ -132,6 +134,7 @@ class Move:
         self._asks = self.scores
         self.target: Region
         self.queries: Tensor | None = None
+        self.repeated: dict[int, Tensor] = {}
         self.kept_state: dict[str, dict[int, Tensor]] = {}
         self.layer_state: dict[int, dict[str, Tensor]] = {}
         self._demands: Tensor | None = None
@@ -253,7 +256,7 @@ class Move:
                 size += sum(x.nbytes for x in (given[0], *given[1].values()))
                 if size <= _KEPT_SCORES:
                     self._given[index] = given
-                self._saw(view)
+                self.saw(view)
             known = [demand for demand in demands if demand is not None]
             found = torch.stack(known) if known else None
             shares = allocated(policy, found, room)
@@ -360,7 +363,7 @@ class Move:
             choice = self._guarded(chosen)
         if choice is None:
             choice = newest(view, keep, finer)
-        self._saw(view)
+        self.saw(view)
         if choice.finer is None or finer is None:
             columns = ops.mask_slots(choice.kept, keep)
         else:
@@ -370,7 +373,8 @@ class Move:
         slots = columns if order is None else order.gather(1, columns)
         return _Chosen(slots, columns, choice, view)
 
-    def _saw(self, view: View) -> None:
+    def saw(self, view: View) -> None:
+        """Takes note of the keys and values that were copied for a view."""
         held: Any = getattr(view.held, "_held", view.held)
         known = vars(held)  # what was read is kept there
         copies = [*known.get("_read", ()), known.get("keys"), known.get("values")]
@@ -378,11 +382,23 @@ class Move:
 
     # -- what a policy sees ----------------------------------------------------------------------
 
+    @property
+    def new(self) -> tuple[int, int]:
+        """The positions, first and end, of the candidates that are new since the last
+        compaction."""
+        end = self._command.computed - self._command.tail_tokens
+        return end - (len(self._command.source) - self._command.compressed) * self._block_size, end
+
+    def held_view(self, index: int) -> View:
+        """Returns all that the request holds in a layer, by slot."""
+        return self._view(index, self._source(index), ordered=False)[0]
+
     def _view(
-        self, index: int, source: Any, ranks: Ranks | None = None
+        self, index: int, source: Any, ranks: Ranks | None = None, ordered: bool = True
     ) -> tuple[View, Tensor | None]:
         """Returns what the policy sees of a layer, in the order of the positions that pages keep,
-        and that order, int64 [H, m], or None if it is the order of the slots."""
+        unless `ordered` is False, and that order, int64 [H, m], or None if it is the order of the
+        slots."""
         state, layer = self._state, self._layers[index]
         counts = self._counts[index].tolist()
         tail = self._command.tail_tokens
@@ -417,9 +433,10 @@ class Move:
             first_head=get_tensor_model_parallel_rank() * self._heads,
             demands=self._demands,
             layer_state=state.layer_state.get(index, {}),
+            repeated=self._received(index, m),
         )
         order: Tensor | None = None
-        if self._mixed:
+        if self._mixed and ordered:
             # Those that pages keep, not the true ones: by these the slots of a page must be in
             # order, and fitted pages know the first of each strip only.
             places = layer.positions(source, counts)
@@ -436,6 +453,14 @@ class Move:
         wide[:, : old.shape[1]] = old
         return wide
 
+    def _received(self, index: int, m: int) -> Tensor | None:
+        """Returns what candidates received while the model repeated them, [H, m]; None unless the
+        policy needs it."""
+        if "repeat" not in self._state.needs:
+            return None
+        # No pass was made where nothing is new.
+        return self.repeated.get(index, torch.zeros(self._heads, m, device=self._device))
+
     def _log_bias(self, index: int, m: int) -> Tensor | None:
         region = self._state.region
         if region is None or region.log_bias is None:
@@ -450,9 +475,7 @@ class Move:
         `new` [H, m] has the places of newer candidates among the newer ones."""
         if not self._state.keeps_positions:
             return None
-        raw = len(self._command.source) - self._command.compressed
-        first = self._command.computed - self._command.tail_tokens - raw * self._block_size
-        where = (new + first).int()
+        where = (new + self.new[0]).int()
         if index in self._state.positions:
             where = torch.where(
                 known, self._widened(self._state.positions[index], new.shape[1]), where
