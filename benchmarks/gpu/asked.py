@@ -108,6 +108,8 @@ class Asked(TorchFunctionMode):
             return self._plain(func, args, kwargs)
         args, kwargs = tree_map(_on_cpu, (args, kwargs))
         result = self._plain(func, args, kwargs)
+        if name in _MADE:
+            result.zero_()  # or some policies would refuse what happened to be there
         if wanted == "cpu" or not (there or wanted):
             return result
         if name == "tensor":
