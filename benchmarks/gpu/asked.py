@@ -52,8 +52,8 @@ class Asked(TorchFunctionMode):
     Attributes:
         kernels: launches of our own kernels, by name.
         operations: launches of torch's, by name.
-        uploads: copies from page-locked memory of the host, for which nobody waits.
-        waits: what the host waits for, by name: values read, and copies of other memory.
+        uploads: copies from the host's memory for which nobody waits.
+        waits: what the host waits for, by name: values read, and other copies.
     """
 
     def __init__(self) -> None:
@@ -144,10 +144,11 @@ class Asked(TorchFunctionMode):
                 self.waits["copy to the host"] += 1
             elif name == "copy_" or _converts(source, args, kwargs):
                 self.operations[name] += 1
-        elif target and isinstance(source, Pinned) and kwargs.get("non_blocking"):
+        elif target and kwargs.get("non_blocking"):
+            # CUDA takes a copy of small memory that is not page-locked, and goes on.
             self.uploads += 1
         elif target:
-            self.waits["copy of pageable memory"] += 1
+            self.waits["copy from the host"] += 1
 
     def _used(self, name: str, args: Any, tensors: list[Tensor]) -> None:
         others = [x for x in tensors if not isinstance(x, OnDevice) and x.dim()]

@@ -25,7 +25,7 @@ from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.config import RequestParams, Settings
 from vllm_kvcrush.engine.commands import Compact
 from vllm_kvcrush.engine.worker.allowed import region_codecs
-from vllm_kvcrush.engine.worker.backends.triton import TritonCacheLayer
+from vllm_kvcrush.engine.worker.backends.triton import TritonCacheLayer, TritonCacheLayers
 from vllm_kvcrush.engine.worker.directory import ResidentDirectory
 from vllm_kvcrush.engine.worker.move import Move
 from vllm_kvcrush.engine.worker.state import WorkerRequest
@@ -87,6 +87,7 @@ class Model:
             )
             for i in range(layers)
         ]  # fmt: skip
+        self.together = TritonCacheLayers(self.layers)
         self.directory = ResidentDirectory(
             2, layers, KV_HEADS, self.blocks, self.settings, asked.DEVICE
         )
@@ -126,7 +127,7 @@ def compacted(model: Model, command: Compact, state: WorkerRequest) -> None:
     def failed(why: Exception) -> None:
         raise why
 
-    move = Move(command, state, model.layers, BLOCK_SIZE, None, failed, None)
+    move = Move(command, state, model.layers, BLOCK_SIZE, None, failed, None, model.together)
     if move.scores and "queries" in state.needs:
         shape = (len(model.layers), HEADS, model.settings.window, HEAD_SIZE)
         move.queries = torch.zeros(shape, dtype=torch.bfloat16, device=asked.DEVICE)

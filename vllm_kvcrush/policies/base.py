@@ -149,8 +149,11 @@ class View:
     @functools.cached_property
     def valid(self) -> Tensor:
         """Returns which of the m columns are candidates of each head, bool [H, m]."""
+        if not self.ragged:
+            shape = (self.num_kv_heads, self.candidates)
+            return torch.ones(shape, dtype=torch.bool, device=self.device)
         at = torch.arange(self.candidates, device=self.device)
-        return at < self.sizes.to(self.device).unsqueeze(1)
+        return at < self.sizes.to(self.device, non_blocking=True).unsqueeze(1)
 
     @functools.cached_property
     def lengths(self) -> list[int]:
@@ -162,7 +165,8 @@ class View:
     def held_valid(self) -> Tensor:
         """Returns which of the n rows of `keys` are held slots of each head, bool [H, n]."""
         at = torch.arange(self.keys.shape[1], device=self.device)
-        return at < torch.tensor(self.lengths).to(self.device).unsqueeze(1)
+        lengths = torch.tensor(self.lengths).to(self.device, non_blocking=True)
+        return at < lengths.unsqueeze(1)
 
     @functools.cached_property
     def held_positions(self) -> Tensor:
@@ -170,7 +174,7 @@ class View:
         beyond every token's."""
         n, m = self.keys.shape[1], self.candidates
         at = torch.arange(n, dtype=torch.int32, device=self.device)
-        sizes = self.sizes.to(self.device, torch.int32).unsqueeze(1)
+        sizes = self.sizes.to(self.device, torch.int32, non_blocking=True).unsqueeze(1)
         tail = self.computed - (n - m) + at - sizes
         wide = torch.nn.functional.pad(self.positions, (0, n - m))
         return torch.where(at < sizes, wide, tail)

@@ -139,8 +139,7 @@ def choose(
     with _Guard():
         picked = policy.select(view, scores, keep)
         _require("select", picked, shape, _is_bool, "bool")
-        wanted = keep.to(view.device)
-        sound = ~scores.isnan().any() & (picked.sum(1) == wanted).all()
+        sound = ~scores.isnan().any() & _have(picked, keep)
         if view.ragged:
             sound = sound & ~(picked & ~view.valid).any()
         # Unsound masks are replaced here, before they index anything.
@@ -154,7 +153,7 @@ def choose(
             assert demoted is not None
             best = policy.split(view, scores, kept, finer, demoted)
             _require("split", best, shape, _is_bool, "bool")
-            sound = sound & (best.sum(1) == finer.to(view.device)).all() & ~(best & ~kept).any()
+            sound = sound & _have(best, finer) & ~(best & ~kept).any()
             stays = kept
             fine = _if_sound(sound, lambda: best, lambda: sinks_and_newest(view, finer))
             kept = _if_sound(sound, lambda: stays, lambda: sinks_and_newest(view, keep))
@@ -164,6 +163,14 @@ def choose(
             merged = _checked(merged, view)
             remembered = {k: x.float() for k, x in (merged.layer_state or {}).items()}
     return Choice(kept, fine, state, merged, sound, remembered)
+
+
+def _have(mask: Tensor, counts: Tensor) -> Tensor:
+    """Returns whether the rows of `mask` have as many ones as `counts`, which is on the CPU, says:
+    a bool scalar on the device. Nothing is copied there where all have to have the same."""
+    same = bool((counts == counts[0]).all())
+    wanted = int(counts[0]) if same else counts.to(mask.device, non_blocking=True)
+    return (mask.sum(1) == wanted).all()
 
 
 def _if_sound(sound: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:

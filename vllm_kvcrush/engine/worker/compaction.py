@@ -26,7 +26,7 @@ from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Command, Compact, Compacted, StepCommands, WorkerReport
 from vllm_kvcrush.engine.worker import statistics
-from vllm_kvcrush.engine.worker.backends.base import Backend, CacheLayer
+from vllm_kvcrush.engine.worker.backends.base import Backend, CacheLayer, CacheLayers
 from vllm_kvcrush.engine.worker.move import Move
 from vllm_kvcrush.engine.worker.state import WorkerRequest
 from vllm_kvcrush.ops import cpu
@@ -131,6 +131,7 @@ class CompactionMixin(_Base):
         self._observe: dict[str, int] = {}
         self._backend: Backend
         self._layers: list[CacheLayer] = []
+        self._together: CacheLayers | None = None
         self._tap: QueryTap | None = None
         self._attention: dict[str, Any] = {}
         self._wanted: list[Wanted] = []
@@ -226,6 +227,8 @@ class CompactionMixin(_Base):
             for layer, own in zip(self._attention.values(), found, strict=True)
         ]
         self._layers.sort(key=lambda layer: layer.index)
+        together = self._backend.together
+        self._together = None if together is None else together(self._layers)
 
     def take_statistics(self) -> None:
         """Makes the tables of fitted codecs from statistics of the running model, and measures what
@@ -481,6 +484,7 @@ class CompactionMixin(_Base):
             self._rope,
             failed=lambda why: self._failed(name, state, why),
             on_select=self.on_select,
+            together=self._together,
         )
         if move.scores and "queries" in state.needs:
             try:

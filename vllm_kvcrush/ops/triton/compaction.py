@@ -73,16 +73,15 @@ def first_slots(tokens: int | Sequence[int], layer: Layer) -> Tensor:
     """Returns each head's first `tokens` slots, as `padded` does: of all heads equally many, or of
     each its own number."""
     own = [tokens] * layer.kv_heads if isinstance(tokens, int) else list(tokens)
-    slots = torch.arange(max(own), device=layer.pool.device)
-    return within(slots.repeat(len(own), 1), own)
+    most, device = max(own), layer.pool.device
+    slots = torch.arange(most, device=device).expand(len(own), -1)
+    return slots if min(own) == most else within(slots, on_device(tuple(own), device))
 
 
-def within(slots: Tensor, counts: Sequence[int]) -> Tensor:
-    """Returns slots [kv_heads, n], with -1 past each head's first `counts`."""
-    if min(counts) >= slots.shape[1]:
-        return slots
+def within(slots: Tensor, counts: Tensor) -> Tensor:
+    """Returns slots [kv_heads, n], with -1 past each head's first `counts`, int32 [kv_heads]."""
     columns = torch.arange(slots.shape[1], device=slots.device)
-    return slots.masked_fill(columns >= on_device(tuple(counts), slots.device).unsqueeze(1), -1)
+    return slots.masked_fill(columns >= counts.unsqueeze(1), -1)
 
 
 def positions(layer: Layer, source: Source, tokens: int | Sequence[int]) -> Tensor:
