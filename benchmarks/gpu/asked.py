@@ -105,7 +105,7 @@ class Asked(TorchFunctionMode):
             self._used(name, args, tensors)
         if there and (name in _WAITS or (name == "repeat_interleave" and _repeats(args, kwargs))):
             self.waits[name] += 1
-            return self._plain(func, args, kwargs)
+            return tree_map(_on_host, self._plain(func, args, kwargs))
         args, kwargs = tree_map(_on_cpu, (args, kwargs))
         result = self._plain(func, args, kwargs)
         if name in _MADE:
@@ -181,6 +181,10 @@ def _converts(source: Tensor, args: Any, kwargs: Any) -> bool:
 
 def _repeats(args: Any, kwargs: Any) -> bool:
     return isinstance(args[1], Tensor) and "output_size" not in kwargs
+
+
+def _on_host(x: Any) -> Any:
+    return x.as_subclass(Tensor) if isinstance(x, Tensor) else x
 
 
 def _on_cpu(x: Any) -> Any:

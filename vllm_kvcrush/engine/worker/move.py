@@ -238,7 +238,7 @@ class Move:
                     self._given[index] = given
                 self._saw(view)
             known = [demand for demand in demands if demand is not None]
-            found = torch.stack(known) if known else None
+            found = torch.stack(known).cpu() if known else None  # waits for the device, once
             shares = allocated(policy, found, room)
             self._demands = found
             return shares
@@ -393,7 +393,7 @@ class Move:
     def _saw(self, view: View) -> None:
         held: Any = getattr(view.held, "_held", view.held)
         known = vars(held)  # what was read is kept there
-        copies = [*known.get("_read", ()), known.get("keys"), known.get("values")]
+        copies = [known.get("keys"), known.get("values")]
         self.gathered = max(self.gathered, sum(x.nbytes for x in copies if x is not None))
 
     # -- what a policy sees ----------------------------------------------------------------------
@@ -410,7 +410,8 @@ class Move:
         state, layer = self._state, self._layers[index]
         counts = self._counts[index].tolist()
         tail = self._command.tail_tokens
-        held: LayerKV = layer.held(source, [count + tail for count in counts])
+        exact = state.policy is None or not state.policy.tiled
+        held: LayerKV = layer.held(source, [count + tail for count in counts], exact)
         m = max(counts)
         old = self._old_there[index].unsqueeze(1)
         columns = torch.arange(m, device=self._device)

@@ -40,8 +40,9 @@ class CacheLayer(Protocol):
         the blocks `tail` (int32), the first of them at `position`."""
         ...
 
-    def held(self, source: Any, tokens: Sequence[int]) -> LayerKV:
-        """Returns the first `tokens` tokens of each head of a request."""
+    def held(self, source: Any, tokens: Sequence[int], exact: bool = True) -> LayerKV:
+        """Returns the first `tokens` tokens of each head of a request. Unless `exact`, keys and
+        values may be of the pages' dtype also where pages tell them more exactly."""
         ...
 
     def positions(self, source: Any, tokens: Sequence[int]) -> Tensor:

@@ -180,8 +180,9 @@ class TritonCacheLayer:
         there = UploadedRegion.of(region, self.device)
         return there.source(self.index, tail, tokens, position)
 
-    def held(self, source: Source, tokens: Sequence[int]) -> LayerKV:
-        return LayerKV(self.pages, source, tokens)
+    def held(self, source: Source, tokens: Sequence[int], exact: bool = True) -> LayerKV:
+        dtype = torch.float32 if exact else self.pages.dtype
+        return LayerKV(self.pages, source, tokens, dtype)
 
     def positions(self, source: Source, tokens: Sequence[int]) -> Tensor:
         return compaction.positions(self.pages, source, tokens)
