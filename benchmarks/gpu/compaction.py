@@ -93,12 +93,12 @@ class Model:
         )
 
 
-def count(policy: str, layers: int) -> Iterator[Counts]:
+def count(policy: str, layers: int, budget: float = BUDGET) -> Iterator[Counts]:
     """Counts what the first and the second compaction of a request ask."""
     with asked.counted() as found:
         model = Model(policy, layers)
         settings = model.settings
-        plan = settings.plan(RequestParams(policy, BUDGET), TOKENS, BLOCK_SIZE)
+        plan = settings.plan(RequestParams(policy, budget), TOKENS, BLOCK_SIZE)
         state = WorkerRequest(policy, settings.build(policy), plan)
         free = list(range(model.blocks))
         region: tuple[int, ...] = ()
