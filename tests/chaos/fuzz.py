@@ -49,6 +49,8 @@ BOUNDS = {
     **dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), 8),
     **dict.fromkeys(("min_tokens", "n", "best_of", "top_logprobs", "prompt_logprobs"), 2),
 }
+# Fewer bodies than these say little.
+FEWEST = 40
 # They would stop or reshape the server, which is what they are for.
 LEFT_OUT = "^/(scale_elastic_ep|is_scaling_elastic_ep|pause|resume|sleep|wake_up|metrics)"
 
@@ -87,7 +89,7 @@ class Fuzzed:
 def run(
     url: str, model: str, folder: pathlib.Path, tools: pathlib.Path, seconds: float, seed: int
 ) -> Fuzzed:
-    """Lets schemathesis ask a server for some seconds.
+    """Lets schemathesis ask a server for some seconds, and longer if it asked little in them.
 
     Args:
         model: its name there.
@@ -95,7 +97,7 @@ def run(
         tools: where scripts/deploy_tools.sh has put it.
 
     Raises:
-        RuntimeError: it could not do its job.
+        RuntimeError: it could not do its job, or asked hardly anything in many times that.
     """
     schema, har = folder / "openapi.json", folder / "fuzz.har"
     schema.write_text(json.dumps(document(url, model)), encoding="utf-8")
@@ -103,15 +105,15 @@ def run(
         *(sys.executable, "-m", "schemathesis.cli", "run", str(schema), "--url", url),
         *("--phases", "fuzzing", "--checks", "not_a_server_error", "--continue-on-failure"),
         *("--no-shrink", "--suppress-health-check", "all", "--warnings", "off", "--workers", "2"),
-        *("--request-timeout", "20", "--seed", str(seed)),
-        *("--generation-database", "none", "--exclude-path-regex", LEFT_OUT),
+        *("--request-timeout", "20", "--exclude-path-regex", LEFT_OUT),
+        *("--generation-database", "none"),
         *("--report", "har", "--report-har-path", str(har), "--output-sanitize", "false"),
     ]
-    told = ""  # what it says of itself
+    told, found = "", Fuzzed()  # what it says of itself
     # Its time runs while it prepares its first body, which on a busy machine may take all of it.
-    for allowed in (seconds, 3 * seconds):
+    for turn, allowed in enumerate((seconds, 3 * seconds, 6 * seconds)):
         done = subprocess.run(
-            [*command, "--max-time", str(int(allowed))],
+            [*command, "--seed", str(seed + turn), "--max-time", str(int(allowed))],
             cwd=folder,
             env={"PYTHONPATH": str(tools), "PATH": "", "HOME": str(folder), "NO_PROXY": "*"},
             capture_output=True,
@@ -122,10 +124,12 @@ def run(
         # 1 is a server error found; which of those are ours is not its to say.
         if done.returncode not in (0, 1):
             raise RuntimeError(f"schemathesis failed:\n{told}\n{done.stderr[-2000:]}")
-        found = read(har)
-        if found.answers:
+        more = read(har)
+        found.answers += more.answers
+        found.errors += more.errors
+        if found.answers.total() >= FEWEST:
             return found
-    raise RuntimeError(f"schemathesis asked nothing:\n{told}")
+    raise RuntimeError(f"schemathesis asked {found.answers.total()} times only:\n{told}")
 
 
 def read(har: pathlib.Path) -> Fuzzed:

@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from deploy.fleet import Fleet, fleet, install_line, missing
+from tests.chaos.__main__ import ENVIRONMENT
 from tests.server.conftest import Server, long
 
 __all__ = ["long"]
@@ -73,27 +74,27 @@ def ours(rules: pathlib.Path) -> tuple[str, ...]:
 def running(model_path: str, control: pathlib.Path, ours: tuple[str, ...]) -> Iterator[Fleet]:
     """Two replicas, both fronts, Prometheus and Alertmanager."""
     path = os.pathsep.join(filter(None, (str(FAULTY), os.environ.get("PYTHONPATH", ""))))
-    environment = {"PYTHONPATH": path, "KVCRUSH_FLEET_FAULT": str(control)}
+    environment = {**ENVIRONMENT, "PYTHONPATH": path, "KVCRUSH_FLEET_FAULT": str(control)}
     with fleet(model_path, faster=FACTOR, environment=environment) as made:
         made.start(("nginx", "haproxy"), *ours)
         start_router(made)
         yield made
 
 
-def start_router(made: Fleet) -> None:
+def start_router(made: Fleet, name: str = "router", policy: str = "round_robin") -> None:
     """Starts vLLM's own router before the replicas, as a third front."""
     script = pathlib.Path(__file__).parent.parent.parent / "scripts" / "deploy_tools.sh"
     environment = {**os.environ, "PYTHON": sys.executable}
     tools = subprocess.run([script], env=environment, check=True, capture_output=True, text=True)
     made.run(
-        "router",
-        *(sys.executable, "-m", "vllm_router.launch_router", "--policy=round_robin"),
-        *("--host=127.0.0.1", f"--port={made.port('router')}"),
-        f"--prometheus-port={made.port('router-metrics')}",
+        name,
+        *(sys.executable, "-m", "vllm_router.launch_router", f"--policy={policy}"),
+        *("--host=127.0.0.1", f"--port={made.port(name)}"),
+        f"--prometheus-port={made.port(f'{name}-metrics')}",
         *("--worker-urls", made.url("replica-0"), made.url("replica-1")),
         environment={"PYTHONPATH": tools.stdout.strip()},
     )
-    made.wait("router", "/health", 60)
+    made.wait(name, "/health", 60)
 
 
 def server(made: Fleet, name: str) -> Server:

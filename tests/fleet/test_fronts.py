@@ -19,7 +19,7 @@ import pydantic
 import pytest
 
 from deploy.fleet import Fleet, answers
-from tests.fleet.conftest import NAME, PLAIN, client, server
+from tests.fleet.conftest import NAME, PLAIN, client, server, start_router
 from tests.server.conftest import details
 from tests.waiting import eventually
 
@@ -334,6 +334,42 @@ def test_anthropic_client(running: Fleet, front: str, long: str) -> None:
         api.messages.create(
             model=NAME, max_tokens=12, messages=messages, extra_body={"kv_budget": 7.5}
         )
+
+
+@pytest.mark.parametrize("policy", ["cache_aware", "consistent_hash"])
+def test_vllms_router_keeps_conversations_together(running: Fleet, policy: str, text: str) -> None:
+    """Each goes on where it began, and finds its prefix in that replica's cache."""
+    start_router(running, f"router-{policy}", policy)
+    api = client(running, f"router-{policy}")
+    names = (PREFIX + "requests_total", "vllm:prefix_cache_hits_total")
+    homes: list[int] = []
+    talks = [text[4000 * n : 4000 * n + 1500] for n in range(20, 24)]
+    for turn in range(3):
+        for number, said in enumerate(talks):
+            before = [[server(running, r).metric(name) for r in REPLICAS] for name in names]
+            answer = api.completions.create(
+                model=NAME,
+                prompt=said,
+                max_tokens=8,
+                temperature=0,
+                extra_headers={"X-Session-ID": f"talk-{number}"},
+            )
+            after = [[server(running, r).metric(name) for r in REPLICAS] for name in names]
+            taken, hits = (
+                [b - a for a, b in zip(*both, strict=True)]
+                for both in zip(before, after, strict=True)
+            )
+            assert sorted(taken) == [0, 1]
+            home = taken.index(1)
+            if turn:
+                assert home == homes[number]
+                assert hits[home] > 100
+            else:
+                homes.append(home)
+            talks[number] = said + answer.choices[0].text + " And then?"
+    # New conversations go where fewer are; a hash of their names may put all in one place.
+    assert policy != "cache_aware" or {*homes} == {0, 1}
+    running.stop(f"router-{policy}")
 
 
 # -- what goes wrong -------------------------------------------------------------------------------

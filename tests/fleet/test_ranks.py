@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +30,10 @@ pytestmark = pytest.mark.server
 PREFIX = "vllm_kvcrush:"
 HERE = pathlib.Path(__file__).parent
 EXACT = ("int8", "int4", "streaming", "snapkv", "h2o", "kvcrush")
-# Sums in another order may round a key to another code, and turn a near tie of the random model.
+# Sums in another order may round a key to another code, and turn a near tie of the random model: of
+# these the tokens may differ from where both are nearly as likely, by so many nats.
 FITTED = ("tc6", "auto")
+TIE = 0.02
 MOST = 40
 FLAGS = (
     *("--max-model-len=2048", "--max-num-batched-tokens=512", "--max-num-seqs=16"),
@@ -128,48 +132,73 @@ def prompts(ids: list[int]) -> list[list[int]]:
     return [ids[900 + 50 * i : 1300 + 50 * i] for i in range(len((*EXACT, *FITTED)))]
 
 
-def said(made: Fleet, ids: list[int]) -> dict[str, tuple[str, Any]]:
-    """What each policy says, and what it kept."""
+@dataclass
+class Said:
+    """An answer: its tokens, the log-probabilities of the most likely ones, and what was kept."""
+
+    tokens: list[str]
+    likely: list[dict[str, float]]
+    kept: Any
+
+    def tie(self, other: Said) -> float:
+        """Returns by how many nats the token that one says and the token that the other says differ
+        where they first do, at most; 0 where they say the same."""
+        pairs = zip(self.tokens, other.tokens, strict=True)
+        at = next((i for i, (one, two) in enumerate(pairs) if one != two), None)
+        if at is None:
+            return 0.0
+        one, two = self.tokens[at], other.tokens[at]
+        return max(
+            abs(likely.get(one, -math.inf) - likely.get(two, -math.inf))
+            for likely in (self.likely[at], other.likely[at])
+        )
+
+
+def said(made: Fleet, ids: list[int]) -> dict[str, Said]:
+    """What each policy says."""
     api = client(made, "replica-0")
     found = {}
     for policy, prompt in zip((*EXACT, *FITTED), prompts(ids), strict=True):
-        made_of = api.completions.create(
+        answer = api.completions.create(
             model=NAME,
             prompt=prompt,
             max_tokens=MOST,
             temperature=0,
+            logprobs=5,
             extra_body={"kv_policy": policy, "ignore_eos": True},
         )
-        found[policy] = made_of.choices[0].text, details(made_of)
+        told = answer.choices[0].logprobs
+        found[policy] = Said(told.tokens, told.top_logprobs, details(answer))
     return found
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model: str, ids: list[int]) -> dict[str, tuple[str, Any]]:
+def alone(tiny_model: str, ids: list[int]) -> dict[str, Said]:
     """What one rank says."""
     with serving(tiny_model, *OURS) as made:
         found = said(made, ids)
-    assert all(kept["compactions"] >= 1 for _, kept in found.values())
+    assert all(answer.kept["compactions"] >= 1 for answer in found.values())
     return found
 
 
-def holds(made: Fleet, ids: list[int], alone: dict[str, tuple[str, Any]]) -> None:
+def holds(made: Fleet, ids: list[int], alone: dict[str, Said]) -> None:
     """Holds that a server says what one rank says, has the same limits, and counts once."""
     found = said(made, ids)
-    turned = [policy for policy in found if found[policy][0] != alone[policy][0]]
-    assert set(turned) <= {*FITTED} and len(turned) <= 1, turned
+    ties = {policy: found[policy].tie(alone[policy]) for policy in found}
+    print(ties)
+    assert all(tie <= (TIE if policy in FITTED else 0) for policy, tie in ties.items()), ties
     for policy in found:
-        assert found[policy][1] == alone[policy][1], policy
+        assert found[policy].kept == alone[policy].kept, policy
     api = client(made, "replica-0")
     for extra, reason in (({"kv_budget": 0.9}, "cap"), ({"kv_policy": "mikv"}, "policy")):
         with pytest.raises(openai.BadRequestError):
             api.completions.create(model=NAME, prompt="Hello", extra_body=extra)
         assert server(made, "replica-0").metric(PREFIX + "refusals_total", reason=reason) == 1
     watched = server(made, "replica-0")
-    for policy, (_, kept) in found.items():
+    for policy, answer in found.items():
         assert watched.metric(PREFIX + "requests_total", policy=policy) == 1
         compactions = watched.metric(PREFIX + "compactions_total", policy=policy)
-        assert compactions == kept["compactions"], policy
+        assert compactions == answer.kept["compactions"], policy
     assert watched.metric(PREFIX + "policy_failures_total") == 0
     assert watched.metric(PREFIX + "kv_bytes_held") == 0
 
@@ -209,9 +238,94 @@ def ranks(process: psutil.Process, name: str) -> list[psutil.Process]:
     return sorted(named, key=lambda part: " ".join(part.cmdline()), reverse=True)
 
 
-def test_tensor_parallel_processes(
-    tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
-) -> None:
+@dataclass
+class Flying:
+    """A request that streams, over a connection of its own."""
+
+    http: httpx.Client
+    lines: Iterator[str]
+    port: int
+
+    def end(self) -> str:
+        """Reads to the end, and returns what kind of end it is."""
+        last = ""
+        try:
+            for line in self.lines:
+                last = line or last
+        except httpx.HTTPError as error:
+            return type(error).__name__
+        return "error" if '"error"' in last else last
+
+    @staticmethod
+    @contextlib.contextmanager
+    def take_off(made: Fleet, number: int) -> Iterator[Flying]:
+        """Sends a request, and reads its first token."""
+        body = {"model": NAME, "prompt": f"{number} " + "Hello " * 200, "max_tokens": 1500}
+        with (
+            httpx.Client(trust_env=False, timeout=120, base_url=made.url("replica-0")) as http,
+            http.stream(
+                "POST", "/v1/completions", json={**body, "ignore_eos": True, "stream": True}
+            ) as got,
+        ):
+            assert got.status_code == 200
+            lines = got.iter_lines()
+            assert next(lines).startswith("data: {")
+            stream = got.extensions["network_stream"]
+            yield Flying(http, lines, stream.get_extra_info("client_addr")[1])
+
+
+def loses_an_api_server(made: Fleet, counter: str) -> dict[str, Any]:
+    """Kills one of two API servers under load, and returns what clients and operators see.
+
+    `counter` counts requests that are taken, over both servers."""
+    first = psutil.Process(made.running["replica-0"].pid)
+    parts = first.children(recursive=True)
+    victim, other = ranks(first, "APIServer")[:2]
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        flying = [stack.enter_context(Flying.take_off(made, n)) for n in range(6)]
+        found["taken"] = server(made, "replica-0").metric(counter)
+        found["running"] = server(made, "replica-0").metric("vllm:num_requests_running")
+        ports = {
+            process: {c.raddr.port for c in process.net_connections() if c.raddr}
+            for process in (victim, other)
+        }
+        victim.kill()
+        with ThreadPoolExecutor(len(flying)) as threads:
+            ends = list(threads.map(Flying.end, flying))
+        for name, process in (("its own", victim), ("the other's", other)):
+            own = [end for f, end in zip(flying, ends, strict=True) if f.port in ports[process]]
+            found[name] = set(own)
+            assert own, (name, ports, ends)
+    found["code"] = made.running["replica-0"].wait(60)
+    _, alive = psutil.wait_procs(parts, timeout=60)
+    found["alive"] = [" ".join(part.cmdline()) for part in alive]
+    return found
+
+
+def test_an_api_server_that_is_killed(tiny_model: str) -> None:
+    """vLLM ends all of a replica then, and so it does with this plugin; what is started again
+    counts from nothing."""
+    flags = ("--api-server-count=2",)
+    seen = []
+    for plain, counter in ((False, PREFIX + "requests_total"), (True, "vllm:num_requests_running")):
+        with serving(tiny_model, *flags, *(() if plain else OURS), plain=plain) as made:
+            seen.append(loses_an_api_server(made, counter))
+            if not plain:
+                made.stop("replica-0")
+                made.replica(0, *FLAGS, *flags, *OURS)
+                assert server(made, "replica-0").metric(PREFIX + "requests_total") == 0
+                assert server(made, "replica-0").metric(PREFIX + "kv_bytes_held") == 0
+                client(made, "replica-0").completions.create(
+                    model=NAME, prompt="Hello", max_tokens=2
+                )
+                assert server(made, "replica-0").metric(PREFIX + "requests_total") == 1
+    print(seen)
+    assert seen[0] == seen[1]
+    assert seen[0]["taken"] == seen[0]["running"] == 6 and not seen[0]["alive"]
+
+
+def test_tensor_parallel_processes(tiny_model: str, ids: list[int], alone: dict[str, Said]) -> None:
     seen = []
     for plain in (False, True):
         with serving(tiny_model, TENSOR, *(() if plain else OURS), plain=plain) as made:
@@ -222,15 +336,13 @@ def test_tensor_parallel_processes(
     assert seen[0] == seen[1]
 
 
-def test_data_parallel_processes(
-    tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
-) -> None:
+def test_data_parallel_processes(tiny_model: str, ids: list[int], alone: dict[str, Said]) -> None:
     with serving(tiny_model, DATA, *OURS) as made:
         holds(made, ids, alone)
 
 
 def test_tensor_parallel_ray(
-    ray: Ray, tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
+    ray: Ray, tiny_model: str, ids: list[int], alone: dict[str, Said]
 ) -> None:
     flags = (TENSOR, "--distributed-executor-backend=ray")
     seen = []
@@ -244,7 +356,7 @@ def test_tensor_parallel_ray(
 
 
 def test_data_parallel_ray(
-    ray: Ray, tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]]
+    ray: Ray, tiny_model: str, ids: list[int], alone: dict[str, Said]
 ) -> None:
     flags = (DATA, "--data-parallel-backend=ray", "--data-parallel-size-local=2")
     flags += (f"--data-parallel-address={NODE}",)
@@ -253,9 +365,7 @@ def test_data_parallel_ray(
 
 
 @pytest.mark.parametrize("flag", [DATA, TENSOR])
-def test_two_nodes(
-    tiny_model: str, ids: list[int], alone: dict[str, tuple[str, Any]], flag: str
-) -> None:
+def test_two_nodes(tiny_model: str, ids: list[int], alone: dict[str, Said], flag: str) -> None:
     """The launch of deploy/README.md, with both nodes on this machine."""
     port = free_port()
     if flag == DATA:

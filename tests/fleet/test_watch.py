@@ -325,24 +325,34 @@ def test_a_rules_file_with_an_error(running: Fleet, rules: pathlib.Path, receive
 def test_canaries_below_their_floor(
     running: Fleet, text: str, control: pathlib.Path, received: Any
 ) -> None:
-    """Clients pause between requests, as canaries take idle moments only."""
+    """A client waits for its request's canary, which takes idle moments only."""
     recorded = 'model_policy:kvcrush_canary_agreement:ratio6h{policy="faulty"}'
+    ended = ("canary_logprob_difference_count", "canary_skipped_total")
+
+    def ask(replica: str, number: int, budget: float) -> None:
+        watched = server(running, replica)
+
+        def canaries() -> float:
+            return sum(watched.metric(PREFIX + name) for name in ended)
+
+        before = canaries()
+        own = asking(
+            f"{budget} {number} {text[30000:31500]}",
+            max_tokens=40,
+            kv_policy="faulty",
+            kv_budget=budget,
+        )
+        watched.client().completions.create(model=NAME, temperature=1, **own)
+        assert eventually(lambda: canaries() > before, 150), replica
 
     def compared(budget: float, until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 480
-        for count in itertools.count():
+        for number in itertools.count():
             if until():
                 return
             assert time.monotonic() < deadline, query(running, recorded)
-            prompt = f"{budget} {count} {text[30000:31500]}"
-            own = asking(prompt, max_tokens=40, kv_policy="faulty", kv_budget=budget)
-
-            def ask(replica: str, own: dict[str, Any] = own) -> None:
-                client(running, replica).completions.create(model=NAME, temperature=1, **own)
-
             with ThreadPoolExecutor() as threads:
-                list(threads.map(ask, REPLICAS))
-            time.sleep(1.5)
+                list(threads.map(ask, REPLICAS, [number] * 2, [budget] * 2))
 
     control.write_text("forget", encoding="utf-8")
     compared(96, lambda: "KVCrushCanaryBelowFloor" in firing(running))

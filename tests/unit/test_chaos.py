@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import subprocess
@@ -144,24 +145,27 @@ def test_the_report_is_a_table() -> None:
     assert lines[0] == "| fault | seconds | wrong | saw |" and lines[2].startswith("| load  | 3.0")
 
 
-@pytest.mark.parametrize("needed", [20, 60, 61])
+@pytest.mark.parametrize("asked", [(50,), (0, 50), (8, 30, 2), (8, 0, 3)])
 def test_a_fuzzer_that_had_no_time_gets_more(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, needed: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, asked: tuple[int, ...]
 ) -> None:
-    given: list[int] = []
+    given: list[tuple[int, str]] = []
 
     def run(command: list[Any], **_: Any) -> subprocess.CompletedProcess[str]:
-        given.append(int(command[command.index("--max-time") + 1]))
+        options = dict(itertools.pairwise(command))
         entry = {"request": {"url": "http://x/y"}, "response": {"status": 404}}
-        entries = [entry] if given[-1] >= needed else []
+        entries = [entry] * asked[len(given)]
+        given.append((int(options["--max-time"]), options["--seed"]))
         (tmp_path / "fuzz.har").write_text(json.dumps({"log": {"entries": entries}}))
         return subprocess.CompletedProcess(command, 0, "Empty test suite", "")
 
     monkeypatch.setattr(fuzz, "document", lambda *_: {})
     monkeypatch.setattr(subprocess, "run", run)
-    if needed > 60:
-        with pytest.raises(RuntimeError, match="asked nothing:\nEmpty"):
-            fuzz.run("http://x", "m", tmp_path, tmp_path, 20, 0)
+    if sum(asked) < fuzz.FEWEST:
+        with pytest.raises(RuntimeError, match="asked 11 times only:\nEmpty"):
+            fuzz.run("http://x", "m", tmp_path, tmp_path, 20, 5)
     else:
-        assert fuzz.run("http://x", "m", tmp_path, tmp_path, 20, 0).answers == {404: 1}
-    assert given == ([20] if needed == 20 else [20, 60])
+        found = fuzz.run("http://x", "m", tmp_path, tmp_path, 20, 5)
+        assert found.answers == {404: sum(asked)}
+    # Of each turn what it had not asked before.
+    assert given == [(20, "5"), (60, "6"), (120, "7")][: len(asked)]

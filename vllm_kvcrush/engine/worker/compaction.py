@@ -23,7 +23,7 @@ from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Command, Compact, Compacted, StepCommands, WorkerReport
-from vllm_kvcrush.engine.worker.backends.base import Backend, CacheLayer
+from vllm_kvcrush.engine.worker.backends.base import Backend, CacheLayer, CacheLayers
 from vllm_kvcrush.engine.worker.measuring import MeasuringMixin
 from vllm_kvcrush.engine.worker.move import Move
 from vllm_kvcrush.engine.worker.state import WorkerRequest
@@ -95,6 +95,7 @@ class CompactionMixin(MeasuringMixin):
         self._layers: list[CacheLayer] = []
         # The place of each in the model.
         self._depths: list[int] = []
+        self._together: CacheLayers | None = None
         self._tap: QueryTap | None = None
         self._attention: dict[str, Any] = {}
         self._wanted: list[Wanted] = []
@@ -200,6 +201,8 @@ class CompactionMixin(MeasuringMixin):
         ]
         made.sort(key=lambda pair: pair[0].index)
         self._layers, self._depths = [own for own, _ in made], [depth for _, depth in made]
+        together = self._backend.together
+        self._together = None if together is None else together(self._layers)
 
     def _heads_of(self, rank: int) -> range:
         """Returns which of the model's KV heads a rank has."""
@@ -361,6 +364,7 @@ class CompactionMixin(MeasuringMixin):
             self._head_losses,
             failed=lambda why: self._failed(name, state, why),
             on_select=self.on_select,
+            together=self._together,
         )
         if move.scores:
             try:

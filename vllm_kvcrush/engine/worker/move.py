@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcrush import ops
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.engine.commands import Compact
 from vllm_kvcrush.engine.worker.allocation import least_loss_codecs, page_counts
-from vllm_kvcrush.engine.worker.backends.base import CacheLayer
+from vllm_kvcrush.engine.worker.backends.base import CacheLayer, CacheLayers
 from vllm_kvcrush.engine.worker.ranks import Ranks
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.engine.worker.state import WorkerRequest
@@ -71,6 +74,7 @@ class Move:
         failed: called each time that the policy fails.
         on_select: called with the command, the layer's index, and the layer's choice: slots
             [kv_heads, keep], -1 past a head's own; or None.
+        together: the layers as one, if several can be moved at once.
 
     Attributes:
         target: the new region; set by `run`.
@@ -98,18 +102,19 @@ class Move:
         losses: Mapping[str, np.ndarray],
         failed: Callable[[PolicyFailure], None],
         on_select: Callable[[Compact, int, Tensor], None] | None,
+        together: CacheLayers | None = None,
     ) -> None:
         self._command, self._state, self._layers = command, state, layers
         self._block_size, self._rope, self._losses = block_size, rope, losses
+        self._together = together
         self._failed, self._on_select = failed, on_select
         self._device, self._heads = layers[0].device, layers[0].heads
         region = state.region
         # Raw blocks, also those of a compressed region that is raw, are read as one tail: their
         # slots are in order.
         self._raw = command.source[command.compressed if region else 0 :]
-        self._tail = torch.tensor(
-            (*self._raw, *command.tail), dtype=torch.int32, device=self._device
-        )
+        blocks = np.array((*self._raw, *command.tail), dtype=np.int32)
+        self._tail = async_tensor_h2d(blocks, device=self._device)
         self._tail_tokens = len(self._raw) * block_size + command.tail_tokens
         # Tokens of each layer and head in the old region, and below with the new candidates.
         shape = (len(layers), self._heads)
@@ -168,14 +173,27 @@ class Move:
         if self._state.merges or (self._state.region and self._state.region.log_bias is not None):
             self.target.open_biases(self._device)
         ranks = get_tensor_model_parallel_world_size()
+        chosen: dict[int, _Chosen] = {}
         if self._chooses and ranks > 1 and order != sorted(order):
             # Ranks fill their layers in different orders, but must choose in the same one.
-            chosen = [self._chosen(i, self._source(i)) for i in range(len(self._layers))]
-            for index in order:
-                self._fill(index, chosen[index])
-        else:
-            for index in order:
-                self._fill(index)
+            chosen = {i: self._chosen(i, self._source(i)) for i in range(len(self._layers))}
+        for some in self._neighbours(order):
+            if len(some) == 1:
+                self._fill(some[0], chosen.pop(some[0], None))
+            else:
+                self._fill_together(some, chosen)
+
+    def _neighbours(self, order: list[int]) -> Iterator[list[int]]:
+        """Divides the layers, in the order in which they must be filled, into neighbours that are
+        moved at once: all of them are read before any is written."""
+        most = 1
+        if self._together is not None and not self._state.merges:
+            most = self._together.at_once(int(self._keep.max()), self.target.codecs)
+        while order:
+            sizes = range(1, min(most, len(order)) + 1)
+            n = max(n for n in sizes if max(order[:n]) - min(order[:n]) == n - 1)
+            yield sorted(order[:n])
+            order = order[n:]
 
     @property
     def _chooses(self) -> bool:
@@ -258,7 +276,7 @@ class Move:
                     self._given[index] = given
                 self.saw(view)
             known = [demand for demand in demands if demand is not None]
-            found = torch.stack(known) if known else None
+            found = torch.stack(known).cpu() if known else None  # waits for the device, once
             shares = allocated(policy, found, room)
             self._demands = found
             return shares
@@ -303,10 +321,7 @@ class Move:
             slots = everything.expand(self._heads, -1)
         else:
             slots = chosen.slots
-        if self._on_select is not None:
-            at = torch.arange(slots.shape[1], device=slots.device)
-            past = at >= self._keep[index].to(slots.device).unsqueeze(1)
-            self._on_select(self._command, index, slots.masked_fill(past, -1))
+        self._tell(index, slots)
         try:
             self._write(index, source, slots, chosen)
         except Exception as error:
@@ -315,10 +330,50 @@ class Move:
             if chosen is None:
                 raise
             self._failed(PolicyFailure(str(error)))
-            chosen = self._chosen(index, source, ask=False)
-            self._write(index, source, chosen.slots, chosen)
-        if chosen is not None:
-            self._remember(index, chosen)
+            self._fill_with_newest(index, source)
+        else:
+            if chosen is not None:
+                self._remember(index, chosen)
+
+    def _fill_together(self, layers: list[int], chosen: dict[int, _Chosen]) -> None:
+        """Moves the tokens of some layers, which are neighbours, at once."""
+        assert self._together is not None
+        own = self._keep[layers[0] : layers[-1] + 1]
+        most = int(own.max())
+        slots = torch.arange(most, device=self._device).expand(own.numel(), -1)
+        if self._chooses:
+            found = []
+            for index in layers:
+                # What a policy has read of a layer is given back before the next.
+                kept = chosen.pop(index, None) or self._chosen(index, self._source(index))
+                self._remember(index, kept)
+                found.append(kept.slots)
+            slots = torch.cat([F.pad(x, (0, most - x.shape[1])) for x in found])
+        for index, part in zip(layers, slots.split(self._heads), strict=True):
+            self._tell(index, part)
+        position = self._command.computed - self._tail_tokens
+        try:
+            self._together.compact(
+                range(layers[0], layers[-1] + 1), self._state.region, self._tail,
+                self._tail_tokens, position, slots, bool((own == most).all()), self.target,
+            )  # fmt: skip
+        except Exception as error:
+            if not self._chooses:
+                raise
+            self._failed(PolicyFailure(str(error)))
+            for index in layers:
+                self._fill_with_newest(index, self._source(index))
+
+    def _fill_with_newest(self, index: int, source: Any) -> None:
+        chosen = self._chosen(index, source, ask=False)
+        self._write(index, source, chosen.slots, chosen)
+        self._remember(index, chosen)
+
+    def _tell(self, index: int, slots: Tensor) -> None:
+        if self._on_select is not None:
+            at = torch.arange(slots.shape[1], device=slots.device)
+            past = at >= self._keep[index].to(slots.device).unsqueeze(1)
+            self._on_select(self._command, index, slots.masked_fill(past, -1))
 
     def _write(self, index: int, source: Any, slots: Tensor, chosen: _Chosen | None) -> None:
         layer, counts = self._layers[index], self._keep[index].tolist()
@@ -377,7 +432,7 @@ class Move:
         """Takes note of the keys and values that were copied for a view."""
         held: Any = getattr(view.held, "_held", view.held)
         known = vars(held)  # what was read is kept there
-        copies = [*known.get("_read", ()), known.get("keys"), known.get("values")]
+        copies = [known.get("keys"), known.get("values")]
         self.gathered = max(self.gathered, sum(x.nbytes for x in copies if x is not None))
 
     # -- what a policy sees ----------------------------------------------------------------------
@@ -393,6 +448,10 @@ class Move:
         """Returns all that the request holds in a layer, by slot."""
         return self._view(index, self._source(index), ordered=False)[0]
 
+    @functools.cached_property
+    def _old_there(self) -> Tensor:
+        return async_tensor_h2d(self._old, device=self._device)
+
     def _view(
         self, index: int, source: Any, ranks: Ranks | None = None, ordered: bool = True
     ) -> tuple[View, Tensor | None]:
@@ -402,9 +461,10 @@ class Move:
         state, layer = self._state, self._layers[index]
         counts = self._counts[index].tolist()
         tail = self._command.tail_tokens
-        held: LayerKV = layer.held(source, [count + tail for count in counts])
+        exact = state.policy is None or not state.policy.tiled
+        held: LayerKV = layer.held(source, [count + tail for count in counts], exact)
         m = max(counts)
-        old = torch.from_numpy(self._old[index]).to(self._device).unsqueeze(1)
+        old = self._old_there[index].unsqueeze(1)
         columns = torch.arange(m, device=self._device)
         known = (columns < old).expand(self._heads, -1)
         view = View(
