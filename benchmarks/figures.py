@@ -265,8 +265,9 @@ def methods() -> str:
     """Returns one line for every method."""
     from benchmarks.quality.overview import overview
 
-    path = RESULTS / "methods.json"
-    return f"{_measured_on(path)}\n\n{overview(read(path)['rows'])}"
+    paths = beside(RESULTS / "methods.json")
+    found = [row for path in paths for row in read(path)["rows"]]
+    return "\n\n".join([*map(_measured_on, paths), overview(found)])
 
 
 def serving() -> str:
@@ -451,8 +452,9 @@ def gpu_metadata() -> str:
 
 def pitfalls() -> str:
     """Returns the table of what policies do to instructions: left to them, by share, protected."""
-    path = RESULTS / "pitfalls.json"
-    found = {(r["policy"], r["mode"], r["task"], r["metric"]): r for r in rows(path)}
+    paths = beside(RESULTS / "pitfalls.json")
+    every = [r for path in paths for r in rows(path)]
+    found = {(r["policy"], r["mode"], r["task"], r["metric"]): r for r in every}
     tasks, ways = ("conflict", "system_rule", "system_secret"), ("plain", "fair", "protected")
 
     def cells(policy: str, task: str, metric: str) -> list[str]:
@@ -462,12 +464,12 @@ def pitfalls() -> str:
         return ["-" if r is None else f"{r['value']:+.1f}" for r in at]
 
     lines = []
-    for policy in dict.fromkeys(r["policy"] for r in rows(path, mode="fair")):
+    for policy in dict.fromkeys(r["policy"] for r in every if r["mode"] == "fair"):
         kept = (" ".join(cells(policy, task, "rule_kept")) for task in tasks)
         lost = (" ".join(cells(policy, task, "delta_nll")) for task in ("system_rule", "neutral"))
         lines.append([f"`{policy}`", *kept, *lost])
     head = ["policy", *(f"{task}: kept" for task in tasks), "system_rule: loss", "neutral: loss"]
-    return f"{_measured_on(path)}\n\n{table(head, lines)}"
+    return "\n\n".join([*map(_measured_on, paths), table(head, lines)])
 
 
 PARTS: dict[str, Callable[[], str]] = {
@@ -508,13 +510,26 @@ def policies_page() -> str:
         )
     for row in rows(path, metric="prefill_s") if path.exists() else []:
         head += (
-            f" The prefill of these tokens, in transformers, takes {row['value']:.0f} s of "
-            f"processor time: {10 * row['value'] / row['layers']:.1f} ms a layer are 1 % of that."
+            f" The prefill of these tokens, in transformers, takes {1000 * row['value']:.0f} ms of "
+            f"processor time a layer, of which {10 * row['value']:.1f} ms are 1 %."
         )
     for budget in sorted({r["budget"] for r in lost}, reverse=True):
         figures[f"loss at {budget:g}"] = {
             r["policy"]: f"{r['value']:+.2f}" for r in lost if r["budget"] == budget
         }
+    kept = RESULTS / "kept.json"
+    if kept.exists():
+        same = rows(kept, metric="overlap")
+        figures["as kvpress"] = {r["policy"]: f"{r['value']:.3f}" for r in same}
+        nested = min(r["value"] for r in rows(kept, metric="nested"))
+        head += (
+            f"\n\n*As kvpress*: of the tokens that kvpress keeps at {same[0]['budget']:g} of "
+            f"{same[0]['context']} tokens, the share that is kept here too, given the same "
+            "tensors, its hyperparameters and queries of the whole prompt, over layers and heads "
+            "(`python -m benchmarks.policies.peers`). Where heads get other numbers of tokens than "
+            "in kvpress, as `pyramidkv` and `adakv` say, it is the share of the larger number: of "
+            f"the smaller one it is {nested:.3f} or more under every policy."
+        )
     if lost:
         variants = [
             f"`{r['policy']}` {r['value']:+.2f} at {r['budget']:g}"

@@ -72,7 +72,15 @@ class Ledger:
         with self._watched_fills():
             self._compact(command)
         self.failures[state.label] += len(runner._failures) > failed
-        self.compactions[state.label, tuple(part.codec for part in parts)] += 1
+        codecs = tuple(part.codec for part in parts)
+        told = runner._compacted[-1].pages
+        if state.region is None:
+            assert not told
+        else:
+            codecs = state.region.codecs
+            assert told == state.region.codec_pages and sum(told.values()) == len(state.region.page)
+            assert set(told) <= set(codecs)
+        self.compactions[state.label, codecs] += 1
         if command.same_as is not None:
             assert not self._chosen, "a twin moved something"
             self._true[name] = self._true[command.same_as]

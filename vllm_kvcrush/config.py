@@ -375,7 +375,8 @@ class Settings:
         cap = raw.get("budget_max")
         if cap is not None:
             cap = parse_budget(cap, named("budget_max"))
-        allow = _policy_names(raw.get("allow"), named("allow"), names)
+        usual = tuple(name for name in names if name not in policies.OPT_IN)
+        allow = _policy_names(raw.get("allow"), named("allow"), names, usual)
         if policy not in allow:
             allow = (policy, *allow)
 
@@ -999,11 +1000,13 @@ def _packs(packing: Packing, block_size: int) -> bool:
     return packing.tokens(_MANY_BLOCKS) > _MANY_BLOCKS * block_size
 
 
-def _policy_names(value: Any, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
+def _policy_names(
+    value: Any, key: str, names: tuple[str, ...], usual: tuple[str, ...]
+) -> tuple[str, ...]:
     """Returns the policies that `value` names in canonical form: a list, a string with commas, or a
-    list of such strings. None means all of `names`. Raises ConfigError."""
+    list of such strings. None means `usual`. Raises ConfigError."""
     if value is None:
-        return names
+        return usual
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, list | tuple) or not given:
         raise ConfigError(

@@ -348,6 +348,24 @@ def unverified(vllm_config: Any) -> list[str]:
     return warnings
 
 
+def no_repeat(vllm_config: Any) -> str | None:
+    """Returns why the model cannot repeat a context for policies that need "repeat", or None if it
+    can."""
+    found = {
+        "the V2 model runner": _get(vllm_config, "use_v2_model_runner"),
+        "several ranks": _above(
+            1, "parallel_config.tensor_parallel_size", "parallel_config.data_parallel_size"
+        )(vllm_config),
+        "asynchronous scheduling": _get(vllm_config, "scheduler_config.async_scheduling"),
+        "LoRA": _get(vllm_config, "lora_config") is not None,
+        "a multimodal model": _get(vllm_config, "model_config.is_multimodal_model"),
+        "prompt embeddings": _get(vllm_config, "model_config.enable_prompt_embeds"),
+        "--skip-tokenizer-init": _get(vllm_config, "model_config.skip_tokenizer_init"),
+    }
+    odd = [name for name, on in found.items() if on]
+    return f"the model cannot repeat its context with {' and '.join(odd)}" if odd else None
+
+
 def _data_parallel(config: Any) -> bool:
     ranks = _get(config, "parallel_config.data_parallel_size", 0)
     return ranks > 1 and (release() or (0, 0)) >= (0, 33)

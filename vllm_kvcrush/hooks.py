@@ -171,6 +171,8 @@ def _gate() -> Iterator[Hook]:
         "is_hybrid is_multimodal_model runner_type use_mla uses_alibi",
         why,
     )
+    yield from at.reads("VllmConfig", "lora_config", _REPEAT)
+    yield from at.reads("ModelConfig", "enable_prompt_embeds", _REPEAT)
     yield at("call", "ModelConfig.get_sliding_window()", why)
     yield from at.reads(
         "CacheConfig",
@@ -391,6 +393,7 @@ def _scheduler() -> Iterator[Hook]:
     )
 
 
+_REPEAT = "The model reads a context again, for policies that need that."
 _STATISTICS = "Steps of our own, in which workers take statistics for transform tables."
 _OUTPUT = (
     "scheduled_new_reqs",
@@ -483,6 +486,7 @@ def _worker() -> Iterator[Hook]:
         "requests seq_lens",
         "The batch of a step, as attention will see it.",
     )
+    yield from at.reads("CPUModelRunner", "input_ids model", _REPEAT)
     yield from _runner(at, "CPUModelRunner")
     at = _In("vllm.v1.worker.gpu_input_batch")
     yield from at.reads(
@@ -491,6 +495,7 @@ def _worker() -> Iterator[Hook]:
         "The V1 batch.",
     )
     yield from at.reads("CachedRequestState", "block_ids", "Replaced by a compaction.")
+    yield at("call", "CachedRequestState.get_token_id(idx)", _REPEAT)
     at = _In("vllm.v1.worker.block_table")
     yield at("call", "MultiGroupBlockTable.add_row(block_ids, row_idx)", "Installs blocks.")
     yield at(
@@ -597,6 +602,12 @@ def _worker() -> Iterator[Hook]:
     yield at("call", "init_logger(name)", "Lines that show in vLLM's log.")
     at = _In("vllm.tokenizers")
     yield at("call", "cached_tokenizer_from_config(model_config)", _STATISTICS)
+    at = _In("vllm.forward_context")
+    yield at(
+        "call",
+        "set_forward_context(attn_metadata, vllm_config, num_tokens, *, slot_mapping)",
+        _REPEAT,
+    )
 
 
 def _runner(at: _In, owner: str) -> Iterator[Hook]:

@@ -245,7 +245,8 @@ def _add_flags(parser: Any) -> None:
         dest="kv_policy_allow",
         nargs="+",
         metavar="POLICY",
-        help="Policies that clients may ask for, separated by commas or spaces. Default: all.",
+        help="Policies that clients may ask for, separated by commas or spaces. Default: all but "
+        "kvzip, which makes other requests wait.",
     )
     add(
         "--kv-min-tokens",
@@ -392,6 +393,7 @@ def configure(vllm_config: Any, settings: Settings) -> None:
         vllm_config.cache_config.block_size,
         _shape(model),
         with_rope=Rope.if_known(model) is not None,
+        no_repeat=gate.no_repeat(vllm_config),
     )
     head_size = vllm_config.model_config.get_head_size()
     page = (head_size, head_size, vllm_config.model_config.dtype.itemsize)
@@ -486,6 +488,7 @@ def _tried(
     block_size: int,
     model: tuple[int, int] | None = None,
     with_rope: bool = True,
+    no_repeat: str | None = None,
 ) -> tuple[Settings, list[str]]:
     """Builds and dry-runs every policy that may be asked for.
 
@@ -493,6 +496,7 @@ def _tried(
         block_size: tokens in a block.
         model: numbers of layers and of KV heads of the model, if they are known.
         with_rope: whether the model's rotary embedding is known.
+        no_repeat: why policies that need "repeat" cannot have it, or None.
 
     Returns:
         The settings without the policies that fail, where all policies are allowed by default, and
@@ -504,12 +508,14 @@ def _tried(
     from vllm_kvcrush import policies
     from vllm_kvcrush.policies.choice import dry_run
 
-    every = set(settings.allow) >= {*policies.names(), NONE}
+    every = set(settings.allow) >= {*policies.names(), NONE} - policies.OPT_IN
     failing: dict[str, str] = {}
     for name in settings.allow:
         try:
             if name != NONE:
                 policy = settings.build(name)
+                if no_repeat is not None and "repeat" in policy.needs:
+                    raise ValueError(no_repeat)
                 own = policy.made_for
                 if model is not None and own is not None and own != model:
                     raise ValueError(

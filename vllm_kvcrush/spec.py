@@ -300,7 +300,7 @@ class Storage:
 _BUILT_IN: dict[str, Storage] = {
     **dict.fromkeys(("streaming", "lacache", "knorm", "keydiff", "lagkv", "infinipot"), Storage()),
     **dict.fromkeys(("snapkv", "tova", "h2o", "expected_attention", "gkv", "rkv"), Storage()),
-    **dict.fromkeys(("critic", "gui_kv", "kvcrush", "fair"), Storage()),
+    **dict.fromkeys(("critic", "gui_kv", "kvzip", "kvcrush", "fair"), Storage()),
     **{name: Storage(codecs, least_loss=name == MEASURED) for name, codecs in ALIASES.items()},
     "mikv": Storage(("int8", "tc8"), tiers=True),
     "composed": Storage(),

@@ -1,9 +1,10 @@
 """Measures whether `auto` loses no more than any codec that takes as much memory.
 
 Each model is calibrated, or gets statistics as at a server's start, and each codec's loss is
-measured on held-out text: that is the ladder. Then contexts of another text are stored in each
-codec alone, and in what `auto` makes of as many blocks, and questions are forced over them. Codecs
-are stored once; what `auto` mixes is put together from them by token.
+measured on held-out text, in all and by layer and head. Then contexts of another text are stored in
+each codec alone, in what `auto` makes of as many blocks, a codec for each layer and head, and in
+the best mixture of two codecs that is the same for all heads. Questions are forced over them.
+Codecs are stored once; all else is put together from them.
 
     python -m benchmarks.content [--quick] [--models demo,biased,outliers] [--json FILE]
 """
@@ -72,6 +73,8 @@ class Study:
         )
         self.rooms = rooms
         self._texts = texts
+        if even:
+            self.losses.loss = self._divided(held)
 
     def _rooms(self, codec: str) -> list[int]:
         """Returns how many tokens a page of each layer and head holds."""
@@ -88,6 +91,43 @@ class Study:
             for layer in range(model.layers)
             for head in range(model.kv_heads)
         ]
+
+    def _divided(self, held: Any) -> Any:
+        """Divides the codecs' losses among layers and heads as workers do when they start."""
+        import torch
+
+        from vllm_kvcrush import ops
+        from vllm_kvcrush.codecs.transform import losses
+        from vllm_kvcrush.engine.worker import statistics
+
+        probe, model = self.probe, self.probe.model
+        scale, layers = model.size**-0.5, range(model.layers)
+        names = [packing.codec for packing in self.packings]
+        errors = {c: torch.zeros(model.layers, model.kv_heads, dtype=torch.float64) for c in names}
+        by_layer: list[float] = []
+        for context, question in held[: statistics.EXCERPTS]:
+            n = len(context)
+            q, keys, values = probe.prefill([*context, *question])
+            q = q[:, :, n :: statistics.EVERY].transpose(1, 2)
+            kept = {"": (keys[:, :, :n], values[:, :, :n])}
+            kept |= {c: losses.stored(c, *kept[""], self.tables) for c in names}
+
+            def read(codec: str, layer: int, q: Any = q, kept: Any = kept) -> Any:
+                held = ops.LayerKV(*(x[layer] for x in kept[codec]))
+                return statistics.attended(held, q[layer], scale)
+
+            for layer in layers:
+                exact = read("", layer)
+                for c in names:
+                    errors[c][layer] += (read(c, layer) - exact).double().square().sum((1, 2))
+            with torch.inference_mode():
+                exact = probe.log_probabilities(*kept[""], n, question)
+                for layer in layers if not by_layer else ():
+                    k, v = (x.clone() for x in kept[names[0]])
+                    k[layer], v[layer] = (x[layer] for x in kept[names[-1]])
+                    other = probe.log_probabilities(k, v, n, question)
+                    by_layer.append(float(losses.divergence(exact, other).double().mean()))
+        return statistics.divided(self.losses.total, errors, names[-1], by_layer)
 
     def _full(self) -> Any:
         from vllm_kvcrush.codecs.transform import calibrate
@@ -133,11 +173,11 @@ class Study:
             blocks = packing.blocks(tokens)
             found[packing.codec] = blocks, [(packing.codec, tokens)]
             parts = least_loss(self.packings, blocks, tokens)
-            found[f"auto beside {packing.codec}"] = blocks, [tuple(p) for p in parts or ()]
+            found[f"mixture beside {packing.codec}"] = blocks, [tuple(p) for p in parts or ()]
         for ratio in RATIOS:
             parts = least_loss(self.packings, raw // ratio, tokens)
             if parts is not None:
-                found[f"auto at {ratio}x"] = raw // ratio, [tuple(p) for p in parts]
+                found[f"mixture at {ratio}x"] = raw // ratio, [tuple(p) for p in parts]
         return found
 
     def by_head(self, blocks: int, tokens: int) -> Any:
@@ -145,13 +185,23 @@ class Study:
         least expected loss: int64 [L, H], indices of `packings`; None if none has room."""
         import numpy as np
 
-        from benchmarks.content.allocation import least_loss_codecs
+        from vllm_kvcrush.engine.worker.allocation import least_loss_codecs
 
         shape = (self.probe.model.layers, self.probe.model.kv_heads)
         names = [packing.codec for packing in self.packings]
         pages = np.stack([-(-tokens // np.array(self.rooms[c]).reshape(shape)) for c in names])
         losses = np.stack([self.losses.loss[c].numpy() for c in names])
         return least_loss_codecs(losses, pages, blocks * shape[0] * shape[1])
+
+    def heads(self, tokens: int) -> dict[str, dict[str, int]]:
+        """Returns how many layers and heads `auto` has in which codec, by names as in `measure`."""
+        found = {}
+        for name, (blocks, _) in self.contents(tokens).items():
+            choice = self.by_head(blocks, tokens)
+            if name.startswith("mixture") and choice is not None:
+                counts = Counter(self.packings[i].codec for i in choice.ravel())
+                found[name.replace("mixture", "auto")] = dict(counts.most_common())
+        return found
 
     def measure(self, context: list[int], question: list[int]) -> dict[str, dict[str, float]]:
         """Returns the figures of each content on one excerpt."""
@@ -185,13 +235,13 @@ class Study:
                         own[:, :, here] = its[:, :, here]
                     first += count
                 found[name] = figures(k, v)
-                if name.startswith("auto") and (choice := self.by_head(blocks, n)) is not None:
+                if name.startswith("mixture") and (choice := self.by_head(blocks, n)) is not None:
                     at = torch.from_numpy(choice)[None, :, :, None, None]
                     pair = [
                         torch.stack([kept[c][i] for c in names]).take_along_dim(at, 0)[0]
                         for i in range(2)
                     ]
-                    found[name.replace("auto", "by head")] = figures(*pair)
+                    found[name.replace("mixture", "auto")] = figures(*pair)
         return found
 
 
@@ -238,6 +288,7 @@ def main() -> None:
                     "ladder": ladder(study()),
                     "losses": study().losses.total,
                     "contents": study().contents(args.context),
+                    "heads": study().heads(args.context),
                 },
             )
             found = []
@@ -251,11 +302,14 @@ def main() -> None:
             means = {c: interval([f[c]["kl"] for f in found])[0] for c in found[0]}
             lines = []
             for content in found[0]:
-                blocks, parts = about["contents"][content.replace("by head", "auto")]
+                blocks, parts = about["contents"][content.replace("auto", "mixture")]
                 cells = [content, f"{raw / blocks:.2f}"]
+                if content in about["heads"]:
+                    parts = about["heads"][content].items()
+                whole = sum(n for _, n in parts)
                 cells.append(
-                    " + ".join(f"{c} {n * 100 // args.context} %" for c, n in parts)
-                    if content.startswith("auto")
+                    " + ".join(f"{c} {n * 100 // whole} %" for c, n in parts)
+                    if content not in about["losses"]
                     else ""
                 )
                 for metric, unit in (("kl", "nats"), ("delta_nll", "nats"), ("agreement", "ratio")):
@@ -278,7 +332,7 @@ def main() -> None:
             run.add("codecs_that_beat_auto", len(wrong), "codecs", mode=name)
             print(f"\n{name}: {args.excerpts} excerpts of {args.context} tokens; ", end="")
             print(f"ladder {' → '.join(about['ladder'])}\n")
-            head = ["content", "x bf16", "auto is", "KL", "ΔNLL", "agreement", "expected", ""]
+            head = ["content", "x bf16", "made of", "KL", "ΔNLL", "agreement", "expected", ""]
             print(table(head, lines), flush=True)
     run.finish(model=pathlib.Path(path).name)
     if worst:

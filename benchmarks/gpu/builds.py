@@ -189,7 +189,7 @@ def _tokens(codecs: tuple[str, ...], size: int, group: int, dtype: str) -> Itera
         own = {"CODEC": RECORDS[codec], "DTYPE": DTYPES[dtype], "G": page}
         yield Build(
             "gather", codec, *same, compaction_kernels.gather_kernel,
-            {"T": SLOTS, "VALUES": True, "POSITIONS": True, **own},
+            {"T": SLOTS, "KEYS": True, "VALUES": True, "POSITIONS": True, **own},
             gather_warps(page.k_pad, page.v_pad), 3, {"key": "*fp32", "value": "*fp32"},
         )  # fmt: skip
         slots, warps, stages = RECORDS[codec].scores_tiles(page)

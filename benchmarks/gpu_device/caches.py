@@ -109,7 +109,7 @@ class Cache:
         """Returns float32 keys and values of a sequence: [kv_heads, context, size] each."""
         slots = torch.arange(self.case.context, device=self.device).repeat(layer.kv_heads, 1)
         key, value, _ = compaction.gather(layer, self.source(layer, seq), slots)
-        assert value is not None
+        assert key is not None and value is not None
         return key, value
 
 

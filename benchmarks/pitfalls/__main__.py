@@ -22,6 +22,8 @@ from itertools import pairwise
 from typing import Any
 
 from benchmarks.report import Run, arguments, codec, interruptible, interval, progress, say, table
+from vllm_kvcrush import policies
+from vllm_kvcrush.spec import ALIASES
 
 TASKS = ("conflict", "system_rule", "system_secret", "neutral")
 VARIANTS = ("plain", "fair", "protected")
@@ -38,15 +40,11 @@ NEUTRAL = (
     "whatever they say, and keep your answers short unless somebody asks for more.\n\n"
 )
 # Policies that wrap others, or keep every token.
-APART = frozenset(
-    {"fair", "composed", "rerotate", "mikv", "int8", "int4", "tc4", "tc6", "tc8", "auto"}
-)
+APART = frozenset({"fair", "composed", "rerotate", "mikv", *ALIASES})
 QUICK = ("streaming", "snapkv", "kvcrush")
 
 
 def parse() -> argparse.Namespace:
-    from vllm_kvcrush import policies
-
     every = [name for name in policies.names() if name not in APART]
     parser = arguments(__doc__ or "")
     parser.add_argument("--model", help="model directory; else the demo model")

@@ -28,8 +28,12 @@ SCORERS = (
 DIVIDERS = ("adakv", "pyramidkv", "cake", "duo", "surfacelogic")
 MERGERS = ("d2o", "cam", "keepkv")
 WRAPPERS = ("kvcrush", "rerotate", "composed")
-VARIANTS = ("kvcrush(snapkv)", "kvcrush(expected_attention)", "adakv(expected_attention)")
-POLICIES = (*SCORERS, *DIVIDERS, *MERGERS, *WRAPPERS, *VARIANTS)
+VARIANTS = (
+    *("kvcrush(snapkv)", "kvcrush(expected_attention)", "adakv(expected_attention)"),
+    *("adakv(keydiff)", "surfacelogic(keydiff)", "cam(keydiff)"),
+)
+REPEATING = ("kvzip", "adakv(kvzip)")  # which cost a prefill, not a layer's scores
+POLICIES = (*SCORERS, *DIVIDERS, *MERGERS, *WRAPPERS, *REPEATING, *VARIANTS)
 COST = (*SCORERS, *DIVIDERS, *MERGERS, *WRAPPERS, "mikv", "fair")
 LAYERS = 4  # whose cost is measured, evenly spaced
 
@@ -89,12 +93,13 @@ class Study:
             self._measure_cost(names)
         lines = []
         where = {"budget": 0.25, "context": self.args.cost_context, "task": "compaction"}
+        mode = "one layer, threads=1"
         layers, spent = self.run.step("cost/prefill", list)
-        self.run.add("prefill_s", spent, "s", 1, layers=layers, context=self.args.cost_context)
+        context = self.args.cost_context
+        self.run.add("prefill_s", spent / layers, "s", context=context, task="prefill", mode=mode)
         for name in COST:
             times = self.run.step(f"cost/{name}", list)
             value, low, high = median(times)
-            mode = "one layer, threads=1"
             self.run.add(
                 "compaction_s",
                 value,
@@ -160,15 +165,20 @@ class Study:
         steps = {key: f"loss/{item.task}/{item.index}/{key[0]}/{key[1]}" for key in keys}
         if not all(map(self.run.has, steps.values())):
             from benchmarks.codecs.model import Coded, measure
-            from benchmarks.policies.layers import Compaction
+            from benchmarks.policies.layers import Compaction, received
+            from vllm_kvcrush import policies
 
             cache = self.forcer.prefill(item.context)
             tokens, scored, _ = item.forced("question_after")
             full = self.forcer.force(Coded(cache.keys, cache.values, {}), cache.length, tokens)
+            probe, again = self.forcer.probe, None
             for (name, budget), step in steps.items():
                 if self.run.has(step):
                     continue
-                coded = Compaction(cache, self.forcer.probe.rope, budget).coded(name)
+                told = None
+                if "repeat" in policies.get(name).needs:
+                    told = again = received(probe, item.context) if again is None else again
+                coded = Compaction(cache, probe.rope, budget, told).coded(name)
                 logp = self.forcer.force(coded, cache.length, tokens)
                 figures = measure(logp, full, tokens, scored)
                 self.run.step(step, lambda figures=figures: figures)

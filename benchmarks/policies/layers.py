@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from benchmarks.codecs.model import Cache, Coded
 from vllm_kvcrush import ops, policies
+from vllm_kvcrush.codecs.transform.calibrate import Probe
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.engine.worker.allocation import page_counts
+from vllm_kvcrush.engine.worker.repeat import CHUNK, passes
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.plan import Plan
 from vllm_kvcrush.policies.base import Room, View
@@ -47,10 +50,13 @@ class Compaction:
         cache: what the model holds of the prompt.
         rope: its rotary embedding.
         budget: share of the prompt's tokens.
+        received: [L, H, n], what `received` returns, for policies that need it.
     """
 
-    def __init__(self, cache: Cache, rope: Rope, budget: float) -> None:
-        self._cache, self._rope = cache, rope
+    def __init__(
+        self, cache: Cache, rope: Rope, budget: float, received: Tensor | None = None
+    ) -> None:
+        self._cache, self._rope, self._received = cache, rope, received
         n = cache.length
         self._plan = Plan(budget, n, PAGE)
         _, self.tail = self._plan.shape(n, n)
@@ -61,6 +67,7 @@ class Compaction:
         """Returns what a policy sees of a layer, of which `held` has keys and values."""
         layers, heads = self._cache.keys.shape[:2]
         m, queries = self.candidates, self._cache.queries[layer, :, -self._plan.window :]
+        received = None if self._received is None else self._received[layer, :, :m]
         where = torch.arange(m, dtype=torch.int32).expand(heads, -1)
         return View(
             held=held,
@@ -75,6 +82,7 @@ class Compaction:
             true_positions=where if "positions" in policy.needs or policy.merges else None,
             rope=self._rope,
             computed=self._cache.length,
+            repeated=received if "repeat" in policy.needs else None,
         )
 
     def held(self, layer: int) -> ops.LayerKV:
@@ -125,6 +133,25 @@ class Compaction:
                     bias[layer, :, :m] = choice.merged.log_bias
             kept[layer, :, :m] = choice.kept
         return Coded(keys, values, {}, kept, bias if bool(bias.any()) else None)
+
+
+@torch.inference_mode()
+def received(probe: Probe, tokens: Sequence[int]) -> Tensor:
+    """Returns the greatest attention that each token of a context receives while the model repeats
+    it, [L, H, n], as the engine's second pass finds it."""
+    n, scale = len(tokens), probe.rope.size**-0.5
+    encode = functools.partial(probe.tokenizer.encode, add_special_tokens=False)
+    found = []
+    for own in passes(encode, list(tokens), 0, n, n + CHUNK):
+        queries, keys, values = probe.prefill([*tokens, *own.tokens])
+        weights = [
+            ops.attend_and_score(
+                *(x[:, n:].transpose(0, 1) for x in (q, k, v)), (k[:, :n], v[:, :n]), scale
+            )[1]
+            for q, k, v in zip(queries, keys, values, strict=True)
+        ]
+        found.append(torch.stack(weights)[:, :, own.first : own.end])
+    return torch.cat(found, 2)
 
 
 class Pages:

@@ -1,6 +1,6 @@
 """Compares what our policies and kvpress's presses keep of the same tensors of a real model.
 
-    python -m benchmarks.policies.peers
+    python -m benchmarks.policies.peers [--json FILE]
 
 kvpress has no raw tail, and takes its statistics of queries over the whole prompt, so ours gets an
 observation window of the whole prompt here. The environment of kvpress is made if it is not there.
@@ -20,14 +20,14 @@ from benchmarks.codecs.model import Forcer
 from benchmarks.quality.peers import HERE, set_up
 from benchmarks.quality.peers.kvpress_kept import PRESSES
 from benchmarks.quality.tasks import build
-from benchmarks.report import say, table
+from benchmarks.report import Run, arguments, interruptible, say, table
 from vllm_kvcrush import ops, policies
 from vllm_kvcrush.engine.worker.allocation import page_counts
 from vllm_kvcrush.policies.base import Room, View
 from vllm_kvcrush.policies.choice import allocated, choose, demanded, scored
 from vllm_kvcrush.tools import demo_model
 
-CONTEXT, SINKS = 1024, 4
+CONTEXT, SINKS, KEEP = 1024, 4, 0.5
 
 
 class Ours(NamedTuple):
@@ -96,9 +96,10 @@ def ours(
 
 
 @torch.inference_mode()
-def overlaps(model: str, keep: float = 0.5) -> dict[str, tuple[float, float]]:
+def overlaps(model: str, keep: float) -> dict[str, tuple[float, float, float]]:
     """Returns, by method, the share of kept tokens that both keep: the mean over layers and heads,
-    and the least."""
+    and the least; and the mean share of the one that keeps fewer, which is 1 where both rank tokens
+    alike but give a head other numbers of them."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
@@ -123,18 +124,27 @@ def overlaps(model: str, keep: float = 0.5) -> dict[str, tuple[float, float]]:
     found = {}
     for name in PRESSES:
         kept = ours(OURS[name], forcer, tensors, turned, count)
-        most = torch.maximum(kept.sum(2), theirs[name].sum(2))
-        share = (kept & theirs[name]).sum(2) / most
-        found[name] = (float(share.mean()), float(share.min()))
+        both, counts = (kept & theirs[name]).sum(2), (kept.sum(2), theirs[name].sum(2))
+        share = both / torch.maximum(*counts)
+        fewer = both / torch.minimum(*counts)
+        found[name] = (float(share.mean()), float(share.min()), float(fewer.mean()))
     return found
 
 
 def main() -> None:
-    """Prints the table."""
-    found = overlaps(str(demo_model.prepare(say=say)))
-    lines = [[name, f"{mean:.4f}", f"{least:.4f}"] for name, (mean, least) in found.items()]
-    print(table(["method", "both keep", "least of a head"], lines))
+    run = Run("kept", arguments(__doc__ or "").parse_args())
+    model = str(demo_model.prepare(say=say))
+    found = run.step("overlaps", lambda: overlaps(model, KEEP))
+    where = {"budget": KEEP, "context": CONTEXT, "task": "text"}
+    lines = []
+    for name, (mean, least, fewer) in found.items():
+        run.add("overlap", mean, "ratio", low=least, policy=name, mode=OURS[name].policy, **where)
+        run.add("nested", fewer, "ratio", policy=name, mode=OURS[name].policy, **where)
+        lines.append([OURS[name].policy, *(f"{x:.4f}" for x in (mean, least, fewer))])
+    print(table(["method", "both keep", "least of a head", "of the one with fewer"], lines))
+    run.finish(model=pathlib.Path(model).name)
 
 
 if __name__ == "__main__":
-    main()
+    with interruptible("kept"):
+        main()

@@ -17,11 +17,13 @@ QUICK_POLICIES = ("streaming", "snapkv", "kvcrush", "int4", "auto")
 SCORERS = (
     *("streaming", "rerotate", "lacache", "knorm", "keydiff", "lagkv", "infinipot"),
     *("snapkv", "tova", "h2o", "expected_attention", "gkv", "rkv", "critic", "gui_kv"),
+    "kvzip",
 )
 EVICTING = (
     *SCORERS,
     *(f"kvcrush({base})" for base in ("snapkv", "keydiff", "gkv", "lagkv")),
-    *("adakv(snapkv)", "adakv(expected_attention)", "pyramidkv(snapkv)", "pyramidkv(keydiff)"),
+    *("adakv(snapkv)", "adakv(expected_attention)", "adakv(keydiff)", "adakv(kvzip)"),
+    *("pyramidkv(snapkv)", "pyramidkv(keydiff)"),
     *("cake", "duo(snapkv)", "duo(keydiff)", "surfacelogic(snapkv)", "surfacelogic(keydiff)"),
     *("d2o", "cam(snapkv)", "cam(keydiff)", "keepkv(snapkv)", "keepkv(keydiff)"),
     *("composed(keydiff,other=snapkv)", "fair(snapkv)", "fair(keydiff)"),

@@ -97,10 +97,11 @@ class Engine:
         from vllm import LLM
 
         from benchmarks.quality.force import Forcing
-        from vllm_kvcrush.config import Settings
+        from vllm_kvcrush import policies
+        from vllm_kvcrush.config import NONE
 
         active: dict[str, Any] = {"policy": "auto", "budget": 0.25, "min_tokens": 0}
-        active["allow"] = [*Settings.from_dict(active).allow, *also]
+        active["allow"] = [*policies.names(), NONE, *also]
         config = AutoConfig.from_pretrained(model)
         head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
         token_bytes = config.num_hidden_layers * config.num_key_value_heads * 2 * head * 4

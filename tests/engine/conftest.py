@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.ledger import Ledger
+from vllm_kvcrush import policies
 
 HERE = pathlib.Path(__file__).parent
 BLOCK = 32
@@ -60,6 +62,7 @@ class Engine:
                     "policy": "kvcrush",
                     "budget": 0.25,
                     "min_tokens": 0,
+                    "allow": [*policies.names(), "none"],
                     "config": {
                         "prefill_interval": PREFILL_INTERVAL,
                         "decode_interval": DECODE_INTERVAL,
@@ -219,7 +222,7 @@ def tiny_engine(tiny_model: str) -> Engine:
 # in one batch.
 METHODS = (
     *("lacache", "knorm", "keydiff", "lagkv(lag=32)", "infinipot", "tova", "expected_attention"),
-    *("gkv", "rkv", "critic", "gui_kv", "rerotate"),
+    *("gkv", "rkv", "critic", "gui_kv", "rerotate", "kvzip"),
 )
 
 # For tests of what happens to blocks and requests, whatever the model says.
@@ -235,6 +238,14 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     engine.runner.on_select = None
     yield engine
     engine.assert_idle()
+
+
+@pytest.fixture
+def ledger(engine: Engine) -> Iterator[Ledger]:
+    """Yields what checks every compaction of the engine that the test uses."""
+    ledger = Ledger(engine.runner)
+    yield ledger
+    ledger.close()
 
 
 @pytest.fixture(scope="session")

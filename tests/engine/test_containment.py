@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,13 +15,6 @@ from vllm_kvcrush.policies import Policy, View
 
 pytestmark = pytest.mark.engine
 POLICIES = [name for name in policies.names() if not any(m.startswith(name) for m in METHODS)]
-
-
-@pytest.fixture
-def ledger(engine: Engine) -> Iterator[Ledger]:
-    ledger = Ledger(engine.runner)
-    yield ledger
-    ledger.close()
 
 
 @on_tiny_model

@@ -22,13 +22,6 @@ pytestmark = pytest.mark.engine
 NEW = DECODE_INTERVAL + 8
 
 
-@pytest.fixture
-def ledger(engine: Engine) -> Iterator[Ledger]:
-    ledger = Ledger(engine.runner)
-    yield ledger
-    ledger.close()
-
-
 @pytest.fixture(scope="module")
 def reference(model_path: str) -> Reference:
     return Reference(model_path)
@@ -365,3 +358,63 @@ def test_what_a_client_may_not_ask_for(engine: Engine, ids: list[int]) -> None:
     with pytest.raises(VLLMValidationError, match="protected tokens"):
         engine.generate([ids[:64]], engine.params(4, kv_budget=128, kv_protect=[[0, 500]]))
     engine.assert_idle()
+
+
+def test_kvzip_keeps_what_the_model_looks_at_when_it_repeats(
+    engine: Engine, ids: list[int], reference: Reference, model_path: str
+) -> None:
+    """Scores of the first compaction are the greatest attention that transformers gives over the
+    repeated context; a request that runs beside it notices nothing."""
+    from transformers import AutoTokenizer
+
+    prompt, other, new = ids[100:524], ids[700:800], DECODE_INTERVAL + 8
+    alone = engine.tokens(other, new, kv_policy="none")
+    with engine.moves() as moves:
+        mine, its = engine.generate(
+            [prompt, other],
+            [
+                engine.params(new, kv_policy="kvzip", kv_budget=160),
+                engine.params(new, kv_policy="none"),
+            ],
+        )
+    assert list(its.outputs[0].token_ids) == alone
+    assert len(moves) >= 3 and "policy_failures" not in mine.kv_tokens_details
+
+    first = moves[0]
+    computed, (start, end) = first._command.computed, first.new
+    assert start == 0 and 0 < end < computed <= len(prompt)
+    told = AutoTokenizer.from_pretrained(model_path).encode("\n\nRepeat the previous context:")
+    reference.model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        read = torch.tensor([[*prompt[:computed], *told, *prompt[:end]]])
+        weights = reference.model(input_ids=read, output_attentions=True).attentions
+    for layer, found in enumerate(weights):
+        heads = len(first.repeated[layer])
+        want = found[0, :, computed:, :end].unflatten(0, (heads, -1)).amax((1, 2))
+        torch.testing.assert_close(first.repeated[layer], want, rtol=1e-3, atol=1e-5)
+    # Afterwards only newer tokens are repeated, and the others have the score that they had.
+    second = moves[1]
+    held = first.kept_state["greatest"][0].shape[1]
+    for layer, own in second.repeated.items():
+        assert not own[:, :held].any() and bool((own[:, held:] > 0).all())
+        assert set(second.kept_state["greatest"][layer][0].tolist()) <= {
+            *first.kept_state["greatest"][layer][0].tolist(),
+            *own[0, held:].tolist(),
+        }
+
+
+def test_kvzip_in_wrappers_that_divide_and_that_order(engine: Engine, ids: list[int]) -> None:
+    asked = ("adakv(kvzip)", "composed(kvzip, other=h2o)", "kvcrush(kvzip)@tc4")
+    prompts = [ids[150 * i : 150 * i + 330] for i in range(len(asked))]
+    params = [engine.params(NEW, kv_policy=p, kv_budget=96) for p in asked]
+    for policy, output in zip(asked, engine.generate(prompts, params), strict=True):
+        details = output.kv_tokens_details
+        assert details["compactions"] >= 2 and "policy_failures" not in details, policy
+
+
+def test_kvzip_where_the_model_cannot_read_more_keeps_the_newest(
+    engine: Engine, ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.runner, "max_num_tokens", 4)
+    (output,) = engine.generate([ids[100:430]], engine.params(2, kv_policy="kvzip", kv_budget=96))
+    assert output.kv_tokens_details["policy_failures"] >= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from tests.engine.conftest import (
     Engine,
     on_tiny_model,
 )
+from tests.ledger import Ledger
 from vllm_kvcrush import policies
 from vllm_kvcrush.codecs import CODECS, FITTED
 from vllm_kvcrush.codecs.layout import SINKS
@@ -114,7 +116,9 @@ def reference(model_path: str) -> Any:
     return Reference(model_path)
 
 
-@pytest.mark.parametrize("policy", ["streaming", "snapkv", "h2o", "kvcrush", "kvcrush-page"])
+@pytest.mark.parametrize(
+    "policy", ["streaming", "snapkv", "h2o", "kvcrush", "kvcrush-page", "kvzip"]
+)
 def test_tokens_equal_transformers_with_the_same_kept_tokens(
     engine: Engine, ids: list[int], reference: Any, policy: str, monkeypatch: Any
 ) -> None:
@@ -271,6 +275,7 @@ def test_losses_measured_at_start_are_the_models(
         runner._settings, policy="auto", losses={"int8": None, "int4": None}
     )
     monkeypatch.setattr(runner, "_losses", {})
+    monkeypatch.setattr(runner, "_head_losses", {})
     for owner in (runner, scheduler):
         monkeypatch.setattr(owner, "_settings", wanted)
     runner._measure_losses()
@@ -286,6 +291,13 @@ def test_losses_measured_at_start_are_the_models(
             want = float(losses.divergence(exact, other).mean())
             assert got[codec] == pytest.approx(want, rel=0.05), codec
     assert 0 < got["int8"] < got["int4"]
+    # How they are divided among heads agrees with what gradients say.
+    gradients = probe.gradients(keys, values, question, torch.Generator().manual_seed(0))
+    errors = stored[0] - keys, stored[1] - values
+    want = losses.by_head(errors, gradients, len(question)).flatten().log()
+    shares = torch.from_numpy(runner._head_losses["int4"])
+    assert shares.sum().item() == pytest.approx(got["int4"])
+    assert float(torch.corrcoef(torch.stack([shares.flatten().log(), want]))[0, 1]) > 0.6
     with engine.moves() as moves:
         engine.tokens(context, 2, kv_policy="auto", kv_budget=0.4)
     assert scheduler._settings.losses == got
@@ -317,6 +329,42 @@ def test_auto_takes_as_many_bits_as_the_budget_pays_for(
     assert (details["held"] < details["raw"]) == evicts
     if not evicts:  # a model that reads its own context well goes on as it would have
         assert list(output.outputs[0].token_ids)[:4] == plain.tokens([prompt], 4)[0]
+
+
+def test_auto_stores_each_head_in_the_codec_that_suits_it(
+    engine: Engine, ledger: Ledger, ids: list[int], plain: Any, monkeypatch: Any
+) -> None:
+    """Where it is known what each head loses in which codec, those that lose most get the finest,
+    no token is dropped, and what is stored stays in its codec while there is room."""
+    runner = engine.runner
+    shape = len(runner._layers), runner._layers[0].heads
+    costs = np.random.default_rng(3).permutation(np.logspace(-4, 0, shape[0] * shape[1]))
+    costs = (costs / costs.sum()).reshape(shape)
+    losses = {codec: loss * costs for codec, loss in runner._settings.losses.items()}
+    monkeypatch.setattr(runner, "_head_losses", losses)
+    prompt = ids[4000:5000]
+    with engine.moves() as moves:
+        params = engine.params(160, kv_policy="auto", kv_budget=0.25)
+        (output,) = engine.generate([prompt], params)
+    assert output.kv_tokens_details["held"] == output.kv_tokens_details["raw"]
+    assert list(output.outputs[0].token_ids)[:4] == plain.tokens([prompt], 4)[0]
+    chosen = []
+    for move in moves:
+        region, found = move.target, np.zeros(shape)
+        assert ((region.part_tokens > 0).sum(0) == 1).all()
+        for codec, tokens in zip(region.codecs, region.part_tokens, strict=True):
+            found += tokens / move._candidates * losses[codec]
+        alike = np.sum([part.tokens * losses[part.codec] for part in move._parts])
+        chosen.append((found.sum() * move._candidates / alike, region))
+    assert all(share < 1 + 1e-9 for share, _ in chosen) and chosen[-1][0] < 0.5
+    # While decoding, as many bytes a token as before.
+    last, before = (
+        np.array(region.codecs)[region.part_tokens.argmax(0)] for _, region in chosen[:-3:-1]
+    )
+    assert len(np.unique(last)) > 1 and (last == before).mean() > 0.9
+    assert len(moves) >= 2 and not ledger.failures.total()
+    engine.reset()
+    engine.assert_idle()
 
 
 def test_mikv_keeps_everything_and_the_important_tokens_finer(

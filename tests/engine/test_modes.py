@@ -13,7 +13,7 @@ from tests.engine.modes import run, save_adapter
 
 pytestmark = pytest.mark.engine
 
-POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "tova", "cam")
+POLICIES = ("streaming", "snapkv", "h2o", "kvcrush", "tova", "cam", "cake", "d2o", "fair(tova)")
 MEASURED = ("tc6", "auto", "mikv")  # with tables from statistics at start-up
 NAMES = (*POLICIES, *MEASURED, "none", "lopsided")
 
@@ -94,7 +94,8 @@ def third_party(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def tiny_job(ids: list[int]) -> dict[str, Any]:
     prompts = [ids[900 + i * 50 : 1300 + i * 50] for i in range(len(NAMES))]
-    extra = [{"kv_policy": name} for name in NAMES]
+    spans = {"fair(tova)": {"kv_spans": "0:90,90:200,200:400"}}
+    extra = [{"kv_policy": name, **spans.get(name, {})} for name in NAMES]
     return {"prompts": prompts, "max_tokens": 40, "extra": extra}
 
 

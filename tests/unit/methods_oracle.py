@@ -30,6 +30,7 @@ class Head:
         frequencies: [D/2], of the rotary embedding.
         state: by name, [m].
         bias: [m], log biases.
+        known, repeated: [m], as in `View`.
     """
 
     keys: Array
@@ -44,6 +45,8 @@ class Head:
     frequencies: Array
     state: dict[str, Array] = field(default_factory=dict)
     bias: Array | None = None
+    known: Sequence[bool] | None = None
+    repeated: Array | None = None
 
     @property
     def n(self) -> int:
@@ -54,6 +57,36 @@ def softmax(x: Array) -> Array:
     e = np.exp(x - x.max())
     out: Array = e / e.sum()
     return out
+
+
+def repeated(
+    queries: Array,
+    keys: Array,
+    values: Array,
+    held_keys: Array,
+    held_values: Array,
+    scale: float,
+    bias: Array,
+) -> tuple[Array, Array]:
+    """Returns the output [g, t, Dv] of t tokens, by queries [g, t, D] and keys and values of their
+    own, over held slots with log biases [n]; and the greatest weight of each held slot."""
+    group, tokens, _ = queries.shape
+    n = len(held_keys)
+    output, greatest = np.zeros((group, tokens, values.shape[1])), np.zeros(n)
+    for g in range(group):
+        for i in range(tokens):
+            logits = [queries[g, i] @ held_keys[j] * scale + bias[j] for j in range(n)]
+            logits += [queries[g, i] @ keys[j] * scale for j in range(i + 1)]
+            weights = softmax(np.array(logits))
+            greatest = np.maximum(greatest, weights[:n])
+            output[g, i] = weights[:n] @ held_values + weights[n:] @ values[: i + 1]
+    return output, greatest
+
+
+def kvzip(head: Head) -> Array:
+    assert head.known is not None and head.repeated is not None
+    old = head.state["greatest"]
+    return np.array([old[j] if head.known[j] else head.repeated[j] for j in range(head.m)])
 
 
 def cosine(a: Array, b: Array) -> float:

@@ -1,4 +1,5 @@
-"""Which pages layers and heads get: whole pages from shares, and the shares of Ada-KV."""
+"""Which pages layers and heads get: whole pages from shares, the shares of Ada-KV, and codecs by
+what they lose."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tests.unit.views import each, make_view, ragged, scores_of
 from vllm_kvcrush import ops, policies
-from vllm_kvcrush.engine.worker.allocation import page_counts
+from vllm_kvcrush.engine.worker.allocation import least_loss_codecs, page_counts
 from vllm_kvcrush.policies import Room, View
 from vllm_kvcrush.policies.adakv import AdaKV
 from vllm_kvcrush.policies.choice import allocated, choose, demanded, scored
@@ -215,3 +216,46 @@ def test_heads_that_look_at_many_tokens_get_more(
     assert torch.equal(
         choice.kept, alike.select(view, scores_of(alike, view), each(view, keep.tolist()))
     )
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_codecs_by_head(data: st.DataObject) -> None:
+    codecs, layers, heads = (data.draw(st.integers(1, 4)) for _ in range(3))
+    shape, size = (codecs, layers, heads), codecs * layers * heads
+
+    def table(of: st.SearchStrategy[float]) -> np.ndarray:
+        return np.array(data.draw(st.lists(of, min_size=size, max_size=size))).reshape(shape)
+
+    pages, losses = table(st.integers(1, 9)), table(st.floats(0, 5, width=32))
+    total = data.draw(st.integers(0, 9 * layers * heads))
+    choice = least_loss_codecs(losses, pages, total)
+    fewest = int(pages.min(0).sum())
+    if choice is None:
+        assert fewest > total
+        return
+    taken = int(np.take_along_axis(pages, choice[None], 0).sum())
+    assert fewest <= total and taken <= total
+    # No head could do better alone with what is left.
+    for codec, layer, head in np.ndindex(*shape):
+        more = int(pages[codec, layer, head] - pages[choice[layer, head], layer, head])
+        if more <= total - taken:
+            assert losses[choice[layer, head], layer, head] <= losses[codec, layer, head] + 1e-9
+
+
+def test_codecs_by_head_are_the_best_for_their_price() -> None:
+    """A hundred heads that differ in what errors cost: the dear ones get the finer codec, and all
+    lose less together than in one mixture for all."""
+    cost = np.logspace(-3, 0, 100).reshape(50, 2)
+    losses = np.stack([0.1 * cost, 0.4 * cost, cost])
+    pages = np.stack([np.full((50, 2), n) for n in (16, 8, 4)])
+    for total in (400, 700, 1000, 1600, 5000):
+        choice = least_loss_codecs(losses, pages, total)
+        assert choice is not None
+        assert int(np.take_along_axis(pages, choice[None], 0).sum()) <= total
+        assert (np.diff(choice.ravel()) <= 0).all(), "in the order of cost"
+        lost = float(np.take_along_axis(losses, choice[None], 0).sum())
+        share = (total / 100 - 4) / 4, (total / 100 - 8) / 8
+        mixed = 1 - 0.6 * share[0] if total <= 800 else max(0.1, 0.4 - 0.3 * share[1])
+        assert lost <= mixed * cost.sum() + 1e-9
+    assert least_loss_codecs(losses, pages, 399) is None

@@ -32,7 +32,7 @@ def triton() -> dict[str, str]:
 
 RUNS = {
     "interpreted": (["tests/gpu"], {"TRITON_INTERPRET": "1"}),
-    "compiled": (["tests/gpu/test_launches.py"], {}),
+    "compiled": (["tests/gpu/test_launches.py", "tests/gpu/test_asked.py"], {}),
 }
 
 

@@ -1261,6 +1261,7 @@ def test_policies_choose_alike_on_the_cache_and_on_tensors(
             spans=((0, m // 3), (m // 3, m)),
             rope=Rope(1e4 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)),
             computed=held,
+            repeated=torch.rand(2, m, generator=generator),
         )
         for tokens, generator in ((t, torch.Generator().manual_seed(m)) for t in (paged, plain))
     ]

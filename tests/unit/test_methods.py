@@ -53,6 +53,7 @@ METHODS: dict[str, Oracle] = {
     "gui_kv(saliency=0.5, temperature=0.7, redundant=0.4, rank=5, pool=1)": (
         lambda head: oracle.gui_kv(head, 0.5, 0.7, 0.4, 5, 1)
     ),
+    "kvzip": oracle.kvzip,
 }
 SPANNED = ("gui_kv", "infinipot")
 # Everything new, for what holds of every policy.
@@ -82,7 +83,7 @@ def example(seed: int, counts: list[int] | None = None, **more: Any) -> View:
     view = replace(
         view,
         held=ops.LayerKV(keys, view.values, log_bias=torch.randn(heads, m, generator=draw)),
-        state={"global": torch.rand(heads, m, generator=draw)},
+        state={name: torch.rand(heads, m, generator=draw) for name in ("global", "greatest")},
         known=(torch.arange(m) < m - 16).expand(heads, -1),
         true_positions=old.int(),
         computed=m + 5 + keys.shape[1] - m,
@@ -112,6 +113,8 @@ def heads_of(view: View) -> Iterator[oracle.Head]:
             frequencies=view.rope.frequencies.numpy(),
             state={name: x[0].double().numpy() for name, x in own.state.items()},
             bias=None if own.log_bias is None else own.log_bias[0].double().numpy(),
+            known=None if own.known is None else own.known[0].tolist(),
+            repeated=None if own.repeated is None else own.repeated[0].double().numpy(),
         )
 
 
@@ -475,6 +478,7 @@ def turned(view: View, order: list[int]) -> View:
         known=None if view.known is None else view.known[order],
         log_bias=None,
         true_positions=view.positions[order],
+        repeated=None if view.repeated is None else view.repeated[order],
     )
 
 
@@ -509,6 +513,7 @@ def test_two_ranks_choose_as_one_would(text: str, seed: int) -> None:
                 state={name: x[own] for name, x in view.state.items()},
                 known=None if view.known is None else view.known[own],
                 true_positions=view.positions[own],
+                repeated=None if view.repeated is None else view.repeated[own],
             )
         )
     asked: list[Tensor] = []

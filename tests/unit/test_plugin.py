@@ -329,6 +329,47 @@ def test_a_policy_that_needs_an_unknown_rotary_embedding_is_refused() -> None:
     assert "keydiff" in tried.allow
 
 
+def test_a_second_pass_is_for_the_operator_to_allow() -> None:
+    settings = Settings.from_dict({"policy": "snapkv"})
+    assert "kvzip" not in settings.allow
+    assert plugin._tried(settings, 32, no_repeat="there is none") == (settings, [])
+    for asked in ({"policy": "kvcrush(kvzip)"}, {"policy": "snapkv", "allow": "kvzip,none"}):
+        named = Settings.from_dict(asked)
+        assert plugin._tried(named, 32) == (named, [])
+        with pytest.raises(
+            ConfigError, match=r"the policy (kvcrush\()?kvzip.* fails: there is none"
+        ):
+            plugin._tried(named, 32, no_repeat="there is none")
+
+
+def test_what_cannot_repeat_a_context_is_named() -> None:
+    config = Namespace(
+        use_v2_model_runner=False,
+        lora_config=None,
+        scheduler_config=Namespace(async_scheduling=False),
+        parallel_config=Namespace(tensor_parallel_size=1, data_parallel_size=1),
+        model_config=Namespace(
+            is_multimodal_model=False, enable_prompt_embeds=False, skip_tokenizer_init=False
+        ),
+    )
+    assert gate.no_repeat(config) is None
+    config.use_v2_model_runner, config.parallel_config.tensor_parallel_size = True, 2
+    assert gate.no_repeat(config) == (
+        "the model cannot repeat its context with the V2 model runner and several ranks"
+    )
+    config.use_v2_model_runner, config.parallel_config.tensor_parallel_size = False, 1
+    config.parallel_config.data_parallel_size = 2
+    assert str(gate.no_repeat(config)).endswith("with several ranks")
+    config.parallel_config.data_parallel_size, config.lora_config = 1, object()
+    config.scheduler_config.async_scheduling = True
+    for option in vars(config.model_config):
+        setattr(config.model_config, option, True)
+    assert str(gate.no_repeat(config)).endswith(
+        "with asynchronous scheduling and LoRA and a multimodal model and prompt embeddings and "
+        "--skip-tokenizer-init"
+    )
+
+
 def test_a_policy_that_nobody_named_is_left_out_with_a_warning(broken: None) -> None:
     settings = Settings.from_dict({"policy": "snapkv"})
     assert "broken" in settings.allow

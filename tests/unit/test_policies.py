@@ -31,6 +31,7 @@ from vllm_kvcrush.policies.streaming import Streaming
 BUILT_IN = (
     *("streaming", "lacache", "knorm", "keydiff", "lagkv", "infinipot"),
     *("snapkv", "tova", "h2o", "expected_attention", "gkv", "rkv", "critic", "gui_kv"),
+    "kvzip",
     *("kvcrush", "mikv", "adakv", "keepkv", "fair", "rerotate"),
     *("pyramidkv", "cake", "duo", "surfacelogic", "d2o", "cam", "composed"),
     *("int8", "int4", "tc4", "tc6", "tc8", "tada", "gear", "auto"),
@@ -64,6 +65,7 @@ ALL = [
     "kvcrush(ratio=0.99, level=page)",
     *("knorm", "keydiff", "lagkv(lag=8)", "infinipot", "lacache", "tova", "expected_attention"),
     *("gkv", "rkv", "critic", "gui_kv", "rerotate", "kvcrush(keydiff)", "fair(lacache)"),
+    *("kvzip", "adakv(kvzip)"),
 ]
 
 
@@ -135,7 +137,7 @@ def test_same_view_same_choice_and_untouched(text: str) -> None:
 @every_policy
 def test_takes_only_what_it_says_it_needs(text: str) -> None:
     policy, view = policies.get(text), make_view()
-    assert policy.needs <= {"queries", "state", "positions"}
+    assert policy.needs <= {"queries", "state", "positions", "repeat"}
     view = replace(
         view,
         held=ops.LayerKV(view.keys, view.values),
@@ -143,6 +145,7 @@ def test_takes_only_what_it_says_it_needs(text: str) -> None:
         state=view.state if "state" in policy.needs else {},
         known=None,
         true_positions=view.true_positions if "positions" in policy.needs else None,
+        repeated=view.repeated if "repeat" in policy.needs else None,
         spans=((0, 20), (20, 40)) if policy.uses_spans else (),
     )
     scores, state = scored(policy, view)

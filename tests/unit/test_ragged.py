@@ -34,6 +34,7 @@ POLICIES = [
     "fair(kvcrush)",
     *("knorm", "keydiff", "lagkv(lag=8)", "infinipot", "lacache", "tova", "expected_attention"),
     *("gkv", "rkv", "critic", "gui_kv", "rerotate", "rerotate(keepkv)", "fair(gkv)"),
+    "kvzip",
     *("pyramidkv(adakv)", "cake", "duo(h2o)", "surfacelogic", "d2o", "cam(snapkv)"),
     *("composed(h2o, other=streaming)", "composed(scale=rank)", "fair(duo)"),
 ]

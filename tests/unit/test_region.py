@@ -66,8 +66,8 @@ def needed(layers: Sequence[Pages], parts: Parts) -> int:
 
 @st.composite
 def parts(draw: st.DrawFn, layers: list[Pages]) -> Parts:
-    """Draws up to two parts, with equal numbers of tokens in each layer and head or not."""
-    codecs = draw(st.lists(st.sampled_from(["int8", "tc4", "tc8"]), min_size=1, max_size=2))
+    """Draws up to three parts, with equal numbers of tokens in each layer and head or not."""
+    codecs = draw(st.lists(st.sampled_from(["int8", "tc4", "tc8"]), min_size=1, max_size=3))
     shape = (len(codecs), len(layers), layers[0].kv_heads)
     if draw(st.booleans()):
         found = np.array([[[draw(st.integers(1, 40))]] for _ in codecs])
@@ -98,6 +98,8 @@ def test_no_page_is_written_before_it_is_read(layers: list[Pages], data: st.Data
     assert np.array_equal(after.tokens, given_tokens)
     assert new.blocks == len(target)
     assert np.array_equal(new.tokens.numpy(), after.tokens.sum(0))
+    assert np.array_equal(new.part_tokens, after.tokens)
+    assert sum(new.codec_pages.values()) == len(new.page)
     # Which layer reads which page.
     reads: dict[int, set[int]] = {i: set() for i in range(len(layers))}
     for i in reads:

@@ -23,7 +23,7 @@ from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvcrush.engine.snapshot import MOST_CELLS, STATES, cells, region_codecs
+from vllm_kvcrush.engine.snapshot import MOST_CELLS, STATES, cells, expected_pages, region_codecs
 from vllm_kvcrush.plan import Packing, Plan
 from vllm_kvcrush.server import live
 from vllm_kvcrush.server.live import document, hub
@@ -51,13 +51,17 @@ def test_the_blocks_of_a_region_are_shared_out_whole(
         Packing(f"c{i}", (((room, heads), (room + 7, 1)),)) for i, room in enumerate(sorted(rooms))
     )
     plan = Plan(0.25, 4096, block_size=8, packings=packings, tiers=tiers)
-    found = region_codecs(plan, blocks, candidates)
+    pages = expected_pages(plan, blocks, candidates)
+    found = region_codecs(pages, blocks)
     assert sum(found.values()) == blocks and all(n > 0 for n in found.values())
     parts = [part.codec for part in plan.parts(blocks, candidates)]
     assert list(found) == [codec for codec in parts if codec in found]
-    raw = Plan(0.25, 4096, block_size=8)
-    assert region_codecs(raw, blocks, candidates) == {"raw": blocks}
-    assert region_codecs(raw, 0, candidates) == {}
+    total = sum(pages.values())
+    for codec, n in pages.items():
+        assert abs(found.get(codec, 0) - blocks * n / total) < 1
+    raw = expected_pages(Plan(0.25, 4096, block_size=8), blocks, candidates)
+    assert region_codecs(raw, blocks) == {"raw": blocks}
+    assert region_codecs(raw, 0) == {}
 
 
 @given(st.lists(st.integers(0, len(STATES) - 1), min_size=1, max_size=3 * MOST_CELLS))

@@ -48,6 +48,7 @@ def make_view(
         true_positions=torch.arange(m, dtype=torch.int32).repeat(heads, 1),
         rope=Rope(1e4 ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)),
         computed=m + tail,
+        repeated=torch.rand(heads, m, generator=generator),
     )
 
 
@@ -88,6 +89,7 @@ def ragged(view: View, counts: Sequence[int]) -> View:
         known=kept(view.known, False),
         log_bias=kept(view.log_bias, 0.0),
         true_positions=kept(view.true_positions, 2**30),
+        repeated=kept(view.repeated, 1e9),
     )
 
 
@@ -113,6 +115,7 @@ def alone(view: View, head: int) -> View:
         known=of(view.known),
         log_bias=of(view.log_bias),
         true_positions=of(view.true_positions),
+        repeated=of(view.repeated),
         first_head=view.first_head + head,
     )
 
@@ -132,6 +135,7 @@ def on(view: View, device: str) -> View:
         known=moved(view.known),
         log_bias=moved(view.log_bias),
         true_positions=moved(view.true_positions),
+        repeated=moved(view.repeated),
     )
 
 

@@ -88,6 +88,8 @@ class Compacted:
         seconds: how long the compaction took.
         held: tokens in the compressed region, the mean over this rank's layers and KV heads.
         evicted: tokens that the compaction dropped, the same mean.
+        pages: this rank's pages of the compressed region in each codec; empty where its pages are
+            raw ones in the order of their blocks.
     """
 
     request_id: str
@@ -95,6 +97,7 @@ class Compacted:
     seconds: float
     held: float
     evicted: float
+    pages: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

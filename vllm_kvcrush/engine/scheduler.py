@@ -21,7 +21,7 @@ from vllm_kvcrush.engine import canaries, pressure
 from vllm_kvcrush.engine.blocks import Deferred, Job, KVCrushManager, twins
 from vllm_kvcrush.engine.commands import Admitted, Compact, StepCommands, WorkerReport
 from vllm_kvcrush.engine.pressure import Holder
-from vllm_kvcrush.engine.snapshot import Observer, install, region_codecs
+from vllm_kvcrush.engine.snapshot import Observer, expected_pages, install, region_codecs
 from vllm_kvcrush.plan import Plan, cdiv
 from vllm_kvcrush.stats import Stats
 
@@ -63,6 +63,7 @@ class _Tracked:
             until they have.
         deferred: why its compaction is overdue, or None.
         first_compaction: tokens with KV when it was compacted first, or None.
+        pages: pages of its compressed region by codec, as a worker told; None before.
         codecs: blocks of its compressed region by codec; None until somebody asks.
         level, pressed: of one that is compacted under pressure only: how far (`pressure.levels`),
             and whether it is to be compacted that far now.
@@ -77,6 +78,7 @@ class _Tracked:
     in_region: float | None = None
     deferred: _Wait | None = None
     first_compaction: int | None = None
+    pages: dict[str, int] | None = None
     codecs: dict[str, int] | None = None
     level: int = 0
     pressed: bool = False
@@ -220,9 +222,13 @@ class KVCrushSchedulerMixin(_Base):
         blocks, _ = self._manager.regions.get(request_id, (0, 0))
         if not blocks:
             return {}
-        tracked, candidates = self._tracked[request_id], self._manager.candidates[request_id]
+        tracked = self._tracked[request_id]
         if tracked.codecs is None:
-            tracked.codecs = region_codecs(self._plans[request_id], blocks, candidates)
+            pages = tracked.pages
+            if pages is None:
+                candidates = self._manager.candidates[request_id]
+                pages = expected_pages(self._plans[request_id], blocks, candidates)
+            tracked.codecs = region_codecs(pages, blocks)
         return tracked.codecs
 
     def _side_bytes(self, request_id: str) -> int:
@@ -615,7 +621,8 @@ class KVCrushSchedulerMixin(_Base):
         for i, command in enumerate(result):
             tracked = self._tracked[command.request_id]
             tracked.deferred = tracked.in_region = None
-            tracked.pressed, tracked.observed, tracked.codecs = False, (0, 0), None
+            tracked.pressed, tracked.observed = False, (0, 0)
+            tracked.pages = tracked.codecs = None
             tracked.compactions += 1
             if tracked.first_compaction is None:
                 tracked.first_compaction = command.computed
@@ -702,6 +709,8 @@ class KVCrushSchedulerMixin(_Base):
                 self.observer.moved(done)
             if (tracked := self._tracked.get(done.request_id)) is not None:
                 tracked.in_region = done.held
+                if done.pages:
+                    tracked.pages, tracked.codecs = done.pages, None
         for request_id, policy in report.failures:
             self.kvcrush_stats.record_policy_failure(policy)
             if (tracked := self._tracked.get(request_id)) is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter, deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -39,33 +40,44 @@ States: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
 _MOST_LETTERS = 80
 
 
-def region_codecs(plan: Plan, blocks: int, candidates: int) -> dict[str, int]:
-    """Returns how many blocks of a compressed region are in which codec, in slot order.
-
-    The pages of two codecs may lie in one block; then whole blocks are divided as pages are.
+def expected_pages(plan: Plan, blocks: int, candidates: int) -> dict[str, int]:
+    """Returns how many pages of a compressed region are expected to be in which codec, in slot
+    order, before a worker has told.
 
     Args:
         plan: the plan of the request.
         blocks: blocks of its compressed region.
         candidates: tokens before the tail when it was compacted.
     """
+    packings = {packing.codec: packing.pages for packing in plan.packings}
     parts = plan.parts(blocks, candidates)
     if len(parts) < 2:
         last = plan.packings[-1].codec if plan.packings else "raw"
-        return {parts[0].codec if parts else last: blocks} if blocks else {}
-    packings = {packing.codec: packing.pages for packing in plan.packings}
-    pages = [
-        sum(
+        return {parts[0].codec if parts else last: 1}
+    return {
+        part.codec: sum(
             heads * cdiv(part.tokens, room) for rank in packings[part.codec] for room, heads in rank
         )
         for part in parts
-    ]
-    first = round(blocks * pages[0] / sum(pages))
-    return {
-        codec: count
-        for codec, count in ((parts[0].codec, first), (parts[1].codec, blocks - first))
-        if count
     }
+
+
+def region_codecs(pages: Mapping[str, int], blocks: int) -> dict[str, int]:
+    """Divides the blocks of a compressed region among codecs as its pages are divided, as pages of
+    several codecs may lie in one block. Codecs without a whole block may be left out.
+
+    Args:
+        pages: the region's pages in each codec.
+        blocks: its blocks.
+    """
+    total = sum(pages.values())
+    # By the largest remainders, so that whole blocks add up.
+    exact = {codec: blocks * n / total for codec, n in pages.items()}
+    found = {codec: int(share) for codec, share in exact.items()}
+    rests = sorted(exact, key=lambda codec: found[codec] - exact[codec])
+    for codec in rests[: blocks - sum(found.values())]:
+        found[codec] += 1
+    return {codec: n for codec, n in found.items() if n}
 
 
 def cells(states: States) -> tuple[int, list[int]]:

@@ -82,6 +82,60 @@ def window_logits(
     return logits.masked_fill_(~seen.unsqueeze(1), -torch.inf)
 
 
+def attend_and_score(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    held: tuple[Tensor, Tensor],
+    scale: float,
+    log_bias: Tensor | None = None,
+    valid: Tensor | None = None,
+    most: int = 1 << 22,
+) -> tuple[Tensor, Tensor]:
+    """Computes attention of new tokens over held slots and, causally, over one another, and the
+    greatest weight that each held slot receives (KVzip, arXiv 2505.23416 Eq. 2).
+
+    Args:
+        queries, keys, values: of the new tokens, [t, Hq, D], [t, H, D] and [t, H, Dv], with RoPE,
+            queries unscaled.
+        held: keys [H, n, D] and values [H, n, Dv] of the held slots.
+        scale: factor of q·k.
+        log_bias: [H, m], added to the logits of the first m held slots, or None.
+        valid: bool [H, n], held slots that are there; None means all.
+        most: logits that are computed at once.
+
+    Returns:
+        The output, [t, Hq, Dv], and the greatest weights over new tokens and the query heads of a
+        KV head, [H, n].
+    """
+    tokens, num_heads, size = queries.shape
+    heads, n, _ = held[0].shape
+    dtype, group = _wide(queries, held[0]), num_heads // heads
+    every_key = torch.cat((held[0].to(dtype), keys.to(dtype).transpose(0, 1)), 1)
+    every_value = torch.cat((held[1].to(dtype), values.to(dtype).transpose(0, 1)), 1)
+    bias = torch.zeros(heads, n, dtype=dtype, device=keys.device)
+    if log_bias is not None:
+        bias[:, : log_bias.shape[1]] = log_bias.to(dtype)
+    if valid is not None:
+        bias = bias.masked_fill(~valid, -torch.inf)
+    rows = max(1, most // (num_heads * every_key.shape[1]))
+    greatest = torch.zeros(heads, n, dtype=dtype, device=keys.device)
+    output = torch.empty(tokens, num_heads, values.shape[2], dtype=dtype, device=keys.device)
+    for first in range(0, tokens, rows):
+        end = min(first + rows, tokens)
+        own = (queries[first:end].to(dtype) * scale).view(end - first, heads, group, size)
+        logits = own.permute(1, 2, 0, 3).flatten(1, 2) @ every_key[:, : n + end].mT
+        logits = logits.view(heads, group, end - first, n + end)
+        logits[..., :n] += bias[:, None, None]
+        later = torch.ones(end - first, end, dtype=torch.bool, device=keys.device).triu_(first + 1)
+        logits[..., n:].masked_fill_(later, -torch.inf)
+        weights = logits.softmax(-1)
+        greatest = torch.maximum(greatest, weights[..., :n].amax((1, 2)))
+        found = weights.flatten(1, 2) @ every_value[:, : n + end]
+        output[first:end] = found.view(num_heads, end - first, -1).transpose(0, 1)
+    return output, greatest
+
+
 def reduce_groups(x: Tensor, num_kv_heads: int, how: str = "mean") -> Tensor:
     """Merges the query heads that share a KV head (GQA).
 

@@ -38,6 +38,7 @@ from vllm_kvcrush.policies.keepkv import KeepKV
 from vllm_kvcrush.policies.keydiff import KeyDiff
 from vllm_kvcrush.policies.knorm import KNorm
 from vllm_kvcrush.policies.kvcrush import KVCrush
+from vllm_kvcrush.policies.kvzip import KVzip
 from vllm_kvcrush.policies.lacache import LaCache
 from vllm_kvcrush.policies.lagkv import LagKV
 from vllm_kvcrush.policies.mikv import MiKV
@@ -53,6 +54,7 @@ from vllm_kvcrush.spec import ALIASED, ALIASES, Spec, SpecError, Storage, parse,
 __all__ = [
     "BUILT_IN",
     "GROUP",
+    "OPT_IN",
     "Merged",
     "OptionError",
     "Policy",
@@ -72,12 +74,14 @@ _BUILT_IN: dict[str, type[Policy]] = {
     p.name: p
     for p in (
         *(Streaming, LaCache, KNorm, KeyDiff, LagKV, InfiniPot),
-        *(SnapKV, TOVA, H2O, ExpectedAttention, GKV, RKV, Critic, GUIKV),
+        *(SnapKV, TOVA, H2O, ExpectedAttention, GKV, RKV, Critic, GUIKV, KVzip),
         *(KVCrush, MiKV, AdaKV, KeepKV, Fair, ReRotate),
         *(PyramidKV, CAKE, Duo, SurfaceLogic, D2O, CaM, Composed),
     )
 }
 BUILT_IN = tuple(_BUILT_IN)
+# Whoever asks for one makes others wait, so that only the operator may allow it, by name.
+OPT_IN = frozenset({KVzip.name})
 _CLASSES = {**_BUILT_IN, **dict.fromkeys(ALIASES, _BUILT_IN[ALIASED])}
 # "none" is plain vLLM everywhere, so it may not name a policy either.
 _RESERVED = (*_CLASSES, "none")

@@ -18,7 +18,13 @@ class AdaKV(Wrapper):
     A head's share of the layer's pages is its part of the layer's best scores, taken over all heads
     together as they are, mixed with an equal share so that no head starves. So the base's scores
     must be comparable between heads, as attention is. Layers have equal budgets. Which tokens a
-    head keeps is the base's choice.
+    head keeps is the base's choice. (In kvpress each head is sure of the equal share's part, and
+    heads compete for all of the rest.)
+
+    Cost: the base's for every layer before anything is chosen, and a search for a layer's best
+    scores.
+
+    Choose it over `kvzip`, or over `keydiff` where no second pass is made: both lose less so.
 
     Attributes:
         floor: weight of the equal share, `alpha` in the paper.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from vllm_kvcrush import ops
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.spec import Storage
+
+_TILE = 8192  # tokens whose keys or values a policy has in float32, if they come in another type
 
 
 class LayerKV(Protocol):
@@ -83,6 +85,9 @@ class View:
             of this compaction have been divided; None before, and where they are not.
         layer_state: by name, what `merge` returned as `Merged.layer_state` in this layer the last
             time, float32 [H, c].
+        repeated: float32 [H, m], the greatest attention that each candidate received while the
+            model repeated those that are new since the last compaction, 0 for older ones; None
+            unless the policy needs "repeat".
     """
 
     held: LayerKV
@@ -106,6 +111,7 @@ class View:
     first_head: int = 0
     demands: Tensor | None = None
     layer_state: Mapping[str, Tensor] = field(default_factory=dict)
+    repeated: Tensor | None = None
 
     @property
     def keys(self) -> Tensor:
@@ -150,7 +156,7 @@ class View:
     def valid(self) -> Tensor:
         """Returns which of the m columns are candidates of each head, bool [H, m]."""
         at = torch.arange(self.candidates, device=self.device)
-        return at < self.sizes.to(self.device).unsqueeze(1)
+        return (at < by_head(self.sizes, self.device)).expand(self.num_kv_heads, -1)
 
     @functools.cached_property
     def lengths(self) -> list[int]:
@@ -162,7 +168,8 @@ class View:
     def held_valid(self) -> Tensor:
         """Returns which of the n rows of `keys` are held slots of each head, bool [H, n]."""
         at = torch.arange(self.keys.shape[1], device=self.device)
-        return at < torch.tensor(self.lengths).to(self.device).unsqueeze(1)
+        lengths = torch.tensor(self.lengths).to(self.device, non_blocking=True)
+        return at < lengths.unsqueeze(1)
 
     @functools.cached_property
     def held_positions(self) -> Tensor:
@@ -170,7 +177,7 @@ class View:
         beyond every token's."""
         n, m = self.keys.shape[1], self.candidates
         at = torch.arange(n, dtype=torch.int32, device=self.device)
-        sizes = self.sizes.to(self.device, torch.int32).unsqueeze(1)
+        sizes = self.sizes.to(self.device, torch.int32, non_blocking=True).unsqueeze(1)
         tail = self.computed - (n - m) + at - sizes
         wide = torch.nn.functional.pad(self.positions, (0, n - m))
         return torch.where(at < sizes, wide, tail)
@@ -290,8 +297,9 @@ class Policy(ABC):
     checks them in `__post_init__` with `require`."""
 
     name: ClassVar[str]
-    # Any of "queries" (of the observation window), "positions" (the tokens' true ones) and "state"
-    # (what `score` returns beside the scores is kept for the next compaction).
+    # Any of "queries" (of the observation window), "positions" (the tokens' true ones), "state"
+    # (what `score` returns beside the scores is kept for the next compaction) and "repeat" (the
+    # model reads all that is compacted a second time).
     needs: ClassVar[frozenset[str]] = frozenset()
     # Names of codecs that the pages of the compressed region may have, those that lose least
     # first; empty for raw pages.
@@ -303,6 +311,9 @@ class Policy(ABC):
     allocates: ClassVar[bool] = False
     # Whether `merge` changes the keys and values that stay.
     merges: ClassVar[bool] = False
+    # It takes keys and values of any float type and never has more than tiles of them in float32:
+    # see `float_tiles`. Then they may come in the type of raw pages.
+    tiled: ClassVar[bool] = False
     # Whether the policy treats each span of a request on its own; and whether `score` does.
     uses_spans: ClassVar[bool] = False
     scores_spans: ClassVar[bool] = False
@@ -495,12 +506,34 @@ def protect(view: View, scores: Tensor) -> Tensor:
     return scores
 
 
+def float_tiles(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yields keys or values [H, n, D] in float32, some tokens after the others, and which these
+    are; all at once if they are float32 already."""
+    step = max(1, x.shape[1] if x.dtype == torch.float32 else _TILE)
+    for first in range(0, max(1, x.shape[1]), step):
+        own = slice(first, first + step)
+        yield own, x[:, own].float()
+
+
+def norms(x: Tensor) -> Tensor:
+    """Returns the lengths of keys or values [H, n, D], float32 [H, n], without a copy of them."""
+    return torch.linalg.vector_norm(x, dim=2, dtype=torch.float32)
+
+
+def by_head(counts: Tensor, device: torch.device) -> int | Tensor:
+    """Returns numbers of the heads, int64 [H] on the CPU, to compare columns with: one number where
+    all are alike, of which a device needs no copy; else [H, 1] there, for which nobody waits."""
+    first = int(counts[0])
+    if bool((counts == first).all()):
+        return first
+    return counts.to(device, non_blocking=True).unsqueeze(1)
+
+
 def newest_slots(view: View, count: Tensor) -> Tensor:
     """Returns which candidates are the `count` (int64 [H]) newest of each head, bool [H, m]."""
     at = torch.arange(view.candidates, device=view.device)
-    sizes = view.sizes
-    first = (sizes - count).to(view.device).unsqueeze(1)
-    return (at >= first) & (at < sizes.to(view.device).unsqueeze(1))
+    newest = (at >= by_head(view.sizes - count, view.device)).expand(view.num_kv_heads, -1)
+    return newest & view.valid if view.ragged else newest
 
 
 def sinks_and_newest(view: View, keep: Tensor) -> Tensor:
@@ -511,7 +544,7 @@ def sinks_and_newest(view: View, keep: Tensor) -> Tensor:
         return ops.top_mask(protect(view, at.float().repeat(view.num_kv_heads, 1)), keep)
     # No search for the best scores: sorted ones are its slow case.
     sinks = keep.clamp(max=view.sinks)
-    return newest_slots(view, keep - sinks) | (at < sinks.to(view.device).unsqueeze(1))
+    return newest_slots(view, keep - sinks) | (at < by_head(sinks, view.device))
 
 
 def is_whole(value: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vllm_kvcrush import ops
 from vllm_kvcrush.codecs.transform.rope import Rope
-from vllm_kvcrush.policies.base import Merged, Policy, Room, View, sinks_and_newest
+from vllm_kvcrush.policies.base import Merged, Policy, Room, View, by_head, sinks_and_newest
 
 # What is wrong with a choice that is not `sound`.
 USELESS = "its scores have NaN, or it did not choose as many slots of each head as were to stay"
@@ -85,8 +85,8 @@ def scored(policy: Policy, view: View) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def demanded(policy: Policy, view: View, scores: Tensor, room: Room) -> Tensor | None:
-    """Returns what the policy wants `allocate` to know about a layer, float64 [H] on the CPU, or
-    None.
+    """Returns what the policy wants `allocate` to know about a layer, float64 [H] where it was
+    computed, or None.
 
     Raises:
         PolicyFailure: as `scored` does.
@@ -96,7 +96,7 @@ def demanded(policy: Policy, view: View, scores: Tensor, room: Room) -> Tensor |
         if demand is None:
             return None
         _require("demand", demand, (view.num_kv_heads,), lambda _: True, "numbers")
-        return demand.double().cpu()
+        return demand.double()
 
 
 def allocated(policy: Policy, demand: Tensor | None, room: Room) -> Tensor:
@@ -139,8 +139,7 @@ def choose(
     with _Guard():
         picked = policy.select(view, scores, keep)
         _require("select", picked, shape, _is_bool, "bool")
-        wanted = keep.to(view.device)
-        sound = ~scores.isnan().any() & (picked.sum(1) == wanted).all()
+        sound = ~scores.isnan().any() & _have(picked, keep)
         if view.ragged:
             sound = sound & ~(picked & ~view.valid).any()
         # Unsound masks are replaced here, before they index anything.
@@ -154,7 +153,7 @@ def choose(
             assert demoted is not None
             best = policy.split(view, scores, kept, finer, demoted)
             _require("split", best, shape, _is_bool, "bool")
-            sound = sound & (best.sum(1) == finer.to(view.device)).all() & ~(best & ~kept).any()
+            sound = sound & _have(best, finer) & ~(best & ~kept).any()
             stays = kept
             fine = _if_sound(sound, lambda: best, lambda: sinks_and_newest(view, finer))
             kept = _if_sound(sound, lambda: stays, lambda: sinks_and_newest(view, keep))
@@ -164,6 +163,12 @@ def choose(
             merged = _checked(merged, view)
             remembered = {k: x.float() for k, x in (merged.layer_state or {}).items()}
     return Choice(kept, fine, state, merged, sound, remembered)
+
+
+def _have(mask: Tensor, counts: Tensor) -> Tensor:
+    """Returns whether the rows of `mask` have as many ones as `counts`, which is on the CPU, says:
+    a bool scalar on the device."""
+    return (mask.sum(1, keepdim=True) == by_head(counts, mask.device)).all()
 
 
 def _if_sound(sound: Tensor, then: Callable[[], Tensor], otherwise: Callable[[], Tensor]) -> Tensor:
@@ -206,15 +211,16 @@ def _checked(merged: Any, view: View) -> Merged:
         shape = tuple(value.shape) if right else (rows[0], 1)
         _require(f"merge's layer state {name!r}", value, shape, _is_float, "floats")
     tensors = merged.keys, merged.values, merged.log_bias, *remembered.values()
-    if not all(_is_finite(x) for x in tensors if x is not None and x.numel()):
+    finite = [_is_finite(x) for x in tensors if x is not None and x.numel()]
+    if finite and not bool(torch.stack(finite).all()):  # one look at the device
         raise PolicyFailure("merge returned values that are not finite")
     return merged
 
 
-def _is_finite(x: Tensor) -> bool:
+def _is_finite(x: Tensor) -> Tensor:
     # NaN is the least and the greatest. One pass; isfinite of each element takes five.
     low, high = torch.aminmax(x)
-    return bool(low.isfinite() & high.isfinite())
+    return low.isfinite() & high.isfinite()
 
 
 class _Guard:
@@ -316,6 +322,7 @@ def dry_run(
             if with_rope
             else None,
             computed=n + turn * (m - keep),
+            repeated=torch.rand(heads, m, generator=draw) if "repeat" in policy.needs else None,
         )
         given = scored(policy, view)
         if policy.allocates:
@@ -326,7 +333,7 @@ def dry_run(
             )
             demand = demanded(policy, view, given[0], room)
             if demand is not None:
-                view = replace(view, demands=demand.expand(layers, -1))
+                view = replace(view, demands=demand.cpu().expand(layers, -1))
             allocated(policy, view.demands, room)
         demoted = torch.zeros(heads, m, dtype=torch.bool) if policy.tiers else None
         kept = counts - (m - keep)
@@ -430,6 +437,7 @@ def in_position_order(view: View, order: Tensor) -> View:
         known=ordered(view.known),
         log_bias=ordered(view.log_bias),
         true_positions=ordered(view.true_positions),
+        repeated=ordered(view.repeated),
     )
 
 

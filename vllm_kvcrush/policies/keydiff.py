@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from vllm_kvcrush.policies.base import Policy, View
+from vllm_kvcrush.policies.base import Policy, View, float_tiles, norms
 
 
 @dataclass
@@ -25,13 +26,16 @@ class KeyDiff(Policy):
     """
 
     name: ClassVar[str] = "keydiff"
+    tiled: ClassVar[bool] = True
 
     def score(self, view: View) -> Tensor:
-        keys = view.keys.float()
-        scale = 1 / keys.norm(dim=2).clamp(min=1e-12)
+        keys, m = view.keys, view.candidates
+        scale = 1 / norms(keys).clamp(min=1e-12)
         if view.ragged:
             scale = scale.masked_fill(~view.held_valid, 0.0)
-        anchor = scale.unsqueeze(1) @ keys  # [H, 1, D], in the direction of the mean
+        # [H, 1, D], in the direction of the mean.
+        anchor = sum(scale[:, own].unsqueeze(1) @ tile for own, tile in float_tiles(keys))
+        assert isinstance(anchor, Tensor)
         anchor = anchor / anchor.norm(dim=2, keepdim=True).clamp(min=1e-12)
-        m = view.candidates
-        return -(keys[:, :m] @ anchor.mT).squeeze(2) * scale[:, :m]
+        along = [(tile @ anchor.mT).squeeze(2) for _, tile in float_tiles(keys[:, :m])]
+        return -torch.cat(along, 1) * scale[:, :m]

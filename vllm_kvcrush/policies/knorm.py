@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vllm_kvcrush.policies.base import Policy, View
+from vllm_kvcrush.policies.base import Policy, View, norms
 
 
 @dataclass
@@ -24,6 +24,7 @@ class KNorm(Policy):
     """
 
     name: ClassVar[str] = "knorm"
+    tiled: ClassVar[bool] = True
 
     def score(self, view: View) -> Tensor:
-        return -view.keys[:, : view.candidates].float().norm(dim=2)
+        return -norms(view.keys[:, : view.candidates])

@@ -57,6 +57,7 @@ class KVCrush(Wrapper):
         super().__post_init__()
         # Unlike other wrappers, this one does not ask the base to select, only to score.
         setattr(self, "uses_spans", self.scores_spans)  # noqa: B010
+        setattr(self, "tiled", self.base.tiled)  # noqa: B010
         ratio = is_number(self.ratio) and 0 <= self.ratio < 1
         self.require("ratio", ratio, "a number from 0 to below 1")
         self.require_one_of("anchor", ops.ANCHORS)

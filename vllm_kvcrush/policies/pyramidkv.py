@@ -23,7 +23,7 @@ class PyramidKV(Wrapper):
     as in `pyramidkv(adakv)`, it says how a layer's pages are divided among its heads, but not among
     layers. The raw tail, which has the observation window, counts in no budget. Budgets are made
     anew at every compaction, and are rounded to whole pages; a layer that was cut to few tokens
-    cannot use a larger budget later.
+    cannot use a larger budget later. (In kvpress the window counts in each layer's budget.)
 
     Cost: the base's.
 

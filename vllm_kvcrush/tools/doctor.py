@@ -193,7 +193,9 @@ def _expected(file: Path) -> str:
     if own.losses is None:
         return f"{own.model.name}: what codecs lose was not measured, calibrate it anew"
     page = (own.model.size, own.model.size, itemsize)
-    settings = Settings("auto", page=page, fitted=own.packings, losses=own.losses.total)
+    settings = Settings(
+        "auto", page=page, fitted=own.packings, losses=own.losses.total, tables=str(file)
+    )
     found = "; ".join(map(str, expectations(settings, block_size)))
     return f"{own.model.name}: expected loss of auto, nats a token, on {own.losses.text}: {found}"
 

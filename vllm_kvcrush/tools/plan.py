@@ -294,11 +294,41 @@ def expectations(settings: Settings, block_size: int) -> list[Expected]:
     ]
     if not packings or any(packing.loss is None for packing in packings):
         return []
+    if settings.tables is not None and len(packings) > 1:
+        return _by_head(settings, block_size, [packing.codec for packing in packings])
     found = []
     for ratio in RATIOS:
         own = expected(packings, block_size, 1 / ratio)
         loss, parts = (None, ()) if own is None else own
         found.append(Expected(ratio, loss, {part.codec: part.tokens for part in parts}))
+    return found
+
+
+def _by_head(settings: Settings, block_size: int, codecs: list[str]) -> list[Expected]:
+    """Returns what is expected to be lost where the tables say what each layer and head loses in
+    which codec: then each gets its own; see `engine.worker.allocation`."""
+    import numpy as np
+
+    from vllm_kvcrush.codecs.transform.tables import summary
+    from vllm_kvcrush.engine.worker.allocation import least_loss_codecs
+
+    assert settings.tables is not None and settings.page is not None
+    about = summary(settings.tables, block_size, settings.page[2])
+    assert about.losses is not None
+    losses = np.stack([about.losses.loss[codec].numpy() for codec in codecs])
+    rooms = np.stack([about.rooms[codec].numpy() for codec in codecs])
+    blocks, found = 4096, []
+    for ratio in RATIOS:
+        total = blocks // ratio * losses[0].size
+        choice = least_loss_codecs(losses, -(-blocks * block_size // rooms), total)
+        if choice is None:
+            found.append(Expected(ratio, None, {}))
+            continue
+        loss = float(np.take_along_axis(losses, choice[None], 0).sum())
+        heads = np.bincount(choice.ravel(), minlength=len(codecs))
+        shares = np.rint(100 * heads / choice.size).astype(int).tolist()
+        parts = {codec: n for codec, n in zip(codecs, shares, strict=True) if n}
+        found.append(Expected(ratio, loss, parts))
     return found
 
 

@@ -18,6 +18,7 @@ NEEDS = {
     "queries": "the last queries",
     "positions": "positions, 4 bytes a token, layer and head",
     "state": "running state, 4 bytes a token, layer and head",
+    "repeat": "a second pass of the model over what is compacted",
 }
 
 

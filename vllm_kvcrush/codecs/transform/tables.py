@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcrush import paths
-from vllm_kvcrush.codecs import FITTED, layout
+from vllm_kvcrush.codecs import CODECS, FITTED, layout
 from vllm_kvcrush.codecs.transform.bits import MAX_BITS, quantiser
 from vllm_kvcrush.codecs.transform.losses import Losses
 from vllm_kvcrush.codecs.transform.points import (
@@ -223,11 +223,13 @@ class Summary(NamedTuple):
         model: the model.
         losses: what each codec costs it, or None if that was not measured.
         packings: how many tokens pages hold.
+        rooms: how many tokens a page of each layer and head holds, by codec, int64 [L, H].
     """
 
     model: ModelShape
     losses: Losses | None
     packings: Packings
+    rooms: dict[str, Tensor]
 
 
 def packings(
@@ -287,22 +289,30 @@ def _packing(
             f"{widths.shape[1]} KV heads do not divide over {ranks} ranks: use int8 or int4."
         )
 
-    @functools.cache
-    def room(words: int, bits: int) -> int:
-        return layout.fitted_capacity(page_bytes, words, bits, size, value_size, point.exceptions)[
-            0
-        ]
-
-    rooms = [
-        [room(*own) for own in widths[:, r * heads : (r + 1) * heads].flatten(0, 1).tolist()]
-        for r in range(ranks)
-    ]
+    found = _rooms(point, widths, page_bytes, size, value_size)
+    rooms = [found[:, r * heads : (r + 1) * heads].flatten().tolist() for r in range(ranks)]
     if not all(map(all, rooms)):
         raise TablesError(
             f"a page of {page_bytes} bytes is too small for {point.name}: use a larger "
             "--block-size."
         )
     return tuple(tuple(sorted(Counter(own).items())) for own in rooms)
+
+
+def _rooms(
+    point: OperatingPoint, widths: Tensor, page_bytes: int, size: int, value_size: int
+) -> Tensor:
+    """Returns how many tokens a page of each layer and head holds, int64 [L, H]; arguments as for
+    `_packing`."""
+
+    @functools.cache
+    def room(words: int, bits: int) -> int:
+        return layout.fitted_capacity(page_bytes, words, bits, size, value_size, point.exceptions)[
+            0
+        ]
+
+    found = [room(*own) for own in widths.flatten(0, 1).tolist()]
+    return torch.tensor(found).view(widths.shape[:2])
 
 
 _TENSORS = ("key_mean", "forward", "inverse", "cost", "bits", "value_bits")
@@ -443,8 +453,16 @@ def summary(path: str | os.PathLike[str], block_size: int, itemsize: int) -> Sum
     model, size = about["model"], about["model"].size
     page_bytes = 2 * block_size * size * itemsize
     found = {}
+    rooms = {
+        codec: torch.full(
+            (model.layers, model.kv_heads), own.capacity(page_bytes, size, size, itemsize)
+        )
+        for codec, own in CODECS.items()
+        if not own.needs_tables
+    }
     for name, point in about["points"].items():
         words = tensors[f"{name}.bits"].long().sum(-1) // 32
         widths = torch.stack([words, tensors[f"{name}.value_bits"].long()], -1)
         found[name] = _packing(point, widths, page_bytes, size, size, 1)
-    return Summary(model, load_losses(path), found)
+        rooms[name] = _rooms(point, widths, page_bytes, size, size)
+    return Summary(model, load_losses(path), found, rooms)

@@ -4,73 +4,39 @@ queries that the next compaction scores with, and runs the scheduler's commands.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_kvcrush.codecs.transform import tables as transform_tables
-from vllm_kvcrush.codecs.transform.fit import fit
-from vllm_kvcrush.codecs.transform.points import POINTS, horizon
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.codecs.transform.tables import Tables
 from vllm_kvcrush.config import Settings
 from vllm_kvcrush.engine.blocks import KVCrushSpec
 from vllm_kvcrush.engine.commands import Command, Compact, Compacted, StepCommands, WorkerReport
-from vllm_kvcrush.engine.worker import statistics
-from vllm_kvcrush.engine.worker.backends.base import Backend, CacheLayer
+from vllm_kvcrush.engine.worker.backends.base import Backend, CacheLayer, CacheLayers
+from vllm_kvcrush.engine.worker.measuring import MeasuringMixin
 from vllm_kvcrush.engine.worker.move import Move
 from vllm_kvcrush.engine.worker.state import WorkerRequest
+from vllm_kvcrush.engine.worker.tap import QueryTap
 from vllm_kvcrush.ops import cpu
 from vllm_kvcrush.ops.angles import Angles
-from vllm_kvcrush.plan import cdiv
 from vllm_kvcrush.policies.base import Policy
 from vllm_kvcrush.policies.choice import USELESS, PolicyFailure
-
-if TYPE_CHECKING:
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 logger = init_logger("vllm.kvcrush")
 
 # Most policies that are cached: clients may vary their parameters.
 _MOST_POLICIES = 64
-
-
-class QueryTap:
-    """Copies chosen rows of every layer's queries during one forward pass."""
-
-    def __init__(self, layers: Sequence[Any]):
-        self.rows: Tensor | None = None
-        self._taken: list[Tensor | None] = [None] * len(layers)
-        for index, layer in enumerate(layers):
-            self._wrap(index, layer.impl)
-
-    def _wrap(self, index: int, impl: Any) -> None:
-        forward = impl.forward
-
-        def tapped(layer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.rows is not None:
-                # A copy: the model reuses its buffers.
-                self._taken[index] = query.index_select(0, self.rows)
-            return forward(layer, query, *args, **kwargs)
-
-        impl.forward = tapped
-
-    def take(self) -> Tensor:
-        """Returns the chosen rows of the last forward pass, `[layers, rows, query_heads,
-        head_size]`, and chooses none for the next."""
-        taken, self._taken = self._taken, [None] * len(self._taken)
-        self.rows = None
-        assert all(t is not None for t in taken), "a layer's attention did not run"
-        return torch.stack([t for t in taken if t is not None])
 
 
 class Wanted(NamedTuple):
@@ -112,11 +78,7 @@ def _side_bytes(state: WorkerRequest) -> int:
     return sum(x.nbytes for x in kept)
 
 
-# The type checker takes the mixin for a runner.
-_Base: Any = GPUModelRunner if TYPE_CHECKING else object
-
-
-class CompactionMixin(_Base):
+class CompactionMixin(MeasuringMixin):
     """What our model runners have in common. A runner calls `_run` for the commands of a step,
     takes the results in `_install`, and applies the shift between slots and positions."""
 
@@ -131,6 +93,9 @@ class CompactionMixin(_Base):
         self._observe: dict[str, int] = {}
         self._backend: Backend
         self._layers: list[CacheLayer] = []
+        # The place of each in the model.
+        self._depths: list[int] = []
+        self._together: CacheLayers | None = None
         self._tap: QueryTap | None = None
         self._attention: dict[str, Any] = {}
         self._wanted: list[Wanted] = []
@@ -147,6 +112,8 @@ class CompactionMixin(_Base):
         # What was measured here, by codec, and whether the scheduler does not know it yet.
         self._losses: dict[str, float] = {}
         self._untold = False
+        # By codec, float64 [L, H]: how what each loses is divided among this rank's heads.
+        self._head_losses: dict[str, np.ndarray] = {}
         # Called with each layer's choice, slots [kv_heads, keep]; for tests and tools.
         self.on_select: Callable[[Compact, int, Tensor], None] | None = None
 
@@ -165,6 +132,11 @@ class CompactionMixin(_Base):
         """The queries of a request's last `window` tokens before position `computed`, all of which
         were wanted: see `_window`."""
         raise NotImplementedError
+
+    def _repeat(self, request_id: str, move: Move, computed: int) -> dict[int, Tensor]:
+        """Lets the model repeat the tokens of a request that are new since its last compaction,
+        and returns `Repetition.received`. Raises PolicyFailure if that cannot be done."""
+        raise PolicyFailure("this model runner does not let the model repeat its context")
 
     # -- start-up -------------------------------------------------------------------------------
 
@@ -200,143 +172,50 @@ class CompactionMixin(_Base):
                 transform_tables.load(settings.tables, config, codec) for codec in settings.fitted
             ]
         self._open_layers(tables, get_tensor_model_parallel_rank())
+        if settings.tables is not None:
+            known = transform_tables.load_losses(settings.tables)
+            self._head_losses = {} if known is None else self._own(known.loss)
         if self._tap is None:
             self._tap = QueryTap(list(self._attention.values()))
 
     def _open_layers(self, tables: list[Tables], rank: int) -> None:
         """Describes the cache to the kernels. `tables` are those of the fitted codecs; in them, the
         KV heads of this rank come after those of `rank` others."""
-        names, config, size = list(self._attention), self.model_config, self.cache_config.block_size
+        names, size = list(self._attention), self.cache_config.block_size
         found: list[dict[str, Any]] = [{} for _ in names]
         if tables:
             assert self._settings.page is not None
             k_size, v_size, itemsize = self._settings.page
             page_bytes = size * (k_size + v_size) * itemsize
-            count = config.get_num_kv_heads(self.parallel_config)
-            heads = range(rank * count, (rank + 1) * count)
-            angles = Angles(tables[0].rope, config.max_model_len)
+            heads = self._heads_of(rank)
+            angles = Angles(tables[0].rope, self.model_config.max_model_len)
             for own, name in zip(found, names, strict=True):
                 layer = extract_layer_index(name)
                 for each in tables:
                     own[each.point.name] = self._backend.table(
                         each, layer, heads, page_bytes, v_size, angles
                     )
-        self._layers = [
-            self._backend.layer(layer, len(names), own)
-            for layer, own in zip(self._attention.values(), found, strict=True)
+        made = [
+            (self._backend.layer(self._attention[name], len(names), own), extract_layer_index(name))
+            for name, own in zip(names, found, strict=True)
         ]
-        self._layers.sort(key=lambda layer: layer.index)
+        made.sort(key=lambda pair: pair[0].index)
+        self._layers, self._depths = [own for own, _ in made], [depth for _, depth in made]
+        together = self._backend.together
+        self._together = None if together is None else together(self._layers)
 
-    def take_statistics(self) -> None:
-        """Makes the tables of fitted codecs from statistics of the running model, and measures what
-        each codec loses, if no file has them. It runs requests, and must be called before there are
-        others."""
-        settings = self._settings
-        if settings.fitted and settings.tables is None:
-            self._fit_tables()
-        if any(loss is None for loss in settings.losses.values()):
-            self._measure_losses()
+    def _heads_of(self, rank: int) -> range:
+        """Returns which of the model's KV heads a rank has."""
+        count = self.model_config.get_num_kv_heads(self.parallel_config)
+        return range(rank * count, (rank + 1) * count)
 
-    def _fit_tables(self) -> None:
-        began = time.perf_counter()
-        config = self.model_config.hf_text_config.to_dict()
-        rope = Rope.from_config(config)
-        measured = statistics.gather(self._read_pieces(), rope)
-        far = horizon(config)
-        self._open_layers([fit(measured, p, rope, far, even=True) for p in POINTS], 0)
-        logger.info(
-            "vllm-kvcrush: statistics of the model for transform coding taken in %.1f s.",
-            time.perf_counter() - began,
-        )
-
-    def _read_pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Runs each piece of text and yields its queries [L, Hq, n, D] and keys [L, H, n, D], with
-        RoPE."""
-        size, tap = self.cache_config.block_size, self._tap
-        assert tap is not None
-        for tokens in statistics.pieces(self.model_config, min(self._room * size, self._longest)):
-            n = len(tokens)
-            blocks = list(range(1, 1 + cdiv(n, size)))
-            tap.rows = torch.arange(n, device=self.device)
-            self.execute_model(statistics.scheduled(tokens, blocks))
-            self.sample_tokens(None)
-            self.execute_model(statistics.finished())
-            table = torch.tensor(blocks, dtype=torch.int32, device=self._layers[0].device)
-            held = (
-                layer.held(layer.source(None, table, n, 0), [n] * layer.heads)
-                for layer in self._layers
-            )
-            keys = torch.stack([own.keys for own in held])
-            yield tap.take().transpose(1, 2).cpu(), keys.cpu()
-
-    @property
-    def _room(self) -> int:
-        return int(self._layers[0].pages.num_blocks) - 1  # vLLM keeps block 0 for itself
-
-    @property
-    def _longest(self) -> int:
-        """Tokens that one step and one request can have."""
-        return min(self.max_num_tokens, self.model_config.max_model_len - 1)
-
-    def _measure_losses(self) -> None:
-        """Measures `Settings.losses` by compacting contexts to each codec in turn, as requests
-        are."""
-        began, size = time.perf_counter(), self.cache_config.block_size
-        # The context's blocks are read for each codec, and others written.
-        room = self._room // 2 * size
-        found = statistics.excerpts(self.model_config, size, min(room, self._longest))
-        packings = self._settings.packings(self._settings.policy, size)
-        losses = {packing.codec: [0.0] for packing in packings}
-        for context, question in found:
-            n, tokens = len(context), context + question
-            blocks = list(range(1, 1 + self._room))
-            whole = n // size
-            tail = [blocks.pop() for _ in range(cdiv(len(question), size))]
-            exact = self._hidden(statistics.scheduled(tokens, [*blocks[:whole], *tail]))[n:]
-            for packing in packings:
-                # One token again, as only a request that is known can be compacted.
-                self._hidden(statistics.scheduled(tokens, blocks[:whole], n - 1, 1), last=False)
-                step = statistics.compacted(packing, n, blocks, tail, size, len(question))
-                other = self._hidden(step)
-                losses[packing.codec].append(
-                    statistics.divergence(self.get_model().compute_logits, exact, other)
-                )
-        self._peaks = {}
-        if not found:
-            logger.warning(
-                "vllm-kvcrush: the context or the KV cache is too short to measure what codecs "
-                "lose on this model: %s takes them in the order %s.",
-                self._settings.policy,
-                ", ".join(losses),
-            )
-            return
-        # Only one rank may have logits, and all must choose alike.
-        means = {codec: sum(own) / len(found) for codec, own in losses.items()}
-        self._losses = get_tp_group().broadcast_object(means, src=0)
-        self._untold = True
-        logger.info(
-            "vllm-kvcrush: measured in %.1f s what codecs lose on this model, in nats a token "
-            "(KL divergence): %s.",
-            time.perf_counter() - began,
-            ", ".join(f"{codec} {loss:.4f}" for codec, loss in self._losses.items()),
-        )
-
-    @torch.inference_mode()
-    def _hidden(self, step: Any, last: bool = True) -> Tensor:
-        """Runs a step of one request, its last one if so said, and returns the hidden states of its
-        tokens."""
-        found: list[Tensor] = []
-        model = self.get_model()
-        hook = model.register_forward_hook(lambda model, given, states: found.append(states))
-        try:
-            self.execute_model(step)
-        finally:
-            hook.remove()
-        states = found[-1][: step.total_num_scheduled_tokens].clone()
-        self.sample_tokens(None)
-        if last:
-            self.execute_model(statistics.finished())
-        return states
+    def _own(self, losses: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """Returns the losses of this rank's layers and heads, in the order of their pages, given
+        those of the model's, by codec, [L, H]."""
+        heads = list(self._heads_of(get_tensor_model_parallel_rank()))
+        return {
+            codec: own[self._depths][:, heads].double().numpy() for codec, own in losses.items()
+        }
 
     # -- one step -------------------------------------------------------------------------------
 
@@ -467,7 +346,10 @@ class CompactionMixin(_Base):
         if state.region is not None:
             state.region.uploaded = None
         seconds = time.perf_counter() - began
-        self._compacted.append(Compacted(command.request_id, state.label, seconds, held, evicted))
+        pages = state.region.codec_pages if state.region is not None else {}
+        self._compacted.append(
+            Compacted(command.request_id, state.label, seconds, held, evicted, pages)
+        )
 
     def _move(self, command: Compact, state: WorkerRequest) -> tuple[float, float]:
         """Fills the target blocks of a compaction. Returns the numbers of tokens held and evicted,
@@ -479,12 +361,17 @@ class CompactionMixin(_Base):
             self._layers,
             self.cache_config.block_size,
             self._rope,
+            self._head_losses,
             failed=lambda why: self._failed(name, state, why),
             on_select=self.on_select,
+            together=self._together,
         )
-        if move.scores and "queries" in state.needs:
+        if move.scores:
             try:
-                move.queries = self._window(name, state, command.computed)
+                if "queries" in state.needs:
+                    move.queries = self._window(name, state, command.computed)
+                if "repeat" in state.needs:
+                    move.repeated = self._repeat(name, move, command.computed)
             except PolicyFailure as why:
                 move.give_up(why)
         move.run()

@@ -6,6 +6,7 @@ V2 runner gives it, as its block table has one.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,18 +28,23 @@ class UploadedRegion:
     layers.
 
     Attributes:
+        region: on the host.
         blocks: int32 [blocks].
-        begin, end: int32 [layers, kv_heads], entries of a layer and head among those of its layer.
+        begin, end: int32 [layers, kv_heads], entries of a layer and head.
+        kinds: int32 [layers, kv_heads, len(RUNS), 2], those of each of RUNS among them.
         tokens: int32 [layers, kv_heads], of each.
-        page, count, codec, head, first: int32 [n], as in `Source`.
+        page, count, codec, first: int32 [n], as in `Source`.
+        head: int32 [n], number of an entry's head among those of all layers.
         bias: int64 [n], as in `Region`, or None.
         starts: of each layer, its first entry; and the end of the last.
         runs: of RUNS those that entries are of.
     """
 
+    region: Region
     blocks: Tensor
     begin: Tensor
     end: Tensor
+    kinds: Tensor
     tokens: Tensor
     page: Tensor
     count: Tensor
@@ -46,7 +52,6 @@ class UploadedRegion:
     head: Tensor
     first: Tensor
     bias: Tensor | None
-    log_bias: Tensor | None
     starts: list[int]
     runs: tuple[str, ...]
 
@@ -62,42 +67,93 @@ class UploadedRegion:
         before = np.cumsum(count) - count
         at = np.minimum(begin.ravel(), max(len(count) - 1, 0))
         base = before[at] if len(count) else np.zeros_like(at)
-        starts = [*begin[:, 0].tolist(), len(count)]
-        layer_start = begin[:, :1]
         parts = [
             region.block_ids.numpy(),
-            (begin - layer_start).ravel(),
-            (end - layer_start).ravel(),
+            begin.ravel(),
+            end.ravel(),
+            _kinds(region).ravel(),
             region.tokens.numpy().ravel(),
             region.page.numpy(),
             count,
             region.codec.numpy(),
-            np.tile(np.arange(heads), layers).repeat(sizes),
+            np.arange(layers * heads).repeat(sizes),
             before - base.repeat(sizes),
         ]
         packed = np.concatenate(parts, dtype=np.int32, casting="unsafe")
         there = async_tensor_h2d(packed, device=device)
-        blocks, *rest = there.split([len(part) for part in parts])
-        begins, ends, tokens = (x.view(layers, heads) for x in rest[:3])
+        blocks, begins, ends, kinds, tokens, *entries = there.split([len(part) for part in parts])
         bias = None
         if region.bias is not None:
             bias = async_tensor_h2d(region.bias, device=device)
-        page, counts, codec, head, first = rest[3:]
-        runs = tuple(dict.fromkeys(run_of(codec) for codec in region.codecs))
         region.uploaded = made = cls(
-            blocks, begins, ends, tokens, page, counts, codec, head, first, bias, region.log_bias,
-            starts, runs,
+            region, blocks, begins.view(layers, heads), ends.view(layers, heads),
+            kinds.view(layers, heads, len(RUNS), 2), tokens.view(layers, heads), *entries, bias,
+            [*begin[:, 0].tolist(), len(count)],
+            tuple(dict.fromkeys(run_of(codec) for codec in region.codecs)),
         )  # fmt: skip
         return made
+
+    @functools.cached_property
+    def _by_layer(self) -> tuple[Tensor, ...]:
+        """Begin, end, kinds and head as a layer's own entries and heads are counted."""
+        start = self.begin[:, :1]
+        kinds = self.kinds - start[..., None, None]
+        return self.begin - start, self.end - start, kinds, self.head % self.begin.shape[1]
 
     def source(self, layer: int, tail: Tensor, tokens: int, position: int) -> Source:
         """One layer of it, then a tail: see `Source`."""
         own = slice(self.starts[layer], self.starts[layer + 1])
+        begin, end, kinds, head = self._by_layer
+        bounds = begin[layer], end[layer]
+        return self._source(
+            own, bounds, kinds[layer], head[own], self.tokens[layer], tail, tokens, position
+        )
+
+    def source_of(self, layers: range, tail: Tensor, tokens: int, position: int) -> Source:
+        """Several layers of it as one that has the heads of all, then a tail: see `Source`."""
+        own = slice(self.starts[layers.start], self.starts[layers.stop])
+        begin, end, kinds, head = (
+            *(x[layers.start : layers.stop] for x in (self.begin, self.end, self.kinds)),
+            self.head[own],
+        )
+        if layers.start:
+            begin, end, kinds = begin - own.start, end - own.start, kinds - own.start
+            head = head - layers.start * begin.shape[1]
+        bounds = begin.flatten(), end.flatten()
+        counts = self.tokens[layers.start : layers.stop].flatten()
+        return self._source(own, bounds, kinds.flatten(0, 1), head, counts, tail, tokens, position)
+
+    def _source(
+        self,
+        own: slice,
+        bounds: tuple[Tensor, Tensor],
+        kinds: Tensor,
+        head: Tensor,
+        counts: Tensor,
+        tail: Tensor,
+        tokens: int,
+        position: int,
+    ) -> Source:
         return Source(
-            self.begin[layer], self.end[layer], self.head[own], self.page[own], self.count[own],
-            self.codec[own], self.first[own], self.tokens[layer], tail, tokens, position, self.runs,
-            None if self.bias is None else self.bias[own], self.log_bias,
+            *bounds, head, self.page[own], self.count[own], self.codec[own], self.first[own],
+            counts, tail, tokens, position, self.runs,
+            None if self.bias is None else self.bias[own], self.region.log_bias, kinds,
         )  # fmt: skip
+
+
+def _kinds(region: Region) -> np.ndarray:
+    """`UploadedRegion.kinds` of a region."""
+    bounds, begin = region.bounds.numpy(), region.begin.numpy()
+    kinds = np.empty((*begin.shape, len(RUNS), 2), dtype=np.int32)
+    kinds[...] = begin[..., None, None]  # empty
+    places = [RUNS.index(run_of(codec)) for codec in region.codecs]
+    for part, run in enumerate(places):
+        again = run in places[:part]
+        assert not again or places[part - 1] == run, f"parts of a region in {region.codecs}"
+        if not again:
+            kinds[:, :, run, 0] = bounds[:, :, part]
+        kinds[:, :, run, 1] = bounds[:, :, part + 1]
+    return kinds
 
 
 class ResidentDirectory:
@@ -153,15 +209,10 @@ class ResidentDirectory:
         """Puts down where the pages of a request are, without waiting for the device. Its region
         counts from the next `set_blocks` on."""
         there = UploadedRegion.of(region, self._device)
-        present = self.layers[0].present
-        bounds = region.bounds
-        runs = torch.zeros(*bounds.shape[:2], len(RUNS), 2, dtype=torch.int32)
-        places = [RUNS.index(run_of(codec)) for codec in region.codecs]
-        assert len(set(places)) == len(places), f"two parts of a region in {region.codecs}"
-        for part, run in enumerate(places):
-            assert present[run], f"attention was not compiled for pages of {region.codecs[part]}"
-            runs[:, :, run] = bounds[:, :, part : part + 2]
-        self._runs[state + 1].copy_(async_tensor_h2d(runs, device=self._device))
+        known = {run for run, may in zip(RUNS, self.layers[0].present, strict=True) if may}
+        for run in there.runs:
+            assert run in known, f"attention was not compiled for pages of {run}"
+        self._runs[state + 1].copy_(there.kinds)
         n, width = len(there.page), self._page.shape[1]
         rows = -(-n // width)
         blocks, padding = there.blocks[:rows].long(), (0, rows * width - n)
@@ -171,9 +222,9 @@ class ResidentDirectory:
 
         put(self._page, there.page)
         put(self._count, there.count)
-        if there.bias is not None and there.log_bias is not None:
+        if there.bias is not None and region.log_bias is not None:
             assert self._bias is not None, "attention was not compiled for log biases"
-            put(self._bias, there.log_bias.data_ptr() + 4 * there.bias)
+            put(self._bias, region.log_bias.data_ptr() + 4 * there.bias)
         elif self._bias is not None:
             self._bias.index_fill_(0, blocks, 0)
 

@@ -19,6 +19,19 @@ _WORD = 4
 # What gear's factors, grids and single channels are found in, in copies of the keys and values that
 # fill its pages: `ops.triton.codecs.gear`.
 _GEAR_COPIES = 5
+# Bytes that keys and values take at most on their way into new pages, but for those of one layer,
+# which are always taken at once.
+STAGING = 256 << 20
+
+
+def copies(gear: bool) -> int:
+    """Copies of keys and values on their way into new pages, of which some may be gear's."""
+    return 1 + _GEAR_COPIES * gear
+
+
+def staged_layers(size: int) -> int:
+    """Layers whose keys and values are moved at once, if those of one are `size` numbers."""
+    return max(1, STAGING // (max(1, size) * _WORD))
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,8 @@ class SideMemory:
         queries: the last queries of each request.
         compaction: the keys and values, in float32, of a layer of the longest request: once as its
             policy sees them, once as it merges them, if an allowed one does, and once on their way
-            into new pages, several times where these may be gear's; and the old and the new region.
-            What a policy computes is not in it.
+            into new pages, several times where these may be gear's, or of as many layers as fit
+            `STAGING`; and the old and the new region. What a policy computes is not in it.
         entries: of each block of the pool, the directory's.
         kept: of each block of the pool, what is kept of the tokens in it: true positions, which any
             request may ask for, and running state (a number a token) and log biases, where an
@@ -96,9 +109,9 @@ class SideMemory:
         owned, tokens = settings.owns_pages, sizes.max_model_len
         query = sizes.layers * sizes.heads * sizes.head_size * sizes.itemsize
         queries = sizes.requests * settings.window * query if needs_queries(settings) else 0
-        copies = 2 + has_biases(settings)
-        copies += _GEAR_COPIES * ("gear" in region_codecs(settings))
-        compaction = copies * sizes.kv_heads * tokens * 2 * sizes.head_size * _WORD
+        layer = sizes.kv_heads * tokens * 2 * sizes.head_size * _WORD
+        moved = max(STAGING, copies("gear" in region_codecs(settings)) * layer)
+        compaction = (1 + has_biases(settings)) * layer + moved
         directory = entries = 0
         if owned:
             directory = (sizes.requests + 1) * sizes.pages * _RUNS * 2 * _WORD

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvcrush import ops
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.engine.commands import Compact
-from vllm_kvcrush.engine.worker.allocation import page_counts
-from vllm_kvcrush.engine.worker.backends.base import CacheLayer
+from vllm_kvcrush.engine.worker.allocation import least_loss_codecs, page_counts
+from vllm_kvcrush.engine.worker.backends.base import CacheLayer, CacheLayers
 from vllm_kvcrush.engine.worker.ranks import Ranks
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.engine.worker.state import WorkerRequest
@@ -66,15 +69,20 @@ class Move:
         layers: the layers' caches, in the order of their pages.
         block_size: tokens in a block.
         rope: the model's rotary embedding, for policies.
+        losses: by codec, what the tokens of each layer and head are expected to lose in it, float64
+            [L, H]; empty where that was not measured.
         failed: called each time that the policy fails.
         on_select: called with the command, the layer's index, and the layer's choice: slots
             [kv_heads, keep], -1 past a head's own; or None.
+        together: the layers as one, if several can be moved at once.
 
     Attributes:
         target: the new region; set by `run`.
         scores: whether the policy is asked for scores, so that what it `needs` must be there.
         queries: queries of the observation window, `[layers, query_heads, window, size]`; the
             caller sets them before `run` if `scores` and the policy needs them.
+        repeated: by layer, what slots receive while the model repeats them, float32 [H, m], see
+            `View.repeated`; likewise.
         kept_state: by name and layer, what the policy remembers about the survivors, [H, k, ...].
         layer_state: by layer and name, what it remembers about the layer, [H, c].
         positions: by layer, positions of the survivors, int32 [H, k]; empty unless they are kept.
@@ -91,20 +99,22 @@ class Move:
         layers: Sequence[CacheLayer],
         block_size: int,
         rope: Rope | None,
+        losses: Mapping[str, np.ndarray],
         failed: Callable[[PolicyFailure], None],
         on_select: Callable[[Compact, int, Tensor], None] | None,
+        together: CacheLayers | None = None,
     ) -> None:
         self._command, self._state, self._layers = command, state, layers
-        self._block_size, self._rope = block_size, rope
+        self._block_size, self._rope, self._losses = block_size, rope, losses
+        self._together = together
         self._failed, self._on_select = failed, on_select
         self._device, self._heads = layers[0].device, layers[0].heads
         region = state.region
         # Raw blocks, also those of a compressed region that is raw, are read as one tail: their
         # slots are in order.
         self._raw = command.source[command.compressed if region else 0 :]
-        self._tail = torch.tensor(
-            (*self._raw, *command.tail), dtype=torch.int32, device=self._device
-        )
+        blocks = np.array((*self._raw, *command.tail), dtype=np.int32)
+        self._tail = async_tensor_h2d(blocks, device=self._device)
         self._tail_tokens = len(self._raw) * block_size + command.tail_tokens
         # Tokens of each layer and head in the old region, and below with the new candidates.
         shape = (len(layers), self._heads)
@@ -129,6 +139,7 @@ class Move:
         self._asks = self.scores
         self.target: Region
         self.queries: Tensor | None = None
+        self.repeated: dict[int, Tensor] = {}
         self.kept_state: dict[str, dict[int, Tensor]] = {}
         self.layer_state: dict[int, dict[str, Tensor]] = {}
         self._demands: Tensor | None = None
@@ -162,14 +173,27 @@ class Move:
         if self._state.merges or (self._state.region and self._state.region.log_bias is not None):
             self.target.open_biases(self._device)
         ranks = get_tensor_model_parallel_world_size()
+        chosen: dict[int, _Chosen] = {}
         if self._chooses and ranks > 1 and order != sorted(order):
             # Ranks fill their layers in different orders, but must choose in the same one.
-            chosen = [self._chosen(i, self._source(i)) for i in range(len(self._layers))]
-            for index in order:
-                self._fill(index, chosen[index])
-        else:
-            for index in order:
-                self._fill(index)
+            chosen = {i: self._chosen(i, self._source(i)) for i in range(len(self._layers))}
+        for some in self._neighbours(order):
+            if len(some) == 1:
+                self._fill(some[0], chosen.pop(some[0], None))
+            else:
+                self._fill_together(some, chosen)
+
+    def _neighbours(self, order: list[int]) -> Iterator[list[int]]:
+        """Divides the layers, in the order in which they must be filled, into neighbours that are
+        moved at once: all of them are read before any is written."""
+        most = 1
+        if self._together is not None and not self._state.merges:
+            most = self._together.at_once(int(self._keep.max()), self.target.codecs)
+        while order:
+            sizes = range(1, min(most, len(order)) + 1)
+            n = max(n for n in sizes if max(order[:n]) - min(order[:n]) == n - 1)
+            yield sorted(order[:n])
+            order = order[n:]
 
     @property
     def _chooses(self) -> bool:
@@ -183,6 +207,8 @@ class Move:
         them, int64 [parts, L, H]."""
         self._given: dict[int, _Given] = {}
         if not self._state.allocates:
+            if (choice := self._least_loss()) is not None:
+                return choice
             tokens = np.array([part.tokens for part in self._parts])
             return (
                 [part.codec for part in self._parts],
@@ -206,6 +232,36 @@ class Move:
         pages = page_counts(shares, room, least)
         return [codec], np.minimum(pages * rooms, self._counts)[None]
 
+    def _least_loss(self) -> tuple[list[str], np.ndarray] | None:
+        """Returns codecs and tokens as `_shared_out` does, where each layer and head has all tokens
+        in the one codec with which all lose least together; or None where the plan does not go by
+        losses, they are not known by head, or tokens have to be dropped."""
+        plan, region = self._state.plan, self._state.region
+        codecs = [packing.codec for packing in plan.packings]
+        if not (plan.least_loss and codecs and all(codec in self._losses for codec in codecs)):
+            return None
+        if self._two or sum(part.tokens for part in self._parts) < self._candidates:
+            return None
+        rooms = np.array(
+            [
+                [[own.pages.capacity(codec, h) for h in range(self._heads)] for own in self._layers]
+                for codec in codecs
+            ]
+        )
+        losses = np.stack([self._losses[codec] for codec in codecs])
+        if region is not None:
+            # Tokens that are in a codec already lose nothing more if they stay in it.
+            for codec, stored in zip(region.codecs, region.part_tokens, strict=True):
+                if codec in codecs:
+                    losses[codecs.index(codec)] *= 1 - stored / self._counts
+        total = len(self._command.target) * self._counts.size
+        choice = least_loss_codecs(losses, -(-self._counts // rooms), total)
+        if choice is None:
+            return None
+        used = np.unique(choice)
+        tokens = np.where(choice == used[:, None, None], self._counts, 0)
+        return [codecs[i] for i in used], tokens
+
     def _shares(self, room: Room) -> Tensor | None:
         """Returns the policy's shares, or None if it failed."""
 
@@ -218,9 +274,9 @@ class Move:
                 size += sum(x.nbytes for x in (given[0], *given[1].values()))
                 if size <= _KEPT_SCORES:
                     self._given[index] = given
-                self._saw(view)
+                self.saw(view)
             known = [demand for demand in demands if demand is not None]
-            found = torch.stack(known) if known else None
+            found = torch.stack(known).cpu() if known else None  # waits for the device, once
             shares = allocated(policy, found, room)
             self._demands = found
             return shares
@@ -265,10 +321,7 @@ class Move:
             slots = everything.expand(self._heads, -1)
         else:
             slots = chosen.slots
-        if self._on_select is not None:
-            at = torch.arange(slots.shape[1], device=slots.device)
-            past = at >= self._keep[index].to(slots.device).unsqueeze(1)
-            self._on_select(self._command, index, slots.masked_fill(past, -1))
+        self._tell(index, slots)
         try:
             self._write(index, source, slots, chosen)
         except Exception as error:
@@ -277,10 +330,50 @@ class Move:
             if chosen is None:
                 raise
             self._failed(PolicyFailure(str(error)))
-            chosen = self._chosen(index, source, ask=False)
-            self._write(index, source, chosen.slots, chosen)
-        if chosen is not None:
-            self._remember(index, chosen)
+            self._fill_with_newest(index, source)
+        else:
+            if chosen is not None:
+                self._remember(index, chosen)
+
+    def _fill_together(self, layers: list[int], chosen: dict[int, _Chosen]) -> None:
+        """Moves the tokens of some layers, which are neighbours, at once."""
+        assert self._together is not None
+        own = self._keep[layers[0] : layers[-1] + 1]
+        most = int(own.max())
+        slots = torch.arange(most, device=self._device).expand(own.numel(), -1)
+        if self._chooses:
+            found = []
+            for index in layers:
+                # What a policy has read of a layer is given back before the next.
+                kept = chosen.pop(index, None) or self._chosen(index, self._source(index))
+                self._remember(index, kept)
+                found.append(kept.slots)
+            slots = torch.cat([F.pad(x, (0, most - x.shape[1])) for x in found])
+        for index, part in zip(layers, slots.split(self._heads), strict=True):
+            self._tell(index, part)
+        position = self._command.computed - self._tail_tokens
+        try:
+            self._together.compact(
+                range(layers[0], layers[-1] + 1), self._state.region, self._tail,
+                self._tail_tokens, position, slots, bool((own == most).all()), self.target,
+            )  # fmt: skip
+        except Exception as error:
+            if not self._chooses:
+                raise
+            self._failed(PolicyFailure(str(error)))
+            for index in layers:
+                self._fill_with_newest(index, self._source(index))
+
+    def _fill_with_newest(self, index: int, source: Any) -> None:
+        chosen = self._chosen(index, source, ask=False)
+        self._write(index, source, chosen.slots, chosen)
+        self._remember(index, chosen)
+
+    def _tell(self, index: int, slots: Tensor) -> None:
+        if self._on_select is not None:
+            at = torch.arange(slots.shape[1], device=slots.device)
+            past = at >= self._keep[index].to(slots.device).unsqueeze(1)
+            self._on_select(self._command, index, slots.masked_fill(past, -1))
 
     def _write(self, index: int, source: Any, slots: Tensor, chosen: _Chosen | None) -> None:
         layer, counts = self._layers[index], self._keep[index].tolist()
@@ -325,7 +418,7 @@ class Move:
             choice = self._guarded(chosen)
         if choice is None:
             choice = newest(view, keep, finer)
-        self._saw(view)
+        self.saw(view)
         if choice.finer is None or finer is None:
             columns = ops.mask_slots(choice.kept, keep)
         else:
@@ -335,25 +428,43 @@ class Move:
         slots = columns if order is None else order.gather(1, columns)
         return _Chosen(slots, columns, choice, view)
 
-    def _saw(self, view: View) -> None:
+    def saw(self, view: View) -> None:
+        """Takes note of the keys and values that were copied for a view."""
         held: Any = getattr(view.held, "_held", view.held)
         known = vars(held)  # what was read is kept there
-        copies = [*known.get("_read", ()), known.get("keys"), known.get("values")]
+        copies = [known.get("keys"), known.get("values")]
         self.gathered = max(self.gathered, sum(x.nbytes for x in copies if x is not None))
 
     # -- what a policy sees ----------------------------------------------------------------------
 
+    @property
+    def new(self) -> tuple[int, int]:
+        """The positions, first and end, of the candidates that are new since the last
+        compaction."""
+        end = self._command.computed - self._command.tail_tokens
+        return end - (len(self._command.source) - self._command.compressed) * self._block_size, end
+
+    def held_view(self, index: int) -> View:
+        """Returns all that the request holds in a layer, by slot."""
+        return self._view(index, self._source(index), ordered=False)[0]
+
+    @functools.cached_property
+    def _old_there(self) -> Tensor:
+        return async_tensor_h2d(self._old, device=self._device)
+
     def _view(
-        self, index: int, source: Any, ranks: Ranks | None = None
+        self, index: int, source: Any, ranks: Ranks | None = None, ordered: bool = True
     ) -> tuple[View, Tensor | None]:
         """Returns what the policy sees of a layer, in the order of the positions that pages keep,
-        and that order, int64 [H, m], or None if it is the order of the slots."""
+        unless `ordered` is False, and that order, int64 [H, m], or None if it is the order of the
+        slots."""
         state, layer = self._state, self._layers[index]
         counts = self._counts[index].tolist()
         tail = self._command.tail_tokens
-        held: LayerKV = layer.held(source, [count + tail for count in counts])
+        exact = state.policy is None or not state.policy.tiled
+        held: LayerKV = layer.held(source, [count + tail for count in counts], exact)
         m = max(counts)
-        old = torch.from_numpy(self._old[index]).to(self._device).unsqueeze(1)
+        old = self._old_there[index].unsqueeze(1)
         columns = torch.arange(m, device=self._device)
         known = (columns < old).expand(self._heads, -1)
         view = View(
@@ -382,9 +493,10 @@ class Move:
             first_head=get_tensor_model_parallel_rank() * self._heads,
             demands=self._demands,
             layer_state=state.layer_state.get(index, {}),
+            repeated=self._received(index, m),
         )
         order: Tensor | None = None
-        if self._mixed:
+        if self._mixed and ordered:
             # Those that pages keep, not the true ones: by these the slots of a page must be in
             # order, and fitted pages know the first of each strip only.
             places = layer.positions(source, counts)
@@ -401,6 +513,14 @@ class Move:
         wide[:, : old.shape[1]] = old
         return wide
 
+    def _received(self, index: int, m: int) -> Tensor | None:
+        """Returns what candidates received while the model repeated them, [H, m]; None unless the
+        policy needs it."""
+        if "repeat" not in self._state.needs:
+            return None
+        # No pass was made where nothing is new.
+        return self.repeated.get(index, torch.zeros(self._heads, m, device=self._device))
+
     def _log_bias(self, index: int, m: int) -> Tensor | None:
         region = self._state.region
         if region is None or region.log_bias is None:
@@ -415,9 +535,7 @@ class Move:
         `new` [H, m] has the places of newer candidates among the newer ones."""
         if not self._state.keeps_positions:
             return None
-        raw = len(self._command.source) - self._command.compressed
-        first = self._command.computed - self._command.tail_tokens - raw * self._block_size
-        where = (new + first).int()
+        where = (new + self.new[0]).int()
         if index in self._state.positions:
             where = torch.where(
                 known, self._widened(self._state.positions[index], new.shape[1]), where

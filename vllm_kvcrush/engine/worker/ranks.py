@@ -34,11 +34,11 @@ class Ranks:
         """See `View.all_heads`. Raises PolicyFailure unless all other ranks make this call too."""
         self.agree("gathers")
         if not self._ragged:
-            return _gather_heads(x)
+            return gather_heads(x)
         # Padded to the widest; each rank then drops what is past its own columns.
         own = x.shape[1]
-        widths = _gather_heads(torch.full((1, 1), own, dtype=torch.float32, device=x.device))
-        return _gather_heads(F.pad(x, (0, int(widths.max()) - own)))[:, :own]
+        widths = gather_heads(torch.full((1, 1), own, dtype=torch.float32, device=x.device))
+        return gather_heads(F.pad(x, (0, int(widths.max()) - own)))[:, :own]
 
     def agree(self, state: str) -> None:
         """Raises PolicyFailure unless every rank is in this state."""
@@ -57,7 +57,7 @@ class Ranks:
     def _all_in(self, state: str) -> bool:
         mine = self._STATES.index(state)
         if self._device.type == "cpu":
-            found = _gather_heads(torch.full((1, 1), mine)).flatten().tolist()
+            found = gather_heads(torch.full((1, 1), mine)).flatten().tolist()
         else:
             group = get_tp_group()
             parts = [torch.zeros(1, dtype=torch.int64) for _ in range(group.world_size)]
@@ -66,6 +66,7 @@ class Ranks:
         return all(other == mine for other in found) and state != "failed"
 
 
-def _gather_heads(x: Tensor) -> Tensor:
+def gather_heads(x: Tensor) -> Tensor:
+    """Returns a tensor of all ranks' heads, given this rank's, [H, ...]."""
     # vLLM's shared-memory all-gather on CPU takes floats only.
     return get_tp_group().all_gather(x.to(torch.float32).contiguous(), dim=0).to(x.dtype)

@@ -75,6 +75,18 @@ class Region:
         """Number of blocks that its pages lie in."""
         return len(self.block_ids)
 
+    @property
+    def part_tokens(self) -> np.ndarray:
+        """Tokens of each part of each layer and head, int64 [parts, layers, kv_heads]."""
+        before = np.concatenate(([0], self.count.numpy().cumsum(dtype=np.int64)))
+        return np.moveaxis(np.diff(before[self.bounds.numpy()]), -1, 0)
+
+    @property
+    def codec_pages(self) -> dict[str, int]:
+        """Pages in each codec."""
+        numbers = np.bincount(self.codec.numpy(), minlength=len(CODECS))
+        return {codec: int(n) for codec in CODECS if (n := numbers[CODECS[codec].number])}
+
     @classmethod
     def of(
         cls,

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.forward_context import set_forward_context
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_kvcrush.engine.worker.backends import cpu
 from vllm_kvcrush.engine.worker.backends.base import Backend
 from vllm_kvcrush.engine.worker.compaction import CompactionMixin
+from vllm_kvcrush.engine.worker.move import Move
+from vllm_kvcrush.engine.worker.repeat import Repetition, passes
 from vllm_kvcrush.engine.worker.state import WorkerRequest
 from vllm_kvcrush.policies.choice import PolicyFailure
 
@@ -83,6 +88,23 @@ class KVCrushCPUModelRunner(CompactionMixin, CPUModelRunner):
         window = state.plan.window
         order = torch.arange(computed - window, computed) % window
         return state.queries[:, order].transpose(1, 2)
+
+    def _repeat(self, request_id: str, move: Move, computed: int) -> dict[int, Tensor]:
+        tokenizer = cached_tokenizer_from_config(self.model_config)
+        request, (first, end) = self.requests[request_id], move.new
+        tokens = [request.get_token_id(index) for index in range(end)]
+        impls = {layer.impl.index: layer.impl for layer in self._attention.values()}
+        found = Repetition(impls, move)
+        most = min(self.max_num_tokens, self.model_config.max_model_len - computed)
+        encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+        for own in passes(encode, tokens, first, end, most):
+            n = len(own.tokens)
+            ids = torch.tensor(own.tokens, dtype=self.input_ids.gpu.dtype)
+            places = torch.arange(computed, computed + n, dtype=self.positions.dtype)
+            context = set_forward_context(None, self.vllm_config, num_tokens=n, slot_mapping={})
+            with context, found.repeating(own.first, own.end):
+                self.model(input_ids=ids, positions=places)
+        return found.received
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         # When vLLM 0.32 discards the sample of a prompt's chunk, it rewinds the request's generator

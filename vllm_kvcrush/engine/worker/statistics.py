@@ -3,7 +3,7 @@ queries, and what each codec costs it, taken when the server starts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from vllm_kvcrush.codecs.transform.points import TablesError
 from vllm_kvcrush.codecs.transform.rope import Rope
 from vllm_kvcrush.engine.commands import Admitted, Compact, StepCommands
 from vllm_kvcrush.plan import Packing, Plan
+from vllm_kvcrush.policies.base import LayerKV
 
 TOKENS = 4096  # tokens to read in all
 # Tokens of one request: its first half is read twice in a row, because the second time queries
@@ -28,7 +29,9 @@ PIECE = 512
 # of such excerpts.
 CONTEXT, QUESTION, EXCERPTS = 768, 96, 2
 _LOGITS = 64  # rows of logits that are computed at once
-_REQUEST = "vllm-kvcrush-statistics"
+# Of the question's queries, every such one is asked what it reads from each head.
+EVERY = 3
+REQUEST = "vllm-kvcrush-statistics"
 _POLICY = "streaming"  # any: all tokens stay
 
 
@@ -71,7 +74,7 @@ def scheduled(
     """
     params = SamplingParams(temperature=0.0, max_tokens=1)
     new = NewRequestData(
-        req_id=_REQUEST,
+        req_id=REQUEST,
         prompt_token_ids=tokens,
         mm_features=[],
         sampling_params=params,
@@ -81,28 +84,36 @@ def scheduled(
         lora_request=None,
         prefill_token_ids=tokens,
     )
-    return _step([new], {_REQUEST: len(tokens) - computed if count is None else count}, set())
+    return _step([new], {REQUEST: len(tokens) - computed if count is None else count}, set())
 
 
 def compacted(
-    packing: Packing, context: int, blocks: list[int], tail: list[int], block_size: int, count: int
+    packings: Sequence[Packing],
+    context: int,
+    blocks: list[int],
+    tail: list[int],
+    block_size: int,
+    count: int,
 ) -> SchedulerOutput:
     """Returns the scheduler's output of a step in which a request whose context was read goes on to
     read `count` tokens, after the context's blocks were compacted.
 
     Args:
-        packing: of the codec to compact to.
+        packings: of the codec to compact to; or of several, of which each layer and head gets the
+            one that loses least, in as many blocks as the first takes.
         context: number of tokens of the context, all of whole blocks.
         blocks: ids of the context's blocks, and then of free ones to write to.
         tail: ids of blocks for the tokens to read.
         block_size: tokens of a block.
     """
     raw = context // block_size
-    target = tuple(blocks[raw : raw + packing.blocks(context)])
-    plan = Plan(0.5, context + count, block_size, packings=(packing,))
-    output = _step([], {_REQUEST: count}, set())
+    target = tuple(blocks[raw : raw + packings[0].blocks(context)])
+    plan = Plan(
+        0.5, context + count, block_size, packings=tuple(packings), least_loss=len(packings) > 1
+    )
+    output = _step([], {REQUEST: count}, set())
     output.scheduled_cached_reqs = CachedRequestData(
-        req_ids=[_REQUEST],
+        req_ids=[REQUEST],
         resumed_req_ids=set(),
         new_token_ids=[],
         all_token_ids={},
@@ -112,8 +123,8 @@ def compacted(
     )
     shift = context - len(target) * block_size
     output.kvcrush = StepCommands(
-        [Compact(_REQUEST, context, tuple(blocks[:raw]), 0, target, (), 0, shift)],
-        {_REQUEST: Admitted(_POLICY, plan)},
+        [Compact(REQUEST, context, tuple(blocks[:raw]), 0, target, (), 0, shift)],
+        {REQUEST: Admitted(_POLICY, plan)},
     )
     return output
 
@@ -136,9 +147,47 @@ def divergence(logits: Callable[[Tensor], Tensor | None], exact: Tensor, other: 
     return float(torch.cat(found).double().mean())
 
 
+def attended(held: LayerKV, queries: Tensor, scale: float) -> Tensor:
+    """Returns what queries read from the tokens of a layer, float32 [H, G * m, Dv].
+
+    Args:
+        held: the tokens, of H heads.
+        queries: [m, G * H, D].
+        scale: factor of q·k.
+    """
+    assert held.values is not None
+    keys, values = held.keys.float(), held.values.float()
+    q = queries.float().transpose(0, 1).reshape(len(keys), -1, keys.shape[-1])
+    return (q @ keys.transpose(1, 2) * scale).softmax(-1) @ values
+
+
+def divided(
+    totals: Mapping[str, float], errors: Mapping[str, Tensor], known: str, by_layer: Sequence[float]
+) -> dict[str, Tensor]:
+    """Divides what codecs lose among layers and heads: to second order, a divergence is quadratic
+    in the errors of what queries read, with a weight that depends on the layer.
+
+    Args:
+        totals: by codec, its loss.
+        errors: by codec, summed squares of these errors, float64 [L, H].
+        known: the codec of which it was measured what each layer alone loses in it.
+        by_layer: these losses.
+
+    Returns:
+        By codec, float64 [L, H], of which the sum is the codec's total.
+    """
+    alone = torch.tensor(by_layer, dtype=torch.float64).clamp(min=0)
+    weights = alone / errors[known].sum(1).clamp(min=1e-30)
+    found = {}
+    for codec, total in totals.items():
+        shares = weights.unsqueeze(1) * errors[codec]
+        found[codec] = total * shares / shares.sum().clamp(min=1e-30)
+    return found
+
+
 def finished() -> SchedulerOutput:
     """Returns the scheduler's output of a step that only ends the request."""
-    return _step([], {}, {_REQUEST})
+    return _step([], {}, {REQUEST})
 
 
 def _step(new: list[NewRequestData], tokens: dict[str, int], over: set[str]) -> SchedulerOutput:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,10 +99,17 @@ class Layer:
         self.num_blocks = len(storage) // block_bytes
         self.grid_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         self._view(storage)
-        own: Mapping[str, tuple[Variant, ...]] = {}
         if tables:
             self.fitted = Fitted(tables, dtype, self.geometry.k_pad, storage.device)
-            own = self.fitted.variants
+        self._take_tables()
+        self.wave = 64 if torch.version.hip else 32
+        # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.
+        self.ptx = bool(
+            storage.is_cuda and torch.version.hip is None and not knobs.runtime.interpret
+        )
+
+    def _take_tables(self) -> None:
+        own: Mapping[str, tuple[Variant, ...]] = {} if self.fitted is None else self.fitted.variants
         self._variants = {
             codec.name: tuple(codec.with_own(variant) for variant in own.get(codec.name, ()))
             if codec.needs_tables
@@ -110,13 +117,38 @@ class Layer:
             for codec in TRAITS
         }
         names = [name for codec in TRAITS for name in codec.pages if self.variants(codec.name)]
-        heads_of = range(kv_heads)
+        heads_of = range(self.kv_heads)
         self._most = {name: max(self.capacity(name, h) for h in heads_of) for name in names}
-        self.wave = 64 if torch.version.hip else 32
-        # Inline PTX is for NVIDIA's compiler; the interpreter and AMD's take the plain expressions.
-        self.ptx = bool(
-            storage.is_cuda and torch.version.hip is None and not knobs.runtime.interpret
-        )
+
+    @classmethod
+    def joined(cls, layers: Sequence[Layer]) -> Layer:
+        """All layers of a cache as one that has the KV heads of all, a layer's after the other's:
+        what lies in it is the same. The layers' tables become parts of its own."""
+        first = layers[0]
+        heads = first.kv_heads
+        assert [layer.first_page for layer in layers] == [i * heads for i in range(len(layers))]
+        assert first.block_pages == len(layers) * heads, "there are other layers"
+        whole = copy.copy(first)
+        if first.fitted is not None:
+            fitted = [layer.fitted for layer in layers if layer.fitted is not None]
+            whole.fitted = Fitted.joined(fitted)
+            for i, layer in enumerate(layers):
+                layer.fitted = whole.fitted.part(i * heads, heads)
+                layer._take_tables()
+        whole._take_heads(0, first.block_pages)
+        return whole
+
+    def part(self, first: int, heads: int) -> Layer:
+        """Some of its KV heads as another layer in the same cache."""
+        part = copy.copy(self)
+        if self.fitted is not None:
+            part.fitted = self.fitted.part(first, heads)
+        part._take_heads(self.first_page + first, heads)
+        return part
+
+    def _take_heads(self, first_page: int, kv_heads: int) -> None:
+        self.first_page, self.kv_heads, self.heads = first_page, kv_heads, kv_heads * self.group
+        self._take_tables()
 
     def page(self, block: int, head: int) -> int:
         """Index of the page of a block and KV head of this layer."""
@@ -236,13 +268,15 @@ class Directory:
         """A directory whose entries are in one list, on the tensors' device and without waiting for
         it: as if every row of `runs`, [rows, kv_heads, len(RUNS), 2], had a region of the one block
         0, which `Batch.of` puts before the tails."""
-        # One more of each: an empty tensor has no address.
+        if not len(page):  # an empty tensor has no address
+            page, count = F.pad(page, (0, 1)), F.pad(count, (0, 1))
+            bias = None if bias is None else F.pad(bias, (0, 1))
         return cls(
             F.pad(runs.int(), (0, 0, 0, 0, 0, 0, 1, 0)),
             torch.ones(len(runs), dtype=torch.int32, device=runs.device),
-            F.pad(page.int(), (0, 1)),
-            F.pad(count.int(), (0, 1)),
-            None if bias is None else F.pad(bias, (0, 1)),
+            page.int(),
+            count.int(),
+            bias,
             _FLAT,
             present,
         )
@@ -253,22 +287,19 @@ class Directory:
         None if it has none."""
         if not source.runs or not len(source.page):
             return None
-        kinds = len(RUNS)
-        key = source.head * kinds + _rank(source.codec.device)[source.codec.long()]
-        order = key.argsort(stable=True)
-        bounds = torch.arange(len(source.begin) * kinds, device=key.device).view(-1, kinds, 1)
-        runs = torch.cat(((key < bounds).sum(-1, True), (key <= bounds).sum(-1, True)), -1)
-        bias = None
+        runs, page, count, bias = source.kinds, source.page, source.count, None
         if source.bias is not None and source.log_bias is not None:
             bias = torch.where(source.bias < 0, 0, source.log_bias.data_ptr() + 4 * source.bias)
-            bias = bias[order]
-        return cls.flat(
-            runs.unsqueeze(0),
-            source.page[order],
-            source.count[order],
-            bias,
-            present=tuple(run in source.runs for run in RUNS),
-        )
+        if runs is None:
+            kinds = len(RUNS)
+            key = source.head * kinds + _rank(source.codec.device)[source.codec.long()]
+            order = key.argsort(stable=True)
+            bounds = torch.arange(len(source.begin) * kinds, device=key.device).view(-1, kinds, 1)
+            runs = torch.cat(((key < bounds).sum(-1, True), (key <= bounds).sum(-1, True)), -1)
+            page, count = page[order], count[order]
+            bias = None if bias is None else bias[order]
+        present = tuple(run in source.runs for run in RUNS)
+        return cls.flat(runs.unsqueeze(0), page, count, bias, present)
 
 
 @dataclass
@@ -331,6 +362,8 @@ class Source:
         tail_length, tail_position: tokens in the tail, and position of its first.
         runs: of RUNS those that entries may be of. For the others nothing is launched.
         bias, log_bias: int64 [entries] and float32, as in `Directory`, or both None.
+        kinds: int32 [kv_heads, len(RUNS), 2], entries [begin, end) of each of RUNS that a head has,
+            if each head has them one after the other; or None.
     """
 
     begin: Tensor
@@ -347,6 +380,7 @@ class Source:
     runs: tuple[str, ...] = RUNS
     bias: Tensor | None = None
     log_bias: Tensor | None = None
+    kinds: Tensor | None = None
 
     @classmethod
     def of(

@@ -30,30 +30,34 @@ def gather(
     source: Source,
     slots: Sequence[Tensor] | Tensor,
     *,
+    keys: bool = True,
     values: bool = True,
     positions: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Reads chosen slots of every KV head: what `fill` takes.
 
     Args:
         slots: for each KV head int64 [n_h], or a tensor [kv_heads, n], -1 past a head's own.
-        values, positions: whether they are wanted.
+        keys, values, positions: whether they are wanted.
+        dtype: of keys and values.
 
     Returns:
-        Float32 K [kv_heads, n, k_size] and V [kv_heads, n, v_size], and int32 positions
-        [kv_heads, n], -1 in raw pages; None if not wanted. n is the largest n_h, and rows past a
-        head's own are 0.
+        K [kv_heads, n, k_size] and V [kv_heads, n, v_size], and int32 positions [kv_heads, n], -1
+        in raw pages; None if not wanted. n is the largest n_h, and rows past a head's own are 0.
     """
     device = layer.pool.device
     rows = padded(slots, device)
     if len(rows) != layer.kv_heads:
         raise ValueError(f"slots of {len(rows)} heads for {layer.kv_heads} KV heads")
-    count = rows.shape[1]
-    key = torch.empty(layer.kv_heads, count, layer.k_size, device=device)
-    value = torch.empty(layer.kv_heads, count, layer.v_size, device=device) if values else None
-    where = torch.empty(rows.shape, dtype=torch.int32, device=device) if positions else None
+
+    def made(wanted: bool, dtype: torch.dtype, *size: int) -> Tensor | None:
+        return torch.empty(*rows.shape, *size, dtype=dtype, device=device) if wanted else None
+
+    key, value = made(keys, dtype, layer.k_size), made(values, dtype, layer.v_size)
+    where = made(positions, torch.int32)
     # The tail is read with the raw pages, which also clear the rows of no slot.
-    runs = dict.fromkeys((*source.runs, "raw")) if count else ()
+    runs = dict.fromkeys((*source.runs, "raw")) if rows.shape[1] else ()
     for codec in (variant for run in runs for variant in layer.variants(run)):
         gather_pages(layer, codec, source, rows, key, value, where)
     return key, value, where
@@ -73,23 +77,22 @@ def first_slots(tokens: int | Sequence[int], layer: Layer) -> Tensor:
     """Returns each head's first `tokens` slots, as `padded` does: of all heads equally many, or of
     each its own number."""
     own = [tokens] * layer.kv_heads if isinstance(tokens, int) else list(tokens)
-    slots = torch.arange(max(own), device=layer.pool.device)
-    return within(slots.repeat(len(own), 1), own)
+    most, device = max(own), layer.pool.device
+    slots = torch.arange(most, device=device).expand(len(own), -1)
+    return slots if min(own) == most else within(slots, on_device(tuple(own), device))
 
 
-def within(slots: Tensor, counts: Sequence[int]) -> Tensor:
-    """Returns slots [kv_heads, n], with -1 past each head's first `counts`."""
-    if min(counts) >= slots.shape[1]:
-        return slots
+def within(slots: Tensor, counts: Tensor) -> Tensor:
+    """Returns slots [kv_heads, n], with -1 past each head's first `counts`, int32 [kv_heads]."""
     columns = torch.arange(slots.shape[1], device=slots.device)
-    return slots.masked_fill(columns >= on_device(tuple(counts), slots.device).unsqueeze(1), -1)
+    return slots.masked_fill(columns >= counts.unsqueeze(1), -1)
 
 
 def positions(layer: Layer, source: Source, tokens: int | Sequence[int]) -> Tensor:
     """Returns where each head's first `tokens` slots stand, int32 [kv_heads, n]; n is the largest
     number of them, and 0 stands past a head's own. In pages of fitted codecs they are exact only
     for the first token of each strip."""
-    where = gather(layer, source, first_slots(tokens, layer), values=False)[2]
+    where = gather(layer, source, first_slots(tokens, layer), keys=False, values=False)[2]
     assert where is not None
     return where
 
@@ -99,20 +102,22 @@ def gather_pages(
     codec: Traits,
     source: Source,
     slots: Tensor,
-    key: Tensor,
+    key: Tensor | None,
     value: Tensor | None,
     where: Tensor | None,
 ) -> None:
     """The part of `gather` that lies in pages of one codec; the other rows stay as they are."""
     count = slots.shape[1]
+    # What is not written still needs an address.
+    wanted = (slots if x is None else x for x in (key, value, where))
     gather_kernel[(triton.cdiv(count, SLOTS), layer.kv_heads)](
-        key, key if value is None else value, key if where is None else where, slots,
+        *wanted, slots,
         *layer.views(),
         source.begin, source.end, source.page, source.codec, source.first, source.tail_slot,
         source.tail_table, *layer.tables(), count, slots.stride(0),
         len(source.page).bit_length(), layer.block_pages, layer.first_page,
-        source.tail_position, T=SLOTS, CODEC=codec, VALUES=value is not None,
-        POSITIONS=where is not None, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
+        source.tail_position, T=SLOTS, CODEC=codec, KEYS=key is not None,
+        VALUES=value is not None, POSITIONS=where is not None, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
         num_warps=gather_warps(layer.geometry.k_pad, layer.geometry.v_pad),
         **product_options(layer.wave),
     )  # fmt: skip
@@ -171,7 +176,7 @@ def compact(layer: Layer, source: Source, slots: Sequence[Tensor] | Tensor, targ
             interpreted or debugged (TRITON_DEBUG=1): to know it means to wait for the device.
     """
     key, value, where = gather(layer, source, slots)
-    assert value is not None
+    assert key is not None and value is not None
     _fill(layer, key, value, where, target)
 
 

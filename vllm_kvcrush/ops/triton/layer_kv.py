@@ -21,13 +21,20 @@ class LayerKV:
     Args:
         layer, source: the layer, and the request's tokens in it.
         tokens: n, held by every KV head, or by each.
+        dtype: of keys and values.
 
     Attributes:
         counts: tokens of each KV head.
     """
 
-    def __init__(self, layer: Layer, source: Source, tokens: int | Sequence[int]):
-        self._layer, self._source = layer, source
+    def __init__(
+        self,
+        layer: Layer,
+        source: Source,
+        tokens: int | Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ):
+        self._layer, self._source, self._dtype = layer, source, dtype
         self.counts = [tokens] * layer.kv_heads if isinstance(tokens, int) else list(tokens)
 
     @property
@@ -41,21 +48,24 @@ class LayerKV:
         return self._layer.pool.device
 
     @cached_property
-    def _read(self) -> tuple[Tensor, Tensor]:
-        slots = first_slots(self.counts, self._layer)
-        key, value, _ = gather(self._layer, self._source, slots, positions=False)
-        assert value is not None
-        return key, value
-
-    @property
     def keys(self) -> Tensor:
-        """Float32 [H, n, D]; n is the largest count, and rows past a head's own are 0."""
-        return self._read[0]
+        """[H, n, D]; n is the largest count, and rows past a head's own are 0."""
+        key, _, _ = gather(
+            self._layer, self._source, first_slots(self.counts, self._layer), values=False,
+            positions=False, dtype=self._dtype,
+        )  # fmt: skip
+        assert key is not None
+        return key
 
-    @property
+    @cached_property
     def values(self) -> Tensor:
-        """Float32 [H, n, D], like `keys`."""
-        return self._read[1]
+        """[H, n, D], like `keys`."""
+        _, value, _ = gather(
+            self._layer, self._source, first_slots(self.counts, self._layer), keys=False,
+            positions=False, dtype=self._dtype,
+        )  # fmt: skip
+        assert value is not None
+        return value
 
     @cached_property
     def positions(self) -> Tensor:

@@ -40,8 +40,9 @@ class CacheLayer(Protocol):
         the blocks `tail` (int32), the first of them at `position`."""
         ...
 
-    def held(self, source: Any, tokens: Sequence[int]) -> LayerKV:
-        """Returns the first `tokens` tokens of each head of a request."""
+    def held(self, source: Any, tokens: Sequence[int], exact: bool = True) -> LayerKV:
+        """Returns the first `tokens` tokens of each head of a request. Unless `exact`, keys and
+        values may be of the pages' dtype also where pages tell them more exactly."""
         ...
 
     def positions(self, source: Any, tokens: Sequence[int]) -> Tensor:
@@ -68,6 +69,37 @@ class CacheLayer(Protocol):
         ...
 
 
+class CacheLayers(Protocol):
+    """All layers of a KV cache, for what can be done in several of them at once."""
+
+    def at_once(self, tokens: int, codecs: Sequence[str]) -> int:
+        """Returns of how many layers `compact` may move up to `tokens` tokens of each head into
+        pages of `codecs`, so that what it takes for that stays within bounds; 1 or more."""
+        ...
+
+    def compact(
+        self,
+        layers: range,
+        old: Region | None,
+        tail: Tensor,
+        tokens: int,
+        position: int,
+        slots: Tensor,
+        alike: bool,
+        target: Region,
+    ) -> None:
+        """Does what `CacheLayer.compact` does in each of `layers`, with the source that
+        `CacheLayer.source` makes of `old` and what follows it. All of it is read before anything
+        is written.
+
+        Args:
+            slots: int64 [layers * heads, k], a layer's heads after the other's; of each head as
+                many count as `target` has tokens of it.
+            alike: whether these are k everywhere.
+        """
+        ...
+
+
 class Backend(NamedTuple):
     """How a worker's attention and compactions are done.
 
@@ -80,12 +112,14 @@ class Backend(NamedTuple):
             `LayerTable`.
         directory: makes the directory in which attention finds the regions of requests, or None;
             arguments are those of `directory.ResidentDirectory`, which not all backends import.
+        together: makes CacheLayers of all CacheLayers in the order of their pages, or None.
     """
 
     layer: Callable[[Any, int, Mapping[str, Any]], CacheLayer]
     builder: Any
     table: Callable[[Tables, int, range, int, int, Angles], Any] = LayerTable
     directory: Callable[..., Any] | None = None
+    together: Callable[[Any], CacheLayers] | None = None
 
 
 def pages_of(

@@ -157,7 +157,7 @@ class CPUCacheLayer:
         directory = None if region is None else region.directory(self.index)
         return cpu.Source(directory, tail, tokens, position, self.block_size)
 
-    def held(self, source: cpu.Source, tokens: Sequence[int]) -> LayerKV:
+    def held(self, source: cpu.Source, tokens: Sequence[int], exact: bool = True) -> LayerKV:
         return cpu.LayerKV(self.pages, source, tokens)
 
     def positions(self, source: cpu.Source, tokens: Sequence[int]) -> Tensor:

@@ -75,7 +75,7 @@ class StockCacheLayer:
         assert region is None
         return tail
 
-    def held(self, source: Tensor, tokens: Sequence[int]) -> ops.LayerKV:
+    def held(self, source: Tensor, tokens: Sequence[int], exact: bool = True) -> ops.LayerKV:
         slots = torch.arange(max(tokens), device=self.device).unsqueeze(0)
         content = self._cache[self._places(source, slots)]
         return ops.LayerKV(content[..., : self._k_size], content[..., self._k_size :])

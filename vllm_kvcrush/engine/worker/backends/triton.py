@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_kvcrush import gate
 from vllm_kvcrush.engine.worker.backends.base import Backend, pages_of
 from vllm_kvcrush.engine.worker.directory import ResidentDirectory, UploadedRegion
+from vllm_kvcrush.engine.worker.memory import copies, staged_layers
 from vllm_kvcrush.engine.worker.region import Region
 from vllm_kvcrush.ops.triton import compaction
 from vllm_kvcrush.ops.triton.attention import attention
@@ -149,7 +151,7 @@ def install(attention: Sequence[Any]) -> Backend:
             )
         impl.__class__ = KVCrushTritonImpl
         layer.attn_backend = KVCrushTritonBackend
-    return Backend(TritonCacheLayer, None, LayerTable, ResidentDirectory)
+    return Backend(TritonCacheLayer, None, LayerTable, ResidentDirectory, TritonCacheLayers)
 
 
 class TritonCacheLayer:
@@ -174,23 +176,21 @@ class TritonCacheLayer:
     def source(self, region: Region | None, tail: Tensor, tokens: int, position: int) -> Source:
         """See `base.CacheLayer`, as for all of these."""
         if region is None:
-            heads = torch.zeros(self.heads, dtype=torch.int32, device=self.device)
-            none = heads[:0]
-            return Source(
-                heads, heads, none, none, none, none, none, heads, tail, tokens, position, ()
-            )  # fmt: skip
+            return _raw(self.heads, self.device, tail, tokens, position)
         there = UploadedRegion.of(region, self.device)
         return there.source(self.index, tail, tokens, position)
 
-    def held(self, source: Source, tokens: Sequence[int]) -> LayerKV:
-        return LayerKV(self.pages, source, tokens)
+    def held(self, source: Source, tokens: Sequence[int], exact: bool = True) -> LayerKV:
+        dtype = torch.float32 if exact else self.pages.dtype
+        return LayerKV(self.pages, source, tokens, dtype)
 
     def positions(self, source: Source, tokens: Sequence[int]) -> Tensor:
         return compaction.positions(self.pages, source, tokens)
 
     def compact(self, source: Source, slots: Tensor, counts: Sequence[int], target: Region) -> None:
-        own = compaction.within(slots, counts)
-        compaction.compact(self.pages, source, own, self._target(target))
+        to = self._target(target)
+        own = slots if min(counts) >= slots.shape[1] else compaction.within(slots, to.tail_slot)
+        compaction.compact(self.pages, source, own, to)
 
     def fill(
         self,
@@ -203,5 +203,57 @@ class TritonCacheLayer:
         compaction.fill(self.pages, keys, values, positions, counts, self._target(target))
 
     def _target(self, region: Region) -> Source:
-        nothing = torch.zeros(0, dtype=torch.int32, device=self.device)
-        return self.source(region, nothing, 0, 0)
+        return self.source(region, _zeros(self.heads, self.device)[:0], 0, 0)
+
+
+class TritonCacheLayers:
+    """`base.CacheLayers` on the GPU kernels: what they do for a layer they do for the KV heads of
+    several at once, whose pages follow each other."""
+
+    def __init__(self, layers: Sequence[TritonCacheLayer]):
+        self._heads, self._device = layers[0].heads, layers[0].device
+        self._whole = Layer.joined([layer.pages for layer in layers])
+        self._parts: dict[range, Layer] = {range(len(layers)): self._whole}
+
+    def at_once(self, tokens: int, codecs: Sequence[str]) -> int:
+        """See `base.CacheLayers`, as for all of these."""
+        layer = self._whole
+        size = self._heads * tokens * (layer.k_size + layer.v_size)
+        return staged_layers(size * copies("gear" in codecs))
+
+    def compact(
+        self,
+        layers: range,
+        old: Region | None,
+        tail: Tensor,
+        tokens: int,
+        position: int,
+        slots: Tensor,
+        alike: bool,
+        target: Region,
+    ) -> None:
+        if layers not in self._parts:
+            first, heads = layers.start * self._heads, len(layers) * self._heads
+            self._parts[layers] = self._whole.part(first, heads)
+        part = self._parts[layers]
+        if old is None:
+            source = _raw(part.kv_heads, self._device, tail, tokens, position)
+        else:
+            there = UploadedRegion.of(old, self._device)
+            source = there.source_of(layers, tail, tokens, position)
+        to = UploadedRegion.of(target, self._device).source_of(layers, tail[:0], 0, 0)
+        own = slots if alike else compaction.within(slots, to.tail_slot)
+        compaction.compact(part, source, own, to)
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(heads: int, device: torch.device) -> Tensor:
+    """int32 [heads], to be read only."""
+    return torch.zeros(heads, dtype=torch.int32, device=device)
+
+
+def _raw(heads: int, device: torch.device, tail: Tensor, tokens: int, position: int) -> Source:
+    """What a request without a region holds."""
+    zero = _zeros(heads, device)
+    none = zero[:0]
+    return Source(zero, zero, none, none, none, none, none, zero, tail, tokens, position, ())

@@ -43,12 +43,13 @@ def gather_kernel(
     begins, ends, pages, codecs, firsts, tail_slot, tail_table,
     info, fields, inverse, base, coarse, fine, limit,
     count, slot_stride, steps, block_pages, first_page, tail_position,
-    T: tl.constexpr, CODEC: tl.constexpr, VALUES: tl.constexpr, POSITIONS: tl.constexpr,
-    G: tl.constexpr, DTYPE: tl.constexpr,
+    T: tl.constexpr, CODEC: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    POSITIONS: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of T slots, KV heads). Writes float32 key [heads, count, k_size], value likewise
-    and int32 position [heads, count] of slots int64 [heads, count] that lie in pages of CODEC, or
-    in the tail if CODEC has it, which also writes 0 where the slot is negative."""
+    """Grid (tiles of T slots, KV heads). Writes key [heads, count, k_size] of any float type, value
+    likewise and int32 position [heads, count], those that are wanted, of slots int64 [heads, count]
+    that lie in pages of CODEC, or in the tail if CODEC has it, which also writes 0 where the slot
+    is negative."""
     head = tl.program_id(1)
     i = tl.program_id(0) * T + tl.arange(0, T)
     pool = Pool(raw, grid, half, words, wide, codes)
@@ -77,17 +78,18 @@ def gather_kernel(
         page = tl.where(in_tail, at, page)
         index = tl.where(in_tail, place % G.block_size, index)
     row = (head.to(tl.int64) * count + i)[:, None]
-    parts = CODEC.expand_keys(pool, tables, page, index, mask, T, True, CODEC, G, DTYPE)
-    PARTS: tl.constexpr = len(parts)
-    SIZE: tl.constexpr = G.k_size // PARTS
-    for part in tl.static_range(PARTS):
-        x = parts[part]
-        c = tl.arange(0, x.shape[1])[None, :]
-        tl.store(key + row * G.k_size + (c + part * SIZE), x, mask=kept[:, None] & (c < SIZE))
+    if KEYS:
+        parts = CODEC.expand_keys(pool, tables, page, index, mask, T, True, CODEC, G, DTYPE)
+        PARTS: tl.constexpr = len(parts)
+        SIZE: tl.constexpr = G.k_size // PARTS
+        for part in tl.static_range(PARTS):
+            x = parts[part]
+            c = tl.arange(0, x.shape[1])[None, :]
+            tl.store(key + row * G.k_size + (c + part * SIZE), x, mask=kept[:, None] & (c < SIZE))
     if VALUES:
         v = tl.arange(0, G.v_pad)[None, :]
-        x = CODEC.expand_values(pool, tables, page, index, mask, T, CODEC, G)
-        tl.store(value + row * G.v_size + v, x, mask=kept[:, None] & (v < G.v_size))
+        y = CODEC.expand_values(pool, tables, page, index, mask, T, CODEC, G)
+        tl.store(value + row * G.v_size + v, y, mask=kept[:, None] & (v < G.v_size))
     if POSITIONS:
         where = CODEC.positions(pool, tables, page, index, mask, codec, CODEC, G)
         if CODEC.tail:

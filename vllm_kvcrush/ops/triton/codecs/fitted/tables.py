@@ -6,8 +6,9 @@ kernels read them.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ class Variant:
 
     Attributes:
         place: of the codec among a layer's.
-        kv_heads: of the layer.
+        kv_heads: that the tables are of.
         local: whether keys are coded as seen from their strip's first token.
         bits: of values.
         shared: there are heads whose values have other bits.
@@ -69,10 +70,11 @@ class Variant:
 
 
 class Fitted:
-    """A layer's tables on its device.
+    """A layer's tables on its device, or those of several layers.
 
     Attributes:
         codecs: names of the fitted codecs that there are, in the order of `FITTED`.
+        local: by codec, whether keys are coded as seen from their strip's first token.
         sections: by codec, of each head.
         variants: by codec, one for each number of bits that values have.
         info: int32 [codecs, heads, len(FIELDS)].
@@ -99,18 +101,14 @@ class Fitted:
     ):
         self.codecs = tuple(codec for codec in FITTED if codec in tables)
         self.sections = {codec: tables[codec].sections for codec in self.codecs}
-        self.variants: dict[str, tuple[Variant, ...]] = {}
+        self.local = {codec: tables[codec].tables.point.local for codec in self.codecs}
         self._dtype, self._k_pad = dtype, k_pad
         self._fields: list[Tensor] = []
         self._inverse: list[Tensor] = []
         self._used = self._rows = 0
         heads = []
-        for i, codec in enumerate(self.codecs):
+        for codec in self.codecs:
             own = tables[codec]
-            bits = sorted({section.v_bits for section in self.sections[codec]})
-            self.variants[codec] = tuple(
-                Variant(i, len(own.heads), own.tables.point.local, b, len(bits) > 1) for b in bits
-            )
             for head, section in zip(own.heads, self.sections[codec], strict=True):
                 heads.append(self._head(own.tables, own.layer, head, section))
         angles = tables[self.codecs[0]].angles
@@ -124,6 +122,49 @@ class Fitted:
         self.fields = torch.cat(self._fields).to(device)
         self.inverse = torch.cat(self._inverse).to(device)
         del self._fields, self._inverse
+        self.variants = self._variants()
+
+    def _variants(self) -> dict[str, tuple[Variant, ...]]:
+        heads, found = self.info.stride(0) // self.info.stride(1), {}
+        for i, codec in enumerate(self.codecs):
+            bits = sorted({section.v_bits for section in self.sections[codec]})
+            found[codec] = tuple(
+                Variant(i, heads, self.local[codec], b, len(bits) > 1) for b in bits
+            )
+        return found
+
+    @classmethod
+    def joined(cls, layers: Sequence[Fitted]) -> Fitted:
+        """The tables of several layers as those of one that has the heads of all, a layer's after
+        the other's."""
+        whole = copy.copy(layers[0])
+        whole.sections = {
+            codec: [section for own in layers for section in own.sections[codec]]
+            for codec in whole.codecs
+        }
+        info, rows, used = [], 0, 0
+        for own in layers:
+            moved = own.info.clone()
+            for name, by in (("decode", used), ("encode", used), ("inverse", rows)):
+                moved[..., FIELDS.index(name)] += by
+            info.append(moved)
+            used, rows = used + len(own.fields), rows + len(own.inverse)
+        whole.info = torch.cat(info, 1)
+        for name in ("base", "mean", "forward", "cost", "top", "exceptions"):
+            setattr(whole, name, torch.cat([getattr(own, name) for own in layers], 1))
+        for name in ("fields", "inverse"):
+            setattr(whole, name, torch.cat([getattr(own, name) for own in layers]))
+        whole.variants = whole._variants()
+        return whole
+
+    def part(self, first: int, heads: int) -> Fitted:
+        """The tables of some of the heads: parts of these."""
+        part, own = copy.copy(self), slice(first, first + heads)
+        part.sections = {codec: sections[own] for codec, sections in self.sections.items()}
+        for name in ("info", "base", "mean", "forward", "cost", "top", "exceptions"):
+            setattr(part, name, getattr(self, name)[:, own])
+        part.variants = part._variants()
+        return part
 
     def tables(self) -> tuple[object, ...]:
         """What kernels take as `info`, `fields`, `inverse`, `base`, `coarse`, `fine`, `limit`."""
