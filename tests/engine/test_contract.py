@@ -404,9 +404,9 @@ def test_kvzip_keeps_what_the_model_looks_at_when_it_repeats(
 
 
 def test_kvzip_in_wrappers_that_divide_and_that_order(engine: Engine, ids: list[int]) -> None:
-    asked = ("adakv(kvzip)", "composed(kvzip, other=h2o)", "kvcrush(kvzip)@tc4")
+    asked = ("adakv(kvzip)", "fair(kvzip)@int8", "kvcrush(kvzip)@tc4")
     prompts = [ids[150 * i : 150 * i + 330] for i in range(len(asked))]
-    params = [engine.params(NEW, kv_policy=p, kv_budget=96) for p in asked]
+    params = [engine.params(NEW, kv_policy=p, kv_budget=96, **spans_of(p)) for p in asked]
     for policy, output in zip(asked, engine.generate(prompts, params), strict=True):
         details = output.kv_tokens_details
         assert details["compactions"] >= 2 and "policy_failures" not in details, policy
