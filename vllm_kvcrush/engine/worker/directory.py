@@ -121,9 +121,7 @@ class UploadedRegion:
             head = head - layers.start * begin.shape[1]
         bounds = begin.flatten(), end.flatten()
         counts = self.tokens[layers.start : layers.stop].flatten()
-        return self._source(
-            own, bounds, kinds.flatten(0, 1), head, counts, tail, tokens, position
-        )
+        return self._source(own, bounds, kinds.flatten(0, 1), head, counts, tail, tokens, position)
 
     def _source(
         self,
