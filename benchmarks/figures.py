@@ -450,6 +450,28 @@ def gpu_metadata() -> str:
     return table(head, lines)
 
 
+def gpu_compaction() -> str:
+    """docs/gpu.md's table: what a compaction asks of a device, before layers were moved together
+    and now."""
+    kinds = ("kernels", "operations", "uploads", "waits")
+    before, now = (
+        {(r["policy"], r["mode"].partition(",")[0], r["task"]): r for r in rows(path)}
+        for path in (RESULTS / f"gpu_compaction{when}.json" for when in ("_before", ""))
+    )
+
+    def told(row: dict[str, Any]) -> str:
+        each = float(row["mode"].rpartition("=")[2])
+        more = f" ({each:.3g})" if row["task"] in kinds[:2] else ""
+        return f"{row['value']:,.0f}{more}"
+
+    lines = []
+    for policy, stage in dict.fromkeys((policy, stage) for policy, stage, _ in now):
+        pairs = [[at[policy, stage, kind] for at in (before, now)] for kind in kinds]
+        cells = [" → ".join(told(row) for row in pair) for pair in pairs]
+        lines.append([f"`{policy}`, {stage}", *cells])
+    return table(["policy, compaction", *kinds], lines)
+
+
 def pitfalls() -> str:
     """Returns the table of what policies do to instructions: left to them, by share, protected."""
     paths = beside(RESULTS / "pitfalls.json")
@@ -476,7 +498,7 @@ PARTS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
         *(summary, capacity, quality, methods, bits, serving, pressure, overhead, first, kernels),
-        *(gpu_floor, gpu_metadata, gpu_memory, pitfalls),
+        *(gpu_floor, gpu_metadata, gpu_compaction, gpu_memory, pitfalls),
     )
 }
 

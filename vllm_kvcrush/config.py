@@ -239,6 +239,7 @@ class Demands:
         pages: whether heads own other pages than the block table says.
         positions: whether the true positions of tokens are kept.
         merges: whether the policy merges tokens, so that slots may have a log bias.
+        tiled: see `Policy.tiled`.
     """
 
     needs: frozenset[str] = frozenset()
@@ -246,6 +247,7 @@ class Demands:
     pages: bool = False
     positions: bool = False
     merges: bool = False
+    tiled: bool = False
 
 
 def parse_spans(value: Any, key: str, max_model_len: int) -> Spans:
@@ -735,6 +737,7 @@ class Settings:
             pages=merges or allocates,
             positions="positions" in policy.needs or merges or allocates,
             merges=merges,
+            tiled=policy.tiled,
         )
 
     def plan(self, params: RequestParams, num_prompt_tokens: int, block_size: int) -> Plan:

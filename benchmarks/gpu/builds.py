@@ -138,9 +138,11 @@ def attention(codec: str, size: int, group: int, dtype: str, decode: bool, targe
     wave = TARGETS[target].warp_size
     page = Geometry.of(BLOCK_SIZE, size, size, DTYPES[dtype].primitive_bitwidth // 8)
     shape = (group, page.k_pad, page.v_pad, page.itemsize, BLOCK_SIZE)
-    tiles = attention_tiles(*shape, decode, wave, any(RECORDS[c].needs_tables for c in parts))
     if len(parts) > 1:
         parts.add("raw")
+    tables = any(RECORDS[c].needs_tables for c in parts)
+    crowded = len(parts) > 2 and page.padded
+    tiles = attention_tiles(*shape, decode, wave, tables, crowded)
     records = tuple((RECORDS[run],) if run in parts else () for run in RUNS)
     sections = dict(page.sections)
     room = tuple(sections[run].capacity if run in sections else 0 for run in RUNS)

@@ -45,7 +45,7 @@ def test_nobody_waits_for_a_choice(policy: str) -> None:
     """Policies are asked layer by layer, and all that they choose is moved at once."""
     for few, many in asked_by(policy, 0.15).values():
         assert not many.waits
-        assert few.uploads == many.uploads
+        assert many.uploads <= few.uploads, "the same numbers are copied once"
         moved = {"encode_kernel", "fitted_keys_kernel"}
         assert {k: n for k, n in few.kernels.items() if k in moved} == {
             k: n for k, n in many.kernels.items() if k in moved

@@ -71,7 +71,16 @@ def test_gather(draw: random.Random, device: str, k_size: int, v_size: int) -> N
     for row, n in zip(slots, held, strict=True):
         some = sorted(draw.sample(range(n), min(n, count - 3)))
         row[: len(some)] = torch.tensor(some, dtype=torch.int64)
-    key, value, where = compaction.gather(cache.layer, source, slots.to(device), positions=True)
+    key, value, where = compaction.gather(cache.layer, source, slots.to(device))
+    assert key is not None and value is not None and where is not None
+    # Each alone, and in the pages' type: what is rounded from the same numbers.
+    for own, got in (("keys", key), ("values", value), ("positions", where)):
+        wanted = {name: name == own for name in ("keys", "values", "positions")}
+        alone = compaction.gather(
+            cache.layer, source, slots.to(device), **wanted, dtype=torch.float16
+        )
+        (found,) = [x for x in alone if x is not None]
+        torch.testing.assert_close(found, got.to(found.dtype), rtol=1e-3, atol=1e-6)
     for head in range(2):
         mine = slots[head][slots[head] >= 0]
         got_k, got_v = key[head, : len(mine)].cpu(), value[head, : len(mine)].cpu()

@@ -37,12 +37,12 @@ def model(shape: str, index: int = 1) -> launches.Model:
     return launches.Model(heads, kv_heads, size, index=index, tables=own)
 
 
-def check(found: list[launches.Launch], spills: int = 0) -> None:
-    """Asserts that no kernel spills more than `spills` bytes, and that each fits on a processor."""
+def check(found: list[launches.Launch]) -> None:
+    """Asserts that no kernel spills, and that each fits on a processor."""
     for launch in {launch.hash: launch for launch in found}.values():
         facts = disassembly.facts(launch.kernel, TARGET)
         said = f"{launch.name} {launch.constants}"
-        assert facts.spills <= spills, f"{said} spills {facts.spills} bytes"
+        assert not facts.spills, f"{said} spills {facts.spills} bytes"
         assert facts.blocks >= 1, f"{said} does not fit a processor"
 
 
@@ -87,17 +87,13 @@ def test_steps(shape: str, codecs: tuple[str, ...]) -> None:
         assert len({launch.hash for launch in found if launch.name == name}) == 1
 
 
-@pytest.mark.parametrize(
-    ("codecs", "spills"),
-    sample([(("int4", "int8", "raw"), 8)], [(("raw",), 0), (("int8", "tc4"), 0)]),
-)
-def test_steps_with_log_biases(codecs: tuple[str, ...], spills: int) -> None:
-    """What a server compiles whose policies may merge: biases are found by their addresses, which
-    are a register too many where pages are of three kinds."""
+@pytest.mark.parametrize("codecs", sample([("int4", "int8", "raw")], [("raw",), ("int8", "tc4")]))
+def test_steps_with_log_biases(codecs: tuple[str, ...]) -> None:
+    """What a server compiles whose policies may merge: biases are found by their addresses."""
     with launches.compiled(TARGET) as found:
         model("llama").step([1] * 64, codecs, biased=True)
         model("llama").step([300, 1], codecs, biased=True)
-    check(found, spills)
+    check(found)
     attention = [launch for launch in found if launch.name == "attention_kernel"]
     assert [launch.constants["BIAS"] for launch in attention] == [True, True]
 

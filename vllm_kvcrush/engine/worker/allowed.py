@@ -25,6 +25,11 @@ def has_biases(settings: Settings) -> bool:
     return any(demands.merges for demands in _demands(settings))
 
 
+def reads_floats(settings: Settings) -> bool:
+    """Whether an allowed policy may read keys and values in float32."""
+    return any(not demands.tiled for demands in _demands(settings))
+
+
 def has_state(settings: Settings) -> bool:
     """Whether an allowed policy may keep running state."""
     return any("state" in demands.needs for demands in _demands(settings))

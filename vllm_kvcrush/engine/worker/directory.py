@@ -81,13 +81,15 @@ class UploadedRegion:
         ]
         packed = np.concatenate(parts, dtype=np.int32, casting="unsafe")
         there = async_tensor_h2d(packed, device=device)
-        blocks, begins, ends, kinds, tokens, *entries = there.split([len(part) for part in parts])
+        blocks, begins, ends, kinds, tokens, *rest = there.split([len(part) for part in parts])
+        page, counts, codec, head, first = rest
         bias = None
         if region.bias is not None:
             bias = async_tensor_h2d(region.bias, device=device)
         region.uploaded = made = cls(
             region, blocks, begins.view(layers, heads), ends.view(layers, heads),
-            kinds.view(layers, heads, len(RUNS), 2), tokens.view(layers, heads), *entries, bias,
+            kinds.view(layers, heads, len(RUNS), 2), tokens.view(layers, heads), page, counts,
+            codec, head, first, bias,
             [*begin[:, 0].tolist(), len(count)],
             tuple(dict.fromkeys(run_of(codec) for codec in region.codecs)),
         )  # fmt: skip

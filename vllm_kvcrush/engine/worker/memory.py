@@ -11,6 +11,7 @@ from vllm_kvcrush.engine.worker.allowed import (
     has_biases,
     has_state,
     needs_queries,
+    reads_floats,
     region_codecs,
 )
 
@@ -75,9 +76,10 @@ class SideMemory:
         directory: rows of the directory, by request.
         queries: the last queries of each request.
         compaction: the keys and values, in float32, of a layer of the longest request: once as its
-            policy sees them, once as it merges them, if an allowed one does, and once on their way
-            into new pages, several times where these may be gear's, or of as many layers as fit
-            `STAGING`; and the old and the new region. What a policy computes is not in it.
+            policy sees them (in the pages' type if all allowed ones take tiles of them), once as it
+            merges them, if an allowed one does, and once on their way into new pages, several times
+            where these may be gear's, or of as many layers as fit `STAGING`; and the old and the
+            new region. What a policy computes is not in it.
         entries: of each block of the pool, the directory's.
         kept: of each block of the pool, what is kept of the tokens in it: true positions, which any
             request may ask for, and running state (a number a token) and log biases, where an
@@ -111,7 +113,8 @@ class SideMemory:
         queries = sizes.requests * settings.window * query if needs_queries(settings) else 0
         layer = sizes.kv_heads * tokens * 2 * sizes.head_size * _WORD
         moved = max(STAGING, copies("gear" in region_codecs(settings)) * layer)
-        compaction = (1 + has_biases(settings)) * layer + moved
+        seen = layer if reads_floats(settings) else layer * sizes.itemsize // _WORD
+        compaction = seen + has_biases(settings) * layer + moved
         directory = entries = 0
         if owned:
             directory = (sizes.requests + 1) * sizes.pages * _RUNS * 2 * _WORD

@@ -349,7 +349,7 @@ class Move:
                 self._remember(index, kept)
                 found.append(kept.slots)
             slots = torch.cat([F.pad(x, (0, most - x.shape[1])) for x in found])
-        for index, part in zip(layers, slots.split(self._heads), strict=True):
+        for index, part in zip(layers, torch.split(slots, self._heads), strict=True):
             self._tell(index, part)
         position = self._command.computed - self._tail_tokens
         try:

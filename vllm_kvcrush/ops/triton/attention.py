@@ -21,16 +21,18 @@ from vllm_kvcrush.ops.triton.config import (
 from vllm_kvcrush.ops.triton.kernels.attention import attention_kernel, merge_kernel
 
 
-def tiles_for(layer: Layer, longest: int, tables: bool = False) -> tuple[Tiles, bool]:
-    """The tiles of a step whose sequences have up to `longest` query rows, and perhaps pages of
-    codecs with tables; and whether they are those of decode, in which a program has a whole
-    sequence. Only these two kinds are ever compiled, whatever `longest` is."""
+def tiles_for(
+    layer: Layer, longest: int, tables: bool = False, crowded: bool = False
+) -> tuple[Tiles, bool]:
+    """The tiles of a step whose sequences have up to `longest` query rows, with `tables` and
+    `crowded` as `attention_tiles` takes them; and whether they are those of decode, in which a
+    program has a whole sequence. Only these two kinds are ever compiled, whatever `longest` is."""
     geometry = layer.geometry
     shape = (layer.group, geometry.k_pad, geometry.v_pad, geometry.itemsize, layer.block_size)
-    tiles = attention_tiles(*shape, True, layer.wave, tables)
+    tiles = attention_tiles(*shape, True, layer.wave, tables, crowded)
     if longest <= tiles.queries:
         return tiles, True
-    return attention_tiles(*shape, False, layer.wave, tables), False
+    return attention_tiles(*shape, False, layer.wave, tables, crowded), False
 
 
 @functools.lru_cache(maxsize=1024)
@@ -88,7 +90,9 @@ def attention(
     there = {run for run, any_pages in zip(RUNS, present, strict=True) if any_pages}
     variants = tuple(layer.variants(run) if run in there else () for run in RUNS)
     tables = any(codec.needs_tables for codecs in variants for codec in codecs)
-    tiles, uniform = tiles_for(layer, batch.longest, tables)
+    bias = None if directory is None else directory.bias
+    crowded = len(there) > 2 and (bias is not None or geometry.padded)
+    tiles, uniform = tiles_for(layer, batch.longest, tables, crowded)
     capacities = tuple(
         layer.most(run) if codecs else 0 for run, codecs in zip(RUNS, variants, strict=True)
     )
@@ -103,7 +107,6 @@ def attention(
         sums = torch.empty(shape, dtype=torch.float32, device=device)
         if out is not None:
             to = torch.empty((*shape, layer.v_size), dtype=torch.float32, device=device)
-    bias = None if directory is None else directory.bias
     attention_kernel[(blocks, layer.kv_heads, parts)](
         to if to is not None else lse,
         sums,

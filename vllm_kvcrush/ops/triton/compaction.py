@@ -117,7 +117,8 @@ def gather_pages(
         source.tail_table, *layer.tables(), count, slots.stride(0),
         len(source.page).bit_length(), layer.block_pages, layer.first_page,
         source.tail_position, T=SLOTS, CODEC=codec, KEYS=key is not None,
-        VALUES=value is not None, POSITIONS=where is not None, G=layer.geometry, DTYPE=DTYPES[layer.dtype],
+        VALUES=value is not None, POSITIONS=where is not None, G=layer.geometry,
+        DTYPE=DTYPES[layer.dtype],
         num_warps=gather_warps(layer.geometry.k_pad, layer.geometry.v_pad),
         **product_options(layer.wave),
     )  # fmt: skip

@@ -60,6 +60,7 @@ def attention_tiles(
     decode: bool,
     wave: int = 32,
     tables: bool = False,
+    crowded: bool = False,
 ) -> Tiles:
     """Tiles of the attention kernel: of a layer one choice for decode and one for prefill, however
     long a chunk is.
@@ -72,6 +73,8 @@ def attention_tiles(
         decode: every sequence has one query row, or as few as fit the same tiles; else prefill.
         wave: threads of a warp; 64 on AMD.
         tables: there may be pages of codecs with tables, whose loop needs most registers.
+        crowded: there may be pages of three kinds, and log biases or padded heads besides. With a
+            third tile on its way ptxas then spills a register or two to fit one block more.
     """
     size = max(k_pad, v_pad)
     rows = max(16, 1 << (group - 1).bit_length())
@@ -96,7 +99,7 @@ def attention_tiles(
         most=most,
         tail=tile_tokens(block_size, most),
         warps=warps,
-        stages=2 if prefill or size * itemsize > 256 else 3,
+        stages=2 if prefill or crowded or size * itemsize > 256 else 3,
     )
 
 

@@ -154,6 +154,11 @@ class Geometry:
     rotation: int
     sections: tuple[tuple[str, Section], ...]
 
+    @property
+    def padded(self) -> bool:
+        """Whether tiles are wider than heads, so that loads have masks for it."""
+        return (self.k_pad, self.v_pad) != (self.k_size, self.v_size)
+
     @classmethod
     def of(cls, block_size: int, k_size: int, v_size: int, itemsize: int) -> Geometry:
         """Raises ValueError where no kernel can read such pages."""

@@ -13,10 +13,9 @@ from vllm_kvcrush.ops.triton.layout import Geometry
 
 
 def _scores_tiles(geometry: Geometry) -> tuple[int, int, int]:
-    # With these no target of benchmarks.gpu spills or loses its wide loads. ptxas spills some bytes
-    # where that fits one block more.
-    size = max(geometry.k_pad, geometry.v_pad)
-    return (32, *((4, 3) if size <= 64 else (8, 1) if size <= 128 else (4, 1)))
+    # With these no target of benchmarks.gpu spills or loses its wide loads. With 8 warps ptxas
+    # spills some bytes under Triton 3.8 in order to fit one block more.
+    return 32, 4, 3 if max(geometry.k_pad, geometry.v_pad) <= 64 else 1
 
 
 def _tile(capacity: int, most: int) -> int:
