@@ -224,6 +224,20 @@ def bits() -> str:
     return "\n\n".join(f"{_measured_on(p)}\n\n{tables(read(p)['rows'])}" for p in paths)
 
 
+def codecs() -> str:
+    """Returns the table of what contents of pages lose by their bytes, offline."""
+    path = RESULTS / "codecs.json"
+    found = [r for r in rows(path) if r["task"] is None]
+    lines = []
+    for name in dict.fromkeys(r["codec"] for r in found):
+        own = [r for r in found if r["codec"] == name]
+        held = {r["budget"]: r["value"] for r in own if r["metric"] == "bytes_ratio"}
+        cells = [_value([r], 3) for m in ("delta_nll", "kl") for r in own if r["metric"] == m]
+        lines.append([f"`{name}`", f"{held[16]:.1f}", f"{held[32]:.1f}", *cells])
+    head = ["content", "× less than bfloat16", "× less than float32", "loss", "KL"]
+    return f"{_measured_on(path)}\n\n{table(head, lines)}"
+
+
 def capacity() -> str:
     """Returns one sentence about a fixed pool, for README."""
     path = RESULTS / "serving.json"
@@ -497,7 +511,7 @@ def pitfalls() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(summary, capacity, quality, methods, bits, serving, pressure, overhead, first, kernels),
+        *(summary, capacity, quality, methods, codecs, bits, serving, pressure, overhead, first, kernels),
         *(gpu_floor, gpu_metadata, gpu_compaction, gpu_memory, pitfalls),
     )
 }
