@@ -511,7 +511,19 @@ def pitfalls() -> str:
 PARTS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
-        *(summary, capacity, quality, methods, codecs, bits, serving, pressure, overhead, first, kernels),
+        *(
+            summary,
+            capacity,
+            quality,
+            methods,
+            codecs,
+            bits,
+            serving,
+            pressure,
+            overhead,
+            first,
+            kernels,
+        ),
         *(gpu_floor, gpu_metadata, gpu_compaction, gpu_memory, pitfalls),
     )
 }
