@@ -29,7 +29,8 @@ DIVIDERS = ("adakv", "pyramidkv", "cake", "duo", "surfacelogic")
 MERGERS = ("d2o", "cam", "keepkv")
 WRAPPERS = ("kvcrush", "rerotate", "composed")
 VARIANTS = (
-    *("kvcrush(snapkv)", "kvcrush(expected_attention)", "adakv(expected_attention)"),
+    *("kvcrush(snapkv)", "kvcrush(expected_attention)", "expected_attention(epsilon=0.01)"),
+    "adakv(expected_attention(epsilon=0.01))",
     *("adakv(keydiff)", "surfacelogic(keydiff)", "cam(keydiff)"),
 )
 REPEATING = ("kvzip", "adakv(kvzip)")  # which cost a prefill, not a layer's scores

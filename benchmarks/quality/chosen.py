@@ -22,7 +22,7 @@ SCORERS = (
 EVICTING = (
     *SCORERS,
     *(f"kvcrush({base})" for base in ("snapkv", "keydiff", "gkv", "lagkv")),
-    *("adakv(snapkv)", "adakv(expected_attention)", "adakv(keydiff)", "adakv(kvzip)"),
+    *("adakv(snapkv)", "adakv(expected_attention(epsilon=0.01))", "adakv(keydiff)", "adakv(kvzip)"),
     *("pyramidkv(snapkv)", "pyramidkv(keydiff)"),
     *("cake", "duo(snapkv)", "duo(keydiff)", "surfacelogic(snapkv)", "surfacelogic(keydiff)"),
     *("d2o", "cam(snapkv)", "cam(keydiff)", "keepkv(snapkv)", "keepkv(keydiff)"),

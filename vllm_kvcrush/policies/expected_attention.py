@@ -31,7 +31,9 @@ class ExpectedAttention(Policy):
     Cost: O(w n D), that of the window's attention.
 
     Choose it where what comes next is like what came last, as in long answers; with a file, where
-    the last queries tell nothing of what comes.
+    the last queries tell nothing of what comes. Take it with `epsilon=0.01`, as kvpress evaluates
+    it, which loses a sixth of what 0 does at half of the tokens: few tokens have nearly all of the
+    weight, and with it the others are ranked by the norms of their values.
 
     Attributes:
         future: number of the next positions.
