@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -752,3 +753,43 @@ def test_a_compaction_does_not_count_whose_request_is_preempted_in_its_step() ->
     assert not scheduler.schedule().kvcrush.commands
     (tracked,) = scheduler._tracked.values()
     assert (tracked.compactions, tracked.first_compaction, lives.counted()) == (0, None, 0)
+
+
+def closed_loop(at_once: int, **settings: Any) -> tuple[int, int, int]:
+    """Keeps so many requests, each a sixth of the pool, in a scheduler until all are done.
+
+    Returns the steps that this took, the tokens that were computed in them, and compactions.
+    """
+    lives = SchedulerMachine()
+
+    lives.start(
+        block_size=8, num_blocks=129, chunk=512, seqs=16, prefix_caching=True, seed=0, **settings
+    )
+    draw, steps, tokens = random.Random(at_once), 0, 0
+    waiting = 2 * at_once + 2
+    while waiting or lives.scheduler.requests:
+        while waiting and len(lives.scheduler.requests) < at_once:
+            waiting -= 1
+            lives.added += 1
+            request = Request(
+                request_id=f"r{lives.added}",
+                prompt_token_ids=[draw.randrange(3, 60) for _ in range(160)],
+                sampling_params=SamplingParams(max_tokens=16, ignore_eos=True),
+                pooling_params=None,
+                block_hasher=lives.hasher,
+            )
+            lives.scheduler.add_request(request)
+        tokens += lives.step()
+        steps += 1
+        lives.deliver()
+    return steps, tokens, lives.counted()
+
+
+@pytest.mark.parametrize("at_once", [4, 6, 8])
+def test_pressure_takes_no_more_steps_than_plain_vllm(at_once: int) -> None:
+    """Nor computes more tokens, whatever it compacts."""
+    plain = closed_loop(at_once, policy="none", budget=1.0)
+    pressed = closed_loop(at_once, policy="auto", budget=0.25, pressure=0.8)
+    assert pressed[0] <= plain[0] and pressed[1] <= plain[1]
+    # Four have room, and six are more than the limit allows.
+    assert bool(pressed[2]) == (at_once > 4)
