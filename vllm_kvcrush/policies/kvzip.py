@@ -31,11 +31,12 @@ class KVzip(Policy):
     `--kv-policy-allow`. Near the model's longest context chunks are shorter, as positions go on
     behind the request's own; where there is no room at all its newest tokens stay.
 
-    Cost: a second prefill of all that is compacted, during which no other request is served, and
-    a copy of one layer's keys and values at a time.
+    Cost: a second pass of the model over all that is compacted, during which no other request is
+    served, and a copy of one layer's keys and values at a time. As its attention is not that of the
+    kernels, it took about twice as long as the prefill.
 
-    Choose it where a context is read once and asked about often, so that a prompt that takes twice
-    as long is worth it: as `adakv(kvzip)`, and down to a quarter of the tokens.
+    Choose it where a context is read once and asked about often, so that a prompt that takes three
+    times as long is worth it: as `adakv(kvzip)`, and down to a quarter of the tokens.
     """
 
     name: ClassVar[str] = "kvzip"
