@@ -131,7 +131,7 @@ def compacted(model: Model, command: Compact, state: WorkerRequest) -> None:
     def failed(why: Exception) -> None:
         raise why
 
-    move = Move(command, state, model.layers, BLOCK_SIZE, None, failed, None, model.together)
+    move = Move(command, state, model.layers, BLOCK_SIZE, None, {}, failed, None, model.together)
     if move.scores and "queries" in state.needs:
         shape = (len(model.layers), HEADS, model.settings.window, HEAD_SIZE)
         move.queries = torch.zeros(shape, dtype=torch.bfloat16, device=asked.DEVICE)

@@ -458,7 +458,7 @@ def test_servers_own_bases_are_what_is_stored() -> None:
         ("snapkv", Demands(frozenset({"queries"}))),
         ("h2o", Demands(frozenset({"queries", "state"}), always=True)),
         ("fair(streaming)", Demands(frozenset({"positions"}), positions=True)),
-        ("int4", Demands()),
+        ("int4", Demands(tiled=True)),
         ("kvcrush(snapkv)@int4", Demands(frozenset({"queries"}))),
         ("adakv", Demands(frozenset({"queries"}), always=True, pages=True, positions=True)),
         ("keepkv", Demands(frozenset({"queries"}), pages=True, positions=True, merges=True)),

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from vllm_kvcrush.config import Settings
-from vllm_kvcrush.engine.worker.memory import SideMemory, Sizes
+from vllm_kvcrush.engine.worker.memory import STAGING, SideMemory, Sizes
 
 # A rank of 8 of a model with 80 layers, 64 query heads and 8 KV heads of 128, in bfloat16.
 LARGE = Sizes(
@@ -39,13 +39,15 @@ def test_what_is_allowed_decides() -> None:
 def test_the_longest_request_decides_what_a_compaction_takes() -> None:
     short = dataclasses.replace(LARGE, max_model_len=1024)
     wide = dataclasses.replace(LARGE, kv_heads=8, heads=64)
-    one = side("streaming").compaction
-    assert one == 128 * side("streaming", sizes=short).compaction
-    assert side("streaming", sizes=wide).compaction == 8 * one
-    # Keys and values in float32, twice.
-    assert one == 131_072 * 2 * 128 * 4 * 2
+    # Keys and values in float32 as the policy sees them, and as many layers as fit the staging.
+    layer = 131_072 * 2 * 128 * 4
+    assert side("streaming").compaction == layer + STAGING and layer < STAGING
+    assert side("streaming", sizes=short).compaction == layer // 128 + STAGING
+    # One layer at least.
+    assert side("streaming", sizes=wide).compaction == 8 * layer + 8 * layer
     # What only gear's pages are made from.
-    assert side("gear").compaction - side("tada").compaction >= 5 * one // 2
+    more = side("gear", sizes=wide).compaction - side("tada", sizes=wide).compaction
+    assert more >= 5 * 8 * layer // 2
 
 
 @pytest.mark.parametrize("allow", [("streaming",), ("int4", "keepkv", "h2o")])
