@@ -54,8 +54,8 @@ def test_with_a_policy_scheduler_and_worker_are_ours(configure: Any) -> None:
         (
             {"policy": "crush"},
             "choose one of streaming, lacache, knorm, keydiff, lagkv, infinipot, snapkv, tova, "
-            "h2o, expected_attention, gkv, rkv, critic, gui_kv, kvcrush, mikv, adakv, keepkv, "
-            "fair, rerotate, pyramidkv, cake, duo, surfacelogic, d2o, cam, composed, "
+            "h2o, expected_attention, gkv, rkv, critic, gui_kv, kvzip, kvcrush, mikv, adakv, "
+            "keepkv, fair, rerotate, pyramidkv, cake, duo, surfacelogic, d2o, cam, composed, "
             "int8, int4, tc4, tc6, tc8, tada, gear, auto, none",
         ),
         ({"budget": 0.5}, "add --kv-policy=kvcrush"),

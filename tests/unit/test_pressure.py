@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcrush.engine.pressure import Holder, levels, may_score, relieve, shape_at
+from vllm_kvcrush.engine.pressure import Holder, Step, levels, may_score, relieve, shape_at
 from vllm_kvcrush.plan import Packing, Plan, cdiv
 
 BLOCK = 16
@@ -106,6 +106,7 @@ def test_short_requests_are_left_alone() -> None:
     missing=st.integers(1, 900),
     small=st.booleans(),
 )
+@example(lengths=[49, 368, 432, 753, 1377], budget=0.05, packed=0, missing=169, small=False)
 def test_enough_is_given_back_and_no_more(
     lengths: list[int], budget: float | int, packed: int, missing: int, small: bool
 ) -> None:
@@ -123,10 +124,19 @@ def test_enough_is_given_back_and_no_more(
         assert (
             step.freed == requests[name].own - shape_at(requests[name], step.level).compressed > 0
         )
-        # Without its last step it would not have been enough.
-        finer = [s.freed for s in requests[name].steps() if s.level < step.level]
-        less = freed - step.freed + max(finer, default=0)
-        assert less < missing or step.level <= min(s.level for s in chosen.values())
+
+    # Without the step that was taken last it would not have been enough.
+    def place(name: str, step: Step) -> tuple[bool, int, int, str]:
+        return not step.worth_while, step.level, -step.freed, name
+
+    if chosen:
+        name, step = max(chosen.items(), key=lambda item: place(*item))
+        before = [
+            s.freed
+            for s in requests[name].steps()
+            if (small or s.worth_while) and place(name, s) < place(name, step)
+        ]
+        assert freed - step.freed + max(before, default=0) < missing
 
 
 def test_levels_are_in_order() -> None:

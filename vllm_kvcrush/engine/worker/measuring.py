@@ -137,9 +137,9 @@ class MeasuringMixin(_Base):
         for i, (context, question) in enumerate(found):
             excerpt = self._read(context, question)
             for packing in packings:
-                loss, error = self._lost(excerpt, [packing])
+                loss, region = self._lost(excerpt, [packing])
                 losses[packing.codec] += loss / len(found)
-                errors[packing.codec] += error
+                errors[packing.codec] += self._errors(excerpt, region)
             # The errors of one codec in one layer after the other.
             for layer in range(shape[0]) if i == 0 and len(packings) > 1 else ():
                 ends = packings[0], packings[-1]
@@ -192,10 +192,19 @@ class MeasuringMixin(_Base):
             found.append(statistics.attended(held, queries, layer.scale))
         return found
 
-    def _lost(self, excerpt: _Excerpt, packings: Sequence[Packing]) -> tuple[float, Tensor]:
-        """Returns what is lost when the context of an excerpt is compacted to a codec, or to
-        several as `_head_losses` says, in nats a token of the question; and the summed squares of
-        the errors of what queries read, float64 [L, H]."""
+    def _errors(self, excerpt: _Excerpt, region: Region) -> Tensor:
+        """Returns the summed squares of the errors of what an excerpt's queries read from its
+        context in a region, float64 [L, H]."""
+        nothing = torch.zeros(0, dtype=torch.int32, device=self._layers[0].device)
+        read = self._attended(excerpt, region, nothing)
+        pairs = zip(read, excerpt.read, strict=True)
+        return torch.stack(
+            [(own - exact).double().square().sum((1, 2)) for own, exact in pairs]
+        ).cpu()
+
+    def _lost(self, excerpt: _Excerpt, packings: Sequence[Packing]) -> tuple[float, Region]:
+        """Compacts the context of an excerpt to a codec, or to several as `_head_losses` says, and
+        returns what is lost, in nats a token of the question, and the region."""
         context, question, blocks = excerpt.context, excerpt.question, excerpt.blocks
         n, size = len(context), self.cache_config.block_size
         tokens = context + question
@@ -206,16 +215,9 @@ class MeasuringMixin(_Base):
         other = self._hidden(step, last=False)
         region = self._requests[statistics.REQUEST].region
         assert region is not None
-        nothing = torch.zeros(0, dtype=torch.int32, device=self._layers[0].device)
-        errors = [
-            (read - exact).double().square().sum((1, 2))
-            for read, exact in zip(
-                self._attended(excerpt, region, nothing), excerpt.read, strict=True
-            )
-        ]
         self.execute_model(statistics.finished())
         loss = statistics.divergence(self.get_model().compute_logits, excerpt.exact, other)
-        return loss, torch.stack(errors).cpu()
+        return loss, region
 
     def _divided(
         self, errors: Mapping[str, Tensor], known: str, by_layer: Sequence[float]
