@@ -31,6 +31,9 @@ CONTEXT, QUESTION, EXCERPTS = 768, 96, 2
 _LOGITS = 64  # rows of logits that are computed at once
 # Of the question's queries, every such one is asked what it reads from each head.
 EVERY = 3
+# The part of the least that a layer alone loses which is taken for what all have in common:
+# rounding, and the finest codec in the others.
+_COMMON = 0.95
 REQUEST = "vllm-kvcrush-statistics"
 _POLICY = "streaming"  # any: all tokens stay
 
@@ -165,7 +168,9 @@ def divided(
     totals: Mapping[str, float], errors: Mapping[str, Tensor], known: str, by_layer: Sequence[float]
 ) -> dict[str, Tensor]:
     """Divides what codecs lose among layers and heads: to second order, a divergence is quadratic
-    in the errors of what queries read, with a weight that depends on the layer.
+    in the errors of what queries read, with a weight that depends on the layer. What a layer alone
+    loses tells it, but in bfloat16 rounding hides most of that, so the weight is the geometric mean
+    of the measured one and of one for all layers.
 
     Args:
         totals: by codec, its loss.
@@ -177,7 +182,9 @@ def divided(
         By codec, float64 [L, H], of which the sum is the codec's total.
     """
     alone = torch.tensor(by_layer, dtype=torch.float64).clamp(min=0)
-    weights = alone / errors[known].sum(1).clamp(min=1e-30)
+    alone -= _COMMON * alone.min()
+    error = errors[known].sum(1).clamp(min=1e-30)
+    weights = (alone / alone.sum().clamp(min=1e-30) / error).clamp(min=1e-30).sqrt()
     found = {}
     for codec, total in totals.items():
         shares = weights.unsqueeze(1) * errors[codec]
