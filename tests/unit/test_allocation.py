@@ -259,3 +259,16 @@ def test_codecs_by_head_are_the_best_for_their_price() -> None:
         mixed = 1 - 0.6 * share[0] if total <= 800 else max(0.1, 0.4 - 0.3 * share[1])
         assert lost <= mixed * cost.sum() + 1e-9
     assert least_loss_codecs(losses, pages, 399) is None
+
+
+@pytest.mark.parametrize("total", [40, 60, 200])
+def test_losses_that_are_no_numbers_end_no_engine(total: int) -> None:
+    """As a model's may be whose logits overflow: any codecs that there is room for do."""
+    pages = np.stack([np.full((4, 2), n) for n in (16, 8, 4)])
+    losses = np.random.default_rng(0).random((3, 4, 2))
+    for where in (slice(None), 0, 1, 2):
+        broken = losses.copy()
+        broken[where, 1] = np.nan
+        choice = least_loss_codecs(broken, pages, total)
+        assert choice is not None
+        assert int(np.take_along_axis(pages, choice[None], 0).sum()) <= total

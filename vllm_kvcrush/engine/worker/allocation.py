@@ -70,7 +70,8 @@ def least_loss_codecs(losses: np.ndarray, pages: np.ndarray, total: int) -> np.n
     which pages suffice. What is left over buys the steps that save most.
 
     Args:
-        losses: float64 [C, L, H], the expected loss of each head's tokens in each codec.
+        losses: float64 [C, L, H], the expected loss of each head's tokens in each codec. Where some
+            are NaN the choice is any that pages suffice for.
         pages: int64 [C, L, H], pages that they take.
         total: pages that there are.
 
@@ -102,7 +103,7 @@ def least_loss_codecs(losses: np.ndarray, pages: np.ndarray, total: int) -> np.n
         mine = np.take_along_axis(losses, choice[None], 0)
         more = pages - np.take_along_axis(pages, choice[None], 0)
         gain = np.where(more <= left, mine - losses, 0.0)
-        if gain.max() <= 0:
+        if not gain.max() > 0:  # also if it is NaN
             return choice
         codec, layer, head = np.unravel_index(np.argmax(gain / np.maximum(more, 0.5)), gain.shape)
         left -= int(more[codec, layer, head])
